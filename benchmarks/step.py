@@ -1,0 +1,180 @@
+"""What a training step costs: iSD, by exact and finite-difference derivative, as a multiple of a flow-matching step.
+
+    python benchmarks/step.py [--repeats 12] [--threads 1] [--out benchmarks/results/step.json]
+
+All objectives take turns in one process on the same network and batch, so that a noisy machine slows all alike; the
+ratio is of medians. Peak memory is that of a process of its own per row, above what the model and data need.
+Evaluations are counted in a hook, in forward passes of the whole batch: a pass with tangents counts 2, a backward
+pass 2. Their sum over flow matching's is the floor of the ratio by operation count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewstep import ISD, Batch, DiagonalMatching, DiTConfig, FixedGuidance, FlowMap, MLPConfig, NoGuidance, UNetConfig
+from fewstep.networks.layers import carries_tangent
+from fewstep.objectives import Objective
+from fewstep.paths import Linear
+from fewstep.preconditioning import LinearPreconditioning
+from fewstep.randomness import Draws
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on one shape and batch."""
+
+    config: MLPConfig | UNetConfig | DiTConfig
+    shape: tuple[int, ...]
+    batch: int
+
+
+CASES = {
+    "mlp": Case(MLPConfig(), (1, 8, 8), 256),
+    "unet": Case(UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), patch=2), (1, 28, 28), 64),
+    "dit": Case(DiTConfig(width=192, depth=6, heads=6, patch=4), (1, 28, 28), 64),
+}
+OBJECTIVES: dict[tuple[str, str], Objective] = {
+    ("flow matching", "none"): DiagonalMatching(),
+    ("iSD", "exact"): ISD(guidance=NoGuidance()),
+    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative="finite-difference"),
+    ("iSD-T", "exact"): ISD(guidance=FixedGuidance(1.5)),
+    ("iSD-T", "finite-difference"): ISD(guidance=FixedGuidance(1.5), derivative="finite-difference"),
+    ("iSD-T, 3/4 diagonal", "exact"): ISD(guidance=FixedGuidance(1.5), diagonal=0.75),
+}
+
+
+def setting(name: str, device: str) -> tuple[FlowMap, Batch]:
+    """A flow map with weights away from their zero initialisation, and a batch."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    network = case.config.build(case.shape, 10, False)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    draws = Draws(0, 0, torch.arange(case.batch, device=device))
+    labels = torch.arange(case.batch, device=device) % 10
+    x0 = draws.normal(1, case.shape)
+    return FlowMap(Linear(), LinearPreconditioning(), network).to(device), Batch(x0, labels, draws)
+
+
+def take_step(objective: Objective, flow_map: FlowMap, batch: Batch) -> None:
+    """Loss and gradient."""
+    flow_map.zero_grad(set_to_none=True)
+    objective(flow_map, batch).mean().backward()
+    if batch.x0.is_cuda:
+        torch.cuda.synchronize()
+
+
+def evaluations(objective: Objective, flow_map: FlowMap, batch: Batch) -> float:
+    """Cost of one step in forward passes of the whole batch."""
+    total = 0.0
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal total
+        passes = 1 + carries_tangent(*inputs[:3]) + 2 * torch.is_grad_enabled()
+        total += passes * len(inputs[0])
+
+    handle = flow_map.network.register_forward_pre_hook(count)
+    take_step(objective, flow_map, batch)
+    handle.remove()
+    return total / len(batch.x0)
+
+
+def medians(flow_map: FlowMap, batch: Batch, repeats: int) -> dict[tuple[str, str], float]:
+    """Seconds of a step of every objective, taking turns."""
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in OBJECTIVES}
+    for repeat in range(repeats + 2):
+        for key, objective in OBJECTIVES.items():
+            start = time.perf_counter()
+            take_step(objective, flow_map, batch)
+            if repeat >= 2:
+                seconds[key].append(time.perf_counter() - start)
+    return {key: statistics.median(values) for key, values in seconds.items()}
+
+
+def peak_mib(name: str, key: tuple[str, str], device: str) -> float:
+    """Memory that a step adds at its peak, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", name, *key, "--device", device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(name: str, key: tuple[str, str], device: str) -> None:
+    """Body of the process that `peak_mib` starts."""
+    torch.set_num_threads(1)
+    flow_map, batch = setting(name, device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        take_step(OBJECTIVES[key], flow_map, batch)
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    before = resident("VmRSS")
+    take_step(OBJECTIVES[key], flow_map, batch)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """A field of Linux's /proc/self/status in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step.json")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print_peak(options.peak[0], (options.peak[1], options.peak[2]), options.device)
+        return
+    torch.set_num_threads(options.threads)
+    rows = []
+    print(f"{'network':6} {'objective':20} {'derivative':18} {'ratio':>6} {'floor':>6} {'of floor':>9} {'peak MiB':>9}")
+    for name, case in CASES.items():
+        flow_map, batch = setting(name, options.device)
+        seconds = medians(flow_map, batch, options.repeats)
+        base = ("flow matching", "none")
+        base_cost = evaluations(OBJECTIVES[base], flow_map, batch)
+        for key, objective in OBJECTIVES.items():
+            cost = evaluations(objective, flow_map, batch)
+            row = {
+                "objective": key[0],
+                "derivative": key[1],
+                "network": name,
+                "batch": case.batch,
+                "ratio": round(seconds[key] / seconds[base], 3),
+                "peak_mib": round(peak_mib(name, key, options.device), 1),
+                "evaluations": round(cost, 3),
+                "floor": round(cost / base_cost, 3),
+                "seconds": round(seconds[key], 5),
+                "device": options.device,
+                "threads": options.threads,
+            }
+            rows.append(row)
+            share = row["floor"] / row["ratio"]
+            print(
+                f"{name:6} {key[0]:20} {key[1]:18} {row['ratio']:>6.2f} {row['floor']:>6.2f} {share:>9.0%} "
+                f"{row['peak_mib']:>9.0f}",
+                flush=True,
+            )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"Stored: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What a network is conditioned on besides the two times: a class label and, for drawn guidance, its strength."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NULL_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Per-sample conditions of a batch.
+
+    labels: (B,) int64 in [0, num_classes), or NULL_LABEL (-1) for "no class"; None means no class for the whole batch.
+    guidance: (B, 3) float: log omega, and the ends t_lo, t_hi of the guidance interval as the network's clock
+        gives them; only for networks built with guided=True. None there means omega = 1 on the whole range.
+    """
+
+    labels: Tensor | None = None
+    guidance: Tensor | None = None
+
+    def without_labels(self) -> Condition:
+        """The same conditions with every label replaced by NULL_LABEL."""
+        return replace(self, labels=None if self.labels is None else torch.full_like(self.labels, NULL_LABEL))
+
+    def __getitem__(self, index: Tensor | slice) -> Condition:
+        return Condition(
+            None if self.labels is None else self.labels[index],
+            None if self.guidance is None else self.guidance[index],
+        )
+
+    @staticmethod
+    def cat(first: Condition, second: Condition) -> Condition:
+        """Concatenate two batches of conditions of the same kind."""
+        return Condition(_cat(first.labels, second.labels), _cat(first.guidance, second.guidance))
+
+
+def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])

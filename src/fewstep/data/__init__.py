@@ -1,0 +1,8 @@
+"""Data: sources, what is measured of them, the order of training, augmentation."""
+
+from fewstep.data.augment import random_flip
+from fewstep.data.base import Dataset, Samples
+from fewstep.data.order import batch_indices
+from fewstep.data.sources import DataConfig, load_dataset
+
+__all__ = ["DataConfig", "Dataset", "Samples", "batch_indices", "load_dataset", "random_flip"]

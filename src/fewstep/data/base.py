@@ -1,0 +1,170 @@
+"""What every data source becomes: tensors, their labels, and what is measured of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import DataError
+
+_CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Samples kept as they are stored, turned into float32 only when fetched.
+
+    values: (N, C, H, W), uint8 for images (0..255 stands for [-1, 1]) or float32 for anything else.
+    labels: (N,) int64, or None. Raises DataError for other shapes or types.
+    """
+
+    values: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        usable = self.values.ndim == 4 and 0 not in self.values.shape[1:]
+        if not usable or self.values.dtype not in (torch.uint8, torch.float32):
+            raise DataError(
+                f"samples are {self.values.dtype} of shape {tuple(self.values.shape)}: "
+                "give uint8 or float32 of shape (N, C, H, W)"
+            )
+        if self.labels is None:
+            return
+        if self.labels.shape != self.values.shape[:1] or self.labels.dtype != torch.int64:
+            raise DataError(
+                f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}: "
+                f"give int64 of shape ({len(self.values)},), one per sample"
+            )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, channels, height, width = self.values.shape
+        return channels, height, width
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The samples at `indices` (n,) int64: float32 (n, C, H, W), images in [-1, 1], and labels (n,) or None."""
+        indices = indices.to(self.values.device)
+        labels = None if self.labels is None else self.labels[indices]
+        return _as_floats(self.values[indices], torch.float32), labels
+
+    def select(self, indices: Tensor) -> Samples:
+        """The samples at `indices` (n,) int64, stored as here."""
+        return Samples(self.values[indices], None if self.labels is None else self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training and held-out samples of one shape, with what is measured of the training part.
+
+    num_classes: 0 when there are no labels; otherwise labels lie in [0, num_classes) and class_names has one name each.
+    mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean.
+    Raises DataError when the parts do not fit each other, or when the training values are not finite or all equal.
+    """
+
+    name: str
+    train: Samples
+    heldout: Samples
+    num_classes: int = 0
+    class_names: tuple[str, ...] = ()
+    mean: float = field(init=False)
+    sigma_data: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.train) or not len(self.heldout):
+            raise DataError(
+                f"'{self.name}' has {len(self.train)} training and {len(self.heldout)} held-out samples: "
+                "give at least one of each"
+            )
+        if self.train.shape != self.heldout.shape:
+            raise DataError(
+                f"'{self.name}' has training samples of shape {self.train.shape} but held-out samples of shape "
+                f"{self.heldout.shape}: bring both to one shape (C, H, W)"
+            )
+        if len(self.class_names) != self.num_classes:
+            raise DataError(f"'{self.name}' has {self.num_classes} classes but {len(self.class_names)} class names")
+        self._check_labels(self.train, "training")
+        self._check_labels(self.heldout, "held-out")
+        mean, sigma_data = _moments(self.train.values)
+        if not math.isfinite(sigma_data) or sigma_data == 0.0:
+            raise DataError(
+                f"the training values of '{self.name}' have standard deviation {sigma_data}: "
+                "give finite values that are not all equal"
+            )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "sigma_data", sigma_data)
+
+    def _check_labels(self, samples: Samples, part: str) -> None:
+        labels = samples.labels
+        if (labels is None) != (self.num_classes == 0):
+            has = "no labels" if labels is None else "labels"
+            raise DataError(f"'{self.name}' has {self.num_classes} classes but {has} for its {part} samples")
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise DataError(
+                f"'{self.name}' has {part} labels from {int(labels.min())} to {int(labels.max())}: "
+                f"give labels from 0 to {self.num_classes - 1}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """A sample's shape (C, H, W)."""
+        return self.train.shape
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any value, label, class name, or with the split; not with the name."""
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(repr(self.class_names).encode())
+        for samples in (self.train, self.heldout):
+            _update(digest, samples.values)
+            if samples.labels is not None:
+                _update(digest, samples.labels)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a source brings: `heldout` is None when it has no split of its own; no class names means no labels."""
+
+    name: str
+    train: Samples
+    heldout: Samples | None
+    class_names: tuple[str, ...] = ()
+
+
+def chunks(values: Tensor) -> Iterator[Tensor]:
+    """Consecutive slices of `values` (N, ...), each of a few million elements."""
+    per_sample = max(1, math.prod(values.shape[1:]))
+    yield from torch.split(values, max(1, _CHUNK_ELEMENTS // per_sample))
+
+
+def _as_floats(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype) / 127.5 - 1.0 if values.dtype == torch.uint8 else values.to(dtype)
+
+
+def _moments(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of all elements, in float64, by Chan, Golub and LeVeque's merge of chunks (1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for chunk in chunks(values):
+        part = _as_floats(chunk, torch.float64)
+        size, part_mean = part.numel(), float(part.mean())
+        shift, total = part_mean - mean, count + size
+        squares += float((part - part_mean).square().sum()) + shift * shift * count * size / total
+        mean += shift * size / total
+        count = total
+    return mean, math.sqrt(squares / count)
+
+
+def _update(digest: hashlib.blake2b, values: Tensor) -> None:
+    digest.update(f"{values.dtype}{tuple(values.shape)}".encode())
+    for chunk in chunks(values):
+        digest.update(chunk.cpu().contiguous().numpy().data)

@@ -1,0 +1,149 @@
+"""Where data comes from: one configuration for every source, and one function that loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.data.base import Dataset, Loaded, Samples, chunks
+from fewstep.data.folder import load_folder
+from fewstep.data.idx import load_idx
+from fewstep.data.labels import split
+from fewstep.data.npz import Layout, load_npz
+from fewstep.errors import ConfigError, DataError, MissingExtraError
+from fewstep.randomness import Draws
+
+# ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
+_LUMA = (19595, 38470, 7471)
+_VALUES, _LABELS = 0, 1
+_DRAWN_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data source and how to read it.
+
+    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive) or random
+        (standard-normal latents with uniform labels, to build large configurations without their data).
+    root: the folder or file; empty for digits, random and Debian's Fashion-MNIST.
+    image_size: side of the square that images are cut to; 0 keeps sizes. Other sources must already have it.
+    heldout: fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own.
+    channels: 1 or 3 to convert between grey and colour; 0 keeps what the data has.
+    seed: of the split, and of random's values.
+    skip_unreadable: warn about unreadable image files instead of failing.
+    npz_layout: chw or hwc where an archive's shape does not tell.
+    random_shape, random_classes, random_count: of random's samples (C, H, W); 0 classes means no labels.
+    Raises ConfigError for values outside these ranges.
+    """
+
+    source: Literal["digits", "idx", "images", "npz", "random"] = "digits"
+    root: str = ""
+    image_size: int = 0
+    heldout: float = 0.33
+    channels: Literal[0, 1, 3] = 0
+    seed: int = 0
+    skip_unreadable: bool = False
+    npz_layout: Layout = "auto"
+    random_shape: tuple[int, int, int] = (4, 32, 32)
+    random_classes: int = 1000
+    random_count: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.heldout < 1.0:
+            raise ConfigError(f"heldout is {self.heldout}: give a fraction between 0 and 1, ends excluded")
+        if self.image_size < 0:
+            raise ConfigError(f"image_size is {self.image_size}: give a side in pixels, or 0 to keep sizes")
+        if self.channels not in (0, 1, 3):
+            raise ConfigError(f"channels is {self.channels}: give 1 or 3, or 0 to keep what the data has")
+        if min(self.random_shape) < 1 or self.random_classes < 0 or self.random_count < 2:
+            raise ConfigError(
+                f"random data of shape {self.random_shape}, {self.random_classes} classes and {self.random_count} "
+                "samples: give positive sizes, classes from 0 and at least 2 samples"
+            )
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """Read the source, convert its channels, and split it unless it brings a held-out part.
+
+    Equal configurations and files give equal data sets. Raises DataError for data that are missing, corrupt, too few
+    or of another shape than asked for, and MissingExtraError when a source needs a package that is absent.
+    """
+    loaded = _load(config)
+    parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)
+    train, heldout = (_convert(loaded.name, part, config) for part in parts)
+    return Dataset(loaded.name, train, heldout, len(loaded.class_names), loaded.class_names)
+
+
+def _load(config: DataConfig) -> Loaded:
+    if config.source == "digits":
+        return _load_digits()
+    if config.source == "idx":
+        return load_idx(config.root)
+    if config.source == "images":
+        return load_folder(config.root, config.image_size, config.skip_unreadable)
+    if config.source == "npz":
+        return load_npz(config.root, config.npz_layout)
+    if config.source == "random":
+        return _load_random(config)
+    raise ConfigError(f"source is '{config.source}': give digits, idx, images, npz or random")
+
+
+def _load_digits() -> Loaded:
+    """1,797 handwritten digits (1, 8, 8) with values 0..16 brought to [-1, 1]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise MissingExtraError("source 'digits' needs scikit-learn: pip install fewstep[digits]") from error
+    digits = load_digits()
+    values = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
+    labels = torch.tensor(digits.target, dtype=torch.int64)
+    return Loaded("digits", Samples(values, labels), None, tuple(str(name) for name in digits.target_names))
+
+
+def _load_random(config: DataConfig) -> Loaded:
+    indices = torch.arange(config.random_count)
+    values = torch.cat(
+        [
+            Draws(config.seed, 0, part).normal(_VALUES, config.random_shape)
+            for part in torch.split(indices, _DRAWN_AT_ONCE)
+        ]
+    )
+    if not config.random_classes:
+        return Loaded("random", Samples(values), None)
+    labels = Draws(config.seed, 0, indices).integers(_LABELS, config.random_classes)
+    return Loaded("random", Samples(values, labels), None, tuple(str(name) for name in range(config.random_classes)))
+
+
+def _split(loaded: Loaded, config: DataConfig) -> tuple[Samples, Samples]:
+    if len(loaded.train) < 2:
+        where = config.root or loaded.name
+        raise DataError(f"'{where}' has {len(loaded.train)} samples: at least 2 are needed, to train and to hold out")
+    return split(loaded.train, config.heldout, config.seed)
+
+
+def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
+    channels, height, width = samples.shape
+    if config.image_size and (height, width) != (config.image_size, config.image_size):
+        raise DataError(
+            f"'{name}' has samples of {width}x{height}, not image_size {config.image_size}: "
+            "only source 'images' is resized; set image_size to 0"
+        )
+    if config.channels in (0, channels):
+        return samples
+    if channels == 1:
+        return Samples(samples.values.expand(-1, 3, -1, -1).contiguous(), samples.labels)
+    if channels == 3:
+        return Samples(torch.cat([_luma(chunk) for chunk in chunks(samples.values)]), samples.labels)
+    raise DataError(f"'{name}' has {channels} channels, which are no colours: set channels to 0")
+
+
+def _luma(colours: Tensor) -> Tensor:
+    """Brightness (n, 1, H, W) of red, green and blue (n, 3, H, W), in the same type."""
+    if colours.dtype == torch.uint8:
+        weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, 1, 1)
+        scaled = (colours.int() * weights).sum(1, keepdim=True) + (1 << 15)
+        return (scaled >> 16).to(torch.uint8)
+    return (colours * (torch.tensor(_LUMA) / 65536.0).reshape(3, 1, 1)).sum(1, keepdim=True)

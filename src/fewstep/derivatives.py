@@ -1,0 +1,70 @@
+"""The total derivative dN/dt = J_N v + d_t N along the flow (math.md §5.4), exact or by finite differences.
+
+Forward-mode AD cannot cross every layer: fewstep's own networks are written so that it can (networks/layers.py);
+a foreign network with fused attention or nn.GroupNorm on non-contiguous input needs the finite difference. Both
+assume a deterministic network: no dropout between the evaluations. Networks are called as fn(x, t) -> N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.forward_mode import jvp
+from fewstep.shapes import expand
+
+OutputFunction = Callable[[Tensor, Tensor], Tensor]
+DerivativeKind = Literal["exact", "finite-difference"]
+
+MIN_STEP = 1e-4
+
+
+def exact_derivative(fn: OutputFunction, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, dN/dt) by one forward-mode JVP with tangent (v, 1); N keeps its graph, dN/dt is detached.
+
+    x, v (B, ...), t (B,). One evaluation with tangents replaces the evaluation that the loss needs anyway.
+    """
+    output, tangent = jvp(fn, (x, t), (v, torch.ones_like(t)))
+    return output, tangent.detach()
+
+
+def finite_difference_nodes(
+    t: Tensor, low: Tensor, high: float, step: float, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Two offsets (a, b) from t for a second-order difference that stays within [low, high].
+
+    Central (-h, h) inside; (-h, -2h) where t + h > high; (h, 2h) where t - h < low. h shrinks to a third of the
+    interval when that is shorter than 3 h, but never below 1e-4. step and that limit are in units of `scale`, the time
+    over which the path changes (Path.time_scale).
+    """
+    h = torch.clamp((high - low) / (3 * scale), min=MIN_STEP, max=step) * scale
+    above, below = t + h > high, t - h < low
+    first = torch.where(below & ~above, h, -h)
+    second = torch.where(above, -2 * h, torch.where(below, 2 * h, h))
+    return first, second
+
+
+def finite_derivative(
+    fn: OutputFunction,
+    pair_fn: OutputFunction,
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    nodes: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(N, dN/dt) with dN/dt by the parabola through offsets 0, a, b: error O(h^2) inside and at both ends.
+
+    fn evaluates one batch and keeps its graph; pair_fn evaluates two batches stacked, (2B, ...), without a graph.
+    d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
+    """
+    output = fn(x, t)
+    with torch.no_grad():
+        a, b = nodes
+        shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
+        at_a, at_b = pair_fn(shifted_x, torch.cat([t + a, t + b])).chunk(2)
+        scale = a * b * (b - a)
+        weight_a, weight_b = (expand(w, x).to(x.dtype) for w in (b * b / scale, -(a * a) / scale))
+        return output, weight_a * (at_a - output) + weight_b * (at_b - output)

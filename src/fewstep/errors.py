@@ -1,0 +1,37 @@
+"""Failures that a user can cause and mend. The command line prints each as one line and exits with code 2."""
+
+
+class FewstepError(Exception):
+    """Base of every error that fewstep raises on purpose; its message says what is wrong, where, and what to do."""
+
+
+class ConfigError(FewstepError):
+    """A recipe, an option or a stored configuration that cannot be used as given."""
+
+
+class DataError(FewstepError):
+    """A data source that is missing, empty, corrupt, or of another shape than asked for."""
+
+
+class CheckpointError(FewstepError):
+    """A run folder, checkpoint or saved model that cannot be read, or belongs to another architecture or recipe."""
+
+
+class ShapeError(FewstepError, ValueError):
+    """A tensor of the wrong shape, or values outside the range where an operation is defined."""
+
+
+class UnsupportedError(FewstepError, NotImplementedError):
+    """A combination without mathematical meaning, such as the diagonal velocity of a map that only reaches t_min."""
+
+
+class TrainingDivergedError(FewstepError):
+    """A non-finite loss or gradient; names the step, the batch's times and the last good checkpoint."""
+
+
+class MissingExtraError(FewstepError, ImportError):
+    """An optional dependency is absent; names the extra that brings it."""
+
+
+class FewstepWarning(UserWarning):
+    """Something that the run survives but its user should know."""

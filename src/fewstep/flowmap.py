@@ -1,0 +1,197 @@
+"""FlowMap = path + preconditioning + inner scaling + network (math.md §2)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.conditions import Condition
+from fewstep.errors import CheckpointError, ShapeError
+from fewstep.networks.base import Network, NetworkConfig
+from fewstep.paths import Path
+from fewstep.preconditioning.base import Preconditioning
+from fewstep.preconditioning.scaling import IdentityScaling, Scaling
+from fewstep.serialization import differences, from_json, to_json
+from fewstep.shapes import check_batch, expand
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class FlowMapConfig:
+    """All that is needed to rebuild a flow map but its weights.
+
+    data_range: the values that samples are clipped to when shown, None when the data has no such range (latents).
+    """
+
+    path: Path
+    preconditioning: Preconditioning
+    scaling: Scaling
+    network: NetworkConfig
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    guided: bool = False
+    sigma_data: float = 1.0
+    class_names: tuple[str, ...] = ()
+    data_range: tuple[float, float] | None = None
+
+    def build(self) -> FlowMap:
+        """A flow map with freshly initialised weights."""
+        network = self.network.build(self.shape, self.num_classes, self.guided)
+        return FlowMap(self.path, self.preconditioning, network, self.scaling, self)
+
+
+class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):
+    """X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s): the solution at time s of the PF-ODE through x at time t.
+
+    Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
+    computed in the dtype of the times and applied in that of the samples.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        preconditioning: Preconditioning,
+        network: nn.Module,
+        scaling: Scaling | None = None,
+        config: FlowMapConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.preconditioning = preconditioning
+        self.scaling = IdentityScaling() if scaling is None else scaling
+        self.network = network
+        self.config = config
+
+    def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """N(x, t, s): the network with its inner scaling."""
+        c_skip, c_out, c_in = (expand(value, x).to(x.dtype) for value in self.scaling.values(t))
+        clock_t, clock_s = (self.scaling.c_noise(time).to(x.dtype) for time in (t, s))
+        raw: Tensor = self.network(c_in * x, clock_t, clock_s, cond)
+        return c_skip * x + c_out * raw
+
+    def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """f x + g N for an output N already computed at (x, t, s)."""
+        f, g = (expand(value, x).to(x.dtype) for value in self.preconditioning.coefficients(t, s))
+        return f * x + g * output
+
+    def velocity_from_output(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        """v = f_s x + g_s N for an output N already computed on the diagonal (x, t, t)."""
+        f_s, g_s = (expand(value, x).to(x.dtype) for value in self.preconditioning.diagonal(t))
+        return f_s * x + g_s * output
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """X(x, t, s); raises ShapeError unless x is (B, ...) and t, s are (B,)."""
+        check_batch(x, t, s)
+        return self.apply_jump(x, self.output(x, t, s, cond), t, s)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """PF-ODE velocity v(x, t) read off the diagonal."""
+        check_batch(x, t)
+        return self.velocity_from_output(x, self.output(x, t, t, cond), t)
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Denoiser D(x, t) = E[x0 | x_t], from the velocity."""
+        return self.path.denoised_from_velocity(x, self.velocity(x, t, cond), t)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """The jump."""
+        return self.jump(x, t, s, cond)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class labels the network takes; 0 for none."""
+        return self.network.num_classes if isinstance(self.network, Network) else 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the guidance strength and interval are inputs of the network."""
+        return isinstance(self.network, Network) and self.network.guided
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample; raises ShapeError when the network does not say."""
+        if not isinstance(self.network, Network):
+            raise ShapeError("this flow map's network does not carry a sample shape; give the noise yourself")
+        return self.network.shape
+
+    def _save_pretrained(self, save_directory: FilePath) -> None:
+        save_flow_map(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> FlowMap:
+        folder = FilePath(model_id)
+        if folder.is_dir():
+            return load_flow_map(folder)
+        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        known = {key: options[key] for key in keys if key in options}
+        files = [FilePath(hf_hub_download(repo_id=model_id, filename=f, **known)) for f in (CONFIG_FILE, WEIGHTS_FILE)]
+        return _load(files[0], files[1])
+
+
+def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and model.safetensors; `weights` replaces the network's own (an EMA's, say).
+
+    Raises CheckpointError when the map was not built from a FlowMapConfig.
+    """
+    if flow_map.config is None:
+        raise CheckpointError("this flow map was made by hand; build it with FlowMapConfig(...).build() to save it")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = flow_map.network.state_dict() if weights is None else weights
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps({"flow_map": to_json(flow_map.config)}, indent=2) + "\n")
+
+
+def load_flow_map(folder: FilePath | str) -> FlowMap:
+    """Read what `save_flow_map` wrote; raises CheckpointError when files are missing, truncated or do not fit."""
+    folder = FilePath(folder)
+    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
+def read_weights(file: FilePath) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; raises CheckpointError when it is missing, truncated or not one."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from error
+
+
+def fit_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load weights strictly; raises CheckpointError naming the first tensors that differ in name or shape."""
+    own = {key: list(value.shape) for key, value in module.state_dict().items()}
+    given = {key: list(value.shape) for key, value in weights.items()}
+    lines = differences(own, given)  # type: ignore[arg-type]  # lists of ints are JSON values
+    if lines:
+        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise CheckpointError(
+            f"{source} is of another architecture: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)"
+        )
+    module.load_state_dict(weights)
+
+
+def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
+    if not config_file.is_file():
+        raise CheckpointError(f"{config_file}: no such file; is {config_file.parent} a saved flow map?")
+    try:
+        stored = json.loads(config_file.read_text())["flow_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file} is not a fewstep model configuration ({error})") from error
+    flow_map = from_json(FlowMapConfig, stored, str(config_file)).build()
+    fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
+    return flow_map.eval()
+
+
+def at(time: float, x: Tensor) -> Tensor:
+    """The same time for every sample of x: (B,), float64."""
+    return torch.full(x.shape[:1], time, dtype=torch.float64, device=x.device)

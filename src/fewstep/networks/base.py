@@ -1,0 +1,35 @@
+"""The contract between a network and the rest: raw outputs F(x, t, s, cond), and nothing about paths."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from fewstep.conditions import Condition
+
+
+class Network(nn.Module, ABC):
+    """A raw network F of two times.
+
+    shape: a sample's shape without the batch. num_classes: 0 when there are no labels. guided: whether the
+    guidance (log omega, t_lo, t_hi) is an input. Times arrive as the inner scaling's c_noise gives them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
+        self.guided = guided
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """x (B, *shape), t (B,), s (B,) -> (B, *shape)."""
+
+
+class NetworkConfig(ABC):
+    """Settings of a network; the data's shape and classes are given when it is built."""
+
+    @abstractmethod
+    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> Network:
+        """Make the network; raises ConfigError when it cannot take this shape."""

@@ -1,0 +1,263 @@
+"""Layers that forward-mode differentiation and torch.compile both pass through, and the embedding of conditions.
+
+PyTorch's fused attention has no forward-mode formula outside the math backend, its GroupNorm has none for
+non-contiguous input, and compiling a Jacobian-vector product (JVP) fails on its affine norms. Everything here is
+made of elementary operations instead, so one code path serves training, exact derivatives and sampling.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError, ShapeError
+from fewstep.shapes import check_batch, expand
+
+
+def check_inputs(x: Tensor, t: Tensor, s: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless x is (B, *shape) and t, s are (B,)."""
+    if x.ndim == 0 or tuple(x.shape[1:]) != shape:
+        raise ShapeError(f"samples of shape {tuple(x.shape)} given to a network for (B, *{shape})")
+    check_batch(x, t, s)
+
+
+def carries_tangent(*values: Tensor) -> bool:
+    """Whether forward-mode differentiation (torch.func.jvp or forward_ad) is passing through any of the values."""
+    return any(forward_ad.unpack_dual(value).tangent is not None for value in values)
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """The same layer with weight and bias set to zero, so that it starts as the zero map."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    """Statistics of half-precision values are taken in float32; wider types keep their own."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x) (1702.03118). The fused one cannot be differentiated backward while its input has a tangent."""
+    return x * torch.sigmoid(x)
+
+
+class RMSNorm(nn.Module):
+    """scale * x / sqrt(mean(x^2) + eps) over the last axis, (..., width) -> (..., width) (1910.07467)."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _at_least_float32(x)
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.scale
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) over the last axis, (..., width) -> (..., width) (1607.06450).
+
+    affine: multiply by a learned scale and add a learned shift. A linear layer that follows can do both itself.
+    """
+
+    def __init__(self, width: int, affine: bool = True, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(width)) if affine else None
+        self.shift = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _at_least_float32(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if self.scale is None or self.shift is None:
+            return normed
+        return normed * self.scale + self.shift
+
+
+class GroupNorm(nn.Module):
+    """Normalise x (B, C, *positions) over groups of channels and all positions, in any memory layout (1803.08494).
+
+    The learned scale and shift are per channel. forward(x, scale, shift), both (B, C), returns
+    norm(x) * (1 + scale) + shift; folding the modulation in costs no further pass over x.
+    """
+
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = default_groups(channels) if groups is None else groups
+        if self.groups < 1 or channels % self.groups:
+            raise ConfigError(f"{channels} channels do not split into {self.groups} groups")
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if x.ndim < 3:
+            raise ShapeError(f"GroupNorm takes (B, C, *positions), not {tuple(x.shape)}")
+        wide = _at_least_float32(x)
+        centred = wide - expand(self._group_mean(wide), wide)
+        inverse = torch.rsqrt(self._group_mean(centred.square()) + self.eps)
+        gain = self.scale if scale is None else self.scale * (1 + scale)
+        offset = self.shift if scale is None else self.shift * (1 + scale)
+        offset = offset if shift is None else offset + shift
+        normed = centred * expand(gain * inverse, wide) + expand(offset.expand(inverse.shape), wide)
+        return normed.to(x.dtype)
+
+    def _group_mean(self, x: Tensor) -> Tensor:
+        """Each channel's group mean, (B, C). Positions go first: that order is quick for channels_last too."""
+        means = x.mean(tuple(range(2, x.ndim))).reshape(len(x), self.groups, -1)
+        return means.mean(2, keepdim=True).expand(means.shape).reshape(len(x), -1)
+
+
+def default_groups(channels: int) -> int:
+    """The largest number of equal groups, at most 32, that leaves at least four channels in each where it can."""
+    most = max(1, min(32, channels // 4))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over tokens, each (B, heads, N, D), written out (1706.03762).
+
+    Memory is N^2 per head. The fused kernels avoid that but cannot carry a tangent.
+    """
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+    return scores.softmax(-1) @ v
+
+
+class RotaryEmbedding2d(nn.Module):
+    """Rotate pairs of features by angles that grow with a token's row and column (RoPE, 2104.09864, on two axes).
+
+    Tokens lie on a grid (rows, columns) in row-major order. Half of the pairs turn with the row, half with the
+    column, at frequencies base^(-i / (head_width / 4)), i = 0, 1, ...: dot products of rotated queries and keys
+    depend on the tokens' displacement only. (..., N, head_width) -> the same shape.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, head_width: int, grid: tuple[int, int], base: float = 100.0) -> None:
+        super().__init__()
+        if head_width % 4:
+            raise ConfigError(f"rotary embedding on two axes needs a head width divisible by 4, not {head_width}")
+        count = head_width // 4
+        frequencies = base ** (-torch.arange(count, dtype=torch.float32) / count)
+        rows, columns = (torch.arange(size, dtype=torch.float32)[:, None] * frequencies for size in grid)
+        by_row = rows[:, None].expand(*grid, count)
+        by_column = columns[None].expand(*grid, count)
+        angles = torch.cat([by_row, by_column], -1).flatten(0, 1)
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        turned = (first * self.cosine - second * self.sine, first * self.sine + second * self.cosine)
+        return torch.cat(turned, -1).to(x.dtype)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear-SiLU-Linear of [cos(w t), sin(w t)], t (B,) -> (B, width).
+
+    The `features / 2` frequencies w are geometric from min_frequency to max_frequency, in radians per unit of t.
+    A feature's derivative grows as w: a high max_frequency resolves short times but inflates d/dt, and with it the
+    variance of every objective that differentiates the network in time. zero_init makes the output start at zero
+    whatever t is.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        features: int = 64,
+        min_frequency: float = 0.5,
+        max_frequency: float = 64.0,
+        zero_init: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 < min_frequency <= max_frequency or features < 2 or features % 2:
+            raise ConfigError(
+                "a time embedding needs 0 < min_frequency <= max_frequency and an even number of features, not "
+                f"{min_frequency}, {max_frequency} and {features}"
+            )
+        span = torch.linspace(math.log(min_frequency), math.log(max_frequency), features // 2)
+        self.register_buffer("frequencies", span.exp(), persistent=False)
+        self.first = nn.Linear(features, width)
+        self.last = zeroed(nn.Linear(width, width)) if zero_init else nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = _at_least_float32(t).unsqueeze(-1) * self.frequencies
+        features = torch.cat([angles.cos(), angles.sin()], -1).to(self.first.weight.dtype)
+        embedded: Tensor = self.last(silu(self.first(features)))
+        return embedded
+
+
+class ConditionEmbedding(nn.Module):
+    """The sum of the embeddings of t, s, the label and the guidance: (B,), (B,), cond -> (B, width).
+
+    The branches of s and of the guidance end in a zero layer. A network therefore starts independent of both, and
+    one that takes over the other weights of a teacher, which knows t alone, starts as that teacher.
+    Labels have a table of num_classes + 1 rows; the last one stands for "no class".
+    """
+
+    def __init__(self, width: int, num_classes: int, guided: bool, max_frequency: float = 64.0) -> None:
+        super().__init__()
+        if width < 1 or num_classes < 0:
+            raise ConfigError(f"embedding width {width} must be at least 1 and num_classes {num_classes} at least 0")
+        self.num_classes = num_classes
+        self.t_branch = TimeEmbedding(width, max_frequency=max_frequency)
+        self.s_branch = TimeEmbedding(width, max_frequency=max_frequency, zero_init=True)
+        self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.guidance = GuidanceEmbedding(width) if guided else None
+        if self.labels is not None:
+            nn.init.normal_(self.labels.weight, std=0.02)
+
+    def forward(self, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        cond = Condition() if cond is None else cond
+        embedded: Tensor = self.t_branch(t) + self.s_branch(s)
+        if self.labels is not None:
+            embedded = embedded + self.labels(self._rows(cond.labels, t))
+        elif cond.labels is not None:
+            raise ConfigError("labels were given to a network that was built with num_classes=0")
+        if self.guidance is not None:
+            embedded = embedded + self.guidance(_guidance(cond.guidance, t))
+        elif cond.guidance is not None:
+            raise ConfigError("guidance was given to a network that was built with guided=False")
+        return embedded
+
+    def _rows(self, labels: Tensor | None, t: Tensor) -> Tensor:
+        """Rows (B,) of the table. Values are not checked: that would make the device wait."""
+        if labels is None:
+            return torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
+        if labels.shape != t.shape:
+            raise ShapeError(f"labels of shape {tuple(labels.shape)} for times of shape {tuple(t.shape)}: pass (B,)")
+        return torch.where(labels < 0, self.num_classes, labels.long())
+
+
+class GuidanceEmbedding(nn.Module):
+    """Linear-SiLU-Linear of (log omega, t_lo, t_hi), (B, 3) -> (B, width), zero at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, width)
+        self.last = zeroed(nn.Linear(width, width))
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        embedded: Tensor = self.last(silu(self.first(guidance.to(self.first.weight.dtype))))
+        return embedded
+
+
+def _guidance(guidance: Tensor | None, t: Tensor) -> Tensor:
+    """The numbers (B, 3); none given means log omega = 0 on the interval [0, 1]."""
+    if guidance is None:
+        return torch.tensor([0.0, 0.0, 1.0], device=t.device).expand(len(t), 3)
+    if guidance.shape != (len(t), 3):
+        raise ShapeError(f"guidance of shape {tuple(guidance.shape)} for {len(t)} samples: pass ({len(t)}, 3)")
+    return guidance

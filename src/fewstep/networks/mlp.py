@@ -1,0 +1,78 @@
+"""A residual multilayer perceptron for points, poses, actions and small images, whatever their shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
+from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.layers import ConditionEmbedding, LayerNorm, check_inputs, silu, zeroed
+
+
+@dataclass(frozen=True)
+class MLPConfig(NetworkConfig):
+    """Settings of MLP.
+
+    width: of the residual stream. depth: residual blocks. expansion: a block's hidden width over `width`.
+    embedding_width: of the embedding of times and conditions. max_frequency: see TimeEmbedding.
+    The defaults make about 1.4 million parameters for 64 numbers.
+    """
+
+    width: int = 512
+    depth: int = 4
+    expansion: float = 0.5
+    embedding_width: int = 128
+    max_frequency: float = 64.0
+
+    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> MLP:
+        return MLP(self, shape, num_classes, guided)
+
+
+class MLP(Network):
+    """Flatten, embed, `depth` residual blocks, and a linear layer that starts at zero: (B, *shape) -> (B, *shape)."""
+
+    def __init__(self, config: MLPConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
+        super().__init__(shape, num_classes, guided)
+        hidden = round(config.width * config.expansion)
+        if min(config.width, hidden) < 1 or config.depth < 1:
+            raise ConfigError(f"an MLP needs width, hidden width and depth of at least 1: {config}")
+        size = math.prod(self.shape)
+        self.embedding = ConditionEmbedding(config.embedding_width, num_classes, guided, config.max_frequency)
+        # One product yields the modulations of all blocks: many narrow ones would cost more in overhead than in work.
+        self.modulation = nn.Linear(config.embedding_width, config.depth * 2 * hidden)
+        self.input = nn.Linear(size, config.width)
+        self.blocks = nn.ModuleList([ResidualBlock(config.width, hidden) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.width, affine=False)
+        self.output = zeroed(nn.Linear(config.width, size))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        check_inputs(x, t, s, self.shape)
+        modulation = self.modulation(silu(self.embedding(t, s, cond)))
+        scales, shifts = modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1)
+        h = self.input(x.reshape(len(x), -1))
+        for index, block in enumerate(self.blocks):
+            h = block(h, scales[:, index], shifts[:, index])
+        out: Tensor = self.output(self.norm(h))
+        return out.reshape(x.shape)
+
+
+class ResidualBlock(nn.Module):
+    """h + W2 silu(W1 norm(h) * (1 + scale) + shift), W2 zero at first; h (B, width), scale and shift (B, hidden).
+
+    The times set the slope and the bias of every hidden unit, as in the residual blocks of ADM (2105.05233).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width, affine=False)
+        self.first = nn.Linear(width, hidden)
+        self.last = zeroed(nn.Linear(hidden, width))
+
+    def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        hidden = self.first(self.norm(h)) * (1 + scale) + shift
+        out: Tensor = h + self.last(silu(hidden))
+        return out

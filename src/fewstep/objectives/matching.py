@@ -1,0 +1,68 @@
+"""Regression on the diagonal: flow matching and denoising score matching (math.md §1; 2210.02747, 2206.00364)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import drop_labels
+from fewstep.objectives.base import STREAM_T, Batch, Losses, Objective
+from fewstep.shapes import expand, per_sample_mean
+from fewstep.times import LogitNormalTimes, TimeDistribution
+
+
+def conditioned(labels: Tensor | None, dropout: float, batch: Batch) -> Condition:
+    """The batch's labels with dropout as a condition."""
+    return Condition(None if labels is None else drop_labels(labels, dropout, batch.draws))
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalMatching(Objective):
+    """E w(t) |v(x_t, t) - v*|^2 with v* = alpha' x0 + sigma' eps, or the same error as a denoiser's.
+
+    measure "velocity": w = 1 (flow matching). "denoiser": |D - x0|^2 with EDM's weight
+    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling.
+    """
+
+    times: TimeDistribution = field(default_factory=LogitNormalTimes)
+    measure: Literal["velocity", "denoiser"] = "velocity"
+    sigma_data: float = 0.5
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+        path, x0 = flow_map.path, batch.x0
+        cond = conditioned(batch.labels, self.dropout, batch)
+        t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
+        eps = batch.noise()
+        x = path.interpolate(x0, eps, t)
+        if self.measure == "velocity":
+            error = flow_map.velocity(x, t, cond) - path.conditional_velocity(x0, eps, t)
+        else:
+            p = path.values(t)
+            weight = (p.alpha**2 * self.sigma_data**2 + p.sigma**2).sqrt() / (p.sigma * self.sigma_data)
+            error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - x0)
+        loss = per_sample_mean(error.square())
+        return Losses(loss, t, t, {"matching": loss.detach()})
+
+
+def check_dropout(probability: float) -> None:
+    """Raise ConfigError unless the label dropout is a probability."""
+    if not 0 <= probability <= 1:
+        raise ConfigError(f"label dropout is {probability}; it must lie in [0, 1]")

@@ -1,0 +1,132 @@
+"""Data whose denoiser, velocity and flow map are known in closed form (math.md §7).
+
+Tests stand on them, and whoever develops an objective can: at the oracle every residual is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditions import Condition
+from fewstep.flowmap import FlowMap
+from fewstep.forward_mode import jvp
+from fewstep.paths import Path
+from fewstep.preconditioning.base import Preconditioning
+from fewstep.shapes import expand
+
+
+@dataclass(frozen=True)
+class GaussianData:
+    """x0 ~ N(mean, sd^2 I); mean broadcasts over a sample's shape."""
+
+    mean: Tensor
+    sd: float
+
+    def denoise(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        """D = m + alpha sd^2 (x - alpha m) / (alpha^2 sd^2 + sigma^2)."""
+        p = path.values(t).over(x)
+        gain = p.alpha * self.sd**2 / (p.alpha**2 * self.sd**2 + p.sigma**2)
+        return self.mean + gain * (x - p.alpha * self.mean)
+
+    def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        """v = alpha' m + (alpha alpha' sd^2 + sigma sigma') / (alpha^2 sd^2 + sigma^2) (x - alpha m)."""
+        p = path.values(t).over(x)
+        rate = (p.alpha * p.d_alpha * self.sd**2 + p.sigma * p.d_sigma) / (p.alpha**2 * self.sd**2 + p.sigma**2)
+        return p.d_alpha * self.mean + rate * (x - p.alpha * self.mean)
+
+    def jump(self, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """X = alpha_s m + (x - alpha_t m) sqrt(alpha_s^2 sd^2 + sigma_s^2) / sqrt(alpha_t^2 sd^2 + sigma_t^2)."""
+        at_t, at_s = path.values(t).over(x), path.values(s).over(x)
+        ratio = torch.sqrt(at_s.alpha**2 * self.sd**2 + at_s.sigma**2)
+        ratio = ratio / torch.sqrt(at_t.alpha**2 * self.sd**2 + at_t.sigma**2)
+        return at_s.alpha * self.mean + ratio * (x - at_t.alpha * self.mean)
+
+    def flow_map(self, path: Path, preconditioning: Preconditioning) -> FlowMap:
+        """A FlowMap whose jump and velocity are exact."""
+        return FlowMap(path, preconditioning, GaussianOutput(self, path, preconditioning))
+
+
+class GaussianOutput(nn.Module):
+    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s on it."""
+
+    def __init__(self, data: GaussianData, path: Path, preconditioning: Preconditioning) -> None:
+        super().__init__()
+        self.data, self.path, self.preconditioning = data, path, preconditioning
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """x (B, ...), t, s (B,) in the path's clock."""
+        f, g = self.preconditioning.coefficients(t, s)
+        same = t == s
+        f, g, same = expand(f, x), expand(torch.where(same, 1.0, g), x), expand(same, x)
+        jumped = (self.data.jump(self.path, x, t, s) - f * x) / g
+        if not bool(same.any()):
+            return jumped
+        f_s, g_s = (expand(c, x) for c in self.preconditioning.diagonal(t))
+        return torch.where(same, (self.data.velocity(self.path, x, t) - f_s * x) / g_s, jumped)
+
+
+@dataclass(frozen=True)
+class MixtureData:
+    """x0 ~ sum_k weights_k N(means_k, sds_k^2 I): weights (K,), means (K, d), sds (K,)."""
+
+    weights: Tensor
+    means: Tensor
+    sds: Tensor
+
+    def sample(self, u: Tensor, eps: Tensor) -> Tensor:
+        """x0 (B, d) from u (B,) uniform on (0, 1) and eps (B, d) standard normal."""
+        chosen = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=len(self.weights) - 1)
+        return self.means[chosen] + self.sds[chosen, None] * eps
+
+    def denoise(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        """Posterior-weighted mean of the components' denoisers; x (B, d), t (B,)."""
+        p = path.values(t)
+        alpha, sigma = p.alpha[:, None], p.sigma[:, None]
+        variance = alpha**2 * self.sds**2 + sigma**2
+        offset = x[:, None, :] - alpha[:, :, None] * self.means
+        log_density = -0.5 * offset.square().sum(-1) / variance - 0.5 * x.shape[1] * torch.log(2 * math.pi * variance)
+        posterior = torch.softmax(torch.log(self.weights) + log_density, dim=1)
+        each = self.means + (alpha * self.sds**2 / variance)[:, :, None] * offset
+        return (posterior[:, :, None] * each).sum(1)
+
+    def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
+        """PF-ODE velocity; needs sigma(t) > 0."""
+        return path.velocity_from_denoised(x, self.denoise(path, x, t), t)
+
+    def jump(self, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int = 200) -> Tensor:
+        """X(x, t, s) by the classical Runge-Kutta method of order 4 on the path's unit clock.
+
+        Times per sample; needs sigma(s) > 0. The error falls as steps^-4.
+        """
+        unit_t, unit_s = _unit_time(path, t), _unit_time(path, s)
+        h = (unit_s - unit_t) / steps
+        for i in range(steps):
+            x = _rk4_step(lambda u, y: self._unit_velocity(path, y, u), x, unit_t + i * h, h)
+        return x
+
+    def _unit_velocity(self, path: Path, x: Tensor, u: Tensor) -> Tensor:
+        t, dt_du = jvp(path.time_from_unit, (u,), (torch.ones_like(u),))
+        return expand(dt_du, x) * self.velocity(path, x, t)
+
+
+def _unit_time(path: Path, t: Tensor) -> Tensor:
+    """The inverse of path.time_from_unit, by bisection: exact for any monotone clock."""
+    low, high = torch.zeros_like(t), torch.ones_like(t)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = path.time_from_unit(middle) < t
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def _rk4_step(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, h: Tensor) -> Tensor:
+    k1 = velocity(u, x)
+    k2 = velocity(u + h / 2, x + expand(h / 2, x) * k1)
+    k3 = velocity(u + h / 2, x + expand(h / 2, x) * k2)
+    k4 = velocity(u + h, x + expand(h, x) * k3)
+    return x + expand(h / 6, x) * (k1 + 2 * k2 + 2 * k3 + k4)

@@ -1,0 +1,49 @@
+"""Preconditioning as a value: the jump X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s) (math.md §2).
+
+f(t, t) = 1 and g(t, t) = 0 hold for every preconditioning, so any network satisfies the boundary condition. What
+the network means on the diagonal follows from (f, g): v(x, t) = f_s x + g_s N(x, t, t), with f_s, g_s the derivatives
+in s at s = t.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.forward_mode import jvp
+
+
+class JumpDerivatives(NamedTuple):
+    """f, g and their derivatives in the starting time t, broadcast over (t, s)."""
+
+    f: Tensor
+    g: Tensor
+    f_t: Tensor
+    g_t: Tensor
+
+
+class Preconditioning(ABC):
+    """Jump coefficients; subclasses are final frozen dataclasses.
+
+    target_in_network: whether the Eulerian residual may be added to the network's output (g_t < 0 on the whole
+    range), or a step is taken in the map (math.md §5.1).
+    """
+
+    target_in_network: ClassVar[bool] = False
+
+    @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, g) for jumps t -> s, broadcasting, differentiable, in the dtype of the times."""
+
+    @abstractmethod
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(f_s, g_s) at s = t, so that v = f_s x + g_s N(x, t, t)."""
+
+    def derivatives(self, t: Tensor, s: Tensor) -> JumpDerivatives:
+        """(f, g, f_t, g_t) at (t, s)."""
+        t, s = (time.contiguous() for time in torch.broadcast_tensors(t, s))
+        (f, g), (f_t, g_t) = jvp(lambda time: self.coefficients(time, s), (t,), (torch.ones_like(t),))
+        return JumpDerivatives(f, g, f_t, g_t)

@@ -1,0 +1,88 @@
+"""Random numbers that are a function of (seed, step, index, stream) and nothing else.
+
+Every sample of the global batch draws from its own counter, so how a batch is split over processes, accumulation
+steps or sampling batches never changes a number, and a resumed run draws what an unbroken one would have drawn.
+The generator is a keyed 64-bit counter hash (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that torch stores."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical (not arithmetic) right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def _advance(key: Tensor, counter: Tensor | int) -> Tensor:
+    """The key's child number `counter`."""
+    if isinstance(counter, int):
+        return _mix(key + _signed((counter + 1) * _GOLDEN))
+    return _mix(key + (counter + 1) * _signed(_GOLDEN))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for the samples `indices` (n,) int64 of step `step` under `seed`.
+
+    Each use names its own `stream` (a small integer), so that adding one use does not shift another.
+    """
+
+    seed: int
+    step: int
+    indices: Tensor
+
+    def _bits(self, stream: int, count: int) -> Tensor:
+        key = torch.zeros((), dtype=torch.int64, device=self.indices.device)
+        for part in (self.seed, self.step, stream):
+            key = _advance(key, _signed(part))
+        element = torch.arange(count, device=self.indices.device)
+        return _advance(_advance(key, self.indices)[:, None], element[None, :])
+
+    def uniform(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Tensor:
+        """Uniform on the open interval (0, 1), shape (n, *shape)."""
+        bits = _shift_right(self._bits(stream, math.prod(shape)), 11)
+        below_one = 1 - torch.finfo(dtype).eps / 2  # the largest patterns would round to 1
+        values = ((bits.to(torch.float64) + 0.5) * 2.0**-53).to(dtype).clamp(max=below_one)
+        return values.reshape(len(self.indices), *shape)
+
+    def normal(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal, shape (n, *shape), by the Box-Muller transform."""
+        count = math.prod(shape)
+        half = (count + 1) // 2
+        u = self.uniform(stream, (2 * half,))
+        radius = (-2.0 * u[:, :half].log()).sqrt().to(dtype)
+        angle = (2.0 * math.pi * u[:, half:]).to(dtype)
+        pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return pair[:, :count].reshape(len(self.indices), *shape)
+
+    def integers(self, stream: int, high: int) -> Tensor:
+        """Uniform integers in [0, high), shape (n,)."""
+        return (self.uniform(stream) * high).long().clamp_(max=high - 1)
+
+
+def permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of one epoch over `count` items: a function of (seed, epoch)."""
+    draws = Draws(seed, epoch, torch.arange(count))
+    return torch.argsort(draws.uniform(0), stable=True)

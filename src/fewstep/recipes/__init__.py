@@ -1,0 +1,34 @@
+"""Recipes: one small function per run, returning its typed configuration.
+
+A recipe's docstring states what it trains, the figure to expect and the cost; `fewstep recipes` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fewstep.config import RunConfig
+from fewstep.errors import ConfigError
+from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
+from fewstep.recipes.fashion_mnist import fashion_mnist_dit, fashion_mnist_unet
+from fewstep.recipes.imagenet import imagenet256_dit_b4, imagenet256_dit_xl1
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "digits-flow-matching": digits_flow_matching,
+    "digits-unet": digits_unet,
+    "fashion-mnist-unet": fashion_mnist_unet,
+    "fashion-mnist-dit": fashion_mnist_dit,
+    "imagenet256-dit-b4": imagenet256_dit_b4,
+    "imagenet256-dit-xl1": imagenet256_dit_xl1,
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The configuration of that name; raises ConfigError listing the names there are."""
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+__all__ = ["RECIPES", "recipe"]

@@ -1,0 +1,41 @@
+"""Fashion-MNIST: 70,000 pictures of clothes, 28x28, from the IDX files that Debian packages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.data import DataConfig
+from fewstep.guidance import FixedGuidance
+from fewstep.networks import DiTConfig, UNetConfig
+from fewstep.objectives import ISD
+
+
+def fashion_mnist_unet() -> RunConfig:
+    """iSD-T on Fashion-MNIST with a U-Net of 1.2 million parameters on 2x2 pixel blocks.
+
+    About an hour on two cores.
+    """
+    return RunConfig(
+        recipe="fashion-mnist-unet",
+        data=DataConfig(source="idx"),
+        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
+        network=UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2),
+        objective=ISD(diagonal=0.75, guidance=FixedGuidance(omega=1.3)),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_images=12_800, decay="cosine"),
+        training=TrainingConfig(
+            images=384_000,
+            batch_size=128,
+            ema_power=(0.1,),
+            log_images=6_400,
+            checkpoint_images=32_000,
+            sample_images=64_000,
+        ),
+        evaluation=EvaluationConfig(samples=10_000, steps=(1, 2, 4), reference_steps=32),
+    )
+
+
+def fashion_mnist_dit() -> RunConfig:
+    """iSD-T on Fashion-MNIST with a diffusion transformer of 6 layers on 4x4 patches."""
+    base = fashion_mnist_unet()
+    return replace(base, recipe="fashion-mnist-dit", network=DiTConfig(width=192, depth=6, heads=6, patch=4))

@@ -1,0 +1,19 @@
+"""Reporting: samples as pictures, figures of a run, and the page that holds them."""
+
+from fewstep.reporting.figures import loss_curves, quality_curves
+from fewstep.reporting.images import image_grid, save_each, save_grid, save_npz, to_uint8
+from fewstep.reporting.page import Grid, RunReport, render, write_report
+
+__all__ = [
+    "Grid",
+    "RunReport",
+    "image_grid",
+    "loss_curves",
+    "quality_curves",
+    "render",
+    "save_each",
+    "save_grid",
+    "save_npz",
+    "to_uint8",
+    "write_report",
+]

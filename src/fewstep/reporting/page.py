@@ -1,0 +1,312 @@
+"""One run as one HTML file: samples, figures, measurements, cost and settings, with nothing to load from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from fewstep._version import __version__
+from fewstep.files import write_atomically
+from fewstep.reporting.figures import loss_curves, quality_curves
+from fewstep.reporting.images import Range, image_grid, picture, png_bytes, to_uint8, visible_scale
+from fewstep.reporting.numbers import NOTHING, count, finite, number, with_error
+
+Row = Mapping[str, object]
+Pairs = tuple[tuple[str, str], ...]
+
+_PHONE = "(max-width: 620px)"
+_NIGHT = "(prefers-color-scheme: dark)"
+_SAFE_SCHEMES = frozenset({"", "http", "https", "mailto"})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Samples shown together: images (n, C, H, W), uint8 or values in the report's data range, `columns` to a row."""
+
+    title: str
+    note: str
+    images: Tensor
+    columns: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the page of one run shows; whatever is empty is left out.
+
+    summary: plain text, paragraphs apart by an empty line. facts: headline figures, (label, value). grids: samples from
+    the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Measurement.row()`,
+    nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
+    data_range: the values that black and white stand for; None for each grid's own minimum and maximum.
+    """
+
+    title: str
+    summary: str
+    facts: Pairs = ()
+    grids: tuple[Grid, ...] = ()
+    logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    cost: Pairs = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    links: Pairs = ()
+    data_range: Range | None = None
+
+
+def write_report(report: RunReport, file: Path) -> Path:
+    """Render the report into one file; raises CheckpointError when it cannot be written."""
+    write_atomically(file, render(report))
+    return file
+
+
+def render(report: RunReport) -> str:
+    """The page as HTML: no scripts, no addresses to load from, all text escaped."""
+    style = resources.files("fewstep.reporting").joinpath("page.css").read_text(encoding="utf-8")
+    sections = (_header, _samples, _quality, _training, _cost, _settings)
+    body = "\n".join(part for section in sections if (part := section(report)))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(report.title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+<footer class="note">Written by fewstep {__version__}. This page stands alone: it loads nothing from elsewhere.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _header(report: RunReport) -> str:
+    paragraphs = "".join(f"<p>{escape(part.strip())}</p>\n" for part in report.summary.split("\n\n") if part.strip())
+    links = "\n".join(_link(text, address) for text, address in report.links)
+    facts = "\n".join(
+        f'<div class="card"><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>' for label, value in report.facts
+    )
+    return (
+        f"<header>\n<h1>{escape(report.title)}</h1>\n{paragraphs}"
+        + (f"<nav>\n{links}\n</nav>\n" if links else "")
+        + (f'<dl class="facts">\n{facts}\n</dl>\n' if facts else "")
+        + "</header>"
+    )
+
+
+def _link(text: str, address: str) -> str:
+    """A link, or the bare text when the address would run something."""
+    if urlsplit(address.strip()).scheme.lower() not in _SAFE_SCHEMES:
+        return f"<span>{escape(text)}</span>"
+    return f'<a href="{escape(address.strip())}">{escape(text)}</a>'
+
+
+def _samples(report: RunReport) -> str:
+    if not report.grids:
+        return ""
+    widest = max(grid.columns for grid in report.grids)
+    beside = 2 if widest > 12 else next((n for n in (4, 3, 2) if len(report.grids) % n == 0), 3)
+    figures = "\n".join(_grid(grid, report.data_range) for grid in report.grids)
+    return (
+        f'<section>\n<h2>Samples</h2>\n<div class="grids{" wide" if widest > 8 else ""}" '
+        f'style="--columns: {min(beside, len(report.grids))}">\n{figures}\n</div>\n</section>'
+    )
+
+
+def _grid(grid: Grid, data_range: Range | None) -> str:
+    pixels = to_uint8(grid.images, data_range)
+    scale = visible_scale(pixels)
+    padding = max(2, scale)
+    colours = image_grid(pixels, grid.columns, padding, scale)
+    opacity = image_grid(torch.full_like(pixels, 255), grid.columns, padding, scale, background=0)[..., :1]
+    channels = pixels.shape[1]
+    shown = [grid.note, "" if channels in (1, 3) else f"first {1 if channels == 2 else 3} of {channels} channels"]
+    note = "; ".join(text for text in shown if text)
+    alt = f"{grid.title}: {len(pixels)} samples" + (f" ({note})" if note else "")
+    image = _embed(png_bytes(picture(torch.cat([colours, opacity], -1))))
+    caption = f"<strong>{escape(grid.title)}</strong>" + (f"<span>{escape(note)}</span>" if note else "")
+    return f'<figure><figcaption>{caption}</figcaption><img src="{image}" alt="{escape(alt)}"></figure>'
+
+
+def _quality(report: RunReport) -> str:
+    """Figure and table of each extractor apart: distances between different features do not compare."""
+    if not report.rows:
+        return ""
+    extractors = dict.fromkeys(str(row["extractor"]) for row in report.rows)
+    parts = [_of_extractor(name, [row for row in report.rows if str(row["extractor"]) == name]) for name in extractors]
+    return "<section>\n<h2>Quality against network calls</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _of_extractor(extractor: str, rows: Sequence[Row]) -> str:
+    sampled = [row for row in rows if finite(row, "nfe") != 0]
+    plot = ""
+    if any(finite(row, key) is not None for row in rows for key in ("frechet", "accuracy", "precision", "recall")):
+        methods = ", ".join(dict.fromkeys(str(row["method"]) for row in sampled))
+        alt = f"Fréchet distance with features {extractor} against network calls: {methods}"
+        plot = _plot(
+            lambda columns, dark: quality_curves(rows, columns=columns, dark=dark), 3, alt, _provenance(extractor, rows)
+        )
+    return plot + _table(rows)
+
+
+def _provenance(extractor: str, rows: Sequence[Row]) -> str:
+    """What the figures were measured with, and whether they may be called FID."""
+    counts = sorted({int(n) for row in rows if finite(row, "nfe") != 0 and (n := finite(row, "samples")) is not None})
+    samples = " or ".join(f"{n:,}" for n in counts)
+    references = " or ".join(dict.fromkeys(escape(str(row["reference"])) for row in rows))
+    if extractor.startswith("inception"):
+        meaning = "These are Inception features: the distance is an FID for this number of samples and this reference."
+    else:
+        meaning = "This is not FID, which uses an Inception network: compare it only with figures of the same features."
+    return (
+        f"Features: <code>{escape(extractor)}</code>. "
+        + (f"Samples: {samples} for each point. " if samples else "")
+        + f"Reference: {references}. Lower Fréchet and kernel distances are better; "
+        + f"so are higher precision, recall and accuracy. {meaning}"
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = _columns(rows)
+    best = _best_at_equal_calls(rows)
+    ordered = sorted(rows, key=lambda row: finite(row, "nfe") == 0)
+    groups = [list(group) for _, group in groupby(ordered, key=lambda row: (row["method"], finite(row, "nfe") == 0))]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("Method", *columns))
+    bodies = "\n".join(_table_group(group, columns, best) for group in groups)
+    note = '<p class="note">Heavier type: the lowest Fréchet distance where methods share a number of calls.</p>\n'
+    return (
+        f'<div class="scroll card"><table class="figures">\n<thead><tr>{head}</tr></thead>\n{bodies}\n</table></div>\n'
+        + (note if best else "")
+    )
+
+
+def _table_group(group: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], best: frozenset[int]) -> str:
+    """Consecutive rows of one method under one row heading."""
+    lines = []
+    for i, row in enumerate(group):
+        name = f'<th scope="rowgroup" rowspan="{len(group)}">{escape(str(row["method"]))}</th>' if i == 0 else ""
+        cells = [
+            f'<td class="best">{escape(show(row))}</td>'
+            if title == "Fréchet" and id(row) in best
+            else f"<td>{escape(show(row))}</td>"
+            for title, show in columns.items()
+        ]
+        lines.append(f"<tr>{name}{''.join(cells)}</tr>")
+    kind = ' class="real"' if finite(group[0], "nfe") == 0 else ""
+    return f"<tbody{kind}>" + "\n".join(lines) + "</tbody>"
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Headings and how to show a row under each; what no row has, or all have alike, is left to the caption."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "NFE": lambda row: count(finite(row, "nfe") or None),
+        "Fréchet": lambda row: number(finite(row, "frechet")),
+        "Kernel distance": lambda row: with_error(finite(row, "kernel"), finite(row, "kernel_error")),
+        "Precision": lambda row: number(finite(row, "precision")),
+        "Recall": lambda row: number(finite(row, "recall")),
+    }
+    if any(finite(row, "accuracy") is not None for row in rows):
+        columns["Accuracy"] = lambda row: _percent(finite(row, "accuracy"))
+    if any(finite(row, "latency_ms") is not None for row in rows):
+        columns["Latency (ms)"] = lambda row: number(finite(row, "latency_ms"))
+    if len({row["samples"] for row in rows}) > 1:
+        columns["Samples"] = lambda row: count(finite(row, "samples"))
+    if len({row["reference"] for row in rows}) > 1:
+        columns["Reference"] = lambda row: str(row["reference"])
+    return columns
+
+
+def _best_at_equal_calls(rows: Sequence[Row]) -> frozenset[int]:
+    """Identities of the rows with the lowest Fréchet distance among several methods with the same, positive NFE."""
+    best = set()
+    for nfe in {finite(row, "nfe") for row in rows} - {0.0, None}:
+        rivals = [
+            (f, id(row)) for row in rows if finite(row, "nfe") == nfe and (f := finite(row, "frechet")) is not None
+        ]
+        if len(rivals) > 1:
+            best.add(min(rivals)[1])
+    return frozenset(best)
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.1%}"
+
+
+def _training(report: RunReport) -> str:
+    logs = {name: log for name, log in report.logs.items() if any(finite(record, "loss") is not None for record in log)}
+    if not logs:
+        return ""
+    alt = f"Loss, gradient norm and learning rate against images seen: {', '.join(logs)}"
+    caption = "Means since the previous line of the log, against the number of images seen."
+    plot = _plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt, caption)
+    return f"<section>\n<h2>Training</h2>\n{plot}</section>"
+
+
+def _plot(draw: Callable[[int, bool], bytes], columns: int, alt: str, caption: str) -> str:
+    """A figure in four versions, for wide and narrow screens, light and dark; `caption` is HTML already."""
+    sources = (
+        f'<source media="{_PHONE} and {_NIGHT}" srcset="{_embed(draw(1, True))}">\n'
+        f'<source media="{_PHONE}" srcset="{_embed(draw(1, False))}">\n'
+        f'<source media="{_NIGHT}" srcset="{_embed(draw(columns, True))}">\n'
+    )
+    image = f'<img src="{_embed(draw(columns, False))}" alt="{escape(alt)}">'
+    return (
+        f'<figure class="plot card">\n<picture>\n{sources}{image}\n</picture>\n'
+        f'<figcaption class="note">{caption}</figcaption>\n</figure>\n'
+    )
+
+
+def _cost(report: RunReport) -> str:
+    if not report.cost:
+        return ""
+    lines = "\n".join(_pair(label, value) for label, value in report.cost)
+    return (
+        '<section>\n<h2>Cost</h2>\n<div class="card"><table class="pairs"><tbody>\n'
+        f"{lines}\n</tbody></table></div>\n</section>"
+    )
+
+
+def _settings(report: RunReport) -> str:
+    lines = list(_dotted(report.settings))
+    if not lines:
+        return ""
+    groups = groupby(lines, key=lambda line: tuple(line[0].split(".")[:2]))
+    bodies = "\n".join(
+        "<tbody>" + "\n".join(_pair(key, value) for key, value in group) + "</tbody>" for _, group in groups
+    )
+    return (
+        f'<section>\n<details class="card"><summary>Settings <span class="note">{len(lines)} values</span></summary>\n'
+        f'<table class="pairs settings">\n{bodies}\n</table>\n</details>\n</section>'
+    )
+
+
+def _dotted(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of a nested configuration as (dotted key, JSON value); the `type` of a part stands under its own key."""
+    if not isinstance(value, dict):
+        yield key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+        return
+    for name, item in value.items():
+        path = key if name == "type" and key else f"{key}.{name}" if key else str(name)
+        yield from _dotted(item, path)
+
+
+def _pair(label: str, value: str) -> str:
+    return f'<tr><th scope="row">{escape(label)}</th><td>{escape(value)}</td></tr>'
+
+
+def _embed(png: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"

@@ -1,0 +1,255 @@
+"""What can be done with a run folder: watch it, measure it, report it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.config import RunConfig
+from fewstep.data import Dataset
+from fewstep.evaluation import (
+    Extractor,
+    InceptionExtractor,
+    Measurement,
+    ReferenceFeatures,
+    default_extractor,
+    measure,
+    reference_features,
+)
+from fewstep.files import write_atomically
+from fewstep.flowmap import FlowMap
+from fewstep.objectives import DiagonalMatching
+from fewstep.reporting import Grid, RunReport, save_grid, write_report
+from fewstep.sampling import SamplerName, SamplingSettings, generate
+from fewstep.training.checkpoint import RunFolder
+from fewstep.training.loop import Watcher
+
+Row = dict[str, Any]
+FIGURES_FILE = "figures.json"
+REPORT_FILE = "report.html"
+
+
+def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
+    """Draws a grid of the averaged model at the first two step counts of the recipe: samples/step-N.png."""
+
+    def watch(flow_map: FlowMap, step: int) -> None:
+        rows = [
+            generate(flow_map, count, settings).samples
+            for settings in sampler_settings(config, config.evaluation.steps[:2])
+        ]
+        config_range = None if flow_map.config is None else flow_map.config.data_range
+        save_grid(torch.cat(rows), run.samples / f"step-{step:08d}.png", columns=20, data_range=config_range)
+
+    return watch
+
+
+def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:
+    """The run's own sampler at these step counts: the map, or Euler's method for a model of the diagonal alone."""
+    evaluation = config.evaluation
+    sampler: SamplerName = "euler" if isinstance(config.objective, DiagonalMatching) else "map"
+    base = SamplingSettings(sampler=sampler, omega=evaluation.omega, seed=evaluation.seed)
+    return [replace(base, steps=count) for count in steps]
+
+
+def method_name(config: RunConfig) -> str:
+    """The objective as figures name it."""
+    if isinstance(config.objective, DiagonalMatching):
+        return "flow matching" if config.objective.measure == "velocity" else "denoising"
+    return "iSD-T" if config.objective.guidance.active else "iSD"
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What samples are measured with: the extractor and the held-out part's features."""
+
+    extractor: Extractor
+    reference: ReferenceFeatures
+
+
+def yardstick(dataset: Dataset, cache: Path | None, inception: Path | None = None) -> Yardstick:
+    """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given."""
+    extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
+    return Yardstick(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
+
+
+def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
+    """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
+    count = min(samples, len(dataset.train))
+    images, labels = dataset.train.fetch(torch.arange(count))
+    found = measure(
+        images, labels, stick.reference, stick.extractor, method="real data (training part)", nfe=0, seed=0, seconds=0.0
+    )
+    return _row(found, 0.0)
+
+
+def measure_run(run: RunFolder, stick: Yardstick, samples: int = 0) -> list[Row]:
+    """One row for every step count of the recipe, and for the ODE reference of a map; 0 samples: the recipe's."""
+    config, flow_map = run.config(), run.flow_map()
+    samples = samples or config.evaluation.samples
+    seconds = training_seconds(run)
+    name, evaluation = method_name(config), config.evaluation
+    plans = [(name, settings) for settings in sampler_settings(config, evaluation.steps)]
+    if not isinstance(config.objective, DiagonalMatching):
+        plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    return [_row(measure_settings(flow_map, settings, label, samples, stick), seconds) for label, settings in plans]
+
+
+def reference_settings(config: RunConfig) -> SamplingSettings:
+    """Heun's method at about `reference_steps` evaluations."""
+    evaluation = config.evaluation
+    steps = max(1, (evaluation.reference_steps + 1) // 2)
+    return SamplingSettings(sampler="heun", steps=steps, omega=evaluation.omega, seed=evaluation.seed)
+
+
+def measure_settings(
+    flow_map: FlowMap, settings: SamplingSettings, method: str, count: int, stick: Yardstick
+) -> Measurement:
+    """Draw `count` samples and measure them."""
+    drawn = generate(flow_map, count, settings)
+    images = drawn.samples
+    if flow_map.config is not None and flow_map.config.data_range is not None:
+        images = images.clamp(*flow_map.config.data_range)
+    return measure(
+        images,
+        drawn.labels,
+        stick.reference,
+        stick.extractor,
+        method=method,
+        nfe=round(drawn.nfe),
+        seed=settings.seed,
+        seconds=drawn.seconds,
+        latency_ms=latency(flow_map, settings),
+    )
+
+
+def latency(flow_map: FlowMap, settings: SamplingSettings, repeats: int = 5) -> float:
+    """Median milliseconds to draw one sample alone, after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        generate(flow_map, 1, settings)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def training_seconds(run: RunFolder) -> float:
+    """Seconds of training behind the newest checkpoint."""
+    state = json.loads((run.last_checkpoint() / "state.json").read_text())
+    return float(state["seconds"])
+
+
+def _row(found: Measurement, seconds: float) -> Row:
+    row = found.row()
+    row["sampling_seconds"] = row["seconds"]
+    row["seconds"] = seconds
+    return row
+
+
+def write_figures(rows: list[Row], folder: Path) -> Path:
+    """Store rows as figures.json."""
+    file = folder / FIGURES_FILE
+    write_atomically(file, json.dumps(rows, indent=2) + "\n")
+    return file
+
+
+def read_figures(folder: Path) -> list[Row]:
+    """Rows stored earlier, or none."""
+    file = folder / FIGURES_FILE
+    rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as aligned text."""
+    heads = f"{'Frechet':>9} {'accuracy':>9} {'precision':>10} {'recall':>7} {'ms/sample':>10}"
+    lines = [f"{'method':32} {'NFE':>4} {heads}"]
+    for row in rows:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        latency_ms = "" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}"
+        lines.append(
+            f"{row['method'][:32]:32} {row['nfe']:>4} {row['frechet']:>9.2f} {accuracy:>9} "
+            f"{row['precision']:>10.2f} {row['recall']:>7.2f} {latency_ms:>10}"
+        )
+    if rows:
+        first = rows[0]
+        lines.append(f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID.")
+    return "\n".join(lines)
+
+
+def grids(run: RunFolder, count: int = 40) -> tuple[Grid, ...]:
+    """Grids at the recipe's first three step counts and by the reference, from the same noise."""
+    config, flow_map = run.config(), run.flow_map()
+    name = method_name(config)
+    plans = [(f"{name}", settings) for settings in sampler_settings(config, config.evaluation.steps[:3])]
+    plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    drawn = [(label, generate(flow_map, count, settings)) for label, settings in plans]
+    return tuple(
+        Grid(
+            f"{label}, {_calls(round(found.nfe))}",
+            "Same noise and classes in every grid.",
+            found.samples,
+            10,
+        )
+        for label, found in drawn
+    )
+
+
+def report(run: RunFolder, others: tuple[RunFolder, ...] = (), title: str = "") -> Path:
+    """Write report.html: samples, curves, quality against NFE, cost, settings; `others` appear beside the run."""
+    config, record = run.config(), run.record()
+    flow_map = run.flow_map()
+    rows = read_figures(run.root)
+    logs = {method_name(r.config()): r.read_log() for r in (run, *others)}
+    found = RunReport(
+        title=title or f"fewstep: {config.recipe}",
+        summary=_summary(config, record["data"]),
+        facts=_facts(rows, method_name(config)),
+        grids=tuple(grid for r in (run, *others) for grid in grids(r)),
+        logs=logs,
+        rows=rows,
+        cost=_cost(run, others),
+        settings=record,
+        data_range=None if flow_map.config is None else flow_map.config.data_range,
+    )
+    return write_report(found, run.root / REPORT_FILE)
+
+
+def _summary(config: RunConfig, data: Any) -> str:
+    return (
+        f"{method_name(config)} trained from scratch on {data['train']} samples of {data['name']} "
+        f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
+        f"{config.model.preconditioning} preconditioning."
+    )
+
+
+def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
+    own = [row for row in rows if row["method"] == method][:3]
+    real = [row for row in rows if row["nfe"] == 0]
+    cards = [(f"Frechet distance, {_calls(row['nfe'])}", f"{row['frechet']:.2f}") for row in own]
+    return tuple(cards + [("real training data", f"{row['frechet']:.2f}") for row in real])
+
+
+def _calls(nfe: int) -> str:
+    return "1 network call" if nfe == 1 else f"{nfe} network calls"
+
+
+def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
+    lines = []
+    for each in (run, *others):
+        config, flow_map = each.config(), each.flow_map()
+        state = json.loads((each.last_checkpoint() / "state.json").read_text())
+        parameters = sum(p.numel() for p in flow_map.parameters())
+        lines.append(
+            (
+                method_name(config),
+                f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
+                f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters",
+            )
+        )
+    return tuple(lines)

@@ -1,0 +1,219 @@
+"""Samplers: one function each, one signature (math.md §6).
+
+A sampler takes noise x (B, ...) at times[0], strictly falling times, conditions and the random numbers of these
+samples, and returns samples at times[-1]. Network evaluations (NFE) are counted, not assumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.conditions import Condition
+from fewstep.errors import ShapeError
+from fewstep.flowmap import FlowMap, at
+from fewstep.guidance import ClassifierFreeGuidance, sampling_condition
+from fewstep.paths import Path
+from fewstep.randomness import Draws
+from fewstep.times import check_grid, uniform_grid
+
+STREAM_PRIOR, STREAM_RENOISE = 20, 1000
+SamplerName = Literal["map", "gamma", "euler", "heun"]
+
+
+class Model(Protocol):
+    """What a sampler needs: a flow map, or one wrapped in guidance."""
+
+    path: Path
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+Sampler = Callable[[Model, Tensor, Tensor, Condition, Draws], Tensor]
+
+
+def map_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """x <- X(x, t_i, t_{i+1}): one evaluation a step."""
+    for t, s in _steps(times):
+        x = model.jump(x, at(t, x), at(s, x), cond)
+    return x
+
+
+def gamma_sampler(gamma: float) -> Sampler:
+    """CTM's gamma-sampling (2310.02279): jump past s, then add noise back up to s.
+
+    gamma = 0 is `map_sampler`; gamma = 1 jumps to data and re-noises, the multistep sampler of consistency models
+    (2303.01469). On the path: with x = alpha(y) at noise level tau, jump to tau' = sqrt(1 - gamma^2) tau_s, rescale
+    by alpha_s/alpha', add alpha_s gamma tau_s of noise.
+    """
+    if not 0 <= gamma <= 1:
+        raise ShapeError(f"gamma is {gamma}; it must lie in [0, 1]")
+
+    def sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+        path = model.path
+        for i, (t, s) in enumerate(_steps(times)):
+            if s == float(times[-1]) or gamma == 0:
+                x = model.jump(x, at(t, x), at(s, x), cond)
+                continue
+            tau_s = path.tau(torch.tensor(s, dtype=torch.float64))
+            lower = path.time_from_tau(tau_s * (1 - gamma * gamma) ** 0.5).clamp(min=path.t_min)
+            x = model.jump(x, at(t, x), at(float(lower), x), cond)
+            low, high = path.values(lower), path.values(torch.tensor(s, dtype=torch.float64))
+            added = (high.sigma**2 - (high.alpha / low.alpha * low.sigma) ** 2).clamp(min=0).sqrt()
+            noise = draws.normal(STREAM_RENOISE + i, tuple(x.shape[1:]), x.dtype)
+            x = float(high.alpha / low.alpha) * x + float(added) * noise
+        return x
+
+    return sampler
+
+
+def euler_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """Euler's method on the PF-ODE in the path's clock: one evaluation a step, order 1."""
+    for t, s in _steps(times):
+        x = x + (s - t) * model.velocity(x, at(t, x), cond)
+    return x
+
+
+def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """Heun's method (EDM, 2206.00364): two evaluations a step, order 2; the last is Euler's, as sigma may be 0."""
+    for t, s in _steps(times):
+        slope = model.velocity(x, at(t, x), cond)
+        guess = x + (s - t) * slope
+        if s == float(times[-1]):
+            return guess
+        x = x + (s - t) * 0.5 * (slope + model.velocity(guess, at(s, x), cond))
+    return x
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample. times overrides steps. omega: guidance strength, on the unit times of interval.
+
+    A network trained with drawn guidance takes omega as an input; otherwise omega != 1 doubles the evaluations.
+    """
+
+    sampler: SamplerName = "map"
+    steps: int = 2
+    times: tuple[float, ...] = ()
+    gamma: float = 0.0
+    omega: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    batch_size: int = 512
+
+    def grid(self, path: Path) -> Tensor:
+        """The times to walk; raises ShapeError for fewer than one step or times that do not fall."""
+        if self.times:
+            times = check_grid(path, torch.tensor(self.times, dtype=torch.float64))
+            if abs(float(times[0]) - path.t_max) > 1e-6 * path.t_max:
+                raise ShapeError(
+                    f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
+                )
+            return times
+        return uniform_grid(path, self.steps)
+
+    def function(self) -> Sampler:
+        """The sampler itself."""
+        if self.sampler == "gamma":
+            return gamma_sampler(self.gamma)
+        return {"map": map_sampler, "euler": euler_sampler, "heun": heun_sampler}[self.sampler]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples (n, ...) on the CPU, their labels, network evaluations per sample, and seconds of sampling."""
+
+    samples: Tensor
+    labels: Tensor | None
+    nfe: float
+    seconds: float
+
+
+def default_labels(indices: Tensor, num_classes: int) -> Tensor | None:
+    """Sample k gets class k mod num_classes."""
+    return indices % num_classes if num_classes else None
+
+
+def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
+    """x at t_max: sample k of a seed is the same whatever the batch; (n, *shape) float32."""
+    return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
+
+
+@torch.inference_mode()
+def generate(
+    flow_map: FlowMap, count: int, settings: SamplingSettings, labels: Tensor | None = None, first: int = 0
+) -> Generated:
+    """Draw samples first .. first + count - 1 of the seed in batches, on the flow map's device.
+
+    labels: (count,) int64, default k mod num_classes. Raises ShapeError for labels out of range, a count or batch size
+    below 1, or settings that do not fit.
+    """
+    if count < 1 or settings.batch_size < 1:
+        raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
+    labels = _check_labels(labels, count, first, flow_map.num_classes)
+    times, sampler = settings.grid(flow_map.path), settings.function()
+    model = _guided(flow_map, settings)
+    device = next(flow_map.parameters()).device
+    batches = []
+    with counting(flow_map.network) as counter:
+        start = time.perf_counter()
+        for low in range(0, count, settings.batch_size):
+            part = slice(low, min(low + settings.batch_size, count))
+            draws = Draws(settings.seed, 0, torch.arange(first + part.start, first + part.stop, device=device))
+            own = None if labels is None else labels[part].to(device)
+            cond = sampling_condition(own, flow_map.guided, settings.omega, settings.interval)
+            batches.append(sampler(model, prior_noise(flow_map, draws), times, cond, draws).cpu())
+        seconds = time.perf_counter() - start
+    return Generated(torch.cat(batches), labels, counter.rows / count, seconds)
+
+
+def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
+    if settings.omega == 1.0 or flow_map.guided:
+        return flow_map
+    return ClassifierFreeGuidance(flow_map, settings.omega, settings.interval)
+
+
+def _check_labels(labels: Tensor | None, count: int, first: int, num_classes: int) -> Tensor | None:
+    if labels is None:
+        return default_labels(torch.arange(first, first + count), num_classes)
+    if num_classes == 0:
+        raise ShapeError("class labels given, but this model was trained without classes: leave them out")
+    if labels.shape != (count,):
+        raise ShapeError(f"{tuple(labels.shape)} labels for {count} samples: give one per sample")
+    wrong = labels[(labels < -1) | (labels >= num_classes)]
+    if len(wrong):
+        raise ShapeError(f"class {int(wrong[0])} is out of range: this model knows classes 0 to {num_classes - 1}")
+    return labels
+
+
+def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
+    return itertools.pairwise(times.tolist())
+
+
+@dataclass
+class _Counter:
+    rows: int = 0
+
+
+@contextmanager
+def counting(network: nn.Module) -> Iterator[_Counter]:
+    """Count the rows that pass through the network: evaluations times samples."""
+    counter = _Counter()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counter.rows += len(inputs[0])
+
+    handle = network.register_forward_pre_hook(count)
+    try:
+        yield counter
+    finally:
+        handle.remove()

@@ -1,0 +1,121 @@
+"""Frozen dataclasses to JSON and back, strictly: unknown keys, missing keys and wrong types are errors.
+
+A value whose annotation admits several dataclasses (a union, or an abstract base) is stored with a `type` key that
+names its class; on loading, only classes that the annotation admits are candidates. Nothing is imported by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar, Union
+
+from fewstep.errors import ConfigError
+
+T = TypeVar("T")
+JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
+
+
+def to_json(value: Any) -> JSON:
+    """A dataclass (or a tuple, number, string, None) as JSON values; a dataclass carries its class name as `type`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields: dict[str, JSON] = {"type": type(value).__name__}
+        return fields | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(f"a value of type {type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def from_json(cls: type[T], data: Any, where: str = "") -> T:
+    """Rebuild what `to_json` stored; raises ConfigError naming the key that does not fit."""
+    return typing.cast(T, _decode(cls, data, where or cls.__name__))
+
+
+def _decode(annotation: Any, data: Any, where: str) -> Any:
+    origin = typing.get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return _decode_union(typing.get_args(annotation), data, where)
+    if origin is Literal:
+        return _expect(data in typing.get_args(annotation), data, where, f"one of {typing.get_args(annotation)}")
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(annotation), data, where)
+    if annotation is float:
+        fits = isinstance(data, (int, float)) and not isinstance(data, bool)
+        return float(_expect(fits, data, where, "a number"))
+    if annotation in (int, str, bool):
+        fits = isinstance(data, annotation) and (annotation is bool or not isinstance(data, bool))
+        return _expect(fits, data, where, f"of type {annotation.__name__}")
+    if annotation is type(None):
+        return _expect(data is None, data, where, "null")
+    return _decode_dataclass(annotation, data, where)
+
+
+def _expect(fits: bool, data: Any, where: str, what: str) -> Any:
+    if not fits:
+        raise ConfigError(f"{where} must be {what}, got {data!r}")
+    return data
+
+
+def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) == 1:
+        return _decode(rest[0], data, where)
+    return _decode_one_of(rest, data, where)
+
+
+def _decode_tuple(items: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    _expect(isinstance(data, (list, tuple)), data, where, "a list")
+    if len(items) == 2 and items[1] is Ellipsis:
+        return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    _expect(len(items) == len(data), data, where, f"a list of {len(items)}")
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True)))
+
+
+def _concrete(cls: type) -> list[type]:
+    """The dataclasses that an annotation stands for: itself, or an abstract base's subclasses."""
+    subclasses: list[type] = cls.__subclasses__()
+    return [leaf for each in subclasses for leaf in _concrete(each)] or [cls]
+
+
+def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
+    return _decode_one_of([cls], data, where)
+
+
+def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), data, where, "an object")
+    classes = {leaf.__name__: leaf for cls in candidates for leaf in _concrete(cls)}
+    name = data.get("type", next(iter(classes)) if len(classes) == 1 else None)
+    if not isinstance(name, str) or name not in classes:
+        raise ConfigError(f"{where}: type must be one of {', '.join(sorted(classes))}, got {name!r}")
+    cls = classes[name]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields) - {"type"})
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(fields)}")
+    missing = sorted(set(fields) - set(data))
+    if missing:
+        raise ConfigError(f"{where}: missing key {', '.join(missing)}")
+    return cls(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in fields})
+
+
+def differences(old: JSON, new: JSON, where: str = "") -> list[str]:
+    """One line for every value that differs between two stored configurations: 'key: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(set(old) | set(new)):
+            name = f"{where}.{key}" if where else key
+            if key in old and key in new:
+                lines += differences(old[key], new[key], name)
+            else:
+                lines.append(
+                    f"{name}: {repr(old[key]) if key in old else 'absent'} -> "
+                    f"{repr(new[key]) if key in new else 'absent'}"
+                )
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]

@@ -1,0 +1,120 @@
+"""Distributions of training times, of (t, s) pairs, and the grids that samplers walk.
+
+A distribution is the inverse of its cumulative function, so that a uniform draw per sample (fewstep.randomness) gives
+the time. Draws are in float64 in the path's own clock.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import ConfigError, ShapeError
+from fewstep.paths import Path
+
+
+class TimeDistribution(ABC):
+    """Subclasses are final frozen dataclasses."""
+
+    @abstractmethod
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        """The time below which a share u in (0, 1) of the draws lies; u (B,) float64."""
+
+
+@final
+@dataclass(frozen=True)
+class UniformTimes(TimeDistribution):
+    """Uniform on the path's unit clock (on EDM: uniform in log t)."""
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(u)
+
+
+@final
+@dataclass(frozen=True)
+class BetaTimes(TimeDistribution):
+    """Beta(a, b) on the path's unit clock, where one of a, b is 1 (so that the quantile is closed form).
+
+    Beta(a, 1): u^(1/a); Beta(1, b): 1 - (1 - u)^(1/b). iSD draws t and s from Beta(0.8, 1) (2601.22679).
+    """
+
+    a: float = 0.8
+    b: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.a > 0 and self.b > 0 and 1.0 in (self.a, self.b)):
+            raise ConfigError(f"BetaTimes({self.a}, {self.b}): both must be positive and one of them 1")
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(u ** (1 / self.a) if self.b == 1.0 else 1 - (1 - u) ** (1 / self.b))
+
+
+@final
+@dataclass(frozen=True)
+class LogitNormalTimes(TimeDistribution):
+    """logit of the unit clock is N(mean, std^2) (2403.03206); MeanFlow uses mean -0.4, std 1."""
+
+    mean: float = -0.4
+    std: float = 1.0
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
+
+
+@final
+@dataclass(frozen=True)
+class LogNormalTimes(TimeDistribution):
+    """log tau is N(mean, std^2), held within the path's range (EDM, 2206.00364)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        tau = torch.exp(self.mean + self.std * torch.special.ndtri(u))
+        return path.time_from_tau(tau).clamp(path.t_min, path.t_max)
+
+
+def ordered_pair(distribution: TimeDistribution, path: Path, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """(t, s) with s <= t from two independent draws."""
+    first, second = distribution.quantile(path, u), distribution.quantile(path, w)
+    return torch.maximum(first, second), torch.minimum(first, second)
+
+
+def uniform_grid(path: Path, steps: int) -> Tensor:
+    """steps + 1 times from t_max down to t_min, evenly spaced on the unit clock; float64."""
+    _check_steps(steps)
+    grid = path.time_from_unit(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    grid[0], grid[-1] = path.t_max, path.t_min
+    return grid
+
+
+def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
+    """steps + 1 noise levels of EDM, tau^(1/rho) evenly spaced between 80 and 0.002, as times of the path.
+
+    The ends are the path's own t_max and t_min; float64.
+    """
+    _check_steps(steps)
+    high, low = 80.0 ** (1 / rho), 0.002 ** (1 / rho)
+    tau = (high + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (low - high)) ** rho
+    grid = path.time_from_tau(tau).clamp(path.t_min, path.t_max)
+    grid[0], grid[-1] = path.t_max, path.t_min
+    return grid
+
+
+def check_grid(path: Path, times: Tensor) -> Tensor:
+    """A user's own times: strictly falling, within the path's range; raises ShapeError otherwise."""
+    slack = 1e-9 * math.fabs(path.t_max)
+    falling = times.ndim == 1 and len(times) >= 2 and bool((times[1:] < times[:-1]).all())
+    if not falling or float(times[0]) > path.t_max + slack or float(times[-1]) < path.t_min - slack:
+        raise ShapeError(f"times {times.tolist()} must fall strictly within [{path.t_min}, {path.t_max}]")
+    return times
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ShapeError(f"{steps} steps asked for: a sampler needs at least 1")

@@ -1,0 +1,6 @@
+"""Training: the loop, averages, optimisers, checkpoints."""
+
+from fewstep.training.checkpoint import RunFolder, load
+from fewstep.training.loop import Machine, TrainingResult, build, train
+
+__all__ = ["Machine", "RunFolder", "TrainingResult", "build", "load", "train"]

@@ -1,0 +1,221 @@
+"""Run folders and checkpoints: safetensors and JSON, written aside and renamed: a reader never meets half a file.
+
+RUN/config.json          the run's configuration and what the data measured
+RUN/log.jsonl            one JSON object per line
+RUN/checkpoints/step-N/  config.json + model.safetensors (the first EMA: a saved FlowMap), weights.safetensors,
+                         optimizer.safetensors, ema-NAME.safetensors, state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.config import RunConfig
+from fewstep.errors import CheckpointError, FewstepError
+from fewstep.files import guarded, write_atomically
+from fewstep.flowmap import WEIGHTS_FILE, FlowMap, load_flow_map, read_weights, save_flow_map
+from fewstep.serialization import JSON, differences, from_json, to_json
+from fewstep.training.ema import EMA
+from fewstep.training.optimizers import Optimizers
+
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk."""
+
+    root: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    def open(self, config: RunConfig, data: dict[str, JSON]) -> None:
+        """Start the run, or check that it is the same one; raises CheckpointError showing every difference."""
+        record: dict[str, JSON] = {"run": to_json(config), "data": data}
+        if self.root.exists() and not self.root.is_dir():
+            raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
+        self.remove_leftovers()
+        if not self.config_file.exists():
+            if self.root.exists() and any(self.root.iterdir()):
+                raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
+            write_atomically(self.config_file, json.dumps(record, indent=2) + "\n")
+            return
+        lines = differences(self.record(), record)
+        if lines:
+            shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
+            raise CheckpointError(
+                f"{self.root} holds a run with other settings ({shown}): "
+                "restart with the settings it has, or give another folder with --out"
+            )
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed process was still writing."""
+        for pattern in (".config.json.*", ".log.jsonl.*", "samples/.step-*", "checkpoints/.step-*"):
+            for path in self.root.glob(pattern):
+                with guarded(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def record(self) -> dict[str, JSON]:
+        """The stored configuration and data; raises CheckpointError when this is no run."""
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{self.root} is not a run: it has no config.json")
+        try:
+            record = json.loads(self.config_file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{self.config_file} is damaged ({error})") from error
+        if not isinstance(record, dict) or set(record) != {"run", "data"}:
+            raise CheckpointError(f"{self.config_file} is not a run's configuration")
+        return record
+
+    def config(self) -> RunConfig:
+        """The run's configuration."""
+        return from_json(RunConfig, self.record()["run"], str(self.config_file))
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        found = [p for p in (self.root / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted((p for p in found if (p / STATE_FILE).is_file()), key=lambda p: int(p.name[5:]))
+
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint; raises CheckpointError when there is none."""
+        found = self.checkpoints()
+        if not found:
+            raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
+        return found[-1]
+
+    def flow_map(self) -> FlowMap:
+        """The newest checkpoint's first EMA, ready to sample."""
+        self.record()
+        return load_flow_map(self.last_checkpoint())
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The log's records; a torn last line is left out."""
+        records = []
+        for line in self.log_file.read_text().splitlines() if self.log_file.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def append_log(self, record: dict[str, Any]) -> None:
+        """Add one line."""
+        with guarded(self.log_file), self.log_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate_log(self, step: int) -> None:
+        """Drop lines after a checkpoint's step: they will be written again."""
+        kept = "".join(json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step)
+        if not self.log_file.exists() or self.log_file.read_text() != kept:
+            write_atomically(self.log_file, kept)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder aside and rename it into place; nothing is left behind when it fails."""
+    with guarded(folder):
+        aside = _aside(folder)
+        aside.mkdir(parents=True)
+        try:
+            fill(aside)
+            for file in aside.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(aside, folder)
+        except SafetensorError as error:  # its form of "disk full"
+            raise OSError(str(error)) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that, stopped half-way, it is no longer taken for a whole one."""
+    with guarded(folder):
+        aside = _aside(folder)
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+
+
+def save_checkpoint(
+    run: RunFolder, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], state: dict[str, JSON], keep: int
+) -> Path:
+    """Write checkpoints/step-N with N = state['step'], then remove the oldest beyond `keep`."""
+    folder = run.root / "checkpoints" / f"step-{state['step']:08d}"
+    if folder.exists():
+        return folder
+
+    def fill(aside: Path) -> None:
+        save_flow_map(flow_map, aside, emas[0].weights)
+        _save(flow_map.network.state_dict(), aside / "weights.safetensors")
+        _save(optimizers.tensors(), aside / "optimizer.safetensors")
+        for ema in emas[1:]:
+            _save(ema.weights, aside / f"ema-{ema.name}.safetensors")
+        (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+    write_folder(folder, fill)
+    for old in run.checkpoints()[:-keep]:
+        remove_folder(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA]) -> dict[str, Any]:
+    """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
+    from fewstep.flowmap import fit_weights
+
+    weights = folder / "weights.safetensors"
+    fit_weights(flow_map.network, read_weights(weights), str(weights))
+    optimizers.load(read_weights(folder / "optimizer.safetensors"))
+    for i, ema in enumerate(emas):
+        ema.load(read_weights(folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")))
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE} is damaged ({error})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder / STATE_FILE} is damaged")
+    return state
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+
+
+def load(run: str | Path) -> FlowMap:
+    """A ready FlowMap from a run folder, or from a folder that `save_pretrained` wrote.
+
+    Raises CheckpointError when it is neither, or damaged.
+    """
+    root = Path(run)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such folder")
+    if (root / WEIGHTS_FILE).is_file():
+        return load_flow_map(root)
+    return RunFolder(root).flow_map()
+
+
+__all__ = ["FewstepError", "RunFolder", "load", "load_checkpoint", "save_checkpoint", "write_atomically"]

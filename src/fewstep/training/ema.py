@@ -1,0 +1,75 @@
+"""Exponential moving averages of weights: constant decay, and EDM2's power function (2312.02696)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import CheckpointError, ConfigError
+
+
+def power_exponent(sigma_rel: float) -> float:
+    """EDM2's gamma for a relative width sigma_rel: the positive root of
+
+    (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) = sigma_rel^2; sigma_rel in (0, 0.28]. Raises ConfigError outside.
+    """
+    if not 0 < sigma_rel <= 0.28:
+        raise ConfigError(f"power EMA: relative width {sigma_rel} must lie in (0, 0.28]")
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        gamma = (low + high) / 2
+        wider = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) > sigma_rel**2
+        low, high = (gamma, high) if wider else (low, gamma)
+    return (low + high) / 2
+
+
+class EMA:
+    """One average of a module's parameters and buffers, updated after every step.
+
+    Constant: beta, but no more than (1 + step)/(10 + step) so that the first weights are forgotten in short runs.
+    Power function: beta = (1 - 1/step)^(gamma + 1), a window that grows with training.
+    """
+
+    def __init__(self, name: str, module: nn.Module, decay: float | None, gamma: float | None) -> None:
+        self.name, self.decay, self.gamma = name, decay, gamma
+        self.weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
+
+    def beta(self, step: int) -> float:
+        """Share of the old average that is kept at step 1, 2, ..."""
+        if self.gamma is not None:
+            return float((1 - 1 / step) ** (self.gamma + 1))
+        assert self.decay is not None
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Fold in the module's weights after `step` steps; integer buffers are copied."""
+        current = module.state_dict()
+        floating = [key for key, value in current.items() if value.is_floating_point()]
+        averages = [self.weights[key] for key in floating]
+        torch._foreach_lerp_(averages, [current[key] for key in floating], 1 - self.beta(step))
+        for key in current.keys() - set(floating):
+            self.weights[key].copy_(current[key])
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over stored averages; raises CheckpointError when they are of other names or shapes."""
+        if _shapes(weights) != _shapes(self.weights):
+            raise CheckpointError(f"the stored average {self.name} is of another architecture than this model")
+        for key, value in self.weights.items():
+            value.copy_(weights[key])
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in weights.items()}
+
+
+def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...]) -> list[EMA]:
+    """The averages of a recipe, power functions first; raises ConfigError when there is none."""
+    emas = [EMA(f"power-{width:g}", module, None, power_exponent(width)) for width in powers]
+    for decay in decays:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"EMA decay {decay} must lie in [0, 1)")
+        emas.append(EMA(f"constant-{decay:g}", module, decay, None))
+    if not emas:
+        raise ConfigError("a recipe needs at least one EMA: give ema_power or ema_decay")
+    return emas

@@ -1,0 +1,114 @@
+"""Optimisers with a state that goes to safetensors, and the learning-rate schedule as a function of images seen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import OptimizerConfig
+from fewstep.errors import CheckpointError, ConfigError
+
+
+class Optimizers:
+    """AdamW on everything, or Muon on matrices of the trunk and AdamW on the rest, stepped as one."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        self.config = config
+        matrices, rest = split_parameters(module) if config.name == "muon" else ([], list(module.parameters()))
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                rest, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, foreach=True
+            )
+        ]
+        self.base_lrs = [config.lr]
+        if matrices:
+            self.optimizers.append(_muon(matrices, config))
+            self.base_lrs.append(config.matrix_lr)
+
+    def step(self, images: int, progress: float) -> float:
+        """One update with the learning rate due after `images`, a share `progress` of the run; returns its factor."""
+        factor = schedule(self.config, images, progress)
+        for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            optimizer.step()
+        return factor
+
+    def zero_grad(self) -> None:
+        """Forget gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as flat tensors 'optimizer.parameter.name'."""
+        return {
+            f"{i}.{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+            for i, optimizer in enumerate(self.optimizers)
+            for index, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave; raises CheckpointError when it belongs to other parameters."""
+        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
+        for name, value in tensors.items():
+            i, index, key = name.split(".", 2)
+            if int(i) >= len(states):
+                raise CheckpointError(f"optimizer state {name} belongs to another optimizer setting")
+            states[int(i)].setdefault(int(index), {})[key] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            _check_state(optimizer, state)
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Raise CheckpointError unless there is a state of its shape for every parameter."""
+    shapes = [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(state) != list(range(len(shapes))):
+        raise CheckpointError(f"optimizer state for {len(state)} parameters does not fit a model with {len(shapes)}")
+    for index, values in state.items():
+        for key, value in values.items():
+            if value.ndim and list(value.shape) != shapes[index]:
+                raise CheckpointError(
+                    f"optimizer state {key} of parameter {index} has shape {list(value.shape)}, not {shapes[index]}: "
+                    "it is of another architecture"
+                )
+
+
+def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices of linear layers inside the trunk, everything else).
+
+    Embeddings, convolutions, and the first and last layers stay with AdamW, as usual for Muon.
+    """
+    trunk = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if ".blocks." in f".{name}" and name.endswith(".weight") and parameter.ndim == 2
+    ]
+    chosen = {id(weight) for weight in trunk}
+    return trunk, [p for p in module.parameters() if id(p) not in chosen]
+
+
+def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from torch.optim import Muon
+    except ImportError as error:
+        raise ConfigError(
+            f"torch {torch.__version__} has no Muon: install torch>=2.9 or take --optimizer.name adamw"
+        ) from error
+    return Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+def schedule(config: OptimizerConfig, images: int, progress: float) -> float:
+    """Factor on the learning rate for the batch that ends at `images`, a share `progress` in [0, 1] of the run."""
+    factor = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
+    match config.decay:
+        case "constant":
+            return factor
+        case "cosine":
+            return factor * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case "rsqrt":
+            return factor / math.sqrt(max(1.0, images / config.decay_images))

@@ -1,0 +1,121 @@
+"""The total derivative dN/dt: exact against closed form, finite differences of order two everywhere in the range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import F64, close, noise, random_network, slope
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewstep.derivatives import MIN_STEP, exact_derivative, finite_derivative, finite_difference_nodes
+from fewstep.paths import EDM
+
+STEPS = [0.01, 0.005, 0.0025, 0.00125]
+NETWORK = random_network()
+
+
+def wave(x: Tensor, t: Tensor) -> Tensor:
+    """sin(3 x t + t^2): total derivative cos(.) (3 v t + 3 x + 2 t)."""
+    return torch.sin(3 * x * t[:, None] + t[:, None] ** 2)
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    return NETWORK(x, t, torch.zeros_like(t))
+
+
+def times(place: str, step: float) -> tuple[Tensor, Tensor]:
+    """(t, s) on [0, 1] such that t + h > 1, t - h < s, or neither, for each of three samples."""
+    s = torch.tensor([0.1, 0.3, 0.5], dtype=F64)
+    offset = torch.tensor([0.0, 0.3, 0.9], dtype=F64) * step
+    return {"upper": 1 - offset, "lower": s + offset, "inside": s + 0.25}[place], s
+
+
+def test_the_exact_derivative_is_the_closed_form() -> None:
+    x, v, t = noise(4, 3), noise(4, 3, seed=1), torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=F64)
+    output, derivative = exact_derivative(wave, x, t, v)
+    phase, time = 3 * x * t[:, None] + t[:, None] ** 2, t[:, None]
+    close(output, torch.sin(phase))
+    close(derivative, torch.cos(phase) * (3 * v * time + 3 * x + 2 * time))
+
+
+@pytest.mark.parametrize("place", ["inside", "upper", "lower"])
+@pytest.mark.parametrize("fn", [wave, network], ids=["wave", "network"])
+def test_finite_differences_are_of_order_two(place: str, fn: type) -> None:
+    x, v = noise(3, 3), noise(3, 3, seed=1)
+    errors = []
+    for step in STEPS:
+        t, s = times(place, step)
+        nodes = finite_difference_nodes(t, s, 1.0, step)
+        exact = exact_derivative(fn, x, t, v)
+        output, derivative = finite_derivative(fn, fn, x, t, v, nodes)
+        close(output, exact[0])
+        errors.append(float((derivative - exact[1]).abs().max()))
+    assert slope(STEPS, errors) == pytest.approx(2, abs=0.25)
+    assert errors[-1] < 0.01
+
+
+@given(low=st.floats(0, 0.99), fraction=st.floats(0, 1), step=st.floats(1e-3, 0.2))
+def test_nodes_stay_within_the_range(low: float, fraction: float, step: float) -> None:
+    s = torch.tensor([low], dtype=F64)
+    t = s + fraction * (1 - s)
+    nodes = torch.cat(finite_difference_nodes(t, s, 1.0, step))
+    assert bool((nodes != 0).all())
+    assert float(nodes[0]) != float(nodes[1])
+    assert float(nodes.abs().max()) <= 2 * step + 1e-15
+    if 1 - low >= 3 * MIN_STEP:
+        assert bool((t + nodes >= s - 1e-14).all())
+        assert bool((t + nodes <= 1 + 1e-14).all())
+
+
+@given(gap=st.floats(0, 3 * MIN_STEP), fraction=st.floats(0, 1))
+def test_in_a_tiny_interval_the_step_is_the_smallest_one(gap: float, fraction: float) -> None:
+    s = torch.tensor([1 - gap], dtype=F64)
+    t = s + fraction * (1 - s)
+    nodes = torch.cat(finite_difference_nodes(t, s, 1.0, 0.005))
+    assert float(nodes.abs().min()) == pytest.approx(MIN_STEP)
+    assert float(nodes.abs().max()) <= 2 * MIN_STEP + 1e-15
+
+
+@pytest.mark.parametrize("place", ["inside", "upper", "lower"])
+def test_parabolas_are_differentiated_exactly(place: str) -> None:
+    """Whatever the step: three nodes see no error in a quadratic."""
+    t, s = times(place, 0.2)
+    x, v = torch.zeros(3, 1, dtype=F64), torch.ones(3, 1, dtype=F64)
+
+    def parabola(x: Tensor, t: Tensor) -> Tensor:
+        return 2 * t[:, None] ** 2 - 3 * x * t[:, None] + x**2
+
+    derivative = finite_derivative(parabola, parabola, x, t, v, finite_difference_nodes(t, s, 1.0, 0.2))[1]
+    close(derivative, t[:, None])
+
+
+def test_the_output_keeps_its_graph_and_the_derivative_has_none() -> None:
+    net, x, v, t = random_network(), noise(3, 3), noise(3, 3, seed=1), torch.tensor([0.2, 0.5, 0.9], dtype=F64)
+
+    def fn(x: Tensor, t: Tensor) -> Tensor:
+        return net(x, t, torch.zeros_like(t))
+
+    nodes = finite_difference_nodes(t, torch.zeros_like(t), 1.0, 0.005)
+    plain = torch.autograd.grad(fn(x, t).square().sum(), list(net.parameters()))
+    for output, derivative in (exact_derivative(fn, x, t, v), finite_derivative(fn, fn, x, t, v, nodes)):
+        assert not derivative.requires_grad
+        grads = torch.autograd.grad(output.square().sum(), list(net.parameters()))
+        for actual, expected in zip(grads, plain, strict=True):
+            close(actual, expected)
+
+
+def log_wave(x: Tensor, t: Tensor) -> Tensor:
+    """x sin(2 log t): smooth in log t, as everything on the EDM path is."""
+    return x * torch.sin(2 * torch.log(t))[:, None]
+
+
+def test_step_follows_the_clock_of_the_edm_path() -> None:
+    """At t = 0.004, below the step of 0.005 itself, the derivative is still accurate."""
+    path = EDM()
+    t = torch.tensor([0.004, 0.5, 60.0], dtype=F64)
+    x, v = torch.ones(3, 1, dtype=F64), torch.zeros(3, 1, dtype=F64)
+    nodes = finite_difference_nodes(t, torch.full_like(t, path.t_min), path.t_max, 0.005, path.time_scale(t))
+    exact = exact_derivative(log_wave, x, t, v)[1]
+    close(finite_derivative(log_wave, log_wave, x, t, v, nodes)[1], exact, rtol=1e-3)

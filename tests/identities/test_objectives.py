@@ -1,0 +1,273 @@
+"""Objectives: the anchor's expected gradient at oracles, draws of times and labels, weights, splitting of batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cases import F64, SD, Callback, close, mixture, noise, pair, random_network, scalings
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewstep.conditions import NULL_LABEL, Condition
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
+from fewstep.objectives import ISD, Batch, DiagonalMatching, Objective
+from fewstep.objectives.base import STREAM_S, STREAM_T
+from fewstep.objectives.selfdistillation import is_diagonal
+from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
+from fewstep.paths import EDM, Linear, Path
+from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.randomness import Draws
+from fewstep.times import UniformTimes
+from fewstep.weights import adaptive_weight, error_norm
+
+COUNT = 100_000
+ANCHOR = ISD(times=UniformTimes(), diagonal=1.0, power=0.0, dropout=0.0)
+
+
+def draws(count: int, seed: int = 0) -> Draws:
+    return Draws(seed, 3, torch.arange(count))
+
+
+def z_scores(objective: Objective, path: Path, preconditioning: Any, exact: Any, batch: Batch) -> Tensor:
+    """Mean over standard error of the gradient in theta of N + theta0 + theta1 x, at theta = 0; one theta a sample.
+
+    Where there are labels the perturbation is of class 1 alone: averaged over classes, guidance cancels.
+    """
+    count = len(batch.x0)
+    theta = torch.zeros(2, count, 1, dtype=F64, requires_grad=True)
+
+    def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        whole = len(x) == count and torch.is_grad_enabled()
+        seen = 1 if cond.labels is None else (cond.labels == 1)[:, None]
+        return exact(x, t, s, cond) + (seen * (theta[0] + theta[1] * x) if whole else 0)
+
+    losses = objective(FlowMap(path, preconditioning, Callback(output)), batch)
+    (grads,) = torch.autograd.grad(losses.loss.sum(), theta)
+    grads = grads.squeeze(-1)
+    return grads.mean(1) / (grads.std(1) / math.sqrt(count))
+
+
+@pytest.mark.parametrize("objective", [ANCHOR, DiagonalMatching(UniformTimes(), dropout=0.0)], ids=["isd", "matching"])
+@pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("trig", "trig"), ("vp", "bcm")])
+def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objective, path_name: str, name: str) -> None:
+    """And not zero when the data move by a tenth."""
+    path, preconditioning = pair(path_name, name)
+    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
+    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
+    right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
+    assert float(right.abs().max()) < 4
+    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + 0.1, None, draws(COUNT)))
+    assert float(wrong.abs().max()) > 8
+
+
+def test_the_denoisers_expected_gradient_is_zero_at_the_oracle() -> None:
+    path, preconditioning = pair("edm", "bcm")
+    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
+    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
+    objective = DiagonalMatching(UniformTimes(), "denoiser", SD, 0.0)
+    assert float(z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT))).abs().max()) < 4
+    moved = Batch(x0 + 0.1, None, draws(COUNT))
+    assert float(z_scores(objective, path, preconditioning, exact, moved).abs().max()) > 8
+
+
+def two_classes(omega: float) -> tuple[Any, Tensor, Tensor]:
+    """The exact guided network, v_null + omega (v_cond - v_null), of two labelled Gaussians; x0 and labels."""
+    centres = torch.tensor([[-1.0], [0.8]], dtype=F64)
+    data = MixtureData(torch.tensor([0.5, 0.5], dtype=F64), centres, torch.full((2,), 0.5, dtype=F64))
+
+    def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        labels = cond.labels
+        null = data.velocity(Linear(), x, t)
+        conditional = GaussianData(centres[labels.clamp(min=0)], 0.5).velocity(Linear(), x, t)
+        return torch.where((labels >= 0)[:, None], null + omega * (conditional - null), null)
+
+    labels = torch.arange(COUNT) % 2
+    return output, centres[labels] + 0.5 * noise(COUNT, 1, seed=6), labels
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_guided_anchors_expected_gradient_is_zero_at_the_guided_oracle(dropout: float) -> None:
+    exact, x0, labels = two_classes(2.0)
+    batch, path = Batch(x0, labels, draws(COUNT)), Linear()
+    guided = replace(ANCHOR, guidance=FixedGuidance(2.0), dropout=dropout)
+    assert float(z_scores(guided, path, LinearPreconditioning(), exact, batch).abs().max()) < 4
+    plain = replace(ANCHOR, dropout=dropout)
+    assert float(z_scores(plain, path, LinearPreconditioning(), exact, batch).abs().max()) > 8
+
+
+def labelled_map(guided: bool = False) -> FlowMap:
+    network = random_network((2,), 3, guided)
+    return FlowMap(Linear(), LinearPreconditioning(), network, scalings(Linear())["unit"])
+
+
+def labelled_batch(count: int = 8) -> Batch:
+    return Batch(noise(count, 2), torch.arange(count) % 3, draws(count))
+
+
+def part(batch: Batch, index: Tensor) -> Batch:
+    return Batch(batch.x0[index], batch.labels[index], replace(batch.draws, indices=batch.draws.indices[index]))
+
+
+OBJECTIVES = [
+    ISD(diagonal=0.5),
+    ISD(derivative="finite-difference", norm="pseudo-huber", dropout=0.5),
+    ISD(diagonal=0.25, guidance=FixedGuidance(2.0, 0.2, 0.9)),
+    ISD(guidance=DrawnGuidance()),
+    DiagonalMatching(),
+]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_do_not_depend_on_how_a_batch_is_split(objective: Objective) -> None:
+    flow_map, batch = labelled_map(objective.guided), labelled_batch()
+    whole = objective(flow_map, batch)
+    assert bool((whole.loss > 0).all())
+    for index in (torch.arange(4), torch.arange(4, 8), torch.tensor([6, 1, 3])):
+        close(objective(flow_map, part(batch, index)).loss, whole.loss[index])
+
+
+def test_the_whole_gradient_is_the_anchors_plus_the_distillations() -> None:
+    """The tangent's velocity is detached, the anchor's is not."""
+    flow_map, batch = labelled_map(), replace(labelled_batch(), labels=None)
+    objective, weights = ISD(power=0.0, diagonal=0.25), list(flow_map.parameters())
+    losses = objective(flow_map, batch)
+    actual = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
+    eps, t, s = batch.noise(), losses.t, losses.s
+    x = flow_map.path.interpolate(batch.x0, eps, t)
+    v = flow_map.velocity(x, t)
+    anchor = (v - (eps - batch.x0)).square().mean(1).sum()
+    distill = objective.distillation(flow_map, x, v.detach(), t, s, Condition())
+    total = anchor + distill[s < t].sum()
+    expected = torch.autograd.grad(total, weights, allow_unused=True)
+    for one, other in zip(actual, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            close(one, other)
+
+
+def test_diagonal_samples_have_an_anchor_alone() -> None:
+    flow_map, batch = labelled_map(), labelled_batch()
+    losses = ISD(diagonal=0.5, power=0.0)(flow_map, batch)
+    on_diagonal = losses.t == losses.s
+    assert int(on_diagonal.sum()) == 4
+    assert torch.equal(losses.logs["distill"].isnan(), on_diagonal)
+    close(losses.loss[on_diagonal].detach(), losses.logs["anchor"][on_diagonal])
+    rest = losses.logs["anchor"] + losses.logs["distill"]
+    close(losses.loss[~on_diagonal].detach(), rest[~on_diagonal])
+
+
+def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:
+    """On the diagonal t is one draw; off it the larger of two."""
+    flow_map, batch = labelled_map(), Batch(noise(4000, 2), None, draws(4000))
+    objective = ISD(times=UniformTimes(), diagonal=0.5)
+    t, s = objective.draw_times(flow_map, batch)
+    u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
+    on = t == s
+    assert torch.equal(t[on], u[on])
+    assert torch.equal(t[~on], torch.maximum(u, w)[~on])
+    assert torch.equal(s[~on], torch.minimum(u, w)[~on])
+
+
+@given(size=st.integers(1, 60), data=st.data(), start=st.integers(0, 10**6))
+def test_the_diagonal_share_is_exact_over_any_aligned_slice(size: int, data: st.DataObject, start: int) -> None:
+    """A share k/n takes k of every n samples, wherever the slice begins."""
+    chosen = data.draw(st.integers(0, size))
+    indices = torch.arange(start * size, (start + 1) * size)
+    assert int(is_diagonal(indices, chosen / size).sum()) == chosen
+
+
+def test_the_diagonal_is_a_function_of_the_index() -> None:
+    whole = is_diagonal(torch.arange(1000), 0.3)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(is_diagonal(order, 0.3), whole[order])
+    assert torch.equal(is_diagonal(torch.arange(10_000, 10_100), 0.3), whole[:100])
+
+
+def test_the_adaptive_weight_has_no_gradient() -> None:
+    flow_map, batch = labelled_map(), labelled_batch()
+    weights = [p for p in flow_map.parameters() if p.ndim == 2]
+    plain, weighted = (ISD(power=power)(flow_map, batch).loss for power in (0.0, 0.7))
+    weight = (plain.detach() + 0.01) ** -0.7
+    close(weighted, weight * plain)
+    grads = torch.autograd.grad(weighted.sum(), weights)
+    for one, other in zip(grads, torch.autograd.grad((weight * plain).sum(), weights), strict=True):
+        close(one, other)
+    loss = torch.tensor([0.0, 0.99], requires_grad=True)
+    assert not adaptive_weight(loss, 1.0, 0.01).requires_grad
+    close(adaptive_weight(loss, 1.0, 0.01), torch.tensor([100.0, 1.0]), rtol=1e-6)
+
+
+@given(size=st.integers(1, 6), scale=st.floats(0.1, 10))
+def test_pseudo_huber_lies_between_square_and_norm(size: int, scale: float) -> None:
+    error = scale * noise(4, size)
+    norm = error.square().sum(1).sqrt()
+    root = math.sqrt(size)
+    close(error_norm(error, "pseudo-huber", 1e-9), norm / root, rtol=1e-6)
+    wide = 1e3 * scale
+    close(error_norm(error, "pseudo-huber", wide), norm.square() / (2 * wide) / root, rtol=1e-4)
+    close(error_norm(error, "l2", wide), norm.square() / size)
+
+
+def test_label_dropout_has_its_frequency_and_spares_the_rest() -> None:
+    labels = torch.arange(40_000) % 7
+    kept = labels.clone()
+    for probability in (0.0, 0.1, 0.5, 1.0):
+        dropped = drop_labels(labels, probability, draws(40_000))
+        off = dropped == NULL_LABEL
+        error = math.sqrt(probability * (1 - probability) / 40_000)
+        assert abs(float(off.double().mean()) - probability) <= 4 * error
+        assert torch.equal(dropped[~off], labels[~off])
+    assert torch.equal(labels, kept)
+
+
+@pytest.mark.parametrize("path", [Linear(), EDM()], ids=["linear", "edm"])
+def test_guidance_acts_inside_its_interval_on_labelled_samples(path: Path) -> None:
+    row = torch.tensor([[math.log(3.0), 0.25, 0.75]], dtype=F64)
+    t = path.time_from_unit(torch.tensor([0.1, 0.25, 0.5, 0.5, 0.75, 0.9], dtype=F64))
+    labels = torch.tensor([0, 1, 2, NULL_LABEL, 0, 0])
+    close(omega_at(path, row.expand(6, 3), t, labels), torch.tensor([1, 3, 3, 1, 3, 1], dtype=F64))
+    ends = torch.tensor([path.t_min, path.t_max], dtype=F64)
+    full = torch.tensor([[math.log(3.0), 0.0, 1.0]], dtype=F64).expand(2, 3)
+    close(omega_at(path, full, ends, torch.zeros(2).long()), torch.full((2,), 3.0, dtype=F64))
+    null, conditional = noise(2, 3), noise(2, 3, seed=1)
+    close(guide(null, conditional, torch.tensor([1.0, 0.0], dtype=F64)), torch.stack([conditional[0], null[1]]))
+
+
+def test_drawn_guidance_has_its_distribution() -> None:
+    log_omega, low, high = DrawnGuidance(8.0, full=0.4).draw(draws(20_000)).unbind(1)
+    whole = (low == 0) & (high == 1)
+    assert float(whole.double().mean()) == pytest.approx(0.4, abs=0.015)
+    assert float(log_omega.mean()) == pytest.approx(math.log(8) / 2, abs=0.03)
+    assert 0 < float(log_omega.min()) < float(log_omega.max()) < math.log(8)
+    assert float(low[~whole].mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(high[~whole].mean()) == pytest.approx(0.75, abs=0.01)
+    assert 0 <= float(low.min()) < float(low.max()) <= 0.5 <= float(high.min()) < 1
+
+
+def test_the_denoisers_loss_has_edms_weight() -> None:
+    """(sigma^2 + sd^2)/(sigma sd)^2 |D - x0|^2."""
+    path, objective = EDM(), DiagonalMatching(UniformTimes(), "denoiser", SD, 0.0)
+    flow_map = FlowMap(path, EulerPreconditioning(path), random_network((2,)), scalings(path)["edm"])
+    batch = Batch(noise(6, 2), None, draws(6))
+    losses = objective(flow_map, batch)
+    t = losses.t
+    x = path.interpolate(batch.x0, batch.noise(), t)
+    weight = (t**2 + SD**2) / (t * SD) ** 2
+    close(losses.loss, weight * (flow_map.output(x, t, t) - batch.x0).square().mean(1), rtol=1e-6)
+
+
+def test_the_anchor_at_a_mixtures_oracle_is_its_conditional_variance() -> None:
+    """Where the map is exact, what is left is E|v* - E[v*|x_t]|^2: less than any other map's loss."""
+    data, path = mixture(), Linear()
+    u = draws(20_000).uniform(70)
+    x0 = data.sample(u, noise(20_000, 2, seed=8))
+    batch = Batch(x0, None, draws(20_000))
+    maps = [Callback(lambda x, t, s, c, b=b: data.velocity(path, x, t) * b) for b in (0.9, 1.0, 1.1)]
+    low, best, high = (float(ANCHOR(FlowMap(path, LinearPreconditioning(), m), batch).mean()) for m in maps)
+    assert best < min(low, high)
