@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,10 @@ class ModelConfig:
     scaling: ScalingName = "identity"
     sigma_data: float | None = None
     """Standard deviation of the data; None measures it on the training data."""
+
+    def __post_init__(self) -> None:
+        if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
+            raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,14 @@ class ISD(Objective):
     s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
     v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
-    diagonal: share of samples with s = t. derivative, step: how dN/dt is taken (fewstep.derivatives).
+    times: of the pairs (t, s), ordered. diagonal: share of samples with s = t; their times follow diagonal_times, or
+    `times` when that is None. derivative, step: how dN/dt is taken (fewstep.derivatives).
     norm, huber: |.|^2 or pseudo-Huber.
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)
     diagonal: float = 0.0
+    diagonal_times: TimeDistribution | None = None
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
@@ -118,7 +120,8 @@ class ISD(Objective):
         u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
         t, s = ordered_pair(self.times, flow_map.path, u, w)
         on_diagonal = is_diagonal(batch.draws.indices, self.diagonal)
-        t = torch.where(on_diagonal, self.times.quantile(flow_map.path, u), t)
+        alone = self.times if self.diagonal_times is None else self.diagonal_times
+        t = torch.where(on_diagonal, alone.quantile(flow_map.path, u), t)
         return t, torch.where(on_diagonal, t, s)
 
     def condition(self, flow_map: FlowMap, batch: Batch) -> Condition:
@@ -135,6 +138,8 @@ class ISD(Objective):
             return conditional
         omega = omega_at(flow_map.path, self.guidance.draw(batch.draws), t, cond.labels)
         rows = torch.nonzero(omega != 1).squeeze(1)
+        if len(rows) == 0:
+            return conditional
         with torch.no_grad():
             null = flow_map.velocity(x[rows], t[rows], cond[rows].without_labels())
         return conditional.index_copy(0, rows, guide(null, conditional[rows], omega[rows]))

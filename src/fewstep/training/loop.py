@@ -6,6 +6,7 @@ run equals an unbroken one, and several processes equal one.
 
 from __future__ import annotations
 
+import atexit
 import math
 import sys
 import time
@@ -129,6 +130,7 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=machine.cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
         )
+        atexit.register(_leave_processes)
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
         )
@@ -237,7 +239,8 @@ class Trainer:
 
     def layer_seed(self) -> int:
         """Seeds what layers draw by themselves (dropout): another for every step and process, the same on resume."""
-        return ((self.config.training.seed << 44) + (self.step << 12) + self.accelerator.process_index) % 2**63
+        index = int(self.accelerator.process_index)
+        return ((self.config.training.seed << 44) + (self.step << 12) + index) % 2**63
 
     def gradient_norm(self) -> float:
         """Norm before clipping; clips when the recipe says so."""
@@ -346,6 +349,12 @@ class Window:
         }
         self.terms, self.steps, self.since = {}, [], now
         return record
+
+
+def _leave_processes() -> None:
+    """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _nothing:

@@ -1,0 +1,43 @@
+"""What the tests of the commands share: options for small runs, and what a command leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import fewstep
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fewstep.__file__).resolve().parents[1])}
+"""For processes that import the same fewstep as the tests, from any folder."""
+
+SMALL = (
+    "--network.width", "16", "--network.depth", "1", "--network.embedding-width", "16",
+    "--machine.cpu", "--machine.quiet", "--machine.threads", "1",
+)  # fmt: skip
+"""A network and machine that train hundreds of steps in seconds."""
+
+STEPS = (
+    "--training.batch-size", "32", "--training.images", "320", "--training.log-images", "64",
+    "--training.checkpoint-images", "96", "--training.sample-images", "160",
+    "--evaluation.steps", "1", "2", "--evaluation.samples", "64", "--evaluation.reference-steps", "4",
+)  # fmt: skip
+"""Ten steps, checkpoints after 3, 6, 9 and 10."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Finished]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

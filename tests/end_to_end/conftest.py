@@ -1,0 +1,47 @@
+"""Commands run within the test process, on small data and networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import SMALL, STEPS, Command, Finished
+
+from fewstep.cli import main
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """Run `fewstep ...` in an empty folder and return what it left."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> Finished:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return Finished(code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 grey 8x8 images in two classes, bright above or bright below, as .npz."""
+    file = tmp_path_factory.mktemp("data") / "halves.npz"
+    generator = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    images = generator.integers(0, 80, (200, 8, 8), dtype=np.uint8)
+    images[labels == 0, :4] += 150
+    images[labels == 1, 4:] += 150
+    np.savez(file, images=images, labels=labels)
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_run(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the archive; tests that change it take a copy."""
+    root = tmp_path_factory.mktemp("small") / "run"
+    words = ["train", "digits", "--data.source", "npz", "--data.root", str(archive), "--out", str(root)]
+    assert main([*words, *SMALL, *STEPS]) == 0
+    return root

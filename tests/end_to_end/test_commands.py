@@ -1,0 +1,186 @@
+"""The commands in the order of use: train, sample, evaluate, report; and what each leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import SMALL, STEPS, Command, contents
+from PIL import Image
+
+import fewstep
+from fewstep.cli import COMMANDS, OVERVIEW
+from fewstep.config import RunConfig
+from fewstep.quickstart import quickstart
+from fewstep.recipes import RECIPES, recipe
+from fewstep.training import Machine, RunFolder
+
+
+def test_no_command_prints_the_overview(command: Command) -> None:
+    for words in ([], ["--help"], ["-h"]):
+        shown = command(*words)
+        assert (shown.code, shown.out, shown.err) == (0, OVERVIEW, "")
+    assert all(f"fewstep {name}" in OVERVIEW for name in COMMANDS)
+
+
+def test_the_version(command: Command) -> None:
+    assert command("--version").out.strip() == fewstep.__version__
+
+
+def test_recipes_are_listed_with_what_they_say(command: Command) -> None:
+    shown = command("recipes").out
+    for name, build in RECIPES.items():
+        assert f"\n{name}\n" in f"\n{shown}"
+        first = (build.__doc__ or "").splitlines()[0]
+        assert first in shown
+
+
+def test_train_without_a_recipe_explains(command: Command) -> None:
+    assert "usage: fewstep train RECIPE" in command("train", "--help").out
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("recipes", "train")])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], command: Command) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command(name, "--help")
+    assert not stop.value.code
+    assert f"usage: fewstep {name}" in capsys.readouterr().out
+
+
+def test_train_leaves_a_whole_run(small_run: Path) -> None:
+    record = json.loads((small_run / "config.json").read_text())
+    assert record["run"]["network"]["width"] == 16
+    assert record["run"]["training"]["images"] == 320
+    assert record["run"]["evaluation"]["steps"] == [1, 2]
+    assert record["data"]["train"] + record["data"]["heldout"] == 200
+    assert [line["step"] for line in RunFolder(small_run).read_log()] == [2, 4, 6, 8, 10]
+    assert sorted(path.name for path in (small_run / "samples").iterdir()) == ["step-00000005.png", "step-00000010.png"]
+    names = {path.name for path in RunFolder(small_run).last_checkpoint().iterdir()}
+    assert names == {"config.json", "model.safetensors", "weights.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_train_again_changes_nothing(small_run: Path, archive: Path, command: Command) -> None:
+    before = contents(small_run)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", archive, "--out", small_run)
+    again = command(*words, *SMALL, *STEPS)
+    assert again.code == 0
+    assert "320 images in 10 steps" in again.out
+    assert contents(small_run) == before
+
+
+def test_train_names_its_folder_after_the_recipe(command: Command, tmp_path: Path) -> None:
+    done = command("train", "digits-flow-matching", *SMALL, *STEPS, "--training.images", "32")
+    assert done.code == 0
+    assert "runs/digits-flow-matching: 32 images in 1 steps" in done.out
+    assert RunFolder(tmp_path / "runs" / "digits-flow-matching").config().recipe == "digits-flow-matching"
+
+
+def test_sample_writes_a_grid_into_the_run(small_run: Path, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    shown = command("sample", run, "--seed", 3, "--count", 16, "--steps", 4)
+    assert (shown.code, shown.err) == (0, "")
+    assert "16 samples, 4 network calls each" in shown.out
+    with Image.open(run / "samples-3.png") as grid:  # two rows of eight images, 2 pixels between them
+        width, height = grid.width - 7 * 2, grid.height - 2
+    assert width == 4 * height
+    assert width % 64 == 0
+
+
+def test_sample_k_is_the_same_whatever_the_count(small_run: Path, command: Command, tmp_path: Path) -> None:
+    arrays = {}
+    for count, batch, seed in ((5, 512, 0), (9, 4, 0), (9, 512, 1)):
+        file = tmp_path / f"{count}-{seed}.npz"
+        shown = command("sample", small_run, "--out", file, "--count", count, "--batch-size", batch, "--seed", seed)
+        assert shown.code == 0
+        with np.load(file) as stored:
+            arrays[count, seed] = (stored["images"], stored["labels"])
+    assert arrays[5, 0][0].shape == (5, 1, 8, 8)
+    assert arrays[9, 0][1].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    np.testing.assert_allclose(arrays[9, 0][0][:5], arrays[5, 0][0], atol=1e-5)
+    assert np.abs(arrays[9, 0][0] - arrays[9, 1][0]).max() > 0.1
+
+
+def test_sample_into_a_folder_with_classes_chosen(small_run: Path, command: Command, tmp_path: Path) -> None:
+    words = ("--count", 3, "--label", 1, 0, "--sampler", "heun", "--steps", 2)
+    assert command("sample", small_run, "--out", tmp_path / "single", *words).code == 0
+    files = sorted((tmp_path / "single").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    with Image.open(files[0]) as image:
+        assert (image.size, image.mode) == ((8, 8), "L")
+    assert command("sample", small_run, "--out", tmp_path / "same.npz", *words).code == 0
+    with np.load(tmp_path / "same.npz") as stored:
+        assert stored["labels"].tolist() == [1, 0, 1]
+        expected = np.clip(np.round((stored["images"][0, 0] + 1) * 127.5), 0, 255)
+        with Image.open(files[0]) as image:
+            assert np.abs(np.asarray(image) - expected).max() <= 1
+
+
+def test_evaluate_and_report(
+    small_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    shown = command("evaluate", run)
+    assert (shown.code, shown.err) == (0, "")
+    rows = json.loads((run / "figures.json").read_text())
+    assert [(row["method"], row["nfe"]) for row in rows] == [
+        ("iSD-T", 1), ("iSD-T", 2), ("iSD-T, its ODE by Heun", 3), ("real data (training part)", 0),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.keys() >= {"method", "nfe", "frechet", "accuracy", "extractor", "samples", "seconds"}
+        assert row["samples"] == 64
+        assert 0 <= row["accuracy"] <= 1
+        assert row["method"] in shown.out
+    assert rows[-1]["frechet"] < min(row["frechet"] for row in rows[:-1])
+    assert rows[-1]["accuracy"] > 0.9
+    assert [file.stem for file in (tmp_path / "cache").iterdir()] == [rows[0]["extractor"]]
+
+    shown = command("report", run)
+    assert (shown.code, shown.err) == (0, "")
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") + page.count("<svg") >= 3
+    assert "iSD-T" in page
+    assert rows[0]["extractor"] in page
+
+
+def test_report_without_figures(small_run: Path, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    assert command("report", run).code == 0
+    assert (run / "report.html").stat().st_size > 1000
+
+
+def test_a_saved_model_is_sampled_like_its_run(small_run: Path, tmp_path: Path, command: Command) -> None:
+    fewstep.load(small_run).save_pretrained(tmp_path / "model")
+    for source, name in ((small_run, "a.npz"), (tmp_path / "model", "b.npz")):
+        assert command("sample", source, "--out", tmp_path / name, "--count", 4).code == 0
+    with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "b.npz") as second:
+        assert np.array_equal(first["images"], second["images"])
+
+
+def test_quickstart_trains_two_methods_and_writes_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slowest test: real digits, each method for a second, a classifier; with fewer samples to measure."""
+
+    def cheaper(name: str) -> RunConfig:
+        config = recipe(name)
+        return replace(config, evaluation=replace(config.evaluation, samples=128))
+
+    monkeypatch.setattr("fewstep.quickstart.recipe", cheaper)
+    page = quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
+    rows = json.loads((tmp_path / "run" / "figures.json").read_text())
+    methods = {row["method"] for row in rows}
+    assert methods >= {"iSD-T", "flow matching", "real data (training part)"}
+    text = page.read_text()
+    assert all(method in text for method in ("iSD-T", "flow matching"))
+    assert "Frechet" in capsys.readouterr().out
+    assert [
+        run.last_checkpoint().exists() for run in map(RunFolder, (tmp_path / "run", tmp_path / "run/flow-matching"))
+    ]

@@ -1,0 +1,86 @@
+"""Real processes: killed ones go on exactly, two of them equal one, and none waits for ever."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from commands import ENVIRONMENT, SMALL, Command
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fewstep.training import RunFolder
+
+
+def stored(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint: raw weights, averages, optimiser state."""
+    files = sorted(RunFolder(run).last_checkpoint().glob("*.safetensors"))
+    return {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def kill_when(reached: Callable[[], bool], words: list[str]) -> None:
+    """Start `fewstep` as its own process and send SIGKILL once `reached`."""
+    process = subprocess.Popen([sys.executable, "-m", "fewstep", *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    try:
+        while not reached():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.003)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, tmp_path: Path) -> None:
+    words = [
+        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "5120",
+        "--training.checkpoint-images", "480", "--training.log-images", "320", "--training.sample-images", "0",
+        "--training.ema-power", "0.1", "0.05", "--training.ema-decay", "0.9",
+    ]  # fmt: skip
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    kill_when(lambda: len(RunFolder(run).checkpoints()) > 0, [*words, "--out", str(run)])
+    first = RunFolder(run).last_checkpoint().name
+    kill_when(lambda: any(r["step"] > 60 for r in RunFolder(run).read_log()), [*words, "--out", str(run)])
+    assert first < RunFolder(run).last_checkpoint().name < "step-00000160"
+    assert command(*words, "--out", run).code == 0
+    assert command(*words, "--out", unbroken).code == 0
+    broken, whole = stored(run), stored(unbroken)
+    assert broken.keys() == whole.keys()
+    assert {key.split("/")[0] for key in whole} == {
+        "model", "ema-power-0.05", "ema-constant-0.9", "weights", "optimizer",
+    }  # fmt: skip
+    assert [key for key in whole if not torch.equal(whole[key], broken[key])] == []
+    assert [record["step"] for record in RunFolder(run).read_log()] == list(range(10, 161, 10))
+    assert [path.name for path in run.rglob(".*")] == []
+
+
+def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
+    """Twenty steps of iSD with its exact derivative; then, in the same pair, a NaN in one process and a time limit."""
+    words = [
+        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "640",
+        "--training.sample-images", "0", "--training.ema-decay", "0.9", "--optimizer.warmup-images", "0",
+        "--objective.diagonal", "0.5",
+    ]  # fmt: skip
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    both = [*launch, str(tmp_path), *words, "--out", str(tmp_path / "two")]
+    done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two: 640 images in 20 steps") == 1
+    assert command(*words, "--out", tmp_path / "one").code == 0
+    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
+    weights = [key for key in one if not key.startswith("optimizer")]
+    assert max(float((one[key] - two[key]).abs().max()) for key in weights) < 1e-5
+    assert len(RunFolder(tmp_path / "two").read_log()) == 1
+
+    for rank in (0, 1):
+        diverged = (tmp_path / f"diverged-{rank}.txt").read_text()
+        assert "step 2: loss nan" in diverged
+        assert (tmp_path / f"steps-{rank}.txt").read_text() == (tmp_path / "steps-0.txt").read_text()

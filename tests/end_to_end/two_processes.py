@@ -1,0 +1,64 @@
+"""What each of two processes does in test_processes.py: a command, a loss that is NaN in one of them, a time limit."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fewstep.cli import main
+from fewstep.config import RunConfig, TrainingConfig
+from fewstep.data import DataConfig, load_dataset
+from fewstep.errors import TrainingDivergedError
+from fewstep.flowmap import FlowMap
+from fewstep.networks import MLPConfig
+from fewstep.objectives import ISD, Batch, Losses, Objective
+from fewstep.training import Machine, RunFolder, train
+
+RANK = int(os.environ["RANK"])
+MACHINE = Machine(cpu=True, threads=1, quiet=True)
+BASE = RunConfig(
+    recipe="pair",
+    network=MLPConfig(width=16, depth=1, embedding_width=16),
+    training=TrainingConfig(images=320, batch_size=32, sample_images=0),
+)
+
+
+@dataclass(frozen=True)
+class PoisonedHere(Objective):
+    """iSD, but NaN from the second step on in the second process alone."""
+
+    @property
+    def label_dropout(self) -> float:
+        return 0.1
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+        losses = ISD()(flow_map, batch)
+        return replace(losses, loss=losses.loss * math.nan) if RANK and batch.draws.step else losses
+
+
+def run(folder: Path, words: list[str]) -> None:
+    """The three parts; every process writes what it saw."""
+    assert main(words) == 0
+    data = load_dataset(DataConfig())
+    try:
+        train(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), MACHINE)  # type: ignore[arg-type]
+    except TrainingDivergedError as error:
+        (folder / f"diverged-{RANK}.txt").write_text(str(error))
+
+    clock = time.perf_counter
+    time.perf_counter = lambda: clock() * (1 + 2 * RANK)  # a second process whose clock is three times as fast
+    limited = replace(BASE, training=replace(BASE.training, images=10**9, seconds=0.5))
+    result = train(limited, data, RunFolder(folder / "limited"), MACHINE)
+    (folder / f"steps-{RANK}.txt").write_text(str(result.step))
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,157 @@
+"""Recipes: each builds, is stored and read back, can be changed by name, and takes a training step when made small."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.cli import TrainOptions, parse
+from fewstep.config import RunConfig, flow_map_config
+from fewstep.data import DataConfig, load_dataset
+from fewstep.errors import ConfigError
+from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
+from fewstep.recipes import RECIPES, recipe
+from fewstep.serialization import from_json, to_json
+from fewstep.training import Machine, RunFolder, train
+
+SHAPES = {"digits": ((1, 8, 8), 10), "idx": ((1, 28, 28), 10)}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_its_flow_map(name: str) -> None:
+    config = recipe(name)
+    assert config.recipe == name
+    random = (config.data.random_shape, config.data.random_classes)
+    shape, classes = SHAPES.get(config.data.source, random)
+    with torch.device("meta"):  # shapes without the memory of 700 million weights
+        flow_map = flow_map_config(config, shape, 1.0, classes, tuple(str(k) for k in range(classes))).build()
+    assert (flow_map.sample_shape, flow_map.num_classes) == (shape, classes)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("imagenet256-dit-b4", 130), ("imagenet256-dit-xl1", 675)])
+def test_imagenet_networks_have_the_published_size(name: str, millions: int) -> None:
+    """Table 1 of 2212.09748 to within a tenth: gating, norms and embeddings differ a little."""
+    config = recipe(name)
+    with torch.device("meta"):
+        network = config.network.build(config.data.random_shape, 1000, config.objective.guided)
+    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_its_file(name: str) -> None:
+    assert from_json(RunConfig, to_json(recipe(name))) == recipe(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_trains(name: str) -> None:
+    first = (RECIPES[name].__doc__ or "").strip().splitlines()[0]
+    assert len(first) > 30
+    assert first.endswith((".", ","))
+
+
+def test_an_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe 'digit'.*digits, digits-flow-matching"):
+        recipe("digit")
+
+
+def small(config: RunConfig) -> RunConfig:
+    """A recipe's method on a network and a run of the smallest size."""
+    network = config.network
+    if isinstance(network, DiTConfig):
+        network = replace(network, width=32, depth=1, heads=2)
+    elif isinstance(network, UNetConfig):
+        network = replace(network, width=8, head_width=8, embedding_width=16)
+    else:
+        network = MLPConfig(width=16, depth=1, embedding_width=16)
+    training = replace(config.training, images=4, batch_size=2, sample_images=0)
+    return replace(config, network=network, training=training)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_takes_training_steps(name: str, tmp_path: Path) -> None:
+    config = small(recipe(name))
+    if config.data.source == "idx":  # shapes and labels of Fashion-MNIST without its files
+        data = DataConfig(source="random", random_shape=(1, 28, 28), random_classes=10, random_count=8)
+        config = replace(config, data=data)
+    if config.data.source == "random":
+        config = replace(config, data=replace(config.data, random_count=8))
+    dataset = load_dataset(config.data)
+    result = train(config, dataset, RunFolder(tmp_path), Machine(cpu=True, threads=1, quiet=True))
+    assert result.step == 2
+    (record,) = RunFolder(tmp_path).read_log()
+    assert record["loss"] > 0
+    assert record["grad_norm"] > 0
+
+
+def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
+    """DiT-B/4 at its own width."""
+    config = recipe("imagenet256-dit-b4")
+    training = replace(config.training, images=2, batch_size=2, sample_images=0)
+    data = replace(config.data, random_count=4)
+    config = replace(config, network=replace(config.network, depth=1), training=training, data=data)
+    assert train(config, load_dataset(data), RunFolder(tmp_path), Machine(cpu=True, threads=1, quiet=True)).step == 1
+
+
+KEPT = {"recipe", "a", "b"}
+"""Left as they are: a name, and times of which one must be 1."""
+
+
+def changed(value: Any, annotation: Any) -> Any:
+    """Another value of the same kind for every leaf of a dataclass."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value))
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in KEPT}
+        return replace(value, **{key: changed(item, hints[key]) for key, item in fields.items()})
+    if typing.get_origin(annotation) is typing.Literal:
+        return next(option for option in reversed(typing.get_args(annotation)) if option != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.25
+    if isinstance(value, tuple):
+        return tuple(changed(item, None) for item in value) or (0.125,)
+    if value is None:
+        return 0.7
+    return f"other{value}"
+
+
+def options(value: Any, prefix: str = "--") -> Iterator[str]:
+    """The command-line words that set every leaf of a dataclass."""
+    for field in dataclasses.fields(value):
+        item, name = getattr(value, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(item):
+            yield from options(item, f"{name}.")
+        elif isinstance(item, bool):
+            yield name if item else f"{prefix}no-{field.name.replace('_', '-')}"
+        elif isinstance(item, tuple):
+            yield from (name, *map(str, item))
+        else:
+            yield from (name, str(item))
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-flow-matching", "fashion-mnist-dit", "imagenet256-dit-xl1"])
+def test_every_option_can_be_set_by_name(name: str) -> None:
+    """All leaves of a recipe at once, each to another value: the parsed configuration has them all."""
+    wanted = changed(recipe(name), RunConfig)
+    words = list(options(wanted))
+    parsed = parse(TrainOptions, words, f"train {name}", TrainOptions(run=recipe(name)))
+    assert parsed.run == wanted
+    before, after = leaves(to_json(recipe(name))), leaves(to_json(wanted))
+    same = [key for key in before if before[key] == after[key]]
+    assert {key.rpartition(".")[2] for key in same} <= KEPT | {"type"}
+
+
+def leaves(value: Any, where: str = "") -> dict[str, Any]:
+    """Values of nested dictionaries by dotted names."""
+    if not isinstance(value, dict):
+        return {where: value}
+    return {key: item for name, inner in value.items() for key, item in leaves(inner, f"{where}.{name}").items()}
