@@ -13,6 +13,7 @@ import torch
 
 from fewstep.config import RunConfig
 from fewstep.data import Dataset
+from fewstep.errors import CheckpointError
 from fewstep.evaluation import (
     Extractor,
     InceptionExtractor,
@@ -27,7 +28,7 @@ from fewstep.flowmap import FlowMap
 from fewstep.objectives import DiagonalMatching
 from fewstep.reporting import Grid, RunReport, save_grid, write_report
 from fewstep.sampling import SamplerName, SamplingSettings, generate
-from fewstep.training.checkpoint import RunFolder
+from fewstep.training.checkpoint import RunFolder, read_state
 from fewstep.training.loop import Watcher
 
 Row = dict[str, Any]
@@ -140,8 +141,7 @@ def latency(flow_map: FlowMap, settings: SamplingSettings, repeats: int = 5) -> 
 
 def training_seconds(run: RunFolder) -> float:
     """Seconds of training behind the newest checkpoint."""
-    state = json.loads((run.last_checkpoint() / "state.json").read_text())
-    return float(state["seconds"])
+    return float(read_state(run.last_checkpoint())["seconds"])
 
 
 def _row(found: Measurement, seconds: float) -> Row:
@@ -159,9 +159,12 @@ def write_figures(rows: list[Row], folder: Path) -> Path:
 
 
 def read_figures(folder: Path) -> list[Row]:
-    """Rows stored earlier, or none."""
+    """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
     file = folder / FIGURES_FILE
-    rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+    try:
+        rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): run fewstep evaluate {folder} anew") from error
     return rows
 
 
@@ -243,7 +246,7 @@ def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str
     lines = []
     for each in (run, *others):
         config, flow_map = each.config(), each.flow_map()
-        state = json.loads((each.last_checkpoint() / "state.json").read_text())
+        state = read_state(each.last_checkpoint())
         parameters = sum(p.numel() for p in flow_map.parameters())
         lines.append(
             (

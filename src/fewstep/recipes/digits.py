@@ -21,11 +21,13 @@ def digits() -> RunConfig:
         recipe="digits",
         data=DataConfig(source="digits"),
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
-        network=MLPConfig(),
-        objective=ISD(diagonal=0.75, guidance=FixedGuidance(omega=1.3)),
-        optimizer=OptimizerConfig(lr=2e-3, warmup_images=25_600),
+        network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
+        objective=ISD(
+            diagonal=0.75, guidance=FixedGuidance(omega=1.3), derivative="finite-difference", power=1.0, offset=1.0
+        ),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
-            images=600_000, batch_size=256, ema_power=(0.1,), checkpoint_images=200_000, sample_images=200_000
+            images=512_000, batch_size=256, ema_power=(0.1,), checkpoint_images=128_000, sample_images=128_000
         ),
         evaluation=EvaluationConfig(samples=1204),
     )
@@ -41,7 +43,7 @@ def digits_flow_matching() -> RunConfig:
         base,
         recipe="digits-flow-matching",
         objective=DiagonalMatching(times=BetaTimes()),
-        training=replace(base.training, images=1_200_000),
+        training=replace(base.training, images=1_024_000),
         evaluation=replace(base.evaluation, steps=(1, 2, 16, 32)),
     )
 
@@ -50,4 +52,4 @@ def digits_unet() -> RunConfig:
     """iSD-T on 8x8 digits with a small U-Net: slower per step than the MLP of `digits`, fewer images needed."""
     base = digits()
     network = UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(4,), embedding_width=128)
-    return replace(base, recipe="digits-unet", network=network, training=replace(base.training, images=400_000))
+    return replace(base, recipe="digits-unet", network=network, training=replace(base.training, images=256_000))

@@ -25,7 +25,7 @@ from torch import Tensor
 from fewstep.config import RunConfig
 from fewstep.errors import CheckpointError, FewstepError
 from fewstep.files import guarded, write_atomically
-from fewstep.flowmap import WEIGHTS_FILE, FlowMap, load_flow_map, read_weights, save_flow_map
+from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.serialization import JSON, differences, from_json, to_json
 from fewstep.training.ema import EMA
 from fewstep.training.optimizers import Optimizers
@@ -185,20 +185,22 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA]) -> dict[str, Any]:
     """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
-    from fewstep.flowmap import fit_weights
-
     weights = folder / "weights.safetensors"
     fit_weights(flow_map.network, read_weights(weights), str(weights))
     optimizers.load(read_weights(folder / "optimizer.safetensors"))
     for i, ema in enumerate(emas):
         ema.load(read_weights(folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")))
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A checkpoint's step, images and seconds; raises CheckpointError when the file is damaged."""
+    file = folder / STATE_FILE
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE} is damaged ({error})") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{folder / STATE_FILE} is damaged")
-    return state
+        state = json.loads(file.read_text())
+        return {"step": int(state["step"]), "images": int(state["images"]), "seconds": float(state["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from error
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -1,0 +1,30 @@
+"""Data and finished runs that the tests of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import KINDS, MACHINE
+
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.training import RunFolder, train
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_dataset(DataConfig())
+
+
+@pytest.fixture(scope="session")
+def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an unbroken run of a kind, trained once."""
+    root = tmp_path_factory.mktemp("unbroken")
+
+    def folder(kind: str) -> Path:
+        if not (root / kind).exists():
+            train(KINDS[kind], digits, RunFolder(root / kind), MACHINE)
+        return root / kind
+
+    return folder

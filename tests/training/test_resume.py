@@ -1,0 +1,265 @@
+"""Exact resume, checkpoints, and runs that must not be resumed."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    KINDS,
+    MACHINE,
+    TINY,
+    Killed,
+    assert_same_run,
+    interrupt_after,
+    noise_and_times,
+    snapshot,
+)
+
+import fewstep
+from fewstep.config import RunConfig
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.errors import CheckpointError
+from fewstep.objectives import DiagonalMatching
+from fewstep.training import RunFolder, build, checkpoint, train
+from fewstep.training.loop import Trainer
+from fewstep.training.optimizers import Optimizers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [2, 4, 9])
+def test_a_stopped_run_goes_on_exactly(
+    kind: str,
+    steps: int,
+    digits: Dataset,
+    unbroken: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", steps)
+        with pytest.raises(Killed):
+            train(KINDS[kind], digits, RunFolder(tmp_path / "run"), MACHINE)
+    torch.manual_seed(99)  # what else the process draws must not matter
+    train(KINDS[kind], digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert_same_run(tmp_path / "run", unbroken(kind))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (checkpoint, "save_flow_map", 1),
+        (checkpoint, "_save", 3),
+        (checkpoint, "_save", 4),
+        (checkpoint, "_save", 5),
+        (checkpoint.os, "fsync", 8),
+        (checkpoint.os, "replace", 3),
+    ],
+    ids=["model", "weights", "optimizer", "average", "fsync", "rename"],
+)
+@pytest.mark.parametrize("cleaned", [True, False], ids=["raised", "killed"])
+def test_a_stop_while_writing_leaves_the_older_checkpoint(
+    owner: Any,
+    name: str,
+    calls: int,
+    cleaned: bool,
+    digits: Dataset,
+    unbroken: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every stage of writing, for an exception and for a kill after which no cleaning runs."""
+    run = RunFolder(tmp_path / "run")
+    config = KINDS["adamw"]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, owner, name, calls)
+        if not cleaned:
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(Killed):
+            train(config, digits, run, MACHINE)
+    good = run.last_checkpoint()
+    assert good.name == "step-00000003"
+    assert sorted(file.name for file in good.iterdir()) == sorted(
+        file.name for file in RunFolder(unbroken("adamw")).last_checkpoint().iterdir()
+    )
+    assert torch.isfinite(fewstep.load(run.root).jump(*noise_and_times(fewstep.load(run.root)))).all()
+    train(config, digits, run, MACHINE)
+    assert_same_run(run.root, unbroken("adamw"))
+    assert [path.name for path in run.root.rglob(".*")] == []
+
+
+def test_a_stop_while_removing_the_oldest_checkpoint(
+    digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half removed is no longer taken for a checkpoint, and is gone after the next start."""
+    run = RunFolder(tmp_path / "run")
+
+    def stop_half_way(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.is_dir() and (folder / "weights.safetensors").exists():
+            (folder / "weights.safetensors").unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", stop_half_way)
+        with pytest.raises(Killed):
+            train(TINY, digits, run, MACHINE)
+    assert [path.name for path in run.checkpoints()] == ["step-00000006", "step-00000009"]
+    train(TINY, digits, run, MACHINE)
+    assert_same_run(run.root, unbroken("adamw"))
+    assert [path.name for path in (run.root / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_leftovers_of_a_kill_do_not_disturb(
+    digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill before the first whole file, and one while a checkpoint was written: what they leave is removed."""
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / ".config.json.0123abcd").write_text("half")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", 4)
+        with pytest.raises(Killed):
+            train(TINY, digits, RunFolder(root), MACHINE)
+    half = root / "checkpoints" / ".step-00000006.0123abcd"
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    (half / "state.json").write_text("{")
+    (root / ".log.jsonl.0123abcd").write_text("half")
+    train(TINY, digits, RunFolder(root), MACHINE)
+    assert_same_run(root, unbroken("adamw"))
+    assert [path.name for path in root.rglob(".*")] == []
+
+
+def test_a_torn_log_line_is_written_again(digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(unbroken("adamw"), root)
+    shutil.rmtree(RunFolder(root).last_checkpoint())
+    log = (root / "log.jsonl").read_text()
+    (root / "log.jsonl").write_text(log[:-20])
+    train(TINY, digits, RunFolder(root), MACHINE)
+    assert_same_run(root, unbroken("adamw"))
+
+
+def test_a_finished_run_started_again_changes_nothing(
+    digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = snapshot(unbroken("adamw"))
+    result = train(TINY, digits, RunFolder(unbroken("adamw")), MACHINE)
+    assert (result.step, result.images) == (10, 320)
+    assert snapshot(unbroken("adamw")) == before
+
+
+def test_old_checkpoints_are_removed(unbroken: Callable[[str], Path]) -> None:
+    assert [path.name for path in RunFolder(unbroken("adamw")).checkpoints()] == ["step-00000009", "step-00000010"]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Refuse to write files beyond `size` bytes, as a full disk would in the middle of one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 3000, 12_000], ids=["anything", "the log alone", "all but the optimizer"])
+def test_a_full_disk_stops_with_the_older_checkpoint_intact(
+    size: int, digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", 4)
+        with pytest.raises(Killed):
+            train(TINY, digits, run, MACHINE)
+    before = snapshot(run.root)
+    with largest_file(size), pytest.raises(CheckpointError, match=r"cannot write .*; free some space or give another"):
+        train(TINY, digits, run, MACHINE)
+    after = snapshot(run.root)
+    assert {name: after[name] for name in before if name != "log.jsonl"} == {
+        name: content for name, content in before.items() if name != "log.jsonl"
+    }
+    train(TINY, digits, run, MACHINE)
+    assert_same_run(run.root, unbroken("adamw"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (replace(TINY, training=replace(TINY.training, batch_size=64)), r"training\.batch_size: 32 -> 64"),
+        (replace(TINY, optimizer=replace(TINY.optimizer, lr=0.1)), r"optimizer\.lr: 0\.005 -> 0\.1"),
+        (replace(TINY, objective=DiagonalMatching()), r"objective\.measure: absent -> 'velocity'"),
+    ],
+    ids=["batch size", "learning rate", "objective"],
+)
+def test_a_resume_with_another_recipe_is_refused(
+    config: RunConfig, message: str, digits: Dataset, unbroken: Callable[[str], Path]
+) -> None:
+    before = snapshot(unbroken("adamw"))
+    with pytest.raises(CheckpointError, match=message):
+        train(config, digits, RunFolder(unbroken("adamw")), MACHINE)
+    assert snapshot(unbroken("adamw")) == before
+
+
+def test_a_resume_on_other_data_is_refused(unbroken: Callable[[str], Path]) -> None:
+    before = snapshot(unbroken("adamw"))
+    other = load_dataset(DataConfig(seed=1))
+    with pytest.raises(CheckpointError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
+        train(TINY, other, RunFolder(unbroken("adamw")), MACHINE)
+    assert snapshot(unbroken("adamw")) == before
+
+
+@pytest.mark.parametrize("file", ["weights", "optimizer", "model", "ema-constant-0.9"])
+@pytest.mark.parametrize("damage", ["truncated", "of another architecture", "gone"])
+def test_a_damaged_checkpoint_is_named(
+    file: str, damage: str, digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(unbroken("adamw"), root)
+    shutil.rmtree(RunFolder(root).last_checkpoint())  # so that there is something left to train
+    target = RunFolder(root).last_checkpoint() / f"{file}.safetensors"
+    if damage == "truncated":
+        target.write_bytes(target.read_bytes()[:-100])
+    elif damage == "gone":
+        target.unlink()
+    else:
+        save_file({key: torch.zeros([n + 1 for n in value.shape]) for key, value in load_file(target).items()}, target)
+    pattern = {"truncated": "is truncated", "gone": "no such file", "of another architecture": "another architecture"}
+    with pytest.raises(CheckpointError, match=pattern[damage]):
+        train(TINY, digits, RunFolder(root), MACHINE)
+
+
+def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) -> None:
+    flow_map = build(TINY, digits)
+    optimizers = Optimizers(flow_map.network, TINY.optimizer)
+    for parameter in flow_map.network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(1, 0.0)
+    tensors = {key: value for key, value in optimizers.tensors().items() if not key.startswith("0.0.")}
+    with pytest.raises(CheckpointError, match="does not fit a model"):
+        Optimizers(flow_map.network, TINY.optimizer).load(tensors)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        train(TINY, digits, RunFolder(tmp_path), MACHINE)
+    assert list(snapshot(tmp_path)) == ["letter.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        train(TINY, digits, RunFolder(tmp_path / "file"), MACHINE)
+    with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
+        train(TINY, digits, RunFolder(tmp_path / "file" / "below"), MACHINE)
+    assert (tmp_path / "file").read_text() == "dear"
