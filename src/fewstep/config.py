@@ -141,6 +141,13 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.network, UNetConfig) and self.network.dropout and isinstance(self.objective, ISD):
+            raise ConfigError(
+                f"dropout {self.network.dropout} with iSD: dN/dt compares evaluations of one network, which dropout "
+                "makes different ones; set --network.dropout 0"
+            )
+
 
 def flow_map_config(
     config: RunConfig,

@@ -123,9 +123,16 @@ class SamplingSettings:
 
     def function(self) -> Sampler:
         """The sampler itself."""
-        if self.sampler == "gamma":
-            return gamma_sampler(self.gamma)
-        return {"map": map_sampler, "euler": euler_sampler, "heun": heun_sampler}[self.sampler]
+        match self.sampler:
+            case "map":
+                return map_sampler
+            case "gamma":
+                return gamma_sampler(self.gamma)
+            case "euler":
+                return euler_sampler
+            case "heun":
+                return heun_sampler
+        raise ShapeError(f"there is no sampler {self.sampler!r}: take map, gamma, euler or heun")
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
     return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     flow_map: FlowMap, count: int, settings: SamplingSettings, labels: Tensor | None = None, first: int = 0
 ) -> Generated:
@@ -164,7 +171,7 @@ def generate(
     model = _guided(flow_map, settings)
     device = next(flow_map.parameters()).device
     batches = []
-    with counting(flow_map.network) as counter:
+    with counting(flow_map.network) as counter, evaluating(flow_map):
         start = time.perf_counter()
         for low in range(0, count, settings.batch_size):
             part = slice(low, min(low + settings.batch_size, count))
@@ -197,6 +204,17 @@ def _check_labels(labels: Tensor | None, count: int, first: int, num_classes: in
 
 def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
     return itertools.pairwise(times.tolist())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; the mode it had after."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @dataclass

@@ -94,12 +94,13 @@ def uniform_grid(path: Path, steps: int) -> Tensor:
 
 
 def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
-    """steps + 1 noise levels of EDM, tau^(1/rho) evenly spaced between 80 and 0.002, as times of the path.
+    """steps + 1 noise levels with tau^(1/rho) evenly spaced (EDM, 2206.00364), as times of the path; float64.
 
-    The ends are the path's own t_max and t_min; float64.
+    From the path's own ends, its tau held within EDM's [0.002, 80]; the first and last are exactly t_max and t_min.
     """
     _check_steps(steps)
-    high, low = 80.0 ** (1 / rho), 0.002 ** (1 / rho)
+    ends = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    high, low = (path.tau(ends).clamp(0.002, 80.0) ** (1 / rho)).tolist()
     tau = (high + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (low - high)) ** rho
     grid = path.time_from_tau(tau).clamp(path.t_min, path.t_max)
     grid[0], grid[-1] = path.t_max, path.t_min

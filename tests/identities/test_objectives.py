@@ -23,7 +23,7 @@ from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
 from fewstep.paths import EDM, Linear, Path
 from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
 from fewstep.randomness import Draws
-from fewstep.times import BetaTimes, UniformTimes
+from fewstep.times import UniformTimes
 from fewstep.weights import adaptive_weight, error_norm
 
 COUNT = 100_000
@@ -160,16 +160,6 @@ def test_diagonal_samples_have_an_anchor_alone() -> None:
     close(losses.loss[on_diagonal].detach(), losses.logs["anchor"][on_diagonal])
     rest = losses.logs["anchor"] + losses.logs["distill"]
     close(losses.loss[~on_diagonal].detach(), rest[~on_diagonal])
-
-
-def test_diagonal_samples_can_have_times_of_their_own() -> None:
-    """Their law changes, and that of the pairs does not."""
-    flow_map, batch = labelled_map(), labelled_batch()
-    same = ISD(times=UniformTimes(), diagonal=0.5)(flow_map, batch)
-    own = ISD(times=UniformTimes(), diagonal=0.5, diagonal_times=BetaTimes(3.0, 1.0))(flow_map, batch)
-    on_diagonal = same.t == same.s
-    close(own.t[on_diagonal], same.t[on_diagonal] ** (1 / 3))
-    close(own.t[~on_diagonal], same.t[~on_diagonal])
 
 
 def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:

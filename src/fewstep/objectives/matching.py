@@ -27,12 +27,13 @@ class DiagonalMatching(Objective):
     """E w(t) |v(x_t, t) - v*|^2 with v* = alpha' x0 + sigma' eps, or the same error as a denoiser's.
 
     measure "velocity": w = 1 (flow matching). "denoiser": |D - x0|^2 with EDM's weight
-    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling.
+    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling; sd = sigma_data, or what the flow map's
+    configuration measured when that is None.
     """
 
     times: TimeDistribution = field(default_factory=LogitNormalTimes)
     measure: Literal["velocity", "denoiser"] = "velocity"
-    sigma_data: float = 0.5
+    sigma_data: float | None = None
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -46,6 +47,14 @@ class DiagonalMatching(Objective):
     def guided(self) -> bool:
         return False
 
+    def deviation(self, flow_map: FlowMap) -> float:
+        """The data's standard deviation; raises ConfigError when nothing states it."""
+        if self.sigma_data is not None:
+            return self.sigma_data
+        if flow_map.config is None:
+            raise ConfigError("DiagonalMatching measures denoisers in units of sigma_data: state it")
+        return flow_map.config.sigma_data
+
     def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
         path, x0 = flow_map.path, batch.x0
         cond = conditioned(batch.labels, self.dropout, batch)
@@ -56,7 +65,8 @@ class DiagonalMatching(Objective):
             error = flow_map.velocity(x, t, cond) - path.conditional_velocity(x0, eps, t)
         else:
             p = path.values(t)
-            weight = (p.alpha**2 * self.sigma_data**2 + p.sigma**2).sqrt() / (p.sigma * self.sigma_data)
+            sd = self.deviation(flow_map)
+            weight = (p.alpha**2 * sd**2 + p.sigma**2).sqrt() / (p.sigma * sd)
             error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - x0)
         loss = per_sample_mean(error.square())
         return Losses(loss, t, t, {"matching": loss.detach()})

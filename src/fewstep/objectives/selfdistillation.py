@@ -66,14 +66,12 @@ class ISD(Objective):
     s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
     v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
-    times: of the pairs (t, s), ordered. diagonal: share of samples with s = t; their times follow diagonal_times, or
-    `times` when that is None. derivative, step: how dN/dt is taken (fewstep.derivatives).
+    times: of t and s, ordered. diagonal: share of samples with s = t. derivative, step: how dN/dt is taken (fewstep.derivatives).
     norm, huber: |.|^2 or pseudo-Huber.
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)
     diagonal: float = 0.0
-    diagonal_times: TimeDistribution | None = None
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
@@ -120,14 +118,15 @@ class ISD(Objective):
         u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
         t, s = ordered_pair(self.times, flow_map.path, u, w)
         on_diagonal = is_diagonal(batch.draws.indices, self.diagonal)
-        alone = self.times if self.diagonal_times is None else self.diagonal_times
-        t = torch.where(on_diagonal, alone.quantile(flow_map.path, u), t)
+        t = torch.where(on_diagonal, self.times.quantile(flow_map.path, u), t)
         return t, torch.where(on_diagonal, t, s)
 
     def condition(self, flow_map: FlowMap, batch: Batch) -> Condition:
         """Labels with dropout, and the drawn guidance for networks that take it."""
         labels = None if batch.labels is None else drop_labels(batch.labels, self.dropout, batch.draws)
         cond = Condition(labels)
+        if self.guidance.conditions_network and labels is not None and not flow_map.guided:
+            raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
         return replace(cond, guidance=self.guidance.draw(batch.draws)) if flow_map.guided else cond
 
     def anchor_target(
@@ -166,6 +165,6 @@ class ISD(Objective):
         def pair(x: Tensor, t: Tensor) -> Tensor:
             return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
 
-        path = flow_map.path
-        nodes = finite_difference_nodes(t, s, path.t_max, self.step, path.time_scale(t))
+        scale = torch.minimum(flow_map.path.time_scale(t), flow_map.scaling.time_scale(t))
+        nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, scale)
         return finite_derivative(output, pair, x, t, v, nodes)

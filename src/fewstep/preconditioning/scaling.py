@@ -38,6 +38,10 @@ class Scaling(ABC):
     def c_noise(self, t: Tensor) -> Tensor:
         """The clock that the network sees; finite on the whole range."""
 
+    def time_scale(self, t: Tensor) -> Tensor:
+        """The span of time over which that clock changes by one of its units: for finite-difference steps."""
+        return torch.ones_like(t)
+
 
 @final
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ class EDMScaling(Scaling):
     def c_noise(self, t: Tensor) -> Tensor:
         return _c_noise(self.path, t)
 
+    def time_scale(self, t: Tensor) -> Tensor:
+        return _log_time_scale(self.path, t)
+
 
 @final
 @dataclass(frozen=True)
@@ -113,12 +120,21 @@ class EDMInputScaling(Scaling):
     def c_noise(self, t: Tensor) -> Tensor:
         return _c_noise(self.path, t)
 
+    def time_scale(self, t: Tensor) -> Tensor:
+        return _log_time_scale(self.path, t)
+
 
 def _c_noise(path: Path, t: Tensor) -> Tensor:
     p = path.values(t)
     tiny = torch.finfo(t.dtype).tiny
     log_tau = torch.log(p.sigma.clamp_min(tiny)) - torch.log(p.alpha.clamp_min(tiny))
     return log_tau.clamp(-_LOG_TAU_LIMIT, _LOG_TAU_LIMIT) / 4
+
+
+def _log_time_scale(path: Path, t: Tensor) -> Tensor:
+    """tau / tau' = alpha sigma / (sigma' alpha - sigma alpha'), at least 1e-3: one unit of log tau."""
+    p = path.values(t)
+    return (p.alpha * p.sigma / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)).clamp(min=1e-3)
 
 
 def _check(sigma_data: float) -> None:
