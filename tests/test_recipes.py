@@ -155,3 +155,10 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {where: value}
     return {key: item for name, inner in value.items() for key, item in leaves(inner, f"{where}.{name}").items()}
+
+
+def test_dropout_is_refused_where_evaluations_are_compared() -> None:
+    network = UNetConfig(dropout=0.1)
+    with pytest.raises(ConfigError, match=r"dropout 0\.1 with iSD"):
+        replace(recipe("digits-unet"), network=network)
+    assert replace(recipe("digits-flow-matching"), network=network).network == network

@@ -16,10 +16,10 @@ from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError, FewstepError, ShapeError
 from fewstep.flowmap import FlowMap, at
 from fewstep.guidance import ClassifierFreeGuidance, sampling_condition
-from fewstep.networks import Network
+from fewstep.networks import Network, UNetConfig
 from fewstep.oracles import GaussianData, GaussianOutput
 from fewstep.paths import EDM, VP, Linear, Path, Trig
-from fewstep.preconditioning import EulerPreconditioning
+from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
 from fewstep.randomness import Draws
 from fewstep.sampling import SamplingSettings, euler_sampler, gamma_sampler, generate, heun_sampler, map_sampler
 from fewstep.times import check_grid, edm_grid, uniform_grid
@@ -236,3 +236,17 @@ def test_the_grid_of_edm_is_the_published_one() -> None:
     i, rho = torch.arange(18, dtype=F64), 7
     published = (80 ** (1 / rho) + i / 17 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
     torch.testing.assert_close(edm_grid(EDM(), 17), published)
+
+
+def test_samples_can_be_used_in_training_and_dropout_is_off() -> None:
+    network = UNetConfig(width=8, multipliers=(1,), blocks=1, attention=(), embedding_width=16, dropout=0.5)
+    flow_map = FlowMap(Linear(), LinearPreconditioning(), network.build((1, 4, 4), 0, False))
+    with torch.no_grad():
+        for parameter in flow_map.parameters():
+            parameter.add_(0.1)
+    first, second = (generate(flow_map, 3, SamplingSettings()).samples for _ in range(2))
+    assert torch.equal(first, second)
+    assert flow_map.training
+    weight = torch.ones((), requires_grad=True)
+    (first * weight).sum().backward()
+    assert float(weight.grad) == pytest.approx(float(first.sum()))  # type: ignore[arg-type]

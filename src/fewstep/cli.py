@@ -96,8 +96,13 @@ class EvaluateOptions:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run."""
-    samples: int = 0
-    """Generated samples per measurement; 0 takes the recipe's number."""
+    samples: int | None = None
+    """Generated samples per measurement; like the options below, the recipe's own when not given."""
+    steps: tuple[int, ...] = ()
+    """Step counts of the run's own sampler."""
+    omega: float | None = None
+    """Guidance strength when sampling: choose it by the Frechet distance."""
+    seed: int | None = None
     inception: Path | None = None
     """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
 
@@ -138,6 +143,8 @@ def train_command(args: Sequence[str]) -> None:
     default = TrainOptions(run=recipe(args[0]))
     options = parse(TrainOptions, args[1:], f"train {args[0]}", default)
     config = options.run
+    if config.recipe != args[0]:
+        raise ConfigError(f"the recipe is {args[0]!r}; leave out --recipe {config.recipe}")
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset = load_dataset(config.data)
     result = train(config, dataset, run, options.machine, watcher(run, config))
@@ -194,12 +201,17 @@ def evaluate_command(args: Sequence[str]) -> None:
     run = RunFolder(options.run)
     config = run.config()
     run.last_checkpoint()
-    if options.samples < 0:
-        raise ConfigError(f"{options.samples} samples asked for: give at least 2, or 0 for the recipe's number")
-    samples = options.samples or config.evaluation.samples
+    own = config.evaluation
+    evaluation = dataclasses.replace(
+        own,
+        samples=own.samples if options.samples is None else options.samples,
+        steps=options.steps or own.steps,
+        omega=own.omega if options.omega is None else options.omega,
+        seed=own.seed if options.seed is None else options.seed,
+    )
     dataset = load_dataset(config.data)
     stick = yardstick(dataset, cache_folder(), options.inception)
-    rows = [*measure_run(run, stick, samples), measure_real(dataset, samples, stick)]
+    rows = [*measure_run(run, stick, evaluation), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
 

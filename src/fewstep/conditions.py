@@ -16,7 +16,7 @@ class Condition:
 
     labels: (B,) int64 in [0, num_classes), or NULL_LABEL (-1) for "no class"; None means no class for the whole batch.
     guidance: (B, 3) float: log omega, and the ends t_lo, t_hi of the guidance interval as fractions in [0, 1] of the
-        path's range (Path.time_from_unit); only for networks built with guided=True. None there means omega = 1 on the whole range.
+        path's range (Path.time_from_unit); only for networks built with guided=True, where None means omega = 1.
     """
 
     labels: Tensor | None = None

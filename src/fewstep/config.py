@@ -124,8 +124,11 @@ class EvaluationConfig:
     seed: int = 1000
 
     def __post_init__(self) -> None:
-        if not self.steps or min(*self.steps, self.reference_steps) < 1 or self.samples < 2:
-            raise ConfigError("evaluation needs at least one step count, each at least 1, and at least 2 samples")
+        if not self.steps or min(*self.steps, self.reference_steps) < 1 or self.samples < 4:
+            raise ConfigError(
+                f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
+                "needs at least 4 samples and one step count, each at least 1"
+            )
 
 
 @dataclass(frozen=True)

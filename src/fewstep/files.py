@@ -46,5 +46,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write text (as UTF-8) or bytes aside and rename them into place; raises CheckpointError when the disk refuses."""
-    with replacing(file) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with replacing(file) as aside, aside.open("wb") as file_aside:
+        file_aside.write(content.encode() if isinstance(content, str) else content)
+        file_aside.flush()
+        os.fsync(file_aside.fileno())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
+from fewstep.errors import ConfigError
 from fewstep.recipes import recipe
 from fewstep.runs import (
     Row,
@@ -29,6 +31,10 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
 
     Started again on the same folder it goes on where it stopped. Raises what `train` raises.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("the quickstart is one process: start it without torchrun, or train recipes with it")
+    if seconds <= 0:
+        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
     config = _limited(recipe("digits"), seconds)
     dataset = load_dataset(config.data)
     run = RunFolder(root)
@@ -37,7 +43,7 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
 
     spent = training_seconds(run)
     baseline = RunFolder(root / "flow-matching")
-    base_config = _limited(recipe("digits-flow-matching"), round(spent, 1))
+    base_config = _limited(recipe("digits-flow-matching"), max(round(spent, 1), 0.1))
     base_config = replace(base_config, training=replace(base_config.training, images=100 * config.training.images))
     if baseline.config_file.exists():
         base_config = baseline.config()
@@ -53,7 +59,7 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
     ]
     write_figures(rows, root)
     print(table(rows))
-    return report(run, (baseline,), title="fewstep quickstart: digits in one and two network calls")
+    return report(run, title="fewstep quickstart: digits in one and two network calls")
 
 
 def _limited(config: RunConfig, seconds: float) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fewstep.config import RunConfig
+from fewstep.config import EvaluationConfig, RunConfig
 from fewstep.data import Dataset
 from fewstep.errors import CheckpointError
 from fewstep.evaluation import (
@@ -89,16 +89,24 @@ def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
     return _row(found, 0.0)
 
 
-def measure_run(run: RunFolder, stick: Yardstick, samples: int = 0) -> list[Row]:
-    """One row for every step count of the recipe, and for the ODE reference of a map; 0 samples: the recipe's."""
-    config, flow_map = run.config(), run.flow_map()
-    samples = samples or config.evaluation.samples
-    seconds = training_seconds(run)
-    name, evaluation = method_name(config), config.evaluation
-    plans = [(name, settings) for settings in sampler_settings(config, evaluation.steps)]
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_run(run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None) -> list[Row]:
+    """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own."""
+    config, flow_map = run.config(), run.flow_map().to(best_device())
+    config = config if evaluation is None else replace(config, evaluation=evaluation)
+    settings = config.evaluation
+    name = method_name(config) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
+    plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     if not isinstance(config.objective, DiagonalMatching):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
-    return [_row(measure_settings(flow_map, settings, label, samples, stick), seconds) for label, settings in plans]
+    return [
+        _row(measure_settings(flow_map, each, label, settings.samples, stick), training_seconds(run), settings.omega)
+        for label, each in plans
+    ]
 
 
 def reference_settings(config: RunConfig) -> SamplingSettings:
@@ -144,17 +152,28 @@ def training_seconds(run: RunFolder) -> float:
     return float(read_state(run.last_checkpoint())["seconds"])
 
 
-def _row(found: Measurement, seconds: float) -> Row:
+def _row(found: Measurement, seconds: float, omega: float = 1.0) -> Row:
+    """A measurement as stored: `seconds` is training time there, `sampling_seconds` the time to draw all samples."""
     row = found.row()
-    row["sampling_seconds"] = row["seconds"]
-    row["seconds"] = seconds
-    return row
+    return row | {
+        "seconds": seconds,
+        "sampling_seconds": row["seconds"],
+        "omega": omega,
+        "device": str(best_device()),
+    }
 
 
 def write_figures(rows: list[Row], folder: Path) -> Path:
-    """Store rows as figures.json."""
+    """Store rows in figures.json beside those stored earlier; a row measured anew replaces its older self."""
+
+    def identity(row: Row) -> tuple[Any, ...]:
+        keys = ("method", "nfe", "extractor", "reference", "samples", "seed", "omega")
+        return tuple(row.get(key) for key in keys)
+
+    fresh = {identity(row) for row in rows}
+    kept = [row for row in read_figures(folder) if identity(row) not in fresh]
     file = folder / FIGURES_FILE
-    write_atomically(file, json.dumps(rows, indent=2) + "\n")
+    write_atomically(file, json.dumps([*rows, *kept], indent=2) + "\n")
     return file
 
 
@@ -187,9 +206,9 @@ def table(rows: list[Row]) -> str:
 
 def grids(run: RunFolder, count: int = 40) -> tuple[Grid, ...]:
     """Grids at the recipe's first three step counts and by the reference, from the same noise."""
-    config, flow_map = run.config(), run.flow_map()
+    config, flow_map = run.config(), run.flow_map().to(best_device())
     name = method_name(config)
-    plans = [(f"{name}", settings) for settings in sampler_settings(config, config.evaluation.steps[:3])]
+    plans = [(name, settings) for settings in sampler_settings(config, config.evaluation.steps[:3])]
     plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(flow_map, count, settings)) for label, settings in plans]
     return tuple(
@@ -203,8 +222,16 @@ def grids(run: RunFolder, count: int = 40) -> tuple[Grid, ...]:
     )
 
 
-def report(run: RunFolder, others: tuple[RunFolder, ...] = (), title: str = "") -> Path:
-    """Write report.html: samples, curves, quality against NFE, cost, settings; `others` appear beside the run."""
+def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
+    """Runs kept inside the run's folder to be compared with it."""
+    found = [RunFolder(path) for path in sorted(run.root.iterdir()) if path.is_dir()]
+    return tuple(each for each in found if each.config_file.is_file() and each.checkpoints())
+
+
+def report(run: RunFolder, title: str = "") -> Path:
+    """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run."""
+    run.record()
+    others = baselines(run)
     config, record = run.config(), run.record()
     flow_map = run.flow_map()
     rows = read_figures(run.root)

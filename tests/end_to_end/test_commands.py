@@ -17,6 +17,7 @@ from fewstep.cli import COMMANDS, OVERVIEW
 from fewstep.config import RunConfig
 from fewstep.quickstart import quickstart
 from fewstep.recipes import RECIPES, recipe
+from fewstep.runs import read_figures, report, write_figures
 from fewstep.training import Machine, RunFolder
 
 
@@ -176,11 +177,18 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     monkeypatch.setattr("fewstep.quickstart.recipe", cheaper)
     page = quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
-    methods = {row["method"] for row in rows}
-    assert methods >= {"iSD-T", "flow matching", "real data (training part)"}
+    shown = {(row["method"], row["nfe"]) for row in rows}
+    assert shown >= {("iSD-T", nfe) for nfe in (1, 2, 4, 16)} | {("flow matching", nfe) for nfe in (1, 2, 16, 32)}
+    assert ("real data (training part)", 0) in shown
+    keys = {"method", "nfe", "frechet", "accuracy", "extractor", "samples", "seconds"}
+    assert all(keys <= row.keys() for row in rows)
     text = page.read_text()
     assert all(method in text for method in ("iSD-T", "flow matching"))
     assert "Frechet" in capsys.readouterr().out
-    assert [
-        run.last_checkpoint().exists() for run in map(RunFolder, (tmp_path / "run", tmp_path / "run/flow-matching"))
-    ]
+    # Measured and reported again, the run keeps its baseline; started again, it goes on from what is there.
+    write_figures(rows[:1], tmp_path / "run")
+    assert len(read_figures(tmp_path / "run")) == len(rows)
+    assert "flow matching" in report(RunFolder(tmp_path / "run")).read_text()
+    logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
+    quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
+    assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.conditions import NULL_LABEL, Condition
+from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
 from fewstep.objectives import ISD, Batch, DiagonalMatching, Objective
@@ -271,3 +272,13 @@ def test_the_anchor_at_a_mixtures_oracle_is_its_conditional_variance() -> None:
     maps = [Callback(lambda x, t, s, c, b=b: data.velocity(path, x, t) * b) for b in (0.9, 1.0, 1.1)]
     low, best, high = (float(ANCHOR(FlowMap(path, LinearPreconditioning(), m), batch).mean()) for m in maps)
     assert best < min(low, high)
+
+
+def test_drawn_guidance_needs_a_network_that_takes_it() -> None:
+    with pytest.raises(ConfigError, match="guided=True"):
+        ISD(guidance=DrawnGuidance())(labelled_map(), labelled_batch())
+
+
+def test_a_denoisers_deviation_is_stated_or_measured() -> None:
+    with pytest.raises(ConfigError, match="sigma_data"):
+        DiagonalMatching(measure="denoiser")(labelled_map(), labelled_batch())

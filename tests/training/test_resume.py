@@ -263,3 +263,14 @@ def test_a_file_in_the_place_of_the_folder(digits: Dataset, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
         train(TINY, digits, RunFolder(tmp_path / "file" / "below"), MACHINE)
     assert (tmp_path / "file").read_text() == "dear"
+
+
+def test_what_is_only_logged_or_measured_may_change(unbroken: Callable[[str], Path]) -> None:
+    """A finished run accepts other settings of logs and evaluation, which leave its weights as they are."""
+    run = RunFolder(unbroken("adamw"))
+    changed = replace(
+        TINY, training=replace(TINY.training, log_images=32, keep=5), evaluation=replace(TINY.evaluation, samples=99)
+    )
+    run.open(changed, run.record()["data"])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"training\.seed"):
+        run.open(replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]

@@ -120,6 +120,13 @@ class Dataset:
         return self.train.shape
 
     @cached_property
+    def data_range(self) -> tuple[float, float] | None:
+        """(-1, 1) for images, as bytes or as floats within it; None for values without such a range (latents)."""
+        values = self.train.values
+        bounded = not values.is_floating_point() or float(values.abs().max()) <= 1.0
+        return (-1.0, 1.0) if bounded else None
+
+    @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any value, label, class name, or with the split; not with the name."""
         digest = hashlib.blake2b(digest_size=8)

@@ -27,8 +27,8 @@ class DiagonalMatching(Objective):
     """E w(t) |v(x_t, t) - v*|^2 with v* = alpha' x0 + sigma' eps, or the same error as a denoiser's.
 
     measure "velocity": w = 1 (flow matching). "denoiser": |D - x0|^2 with EDM's weight
-    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling; sd = sigma_data, or what the flow map's
-    configuration measured when that is None.
+    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling; sd = sigma_data, or when that is
+    None what the flow map's configuration says.
     """
 
     times: TimeDistribution = field(default_factory=LogitNormalTimes)

@@ -66,8 +66,8 @@ class ISD(Objective):
     s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
     v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
-    times: of t and s, ordered. diagonal: share of samples with s = t. derivative, step: how dN/dt is taken (fewstep.derivatives).
-    norm, huber: |.|^2 or pseudo-Huber.
+    times: of t and s, ordered. diagonal: share of samples with s = t. derivative, step: how dN/dt is taken
+    (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)

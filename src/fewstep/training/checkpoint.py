@@ -62,7 +62,7 @@ class RunFolder:
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             write_atomically(self.config_file, json.dumps(record, indent=2) + "\n")
             return
-        lines = differences(self.record(), record)
+        lines = differences(_identity(self.record()), _identity(record))
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
             raise CheckpointError(
@@ -130,6 +130,14 @@ class RunFolder:
         kept = "".join(json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step)
         if not self.log_file.exists() or self.log_file.read_text() != kept:
             write_atomically(self.log_file, kept)
+
+
+def _identity(record: dict[str, Any]) -> JSON:
+    """What decides the weights: the record without what is only logged, kept or measured."""
+    run = {key: value for key, value in record["run"].items() if key != "evaluation"}
+    passive = ("log_images", "sample_images", "checkpoint_images", "keep")
+    run["training"] = {key: value for key, value in run["training"].items() if key not in passive}
+    return {"run": run, "data": record["data"]}
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -65,11 +65,13 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...]) -> list[EMA]:
     """The averages of a recipe, power functions first; raises ConfigError when there is none."""
-    emas = [EMA(f"power-{width:g}", module, None, power_exponent(width)) for width in powers]
+    emas = [EMA(f"power-{width!r}", module, None, power_exponent(width)) for width in powers]
     for decay in decays:
         if not 0 <= decay < 1:
             raise ConfigError(f"EMA decay {decay} must lie in [0, 1)")
-        emas.append(EMA(f"constant-{decay:g}", module, decay, None))
+        emas.append(EMA(f"constant-{decay!r}", module, decay, None))
+    if len({ema.name for ema in emas}) < len(emas):
+        raise ConfigError(f"an EMA is asked for twice: ema_power {powers}, ema_decay {decays}")
     if not emas:
         raise ConfigError("a recipe needs at least one EMA: give ema_power or ema_decay")
     return emas

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,8 @@ def data_record(dataset: Dataset) -> dict[str, JSON]:
 
 def build(config: RunConfig, dataset: Dataset) -> FlowMap:
     """The run's flow map with the weights that its seed gives; leaves torch's global generator as it was."""
-    data_range = (-1.0, 1.0) if dataset.train.values.dtype == torch.uint8 or config.data.source == "digits" else None
     settings = flow_map_config(
-        config, dataset.shape, dataset.sigma_data, dataset.num_classes, dataset.class_names, data_range
+        config, dataset.shape, dataset.sigma_data, dataset.num_classes, dataset.class_names, dataset.data_range
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
@@ -177,10 +177,9 @@ class Trainer:
                 start = time.perf_counter()
                 self.take_step()
                 self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
-                bar.update(settings.batch_size)
+                self._show_progress(bar)
                 if self.due(settings.log_images) or self.finished:
                     self.write_log()
-                    bar.set_postfix(loss=f"{self.window.last_loss:.4f}", refresh=False)
                 if self.due(settings.checkpoint_images) or self.finished:
                     self.save()
                 if settings.sample_images and (self.due(settings.sample_images) or self.finished):
@@ -210,7 +209,7 @@ class Trainer:
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
-            with _nothing() if last else self.accelerator.no_sync(self.module):
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, drawn, logs = self.module(batch)
                 self.accelerator.backward(loss / self.accumulation)
             total = total + loss.detach() / self.accumulation
@@ -289,12 +288,24 @@ class Trainer:
             self.flow_map.train()
 
     def _bar(self) -> tqdm[Any]:
+        """Counts images, or seconds where they end the run."""
         hidden = self.machine.quiet or not self.accelerator.is_main_process
-        total = self.config.training.images
+        settings = self.config.training
+        total, unit = (settings.seconds, "s") if settings.seconds else (settings.images, "img")
         return tqdm(
-            total=total, initial=min(self.images, total), unit="img", unit_scale=True, disable=hidden,
-            desc=self.config.recipe, file=sys.stderr, mininterval=0.5,
+            total=total, unit=unit, unit_scale=True, disable=hidden, desc=self.config.recipe, file=sys.stderr,
+            mininterval=0.5, bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
+
+    def _show_progress(self, bar: tqdm[Any]) -> None:
+        settings = self.config.training
+        bar.n = min(self.progress, 1.0) * (settings.seconds or settings.images)
+        bar.set_postfix_str(
+            f"{self.images:,} images, {self.images / max(self.seconds, 1e-9):,.0f} images/s, "
+            f"loss {self.window.last_loss:.4f}",
+            refresh=False,
+        )
+        bar.update(0)
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
@@ -355,14 +366,6 @@ def _leave_processes() -> None:
     """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 def _tensorboard(run: RunFolder) -> Any:
