@@ -15,7 +15,8 @@ from fewstep.times import BetaTimes
 def digits() -> RunConfig:
     """iSD-T on 8x8 digits with an MLP: the quickstart.
 
-    About 80 seconds on two cores.
+    Measured after 408,000 of its 512,000 images: Frechet distance 4.5 / 3.0 / 2.8 at 1 / 2 / 4 steps (classifier
+    features, real digits 1.6). Under two minutes on two cores.
     """
     return RunConfig(
         recipe="digits",
@@ -36,7 +37,8 @@ def digits() -> RunConfig:
 def digits_flow_matching() -> RunConfig:
     """Flow matching with the network and settings of `digits`: the baseline it is compared with.
 
-    Sampled by Euler's method; half the cost of `digits` per image.
+    Sampled by Euler's method. Measured after 797,000 of its 1,024,000 images: Frechet distance 50 / 16 / 3.2 / 3.0 at
+    1 / 2 / 16 / 32 steps. Half the cost of `digits` per image.
     """
     base = digits()
     return replace(
@@ -49,7 +51,10 @@ def digits_flow_matching() -> RunConfig:
 
 
 def digits_unet() -> RunConfig:
-    """iSD-T on 8x8 digits with a small U-Net: slower per step than the MLP of `digits`, fewer images needed."""
+    """iSD-T on 8x8 digits with a small U-Net: slower per image than the MLP of `digits`.
+
+    No figure measured yet; a few minutes on two cores.
+    """
     base = digits()
     network = UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(4,), embedding_width=128)
     return replace(base, recipe="digits-unet", network=network, training=replace(base.training, images=256_000))

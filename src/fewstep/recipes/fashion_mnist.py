@@ -14,7 +14,8 @@ from fewstep.objectives import ISD
 def fashion_mnist_unet() -> RunConfig:
     """iSD-T on Fashion-MNIST with a U-Net of 1.2 million parameters on 2x2 pixel blocks.
 
-    About an hour on two cores.
+    Measured: Frechet distance 10.5 / 5.6 / 4.3 at 1 / 2 / 4 steps (classifier features, real images 0.2). 66 minutes
+    on one shared core.
     """
     return RunConfig(
         recipe="fashion-mnist-unet",
@@ -36,6 +37,9 @@ def fashion_mnist_unet() -> RunConfig:
 
 
 def fashion_mnist_dit() -> RunConfig:
-    """iSD-T on Fashion-MNIST with a diffusion transformer of 6 layers on 4x4 patches."""
+    """iSD-T on Fashion-MNIST with a diffusion transformer of 6 layers on 4x4 patches.
+
+    No figure measured yet; about twice the time of `fashion-mnist-unet`.
+    """
     base = fashion_mnist_unet()
     return replace(base, recipe="fashion-mnist-dit", network=DiTConfig(width=192, depth=6, heads=6, patch=4))

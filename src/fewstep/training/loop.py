@@ -300,11 +300,9 @@ class Trainer:
     def _show_progress(self, bar: tqdm[Any]) -> None:
         settings = self.config.training
         bar.n = min(self.progress, 1.0) * (settings.seconds or settings.images)
-        bar.set_postfix_str(
-            f"{self.images:,} images, {self.images / max(self.seconds, 1e-9):,.0f} images/s, "
-            f"loss {self.window.last_loss:.4f}",
-            refresh=False,
-        )
+        speed = f"{self.images:,} images, {self.images / max(self.seconds, 1e-9):,.0f} images/s"
+        loss = "" if math.isnan(self.window.last_loss) else f", loss {self.window.last_loss:.4f}"
+        bar.set_postfix_str(speed + loss, refresh=False)
         bar.update(0)
 
 
