@@ -39,7 +39,7 @@ def fashion_mnist_unet() -> RunConfig:
 def fashion_mnist_dit() -> RunConfig:
     """iSD-T on Fashion-MNIST with a diffusion transformer of 6 layers on 4x4 patches.
 
-    No figure measured yet; about twice the time of `fashion-mnist-unet`.
+    No figure measured yet; slower than `fashion-mnist-unet` on a CPU.
     """
     base = fashion_mnist_unet()
     return replace(base, recipe="fashion-mnist-dit", network=DiTConfig(width=192, depth=6, heads=6, patch=4))
