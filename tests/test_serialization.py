@@ -34,7 +34,7 @@ from fewstep.serialization import differences, from_json, to_json
 from fewstep.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
 
 PATHS = [EDM(0.01, 50.0), Linear(), Trig(0.4), VP(0.2, 15.0, 1e-4)]
-NETWORKS = [MLPConfig(width=8), UNetConfig(multipliers=(1, 3), dropout=0.1), DiTConfig(heads=2, checkpoint=True)]
+NETWORKS = [MLPConfig(width=8), UNetConfig(multipliers=(1, 3), patch=2), DiTConfig(heads=2, checkpoint=True)]
 RUN = RunConfig("mine")
 MAP = FlowMapConfig(Linear(), LinearPreconditioning(), IdentityScaling(), MLPConfig(), (3,))
 
