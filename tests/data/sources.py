@@ -1,4 +1,4 @@
-"""Helpers of the tests of data sources."""
+"""Functions that the tests of data sources share."""
 
 from __future__ import annotations
 
