@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, SD, Callback, close, mixture, noise, pair, random_network, scalings
+from cases import F64, PAIRS, SD, Callback, close, mixture, noise, pair, random_network, scalings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,10 +24,12 @@ from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
 from fewstep.paths import EDM, Linear, Path
 from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
 from fewstep.randomness import Draws
-from fewstep.times import UniformTimes
+from fewstep.times import BetaTimes, UniformTimes
 from fewstep.weights import adaptive_weight, error_norm
 
 COUNT = 100_000
+LATE = BetaTimes(4.0, 1.0)
+"""Few times near data, where velocities of denoisers weigh 1/sigma^2 and a mean over draws says little."""
 ANCHOR = ISD(times=UniformTimes(), diagonal=1.0, power=0.0, dropout=0.0)
 
 
@@ -54,16 +56,18 @@ def z_scores(objective: Objective, path: Path, preconditioning: Any, exact: Any,
     return grads.mean(1) / (grads.std(1) / math.sqrt(count))
 
 
-@pytest.mark.parametrize("objective", [ANCHOR, DiagonalMatching(UniformTimes(), dropout=0.0)], ids=["isd", "matching"])
-@pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("trig", "trig"), ("vp", "bcm")])
+@pytest.mark.parametrize(
+    "objective", [replace(ANCHOR, times=LATE), DiagonalMatching(LATE, dropout=0.0)], ids=["isd", "matching"]
+)
+@pytest.mark.parametrize(("path_name", "name"), PAIRS)
 def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objective, path_name: str, name: str) -> None:
-    """And not zero when the data move by a tenth."""
+    """And not zero when the data move by half a unit."""
     path, preconditioning = pair(path_name, name)
     data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
     exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
     right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
     assert float(right.abs().max()) < 4
-    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + 0.1, None, draws(COUNT)))
+    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + 0.5, None, draws(COUNT)))
     assert float(wrong.abs().max()) > 8
 
 
