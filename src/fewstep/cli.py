@@ -123,6 +123,7 @@ def cache_folder() -> Path:
 
 
 def quickstart_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep quickstart`."""
     from fewstep.quickstart import quickstart
 
     options = parse(QuickstartOptions, args, "quickstart")
@@ -130,6 +131,7 @@ def quickstart_command(args: Sequence[str]) -> None:
 
 
 def train_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep train RECIPE`."""
     from fewstep.data import load_dataset
     from fewstep.runs import watcher
     from fewstep.training import RunFolder, train
@@ -155,6 +157,7 @@ def train_command(args: Sequence[str]) -> None:
 
 
 def sample_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep sample RUN`."""
     import torch
 
     from fewstep.reporting import save_each, save_grid, save_npz
@@ -193,6 +196,7 @@ def sample_command(args: Sequence[str]) -> None:
 
 
 def evaluate_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep evaluate RUN`."""
     from fewstep.data import load_dataset
     from fewstep.runs import measure_real, measure_run, table, write_figures, yardstick
     from fewstep.training import RunFolder
@@ -217,6 +221,7 @@ def evaluate_command(args: Sequence[str]) -> None:
 
 
 def report_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep report RUN`."""
     from fewstep.runs import report
     from fewstep.training import RunFolder
 
@@ -225,6 +230,7 @@ def report_command(args: Sequence[str]) -> None:
 
 
 def recipes_command(args: Sequence[str]) -> None:
+    """Print every recipe with its docstring."""
     if args:
         raise ConfigError(f"recipes takes no options, got {' '.join(args)}")
     for name, build in RECIPES.items():
