@@ -56,32 +56,31 @@ def z_scores(objective: Objective, path: Path, preconditioning: Any, exact: Any,
     return grads.mean(1) / (grads.std(1) / math.sqrt(count))
 
 
+def assert_anchored(objective: Objective, path_name: str, name: str, moved: float) -> None:
+    """The expected gradient is zero at the oracle, and is not when the data move."""
+    path, preconditioning = pair(path_name, name)
+    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
+    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
+    right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
+    assert float(right.abs().max()) < 4
+    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + moved, None, draws(COUNT)))
+    assert float(wrong.abs().max()) > 8
+
+
 @pytest.mark.parametrize(
     "objective", [replace(ANCHOR, times=LATE), DiagonalMatching(LATE, dropout=0.0)], ids=["isd", "matching"]
 )
 @pytest.mark.parametrize(("path_name", "name"), PAIRS)
 def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objective, path_name: str, name: str) -> None:
     """And not zero when the data move by half a unit."""
-    path, preconditioning = pair(path_name, name)
-    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
-    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
-    right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
-    assert float(right.abs().max()) < 4
-    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + 0.5, None, draws(COUNT)))
-    assert float(wrong.abs().max()) > 8
+    assert_anchored(objective, path_name, name, moved=0.5)
 
 
 @pytest.mark.parametrize("objective", [ANCHOR, DiagonalMatching(UniformTimes(), dropout=0.0)], ids=["isd", "matching"])
 @pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("trig", "trig"), ("vp", "bcm")])
 def test_the_anchor_notices_data_that_move_by_a_tenth(objective: Objective, path_name: str, name: str) -> None:
     """At uniform times, where velocities are of one size."""
-    path, preconditioning = pair(path_name, name)
-    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
-    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
-    right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
-    assert float(right.abs().max()) < 4
-    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + 0.1, None, draws(COUNT)))
-    assert float(wrong.abs().max()) > 8
+    assert_anchored(objective, path_name, name, moved=0.1)
 
 
 def test_the_denoisers_expected_gradient_is_zero_at_the_oracle() -> None:
