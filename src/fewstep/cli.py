@@ -19,7 +19,7 @@ from fewstep._version import __version__
 from fewstep.config import RunConfig
 from fewstep.errors import ConfigError, FewstepError
 from fewstep.recipes import RECIPES, recipe
-from fewstep.sampling import SamplerName
+from fewstep.sampling import SamplerName, Spacing
 from fewstep.training.loop import Machine
 
 T = TypeVar("T")
@@ -73,6 +73,8 @@ class SampleOptions:
     """Steps; the map sampler makes one network call each."""
     sampler: SamplerName = "map"
     """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself."""
+    spacing: Spacing = "uniform"
+    """uniform on the path's clock, or edm: EDM's noise levels (rho = 7)."""
     gamma: float = 0.5
     """For the gamma sampler: 0 is deterministic, 1 re-noises fully."""
     times: tuple[float, ...] = ()
@@ -175,6 +177,7 @@ def sample_command(args: Sequence[str]) -> None:
         sampler=options.sampler,
         steps=options.steps,
         times=options.times,
+        spacing=options.spacing,
         gamma=options.gamma,
         omega=options.omega,
         interval=options.interval,

@@ -27,7 +27,7 @@ from fewstep.files import write_atomically
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import DiagonalMatching
 from fewstep.reporting import Grid, RunReport, save_grid, write_report
-from fewstep.sampling import SamplerName, SamplingSettings, generate
+from fewstep.sampling import SamplerName, SamplingSettings, Spacing, generate
 from fewstep.training.checkpoint import RunFolder, read_state
 from fewstep.training.loop import Watcher
 
@@ -51,11 +51,19 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
 
 
 def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:
-    """The run's own sampler at these step counts: the map, or Euler's method for a model of the diagonal alone."""
-    evaluation = config.evaluation
-    sampler: SamplerName = "euler" if isinstance(config.objective, DiagonalMatching) else "map"
-    base = SamplingSettings(sampler=sampler, omega=evaluation.omega, seed=evaluation.seed)
+    """The run's own sampler at these step counts: the map; for a model of the diagonal alone Euler's method, or on the
+    EDM path Heun's.
+    """
+    evaluation, on_edm = config.evaluation, config.model.path == "edm"
+    diagonal: SamplerName = "heun" if on_edm else "euler"
+    sampler: SamplerName = diagonal if config.objective.on_diagonal else "map"
+    base = SamplingSettings(sampler=sampler, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed)
     return [replace(base, steps=count) for count in steps]
+
+
+def spacing(config: RunConfig) -> Spacing:
+    """How the run's step times are spaced: as EDM's on its path."""
+    return "edm" if config.model.path == "edm" else "uniform"
 
 
 def method_name(config: RunConfig) -> str:
@@ -113,7 +121,9 @@ def reference_settings(config: RunConfig) -> SamplingSettings:
     """Heun's method at about `reference_steps` evaluations."""
     evaluation = config.evaluation
     steps = max(1, (evaluation.reference_steps + 1) // 2)
-    return SamplingSettings(sampler="heun", steps=steps, omega=evaluation.omega, seed=evaluation.seed)
+    return SamplingSettings(
+        sampler="heun", steps=steps, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+    )
 
 
 def measure_settings(

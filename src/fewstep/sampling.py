@@ -22,10 +22,11 @@ from fewstep.flowmap import FlowMap, at
 from fewstep.guidance import ClassifierFreeGuidance, sampling_condition
 from fewstep.paths import Path
 from fewstep.randomness import Draws
-from fewstep.times import check_grid, uniform_grid
+from fewstep.times import check_grid, edm_grid, uniform_grid
 
 STREAM_PRIOR, STREAM_RENOISE = 20, 1000
 SamplerName = Literal["map", "gamma", "euler", "heun"]
+Spacing = Literal["uniform", "edm"]
 
 
 class Model(Protocol):
@@ -96,14 +97,16 @@ def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample. times overrides steps. omega: guidance strength, on the unit times of interval.
+    """How to sample. times overrides steps; spacing: of steps on the path's unit clock, or EDM's (rho = 7).
 
-    A network trained with drawn guidance takes omega as an input; otherwise omega != 1 doubles the evaluations.
+    omega: guidance strength, on the unit times of interval. A network trained with drawn guidance takes it as an
+    input; otherwise omega != 1 doubles the evaluations.
     """
 
     sampler: SamplerName = "map"
     steps: int = 2
     times: tuple[float, ...] = ()
+    spacing: Spacing = "uniform"
     gamma: float = 0.0
     omega: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
@@ -119,7 +122,7 @@ class SamplingSettings:
                     f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
                 )
             return times
-        return uniform_grid(path, self.steps)
+        return uniform_grid(path, self.steps) if self.spacing == "uniform" else edm_grid(path, self.steps)
 
     def function(self) -> Sampler:
         """The sampler itself."""

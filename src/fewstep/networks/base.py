@@ -22,6 +22,12 @@ class Network(nn.Module, ABC):
         self.num_classes = num_classes
         self.guided = guided
 
+    def freeze_second_time(self) -> None:
+        """Keep the branch of s, which starts at zero, out of training on the diagonal, where s says nothing new.
+
+        Whoever takes the weights over then starts independent of s. Networks without such a branch ignore it.
+        """
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, *shape), t (B,), s (B,) -> (B, *shape)."""

@@ -89,6 +89,9 @@ class DiT(Network):
         self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
         self.output = zeroed(nn.Linear(config.width, size))
 
+    def freeze_second_time(self) -> None:
+        self.embedding.s_branch.requires_grad_(False)
+
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))

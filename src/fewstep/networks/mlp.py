@@ -49,6 +49,9 @@ class MLP(Network):
         self.norm = LayerNorm(config.width, affine=False)
         self.output = zeroed(nn.Linear(config.width, size))
 
+    def freeze_second_time(self) -> None:
+        self.embedding.s_branch.requires_grad_(False)
+
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         modulation = self.modulation(silu(self.embedding(t, s, cond)))

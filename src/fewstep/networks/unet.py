@@ -73,6 +73,9 @@ class UNet(Network):
         self.norm = GroupNorm(channels[0])
         self.output = _zeroed_convolution(channels[0], folded)
 
+    def freeze_second_time(self) -> None:
+        self.embedding.s_branch.requires_grad_(False)
+
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))

@@ -53,6 +53,11 @@ class Objective(ABC):
         """Probability with which labels are replaced by the null label."""
 
     @property
+    def on_diagonal(self) -> bool:
+        """Whether the network is only ever asked at s = t."""
+        return False
+
+    @property
     @abstractmethod
     def guided(self) -> bool:
         """Whether the network must take guidance as an input."""

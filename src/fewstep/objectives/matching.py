@@ -44,6 +44,10 @@ class DiagonalMatching(Objective):
         return self.dropout
 
     @property
+    def on_diagonal(self) -> bool:
+        return True
+
+    @property
     def guided(self) -> bool:
         return False
 

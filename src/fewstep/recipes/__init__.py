@@ -10,6 +10,7 @@ from collections.abc import Callable
 from fewstep.config import RunConfig
 from fewstep.errors import ConfigError
 from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
+from fewstep.recipes.edm import edm_digits, edm_fashion_mnist
 from fewstep.recipes.fashion_mnist import fashion_mnist_dit, fashion_mnist_unet
 from fewstep.recipes.imagenet import imagenet256_dit_b4, imagenet256_dit_xl1
 
@@ -19,6 +20,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits-unet": digits_unet,
     "fashion-mnist-unet": fashion_mnist_unet,
     "fashion-mnist-dit": fashion_mnist_dit,
+    "edm-digits": edm_digits,
+    "edm-fashion-mnist": edm_fashion_mnist,
     "imagenet256-dit-b4": imagenet256_dit_b4,
     "imagenet256-dit-xl1": imagenet256_dit_xl1,
 }

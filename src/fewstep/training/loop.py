@@ -25,6 +25,7 @@ from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import Dataset, batch_indices, random_flip
 from fewstep.errors import ConfigError, TrainingDivergedError
 from fewstep.flowmap import FlowMap
+from fewstep.networks import Network
 from fewstep.objectives import Batch, Objective
 from fewstep.randomness import Draws
 from fewstep.serialization import JSON
@@ -101,7 +102,10 @@ def build(config: RunConfig, dataset: Dataset) -> FlowMap:
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
-        return settings.build()
+        flow_map = settings.build()
+    if config.objective.on_diagonal and isinstance(flow_map.network, Network):
+        flow_map.network.freeze_second_time()
+    return flow_map
 
 
 def train(

@@ -17,7 +17,7 @@ class Optimizers:
 
     def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
         self.config = config
-        matrices, rest = split_parameters(module) if config.name == "muon" else ([], list(module.parameters()))
+        matrices, rest = split_parameters(module) if config.name == "muon" else ([], trainable(module))
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 rest, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, foreach=True
@@ -78,6 +78,11 @@ def _check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, An
                 )
 
 
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices of linear layers inside the trunk, everything else).
 
@@ -86,10 +91,10 @@ def split_parameters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
     trunk = [
         parameter
         for name, parameter in module.named_parameters()
-        if ".blocks." in f".{name}" and name.endswith(".weight") and parameter.ndim == 2
+        if ".blocks." in f".{name}" and name.endswith(".weight") and parameter.ndim == 2 and parameter.requires_grad
     ]
     chosen = {id(weight) for weight in trunk}
-    return trunk, [p for p in module.parameters() if id(p) not in chosen]
+    return trunk, [p for p in trainable(module) if id(p) not in chosen]
 
 
 def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
