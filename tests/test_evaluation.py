@@ -17,6 +17,7 @@ from fewstep.data import DataConfig, Dataset, Samples, load_dataset
 from fewstep.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
 from fewstep.evaluation import (
     ClassifierExtractor,
+    IdentityExtractor,
     InceptionExtractor,
     RandomConvExtractor,
     class_accuracy,
@@ -270,19 +271,34 @@ def test_larger_images_take_strided_convolutions() -> None:
     assert extractor.heldout_accuracy > 0.6
 
 
-def test_data_without_labels_falls_back_on_random_convolutions(tiny: Dataset) -> None:
+def test_few_values_without_labels_are_their_own_features(tiny: Dataset) -> None:
     data = Dataset("plain", Samples(tiny.train.values), Samples(tiny.heldout.values))
+    extractor = default_extractor(data)
+    assert isinstance(extractor, IdentityExtractor)
+    assert extractor.name == "values-1x6x6"
+    features = extractor.features(data.heldout.values)
+    assert (features.dtype, features.shape) == (torch.float64, (60, 36))
+    assert torch.equal(features.float().reshape(60, 1, 6, 6), data.heldout.values)
+    with pytest.raises(UnsupportedError):
+        extractor.classify(data.heldout.values)
+    with pytest.raises(ShapeError):
+        extractor.features(data.heldout.values[:, :, :5])
+
+
+def test_data_without_labels_falls_back_on_random_convolutions() -> None:
+    train, heldout = stripes(180, 0, height=12), stripes(60, 1, height=12)
+    data = Dataset("plain", Samples(train.values), Samples(heldout.values))
     with pytest.raises(DataError, match="InceptionExtractor"):
         train_extractor(data)
     extractor = default_extractor(data)
     assert isinstance(extractor, RandomConvExtractor)
-    assert extractor.name.startswith("random-conv-1x6x6")
+    assert extractor.name.startswith("random-conv-1x12x6")
     with pytest.raises(UnsupportedError):
         extractor.classify(data.heldout.values)
     features = extractor.features(data.heldout.values)
-    assert torch.equal(features, RandomConvExtractor((1, 6, 6)).features(data.heldout.values))
-    assert not torch.equal(features, RandomConvExtractor((1, 6, 6), seed=1).features(data.heldout.values))
-    row, column = tiny.heldout.values[0::3], tiny.heldout.values[1::3]
+    assert torch.equal(features, RandomConvExtractor((1, 12, 6)).features(data.heldout.values))
+    assert not torch.equal(features, RandomConvExtractor((1, 12, 6), seed=1).features(data.heldout.values))
+    row, column = data.heldout.values[0::3], data.heldout.values[1::3]
     near = frechet_distance(extractor.features(row[:10]), extractor.features(row[10:]))
     assert near < frechet_distance(extractor.features(row[:10]), extractor.features(column[10:]))
 

@@ -17,11 +17,22 @@ from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import DataConfig, load_dataset
 from fewstep.errors import ConfigError
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
+from fewstep.objectives import CD, CTM
+from fewstep.paths import EDM
+from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.preconditioning.estimation import noise_grid
 from fewstep.recipes import RECIPES, recipe
 from fewstep.serialization import from_json, to_json
 from fewstep.training import Machine, RunFolder, train
 
-SHAPES = {"digits": ((1, 8, 8), 10), "idx": ((1, 28, 28), 10)}
+SHAPES = {"digits": ((1, 8, 8), 10), "idx": ((1, 28, 28), 10), "mixture": ((1, 4, 4), 0)}
+
+
+def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
+    """l = s = 0: what an analytic preconditioning needs to be built."""
+    none = torch.zeros(4, dtype=torch.float64)
+    mean = torch.zeros(shape, dtype=torch.float64)
+    return TrajectoryStatistics.closed_form(noise_grid(EDM(), 4), none, none, mean, 1.0)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -30,8 +41,10 @@ def test_every_recipe_builds_its_flow_map(name: str) -> None:
     assert config.recipe == name
     random = (config.data.random_shape, config.data.random_classes)
     shape, classes = SHAPES.get(config.data.source, random)
+    names = tuple(str(k) for k in range(classes))
+    settings = flow_map_config(config, shape, 1.0, classes, names, statistics=euler_statistics(shape))
     with torch.device("meta"):  # shapes without the memory of 700 million weights
-        flow_map = flow_map_config(config, shape, 1.0, classes, tuple(str(k) for k in range(classes))).build()
+        flow_map = settings.build()
     assert (flow_map.sample_shape, flow_map.num_classes) == (shape, classes)
 
 
@@ -71,23 +84,41 @@ def small(config: RunConfig) -> RunConfig:
     else:
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
-    return replace(config, network=network, training=training)
+    data = config.data
+    if data.source == "idx":  # shapes and labels of Fashion-MNIST without its files
+        data = DataConfig(source="random", random_shape=(1, 28, 28), random_classes=10, labels=data.labels)
+    data = replace(data, random_count=8)
+    statistics = replace(config.statistics, points=16, samples=8)
+    return replace(config, network=network, training=training, data=data, statistics=statistics)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_training_steps(name: str, tmp_path: Path) -> None:
-    config = small(recipe(name))
-    if config.data.source == "idx":  # shapes and labels of Fashion-MNIST without its files
-        data = DataConfig(source="random", random_shape=(1, 28, 28), random_classes=10, random_count=8)
-        config = replace(config, data=data)
-    if config.data.source == "random":
-        config = replace(config, data=replace(config.data, random_count=8))
+    """Those that distil do so from the recipe that their own teacher's folder is named after."""
+    config, machine = small(recipe(name)), Machine(cpu=True, threads=1, quiet=True)
     dataset = load_dataset(config.data)
-    result = train(config, dataset, RunFolder(tmp_path), Machine(cpu=True, threads=1, quiet=True))
+    if config.teacher:
+        teacher = small(recipe(Path(config.teacher).name))
+        assert teacher.data == config.data
+        train(teacher, dataset, RunFolder(tmp_path / "teacher"), machine)
+        config = replace(config, teacher=str(tmp_path / "teacher"))
+    result = train(config, dataset, RunFolder(tmp_path / "run"), machine)
     assert result.step == 2
-    (record,) = RunFolder(tmp_path).read_log()
+    (record,) = RunFolder(tmp_path / "run").read_log()
     assert record["loss"] > 0
     assert record["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("ctm-", "cd-"))])
+def test_students_share_what_they_compare_with_their_teacher(name: str) -> None:
+    """The same data, network, path and inner scaling, so that its weights fit and mean the same."""
+    config = recipe(name)
+    teacher = recipe(Path(config.teacher).name)
+    assert isinstance(config.objective, CD | CTM)
+    assert teacher.objective.on_diagonal
+    assert config.initial == "teacher"
+    assert (config.data, config.network) == (teacher.data, teacher.network)
+    assert (config.model.path, config.model.scaling) == (teacher.model.path, teacher.model.scaling)
 
 
 def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
@@ -138,7 +169,13 @@ def options(value: Any, prefix: str = "--") -> Iterator[str]:
             yield from (name, str(item))
 
 
-@pytest.mark.parametrize("name", ["digits", "digits-flow-matching", "fashion-mnist-dit", "imagenet256-dit-xl1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits", "digits-flow-matching", "fashion-mnist-dit", "imagenet256-dit-xl1",
+        "edm-fashion-mnist", "ctm-digits", "ctm-fashion-mnist", "cd-digits",
+    ],
+)  # fmt: skip
 def test_every_option_can_be_set_by_name(name: str) -> None:
     """All leaves of a recipe at once, each to another value: the parsed configuration has them all."""
     wanted = changed(recipe(name), RunConfig)
@@ -159,6 +196,6 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
 
 def test_dropout_is_refused_where_evaluations_are_compared() -> None:
     network = UNetConfig(dropout=0.1)
-    with pytest.raises(ConfigError, match=r"dropout 0\.1 with iSD"):
+    with pytest.raises(ConfigError, match=r"dropout 0\.1 with ISD"):
         replace(recipe("digits-unet"), network=network)
     assert replace(recipe("digits-flow-matching"), network=network).network == network

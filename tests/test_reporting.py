@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError, DataError, ShapeError
 from fewstep.reporting import (
+    Curve,
     Grid,
+    Jumps,
     RunReport,
     image_grid,
     loss_curves,
@@ -30,6 +32,7 @@ from fewstep.reporting import (
     save_each,
     save_grid,
     save_npz,
+    statistics_figure,
     to_uint8,
     write_report,
 )
@@ -300,3 +303,39 @@ def test_numbers_for_readers() -> None:
     assert with_error(0.01234, 0.00056) == "0.01234 ± 0.00056"
     assert with_error(None, 0.1) == "–"
     assert [tick(v) for v in (0.0, 0.5, 2500.0, 1.2e6, 1e-4, 5e-5)] == ["0", "0.5", "2.5k", "1.2M", "10⁻⁴", "5×10⁻⁵"]
+
+
+LEVELS = [80.0, 8.0, 0.8, 0.08]
+CURVE = Curve([0.0, 0.1, 0.7, 1.0], [0.01, 0.01, 0.02, 0.0], [0.0, 0.1, 0.7, 1.0])
+JUMPS = [Jumps(80.0, LEVELS, [1.0, 0.1, 0.01, 0.0], [0.0, 0.5, 0.9, 1.0], [1.0, 0.1, 0.01, 0.0], [0.0, 0.9, 1.0, 1.0])]
+
+
+def test_statistics_are_drawn_with_and_without_what_shrinking_moved() -> None:
+    shrunk = Curve([-0.5, 0.9, 0.3, -1.0], CURVE.stderr, [1.0, 0.9, 0.3, -1.0])
+    assert shrunk.shrunk
+    assert not CURVE.shrunk
+    whole = statistics_figure(LEVELS, CURVE, shrunk, JUMPS)
+    plain = statistics_figure(LEVELS, CURVE, CURVE, JUMPS)
+    wide, narrow = (Image.open(io.BytesIO(png)) for png in (whole, statistics_figure(LEVELS, CURVE, CURVE, [])))
+    assert whole != plain
+    assert wide.format == narrow.format == "PNG"
+    assert wide.height > 1.5 * narrow.height
+    dark = statistics_figure(LEVELS, CURVE, shrunk, JUMPS, columns=1, dark=True)
+    assert Image.open(io.BytesIO(dark)).convert("L").getpixel((2, 2)) < 64  # type: ignore[operator]
+
+
+def test_statistics_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ShapeError, match="do not fit their 3 noise levels"):
+        statistics_figure(LEVELS[:3], CURVE, CURVE, JUMPS)
+    with pytest.raises(DataError, match="no statistics"):
+        statistics_figure([], Curve([], [], []), Curve([], [], []), [])
+
+
+def test_errors_of_samples_stand_under_their_steps() -> None:
+    jumps = {"method": "m", "times": [1.0, 0.0], "rmse": [[None, 0.5], [None, None]], "samples": 9}
+    walks = ({"method": HOSTILE, "steps": k, "rmse": 0.5 / k, "stderr": 0.01} for k in (1, 2))
+    text = render(RunReport("t", "", alignments=(jumps,), trajectories=tuple(walks)))
+    assert HOSTILE not in text
+    shown = "".join(Page(text).text)
+    assert "1 step2 steps" in shown
+    assert f"{HOSTILE}0.500 ± 0.0100.250 ± 0.010" in shown

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
 from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.preconditioning import (
+    AnalyticPreconditioning,
     BCMPreconditioning,
     CMPreconditioning,
     EDMInputScaling,
@@ -27,6 +30,7 @@ from fewstep.preconditioning import (
     EulerPreconditioning,
     IdentityScaling,
     LinearPreconditioning,
+    TrajectoryStatistics,
     TrigPreconditioning,
     UnitScaling,
 )
@@ -35,6 +39,8 @@ from fewstep.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTi
 
 PATHS = [EDM(0.01, 50.0), Linear(), Trig(0.4), VP(0.2, 15.0, 1e-4)]
 NETWORKS = [MLPConfig(width=8), UNetConfig(multipliers=(1, 3), patch=2), DiTConfig(heads=2, checkpoint=True)]
+LAM = torch.linspace(-4, 6, 5, dtype=torch.float64)
+STATISTICS = TrajectoryStatistics.closed_form(LAM, torch.sigmoid(LAM), 1 / (3 + LAM**2), torch.rand(1, 2, 2), 0.3)
 RUN = RunConfig("mine")
 MAP = FlowMapConfig(Linear(), LinearPreconditioning(), IdentityScaling(), MLPConfig(), (3,))
 
@@ -52,6 +58,7 @@ def test_flow_maps_survive(path: Path, network: NetworkConfig) -> None:
         EulerPreconditioning(path),
         BCMPreconditioning(0.3, path),
         CMPreconditioning(0.3, 0.01),
+        AnalyticPreconditioning(STATISTICS, "forward", path),
     ):
         for scaling in (IdentityScaling(), UnitScaling(0.3), EDMScaling(0.3, path), EDMInputScaling(0.3, path)):
             flags: Any = ((1, 8, 8), 4, True, 0.3, ("a", "b"), (-1, 1))
@@ -143,6 +150,48 @@ BAD = [
     (MAP, ("scaling", "type"), "Linear", "scaling"),
 ]
 
+TENSOR = {"dtype": "float64", "shape": [5], "values": [0.1] * 5}
+BAD_TENSORS = [
+    [0.1] * 5,
+    None,
+    TENSOR | {"dtype": "int64"},
+    TENSOR | {"dtype": 3},
+    TENSOR | {"shape": [6]},
+    TENSOR | {"shape": [-5]},
+    TENSOR | {"shape": 5},
+    TENSOR | {"shape": [2.5, 2]},
+    TENSOR | {"values": [0.1] * 4 + ["0.1"]},
+    TENSOR | {"values": [0.1] * 4 + [None]},
+    TENSOR | {"values": [0.1] * 4 + [math.inf]},
+    TENSOR | {"values": "0.1"},
+    TENSOR | {"device": "cpu"},
+    {"dtype": "float32", "shape": [5], "values": [1e300] * 5},
+]
+
+
+@pytest.mark.parametrize("stored", BAD_TENSORS)
+def test_what_is_no_tensor_is_refused_by_name(stored: Any) -> None:
+    with pytest.raises(ConfigError, match=r"TrajectoryStatistics\.mean|number of TrajectoryStatistics\.mean") as caught:
+        from_json(TrajectoryStatistics, edited(STATISTICS, "mean", to=stored))
+    assert len(str(caught.value)) < 300
+
+
+@given(
+    values=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=6),
+    single=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=6, max_size=6),
+)
+def test_tensors_survive_to_the_last_bit(values: list[float], single: list[float]) -> None:
+    for mean in (torch.tensor(values, dtype=torch.float64), torch.tensor(single).reshape(2, 1, 3), torch.tensor(0.1)):
+        stored = through_text(replace(STATISTICS, mean=mean)).mean
+        assert (stored.dtype, stored.shape) == (mean.dtype, mean.shape)
+        assert torch.equal(stored, mean)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor([1]), torch.tensor([math.nan]), torch.tensor(1 + 1j)])
+def test_tensors_that_cannot_be_stored_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="tensor"):
+        to_json(tensor)
+
 
 @pytest.mark.parametrize(("base", "keys", "to", "named"), BAD)
 def test_what_does_not_fit_is_refused_by_name(base: Any, keys: tuple[str, ...], to: Any, named: str) -> None:
@@ -179,6 +228,7 @@ def test_differences_name_each_value_that_changed() -> None:
     assert not any(line.startswith(("data", "optimizer", "objective")) for line in lines)
     assert differences(to_json(RUN), to_json(RunConfig("mine"))) == []
     assert differences([1, 2], [1, 3], "shape") == ["shape: [1, 2] -> [1, 3]"]
+    assert all(len(line) < 300 for line in differences([0.1] * 999, [0.2] * 999, "table"))
 
 
 @pytest.mark.parametrize("make", [lambda: BetaTimes(2.0, 2.0), lambda: DrawnGuidance(1.0), lambda: FixedGuidance(0.0)])

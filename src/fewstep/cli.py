@@ -9,18 +9,24 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar, cast
+from typing import TypeVar, cast
 
 import tyro
 
 from fewstep._version import __version__
-from fewstep.config import RunConfig
+from fewstep.config import StatisticsConfig
 from fewstep.errors import ConfigError, FewstepError
+from fewstep.options import (
+    CompareOptions,
+    EvaluateOptions,
+    QuickstartOptions,
+    ReportOptions,
+    SampleOptions,
+    StatisticsOptions,
+    TrainOptions,
+)
 from fewstep.recipes import RECIPES, recipe
-from fewstep.sampling import SamplerName, Spacing
-from fewstep.training.loop import Machine
 
 T = TypeVar("T")
 
@@ -28,93 +34,17 @@ OVERVIEW = f"""fewstep {__version__}: generative models that need one to four ne
 
   fewstep quickstart           train on real digits, measure, write a report: minutes on a laptop
   fewstep recipes              what can be trained, the figure to expect, the cost
+  fewstep objectives           every training objective: formula, velocity, gradient, evaluations, paper
   fewstep train RECIPE         train it, or go on where it stopped; every option can be set by name
   fewstep sample RUN           draw images from a trained run
   fewstep evaluate RUN         measure its samples against held-out data
   fewstep report RUN           write RUN/report.html, one self-contained page
+  fewstep statistics RUN       what an analytic preconditioning computes from a teacher: estimated, drawn, its cost
+  fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
 
 A RUN is the folder that `train` wrote, or a saved model. Add --help to a command for its options,
 for example: fewstep train digits --help
 """
-
-
-@dataclass(frozen=True)
-class QuickstartOptions:
-    """Train iSD-T and flow matching on real digits for the same seconds, print their figures, write a report."""
-
-    out: Path = Path("runs/quickstart")
-    """Folder of the run; started again on it, the command goes on where it stopped."""
-    seconds: float = 85.0
-    """Longest training time of each of the two methods."""
-    machine: Machine = field(default_factory=Machine)
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Train a recipe, or go on where it stopped."""
-
-    run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """Folder of the run; runs/RECIPE when not given."""
-    machine: Machine = field(default_factory=Machine)
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Draw images from a run. The same seed gives the same noise to sample k, whatever the number of images."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run or of a saved model."""
-    out: Path | None = None
-    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; samples-SEED.png in RUN when not given."""
-    count: int = 64
-    """Number of images."""
-    steps: int = 2
-    """Steps; the map sampler makes one network call each."""
-    sampler: SamplerName = "map"
-    """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself."""
-    spacing: Spacing = "uniform"
-    """uniform on the path's clock, or edm: EDM's noise levels (rho = 7)."""
-    gamma: float = 0.5
-    """For the gamma sampler: 0 is deterministic, 1 re-noises fully."""
-    times: tuple[float, ...] = ()
-    """The times to walk through in the path's clock, falling; overrides steps."""
-    label: tuple[int, ...] = ()
-    """Class of each image, repeated as needed; all classes in turn when not given."""
-    omega: float = 1.0
-    """Guidance strength. A model trained with drawn guidance takes it as an input; any other pays a second call."""
-    interval: tuple[float, float] = (0.0, 1.0)
-    """Where guidance acts, as fractions of the path's range."""
-    seed: int = 0
-    columns: int = 8
-    """Images per row of a grid."""
-    batch_size: int = 512
-    cpu: bool = False
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run."""
-    samples: int | None = None
-    """Generated samples per measurement; like the options below, the recipe's own when not given."""
-    steps: tuple[int, ...] = ()
-    """Step counts of the run's own sampler."""
-    omega: float | None = None
-    """Guidance strength when sampling: choose it by the Frechet distance."""
-    seed: int | None = None
-    inception: Path | None = None
-    """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write RUN/report.html: samples from the same noise, curves, quality against network calls, cost, settings."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run."""
 
 
 def cache_folder() -> Path:
@@ -135,8 +65,9 @@ def quickstart_command(args: Sequence[str]) -> None:
 def train_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep train RECIPE`."""
     from fewstep.data import load_dataset
-    from fewstep.runs import watcher
-    from fewstep.training import RunFolder, train
+    from fewstep.runs import curve_watcher, watcher
+    from fewstep.students import perception
+    from fewstep.training import Attendants, RunFolder, train
 
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
@@ -150,8 +81,10 @@ def train_command(args: Sequence[str]) -> None:
     if config.recipe != args[0]:
         raise ConfigError(f"the recipe is {args[0]!r}; leave out --recipe {config.recipe}")
     run = RunFolder(options.out or Path("runs") / config.recipe)
-    dataset = load_dataset(config.data)
-    result = train(config, dataset, run, options.machine, watcher(run, config))
+    dataset, cache = load_dataset(config.data), cache_folder()
+    features = perception(config, dataset, cache)
+    attendants = Attendants(watcher(run, config), curve_watcher(run, config, dataset, cache), features)
+    result = train(config, dataset, run, options.machine, attendants)
     if not result.main_process:
         return
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
@@ -201,7 +134,8 @@ def sample_command(args: Sequence[str]) -> None:
 def evaluate_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep evaluate RUN`."""
     from fewstep.data import load_dataset
-    from fewstep.runs import measure_real, measure_run, table, write_figures, yardstick
+    from fewstep.runs import measure_real, measure_run, method_name, table, write_figures, yardstick
+    from fewstep.students import align, with_labels
     from fewstep.training import RunFolder
 
     options = parse(EvaluateOptions, args, "evaluate")
@@ -217,10 +151,12 @@ def evaluate_command(args: Sequence[str]) -> None:
         seed=own.seed if options.seed is None else options.seed,
     )
     dataset = load_dataset(config.data)
-    stick = yardstick(dataset, cache_folder(), options.inception)
+    stick = yardstick(with_labels(config.data, dataset), cache_folder(), options.inception)
     rows = [*measure_run(run, stick, evaluation), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
+    if config.teacher and not config.objective.on_diagonal:
+        print(align(run, dataset, method_name(config), options.teacher))
 
 
 def report_command(args: Sequence[str]) -> None:
@@ -232,6 +168,26 @@ def report_command(args: Sequence[str]) -> None:
     print(f"Report: {report(RunFolder(options.run))}")
 
 
+def statistics_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep statistics RUN`."""
+    from fewstep.students import survey
+    from fewstep.training import RunFolder
+
+    options = parse(StatisticsOptions, args, "statistics")
+    names = ("points", "samples", "probes", "centred", "shrink", "seed")
+    settings = StatisticsConfig(**{name: getattr(options, name) for name in names})
+    print(survey(RunFolder(options.run), settings, options.student, cache_folder(), options.cpu))
+
+
+def compare_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep compare RUN RUN ...`."""
+    from fewstep.comparison import PAGE_FILE, compare
+
+    options = parse(CompareOptions, args, "compare")
+    print(compare(options.runs, options.out))
+    print(f"Comparison: {options.out / PAGE_FILE}")
+
+
 def recipes_command(args: Sequence[str]) -> None:
     """Print every recipe with its docstring."""
     if args:
@@ -241,13 +197,32 @@ def recipes_command(args: Sequence[str]) -> None:
         print(f"{name}\n    " + "\n    ".join(line for line in lines if line) + "\n")
 
 
+def objectives_command(args: Sequence[str]) -> None:
+    """Print the catalogue of objectives."""
+    from fewstep.objectives import CATALOGUE
+
+    if args:
+        raise ConfigError(f"objectives takes no options, got {' '.join(args)}")
+    for entry in CATALOGUE:
+        counts = (
+            f"{entry.forward} forward, {entry.frozen} frozen, {entry.tangents} with tangents, {entry.backward} backward"
+        )
+        teacher = f", {entry.teacher} of the teacher" if entry.needs_teacher else ""
+        print(f"{entry.name} ({entry.objective.__name__}; {entry.paper})\n    {entry.formula}")
+        print(f"    velocity: {entry.velocity}\n    gradient through: {entry.gradient}")
+        print(f"    evaluations of a sample: {counts}{teacher}\n")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart_command,
     "train": train_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
     "report": report_command,
+    "statistics": statistics_command,
+    "compare": compare_command,
     "recipes": recipes_command,
+    "objectives": objectives_command,
 }
 
 

@@ -9,10 +9,25 @@ from typing import Literal
 from fewstep.data import DataConfig
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMapConfig
-from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import ISD, DiagonalMatching
+from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, UNetConfig
+from fewstep.objectives import (
+    CD,
+    CT,
+    CTM,
+    ECT,
+    ESD,
+    ISD,
+    LSD,
+    PSD,
+    SCD,
+    SCT,
+    DiagonalMatching,
+    MeanFlow,
+    Shortcut,
+)
 from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.preconditioning import (
+    AnalyticPreconditioning,
     BCMPreconditioning,
     EDMInputScaling,
     EDMScaling,
@@ -21,12 +36,17 @@ from fewstep.preconditioning import (
     LinearPreconditioning,
     Preconditioning,
     Scaling,
+    TrajectoryStatistics,
     TrigPreconditioning,
     UnitScaling,
 )
 
 PathName = Literal["linear", "trig", "edm", "vp"]
-PreconditioningName = Literal["linear", "trig", "euler", "bcm"]
+PreconditioningName = Literal["linear", "trig", "euler", "bcm", "analytic", "analytic-forward"]
+TrainingObjective = ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM
+DIFFERENTIATED = (ISD, MeanFlow, ESD, LSD, SCT, SCD)
+"""Objectives that compare evaluations of one network at neighbouring times."""
+
 ScalingName = Literal["identity", "unit", "edm", "edm-input"]
 
 
@@ -43,6 +63,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
+
+    @property
+    def analytic(self) -> bool:
+        """Whether the preconditioning is computed from statistics."""
+        return self.preconditioning in ("analytic", "analytic-forward")
 
 
 @dataclass(frozen=True)
@@ -121,7 +146,15 @@ class EvaluationConfig:
     """Steps of the ODE reference."""
     omega: float = 1.0
     """Guidance when sampling; choose it by the Frechet distance."""
+    gamma: float = 0.0
+    """Of gamma-sampling: 1 re-noises fully between steps, as consistency models must; 0 is the map itself."""
     seed: int = 1000
+    curve_images: int = 0
+    """Images between points of the learning curve that `fewstep compare` reads; 0 for none."""
+    curve_steps: tuple[int, ...] = (1, 2)
+    """Step counts that the learning curve measures."""
+    curve_samples: int = 1000
+    """Generated samples per point of the learning curve."""
 
     def __post_init__(self) -> None:
         if not self.steps or min(*self.steps, self.reference_steps) < 1 or self.samples < 4:
@@ -129,6 +162,54 @@ class EvaluationConfig:
                 f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
                 "needs at least 4 samples and one step count, each at least 1"
             )
+        if not self.curve_steps or min(self.curve_steps) < 1 or self.curve_samples < 4 or self.curve_images < 0:
+            raise ConfigError(
+                f"a learning curve every {self.curve_images} images of {self.curve_samples} samples at "
+                f"{self.curve_steps} steps: needs curve_images of at least 0 (0 for none), at least 4 samples and one "
+                "step count, each at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """How the statistics of an analytic preconditioning are estimated (fewstep.preconditioning.statistics)."""
+
+    points: int = 120
+    """Noise levels, uniform in lambda."""
+    samples: int = 256
+    """Samples at each level."""
+    probes: int = 1
+    """Rademacher probes of the trace; 0 uses Stein's identity; -1 is exact up to 64 dimensions, else one probe."""
+    centred: bool = True
+    """About the data's mean; otherwise about zero, as published."""
+    shrink: bool = True
+    """Draw uncertain estimates at high noise to their limit."""
+    use: Literal["both", "l", "s"] = "both"
+    """Ablation: leave the other one at zero (s estimated afresh for l = 0)."""
+    refresh_images: int = 0
+    """Images between estimates from the averaged model itself; 0 estimates from the teacher, once."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.points < 4 or self.samples < 2 or self.refresh_images < 0 or self.probes < -1:
+            raise ConfigError(
+                f"statistics at {self.points} points of {self.samples} samples: needs at least 4 points, 2 samples, "
+                "probes of at least -1 and refresh_images of at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """The critic of an adversarial loss; used where the objective's adversarial weight is positive."""
+
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    lr: float = 5e-4
+    start_images: int = 0
+    """Images after which the adversarial loss begins."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.start_images < 0:
+            raise ConfigError("the critic's learning rate must be positive and start_images at least 0")
 
 
 @dataclass(frozen=True)
@@ -139,16 +220,22 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     network: MLPConfig | UNetConfig | DiTConfig = field(default_factory=MLPConfig)
-    objective: ISD | DiagonalMatching = field(default_factory=ISD)
+    objective: TrainingObjective = field(default_factory=ISD)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    teacher: str = ""
+    """Run or saved model to distil; its statistics serve an analytic preconditioning."""
+    initial: str = ""
+    """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.network, UNetConfig) and self.network.dropout and isinstance(self.objective, ISD):
+        if isinstance(self.network, UNetConfig) and self.network.dropout and isinstance(self.objective, DIFFERENTIATED):
             raise ConfigError(
-                f"dropout {self.network.dropout} with iSD: dN/dt compares evaluations of one network, which dropout "
-                "makes different ones; set --network.dropout 0"
+                f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
+                "one network, which dropout makes different ones; set --network.dropout 0"
             )
 
 
@@ -159,14 +246,15 @@ def flow_map_config(
     num_classes: int = 0,
     class_names: tuple[str, ...] = (),
     data_range: tuple[float, float] | None = None,
+    statistics: TrajectoryStatistics | None = None,
 ) -> FlowMapConfig:
-    """The flow map of a run on data of this shape and standard deviation."""
+    """The flow map of a run on such data; statistics: for an analytic preconditioning."""
     model = config.model
     sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
     path = make_path(model.path, sigma_data)
     return FlowMapConfig(
         path=path,
-        preconditioning=make_preconditioning(model.preconditioning, path, sigma_data),
+        preconditioning=make_preconditioning(model.preconditioning, path, sigma_data, statistics),
         scaling=make_scaling(model.scaling, path, sigma_data),
         network=config.network,
         shape=shape,
@@ -191,7 +279,9 @@ def make_path(name: PathName, sigma_data: float) -> Path:
             return VP()
 
 
-def make_preconditioning(name: PreconditioningName, path: Path, sigma_data: float) -> Preconditioning:
+def make_preconditioning(
+    name: PreconditioningName, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None
+) -> Preconditioning:
     """The preconditioning of that name on a path; raises ConfigError where it has no meaning."""
     match name:
         case "linear":
@@ -206,6 +296,13 @@ def make_preconditioning(name: PreconditioningName, path: Path, sigma_data: floa
             return EulerPreconditioning(path)
         case "bcm":
             return BCMPreconditioning(sigma_data, path)
+        case "analytic" | "analytic-forward":
+            if statistics is None:
+                raise ConfigError(
+                    f"preconditioning {name!r} is computed from statistics: name a teacher with --teacher, or set "
+                    "--statistics.refresh-images to estimate them from the model itself"
+                )
+            return AnalyticPreconditioning(statistics, "backward" if name == "analytic" else "forward", path)
 
 
 def make_scaling(name: ScalingName, path: Path, sigma_data: float) -> Scaling:

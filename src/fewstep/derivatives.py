@@ -1,4 +1,4 @@
-"""The total derivative dN/dt = J_N v + d_t N along the flow (math.md §5.4), exact or by finite differences.
+"""The total derivative dN/dt = J_N v + d_t N along the flow (math.md §5.4) and dN/ds, exact or by finite differences.
 
 Forward-mode AD cannot cross every layer: fewstep's own networks are written so that it can (networks/layers.py);
 a foreign network with fused attention or nn.GroupNorm on non-contiguous input needs the finite difference. Both
@@ -8,11 +8,14 @@ assume a deterministic network: no dropout between the evaluations. Networks are
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from fewstep.conditions import Condition
+from fewstep.flowmap import FlowMap
 from fewstep.forward_mode import jvp
 from fewstep.shapes import expand
 
@@ -22,17 +25,19 @@ DerivativeKind = Literal["exact", "finite-difference"]
 MIN_STEP = 1e-4
 
 
-def exact_derivative(fn: OutputFunction, x: Tensor, t: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, dN/dt) by one forward-mode JVP with tangent (v, 1); N keeps its graph, dN/dt is detached.
+def exact_derivative(
+    fn: OutputFunction, x: Tensor, t: Tensor, v: Tensor, attached: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(N, dN/dt) by one forward-mode JVP with tangent (v, 1); N keeps its graph, dN/dt keeps its own if `attached`.
 
     x, v (B, ...), t (B,). One evaluation with tangents replaces the evaluation that the loss needs anyway.
     """
     output, tangent = jvp(fn, (x, t), (v, torch.ones_like(t)))
-    return output, tangent.detach()
+    return output, tangent if attached else tangent.detach()
 
 
 def finite_difference_nodes(
-    t: Tensor, low: Tensor, high: float, step: float, scale: Tensor | float = 1.0
+    t: Tensor, low: Tensor, high: Tensor | float, step: float, scale: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Two offsets (a, b) from t for a second-order difference that stays within [low, high].
 
@@ -54,16 +59,18 @@ def finite_derivative(
     t: Tensor,
     v: Tensor,
     nodes: tuple[Tensor, Tensor],
+    attached: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(N, dN/dt) with dN/dt by the parabola through offsets 0, a, b: error O(h^2) inside and at both ends.
 
-    fn evaluates one batch and keeps its graph; pair_fn evaluates two batches stacked, (2B, ...), without a graph.
+    fn evaluates one batch and keeps its graph; pair_fn evaluates two batches stacked, (2B, ...), without a graph
+    unless `attached`.
     d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
     """
     output = fn(x, t)
     rounded = torch.is_autocast_enabled(x.device.type)
     # A difference over h amplifies rounding by 1/h: under bf16 its three points are taken in full precision.
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.set_grad_enabled(attached and torch.is_grad_enabled()), torch.autocast(x.device.type, enabled=False):
         centre = fn(x, t) if rounded else output
         a, b = nodes
         shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
@@ -71,3 +78,55 @@ def finite_derivative(
         scale = a * b * (b - a)
         weight_a, weight_b = (expand(w, x).to(x.dtype) for w in (b * b / scale, -(a * a) / scale))
         return output, weight_a * (at_a - centre) + weight_b * (at_b - centre)
+
+
+@final
+@dataclass(frozen=True)
+class OutputDerivative:
+    """How the derivatives of N(x, t, s) are taken.
+
+    step: of the finite difference, in units of the time over which the path or the network's clock changes.
+    attached: whether the derivative keeps its graph, for losses whose gradient flows through it too.
+    """
+
+    kind: DerivativeKind = "exact"
+    step: float = 0.005
+    attached: bool = False
+
+    def along_flow(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            return flow_map.output(x, t, s, cond)
+
+        if self.kind == "exact":
+            return exact_derivative(output, x, t, v, self.attached)
+
+        def pair(x: Tensor, t: Tensor) -> Tensor:
+            return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
+
+        nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, _time_scale(flow_map, t))
+        return finite_derivative(output, pair, x, t, v, nodes, self.attached)
+
+    def at_end(self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """(N, dN/ds) at (x, t, s), s the time where the jump ends; N keeps its graph."""
+
+        def output(x: Tensor, s: Tensor) -> Tensor:
+            return flow_map.output(x, t, s, cond)
+
+        if self.kind == "exact":
+            value, tangent = jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),))
+            return value, tangent if self.attached else tangent.detach()
+
+        def pair(x: Tensor, s: Tensor) -> Tensor:
+            return flow_map.output(x, torch.cat([t, t]), s, Condition.cat(cond, cond))
+
+        low = torch.full_like(s, flow_map.path.t_min)
+        nodes = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s))
+        return finite_derivative(output, pair, x, s, torch.zeros_like(x), nodes, self.attached)
+
+
+def _time_scale(flow_map: FlowMap, t: Tensor) -> Tensor:
+    return torch.minimum(flow_map.path.time_scale(t), flow_map.scaling.time_scale(t))

@@ -17,7 +17,7 @@ from fewstep.conditions import Condition
 from fewstep.errors import CheckpointError, ShapeError
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.paths import Path
-from fewstep.preconditioning.base import Preconditioning
+from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.preconditioning.scaling import IdentityScaling, Scaling
 from fewstep.serialization import differences, from_json, to_json
 from fewstep.shapes import check_batch, expand
@@ -53,6 +53,8 @@ class FlowMapConfig:
 class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):
     """X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s): the solution at time s of the PF-ODE through x at time t.
 
+    A preconditioning with an origin m adds (alpha_s - alpha_t f - g) m, which vanishes on the diagonal (math.md §3.6).
+
     Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
     computed in the dtype of the times and applied in that of the samples.
     """
@@ -80,9 +82,13 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         return c_skip * x + c_out * raw
 
     def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """f x + g N for an output N already computed at (x, t, s)."""
-        f, g = (expand(value, x).to(x.dtype) for value in self.preconditioning.coefficients(t, s))
-        return f * x + g * output
+        """f x + g N for an output N already computed at (x, t, s), about the preconditioning's origin if it has one."""
+        f, g = self.preconditioning.coefficients(t, s)
+        jumped = expand(f, x).to(x.dtype) * x + expand(g, x).to(x.dtype) * output
+        origin = self.preconditioning.origin
+        if origin is None:
+            return jumped
+        return jumped + expand(origin_weight(self.path, f, g, t, s), x).to(x.dtype) * origin.to(x)
 
     def velocity_from_output(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """v = f_s x + g_s N for an output N already computed on the diagonal (x, t, t)."""
@@ -180,14 +186,23 @@ def fit_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
     module.load_state_dict(weights)
 
 
-def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
-    if not config_file.is_file():
-        raise CheckpointError(f"{config_file}: no such file; is {config_file.parent} a saved flow map?")
+def read_config(folder: FilePath | str) -> FlowMapConfig:
+    """The configuration of a saved flow map; raises CheckpointError when it is missing or is none."""
+    return _read_config(FilePath(folder) / CONFIG_FILE)
+
+
+def _read_config(file: FilePath) -> FlowMapConfig:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
     try:
-        stored = json.loads(config_file.read_text())["flow_map"]
+        stored = json.loads(file.read_text())["flow_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config_file} is not a fewstep model configuration ({error})") from error
-    flow_map = from_json(FlowMapConfig, stored, str(config_file)).build()
+        raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
+    return from_json(FlowMapConfig, stored, str(file))
+
+
+def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
+    flow_map = _read_config(config_file).build()
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return flow_map.eval()
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Condition
+from fewstep.data import mixture_parameters
 from fewstep.flowmap import FlowMap
 from fewstep.forward_mode import jvp
 from fewstep.paths import Path
-from fewstep.preconditioning.base import Preconditioning
+from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.shapes import expand
 
 
@@ -52,7 +53,10 @@ class GaussianData:
 
 
 class GaussianOutput(nn.Module):
-    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s on it."""
+    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s on it.
+
+    With an origin m, N = (X - f x - (alpha_s - alpha_t f - g) m)/g (math.md §3.6).
+    """
 
     def __init__(self, data: GaussianData, path: Path, preconditioning: Preconditioning) -> None:
         super().__init__()
@@ -61,9 +65,12 @@ class GaussianOutput(nn.Module):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, ...), t, s (B,) in the path's clock."""
         f, g = self.preconditioning.coefficients(t, s)
-        same = t == s
+        same, origin = t == s, self.preconditioning.origin
+        target = self.data.jump(self.path, x, t, s)
+        if origin is not None:
+            target = target - expand(origin_weight(self.path, f, g, t, s), x) * origin.to(x)
         f, g, same = expand(f, x), expand(torch.where(same, 1.0, g), x), expand(same, x)
-        jumped = (self.data.jump(self.path, x, t, s) - f * x) / g
+        jumped = (target - f * x) / g
         if not bool(same.any()):
             return jumped
         f_s, g_s = (expand(c, x) for c in self.preconditioning.diagonal(t))
@@ -84,15 +91,15 @@ class MixtureData:
         return self.means[chosen] + self.sds[chosen, None] * eps
 
     def denoise(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        """Posterior-weighted mean of the components' denoisers; x (B, d), t (B,)."""
-        p = path.values(t)
+        """Posterior-weighted mean of the components' denoisers; x (B, ...) of d numbers a sample, t (B,)."""
+        p, shape, x = path.values(t), x.shape, x.flatten(1)
         alpha, sigma = p.alpha[:, None], p.sigma[:, None]
         variance = alpha**2 * self.sds**2 + sigma**2
         offset = x[:, None, :] - alpha[:, :, None] * self.means
         log_density = -0.5 * offset.square().sum(-1) / variance - 0.5 * x.shape[1] * torch.log(2 * math.pi * variance)
         posterior = torch.softmax(torch.log(self.weights) + log_density, dim=1)
         each = self.means + (alpha * self.sds**2 / variance)[:, :, None] * offset
-        return (posterior[:, :, None] * each).sum(1)
+        return (posterior[:, :, None] * each).sum(1).reshape(shape)
 
     def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
         """PF-ODE velocity; needs sigma(t) > 0."""
@@ -112,6 +119,12 @@ class MixtureData:
     def _unit_velocity(self, path: Path, x: Tensor, u: Tensor) -> Tensor:
         t, dt_du = jvp(path.time_from_unit, (u,), (torch.ones_like(u),))
         return expand(dt_du, x) * self.velocity(path, x, t)
+
+
+def toy_mixture(dtype: torch.dtype = torch.float64) -> MixtureData:
+    """The mixture behind the data source 'mixture' (fewstep.data.toys), whose samples (1, 4, 4) have d = 16 numbers."""
+    found = mixture_parameters()
+    return MixtureData(found.weights.to(dtype), found.means.to(dtype), found.sds.to(dtype))
 
 
 def _unit_time(path: Path, t: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fewstep.runs import (
     write_figures,
     yardstick,
 )
-from fewstep.training import Machine, RunFolder, train
+from fewstep.training import Attendants, Machine, RunFolder, train
 
 SECONDS = 85.0
 
@@ -67,5 +67,5 @@ def _limited(config: RunConfig, seconds: float) -> RunConfig:
 
 
 def _train(config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine) -> None:
-    result = train(config, dataset, run, machine, watcher(run, config))
+    result = train(config, dataset, run, machine, Attendants(watcher(run, config)))
     print(f"     {result.images:,} images in {result.seconds:.0f} s", flush=True)

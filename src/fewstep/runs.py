@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
+from torch import Tensor
 
 from fewstep.config import EvaluationConfig, RunConfig
 from fewstep.data import Dataset
@@ -20,20 +23,24 @@ from fewstep.evaluation import (
     Measurement,
     ReferenceFeatures,
     default_extractor,
+    frechet_distance,
     measure,
     reference_features,
 )
 from fewstep.files import write_atomically
 from fewstep.flowmap import FlowMap
-from fewstep.objectives import DiagonalMatching
+from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching
 from fewstep.reporting import Grid, RunReport, save_grid, write_report
 from fewstep.sampling import SamplerName, SamplingSettings, Spacing, generate
+from fewstep.students import read_alignments, teacher_name, with_labels
 from fewstep.training.checkpoint import RunFolder, read_state
 from fewstep.training.loop import Watcher
 
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
 REPORT_FILE = "report.html"
+CURVE_FILE = "curve.jsonl"
+STUDY_FILE = "study.json"
 
 
 def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
@@ -56,8 +63,11 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     """
     evaluation, on_edm = config.evaluation, config.model.path == "edm"
     diagonal: SamplerName = "heun" if on_edm else "euler"
-    sampler: SamplerName = diagonal if config.objective.on_diagonal else "map"
-    base = SamplingSettings(sampler=sampler, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed)
+    jumping: SamplerName = "gamma" if evaluation.gamma else "map"
+    sampler = diagonal if config.objective.on_diagonal else jumping
+    base = SamplingSettings(
+        sampler=sampler, gamma=evaluation.gamma, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+    )
     return [replace(base, steps=count) for count in steps]
 
 
@@ -68,9 +78,19 @@ def spacing(config: RunConfig) -> Spacing:
 
 def method_name(config: RunConfig) -> str:
     """The objective as figures name it."""
-    if isinstance(config.objective, DiagonalMatching):
-        return "flow matching" if config.objective.measure == "velocity" else "denoising"
-    return "iSD-T" if config.objective.guidance.active else "iSD"
+    match config.objective:
+        case DiagonalMatching(measure="velocity"):
+            return "flow matching"
+        case DiagonalMatching():
+            return "denoising"
+        case ISD():
+            return "iSD-T" if config.objective.guidance.active else "iSD"
+        case CD():
+            return f"CD, {config.model.preconditioning}"
+        case CTM():
+            return f"CTM, {config.model.preconditioning}"
+        case objective:
+            return next(entry.name for entry in CATALOGUE if entry.objective is type(objective))
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,57 @@ def yardstick(dataset: Dataset, cache: Path | None, inception: Path | None = Non
     """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given."""
     extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
     return Yardstick(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
+
+
+def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
+    """Appends points of the learning curve to RUN/curve.jsonl, which `fewstep compare` reads.
+
+    Each point is the Frechet distance of the averaged model's samples, by the run's own sampler at `curve_steps`.
+    """
+    settings = config.evaluation
+    sticks: list[Yardstick] = []
+
+    def watch(flow_map: FlowMap, step: int) -> None:
+        if not sticks:  # at the first point: its classifier may have to be trained
+            sticks.append(yardstick(with_labels(config.data, dataset), cache))
+        images = step * config.training.batch_size
+        points: list[Row] = []
+        for each in sampler_settings(config, settings.curve_steps):
+            drawn = generate(flow_map, settings.curve_samples, each)
+            features = sticks[0].extractor.features(_within_range(flow_map, drawn.samples))
+            sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
+            value = frechet_distance(features, sticks[0].reference.features) if sound else math.nan
+            points.append(
+                {"images": images, "step": step, "seconds": _seconds_at(run, step)}
+                | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value}
+            )
+        write_curve(run, points)
+
+    return watch
+
+
+def write_curve(run: RunFolder, points: list[Row]) -> None:
+    """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
+
+    A line that cannot be read ends what is kept, as in the log.
+    """
+    file, step = run.root / CURVE_FILE, points[0]["step"]
+    measures = {point["measure"] for point in points}
+    kept: list[Row] = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            found = json.loads(line)
+            if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
+                kept.append(found)
+        except (ValueError, KeyError, TypeError):
+            break
+    write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
+
+
+def _seconds_at(run: RunFolder, step: int) -> float | None:
+    """Training time behind a step, from the log's last line at its pace; None before there is one."""
+    log = run.read_log()
+    return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
 
 
 def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
@@ -131,11 +202,8 @@ def measure_settings(
 ) -> Measurement:
     """Draw `count` samples and measure them."""
     drawn = generate(flow_map, count, settings)
-    images = drawn.samples
-    if flow_map.config is not None and flow_map.config.data_range is not None:
-        images = images.clamp(*flow_map.config.data_range)
     return measure(
-        images,
+        _within_range(flow_map, drawn.samples),
         drawn.labels,
         stick.reference,
         stick.extractor,
@@ -145,6 +213,13 @@ def measure_settings(
         seconds=drawn.seconds,
         latency_ms=latency(flow_map, settings),
     )
+
+
+def _within_range(flow_map: FlowMap, images: Tensor) -> Tensor:
+    """Samples cut to the range of the data, where they have one."""
+    if flow_map.config is None or flow_map.config.data_range is None:
+        return images
+    return images.clamp(*flow_map.config.data_range)
 
 
 def latency(flow_map: FlowMap, settings: SamplingSettings, repeats: int = 5) -> float:
@@ -244,7 +319,7 @@ def report(run: RunFolder, title: str = "") -> Path:
     others = baselines(run)
     config, record = run.config(), run.record()
     flow_map = run.flow_map()
-    rows = read_figures(run.root)
+    rows, aligned = read_figures(run.root), read_alignments((run, *others))
     logs = {method_name(r.config()): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
@@ -255,14 +330,36 @@ def report(run: RunFolder, title: str = "") -> Path:
         rows=rows,
         cost=_cost(run, others),
         settings=record,
+        links=study_links(run),
         data_range=None if flow_map.config is None else flow_map.config.data_range,
+        alignments=tuple(each["jumps"] for each in aligned),
+        trajectories=tuple(row for each in aligned for row in each["trajectories"]),
     )
     return write_report(found, run.root / REPORT_FILE)
 
 
+def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
+    """Links to the comparison that the run is part of, and to the reports of its other runs, as far as they exist.
+
+    Raises CheckpointError when study.json, which `fewstep compare` writes, is damaged.
+    """
+    file = run.root / STUDY_FILE
+    if not file.is_file():
+        return ()
+    try:
+        study = json.loads(file.read_text())
+        pages = [("Comparison", str(study["comparison"]))]
+        pages += [(Path(name).name, f"{name}/{REPORT_FILE}") for name in map(str, study["runs"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}): delete it, or run fewstep compare anew") from error
+    return tuple((text, quote(page)) for text, page in pages if (run.root / page).is_file())
+
+
 def _summary(config: RunConfig, data: Any) -> str:
+    distilled = config.objective.needs_teacher
+    origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
     return (
-        f"{method_name(config)} trained from scratch on {data['train']} samples of {data['name']} "
+        f"{method_name(config)}, {origin} on {data['train']} samples of {data['name']} "
         f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
         f"{config.model.preconditioning} preconditioning."
     )

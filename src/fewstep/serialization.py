@@ -2,23 +2,36 @@
 
 A value whose annotation admits several dataclasses (a union, or an abstract base) is stored with a `type` key that
 names its class; on loading, only classes that the annotation admits are candidates. Nothing is imported by name.
+A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, Literal, TypeVar, Union
+
+import torch
+from torch import Tensor
 
 from fewstep.errors import ConfigError
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
 
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+_SHOWN = 120
+
 
 def to_json(value: Any) -> JSON:
-    """A dataclass (or a tuple, number, string, None) as JSON values; a dataclass carries its class name as `type`."""
+    """A dataclass (or a tuple, tensor, number, string, None) as JSON values; a dataclass carries its name as `type`.
+
+    Raises ConfigError for anything else, and for tensors of another dtype or with values that are not finite.
+    """
+    if isinstance(value, Tensor):
+        return _encode_tensor(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields: dict[str, JSON] = {"type": type(value).__name__}
         return fields | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -48,6 +61,8 @@ def _decode(annotation: Any, data: Any, where: str) -> Any:
     if annotation in (int, str, bool):
         fits = isinstance(data, annotation) and (annotation is bool or not isinstance(data, bool))
         return _expect(fits, data, where, f"of type {annotation.__name__}")
+    if annotation is Tensor:
+        return _decode_tensor(data, where)
     if annotation is type(None):
         return _expect(data is None, data, where, "null")
     return _decode_dataclass(annotation, data, where)
@@ -55,7 +70,7 @@ def _decode(annotation: Any, data: Any, where: str) -> Any:
 
 def _expect(fits: bool, data: Any, where: str, what: str) -> Any:
     if not fits:
-        raise ConfigError(f"{where} must be {what}, got {data!r}")
+        raise ConfigError(f"{where} must be {what}, got {_shown(data)}")
     return data
 
 
@@ -74,6 +89,26 @@ def _decode_tuple(items: tuple[Any, ...], data: Any, where: str) -> tuple[Any, .
         return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     _expect(len(items) == len(data), data, where, f"a list of {len(items)}")
     return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True)))
+
+
+def _encode_tensor(value: Tensor) -> JSON:
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES or not bool(value.isfinite().all()):
+        raise ConfigError(f"a tensor must be {' or '.join(_DTYPES)} and finite to be stored, got {_shown(str(value))}")
+    return {"dtype": dtype, "shape": list(value.shape), "values": value.detach().cpu().flatten().tolist()}
+
+
+def _decode_tensor(data: Any, where: str) -> Tensor:
+    _expect(isinstance(data, dict) and set(data) == {"dtype", "shape", "values"}, data, where, "a stored tensor")
+    name, values = data["dtype"], data["values"]
+    _expect(isinstance(name, str) and name in _DTYPES, name, f"{where}.dtype", f"one of {', '.join(_DTYPES)}")
+    shape = _decode_tuple((int, Ellipsis), data["shape"], f"{where}.shape")
+    _expect(isinstance(values, list) and all(n >= 0 for n in shape), data, where, "a stored tensor")
+    _expect(len(values) == math.prod(shape), len(values), f"number of {where}.values", str(math.prod(shape)))
+    numbers = [_decode(float, value, f"{where}.values[{i}]") for i, value in enumerate(values)]
+    found = torch.tensor(numbers, dtype=_DTYPES[name]).reshape(shape)
+    _expect(bool(found.isfinite().all()), "others", f"{where}.values", "finite numbers")
+    return found
 
 
 def _concrete(cls: type) -> list[type]:
@@ -114,8 +149,14 @@ def differences(old: JSON, new: JSON, where: str = "") -> list[str]:
                 lines += differences(old[key], new[key], name)
             else:
                 lines.append(
-                    f"{name}: {repr(old[key]) if key in old else 'absent'} -> "
-                    f"{repr(new[key]) if key in new else 'absent'}"
+                    f"{name}: {_shown(old[key]) if key in old else 'absent'} -> "
+                    f"{_shown(new[key]) if key in new else 'absent'}"
                 )
         return lines
-    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+    return [] if old == new else [f"{where}: {_shown(old)} -> {_shown(new)}"]
+
+
+def _shown(value: object) -> str:
+    """A value in a message, cut where it is long (tables)."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from commands import ENVIRONMENT, SMALL, STEPS, Command, Finished, contents
 from PIL import Image
 
+from fewstep.cli import main
 from fewstep.training import RunFolder
 
 
@@ -64,17 +65,42 @@ def run(small_run: Path, tmp_path: Path) -> Path:
         ("train digits --network.width 0", r"an MLP needs width"),
         ("train digits --model.path edm --model.preconditioning trig", r"trig preconditioning needs a clock"),
         ("train digits --machine.micro-batch -2", r"micro_batch is -2"),
+        ("train ctm-digits", r"the teacher cannot be read: runs/edm-digits: no such folder; .* --teacher$"),
+        ("train cd-digits --teacher nowhere", r"the teacher cannot be read: nowhere: no such folder"),
+        ("train ctm-digits --teacher=", r"recipe ctm-digits distils a teacher: name its run with --teacher RUN"),
+        ("train digits --initial nowhere", r"the model to start from cannot be read: nowhere: no such .* --initial$"),
+        ("train digits --initial teacher", r"recipe digits distils a teacher: name its run with --teacher RUN"),
+        ("train digits --model.preconditioning analytic", r"computed from statistics: name a teacher with --teacher"),
+        ("train ctm-digits --statistics.points 3", r"needs at least 4 points"),
+        ("train ctm-digits --adversary.lr 0", r"the critic's learning rate must be positive"),
+        ("train ctm-digits --adversary.critic.width 0", r"a critic of width 0"),
+        ("train ctm-digits --objective.decay 1", r"decay of the target is 1\.0"),
+        ("train ctm-digits --objective.steps.points 1", r"a teacher's grid needs at least 2 points"),
+        ("train ctm-digits --objective.adversarial -1", r"adversarial losses are 1\.0 and -1\.0"),
         ("recipes all", r"recipes takes no options, got all"),
         ("sample", r"[Mm]issing.*PATH"),
         ("sample nowhere", r"nowhere: no such folder"),
         ("evaluate nowhere", r"nowhere is not a run"),
         ("report nowhere", r"nowhere is not a run"),
+        ("compare", r"[Mm]issing.*PATH|at least two runs, got 0"),
+        ("compare nowhere", r"at least two runs, got 1"),
+        ("compare nowhere here", r"nowhere is not a run"),
+        ("train digits --evaluation.curve-samples 1", r"a learning curve every 0 images of 1 samples"),
         ("sample nowhere --sampler best", r"'best'.*--sampler"),
     ],
 )  # fmt: skip
 def test_wrong_words(words: str, message: str, command: Command, tmp_path: Path) -> None:
     assert_refused(command(*words.split()), message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_without_a_learning_curve_are_not_compared(run: Path, small_run: Path, command: Command) -> None:
+    before = contents(run)
+    assert_refused(command("compare", run, small_run), r"has no learning curve.*--evaluation\.curve-images N")
+    (run / "curve.jsonl").write_text("nonsense\n")
+    assert_refused(command("compare", run, small_run), r"curve\.jsonl, line 1 is damaged")
+    (run / "curve.jsonl").unlink()
+    assert contents(run) == before
 
 
 def pictures(folder: Path, count: int, size: int) -> Path:
@@ -136,6 +162,67 @@ def test_a_resume_on_changed_data_is_refused(run: Path, archive: Path, command: 
     shown = command("train", "digits", "--data.source", "npz", "--data.root", own, "--out", run, *SMALL, *STEPS)
     assert_refused(shown, r"data\.fingerprint: '\w+' -> '\w+'")
     assert contents(run) == before
+
+
+@pytest.fixture(scope="session")
+def small_teacher(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished teacher on the archive; tests that change it take a copy."""
+    root = tmp_path_factory.mktemp("small") / "teacher"
+    words = ["train", "edm-digits", "--data.source", "npz", "--data.root", str(archive), "--data.labels"]
+    assert main([*words, "--out", str(root), *SMALL, *STEPS, "--training.sample-images", "0"]) == 0
+    return root
+
+
+@pytest.fixture
+def distil(small_teacher: Path, archive: Path, tmp_path: Path) -> tuple[Path, tuple[object, ...]]:
+    """A copy of the teacher, and the words that distil it."""
+    shutil.copytree(small_teacher, tmp_path / "teacher")
+    words = ("train", "ctm-digits", "--data.source", "npz", "--data.root", archive, "--data.labels", *SMALL, *STEPS)
+    quick = ("--statistics.points", 8, "--statistics.samples", 16, "--evaluation.curve-images", 0)
+    return tmp_path / "teacher", (*words, *quick, "--training.sample-images", 0, "--teacher", tmp_path / "teacher")
+
+
+def test_a_teacher_that_does_not_fit(distil: tuple[Path, tuple[object, ...]], command: Command) -> None:
+    teacher, words = distil
+    before = contents(teacher)
+    assert_refused(command(*words, "--data.no-labels"), r"in 2 classes, but the data halves.* and 0 classes")
+    shown = command(*words, "--network.width", 24)
+    assert_refused(shown, r"is of another architecture: .*\[24.* give the run the network of the model")
+    assert contents(teacher) == before
+    assert not Path("runs").exists()
+
+
+def test_a_teacher_that_is_damaged(distil: tuple[Path, tuple[object, ...]], command: Command) -> None:
+    teacher, words = distil
+    weights = RunFolder(teacher).last_checkpoint() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert_refused(command(*words), r"the teacher cannot be read: .*model\.safetensors is truncated")
+
+
+def test_statistics_that_are_damaged(distil: tuple[Path, tuple[object, ...]], command: Command) -> None:
+    teacher, words = distil
+    assert command(*words, "--out", "first").code == 0
+    (file,) = (teacher / "statistics").iterdir()
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    assert_refused(command(*words, "--out", "second"), r"\w{16}\.json is damaged .*: delete it to estimate anew")
+    assert not Path("second").exists()
+    file.unlink()
+    assert command(*words, "--out", "second").code == 0
+    assert json.loads(file.read_text()) | {"seconds": 0} == json.loads(whole) | {"seconds": 0}
+
+
+def test_another_teacher_for_a_run_begun(distil: tuple[Path, tuple[object, ...]], command: Command) -> None:
+    _, words = distil
+    assert command(*words, "--out", "student").code == 0
+    other = command(
+        "train", "edm-digits", *words[2:-4], "--training.seed", 1, "--training.images", 64, "--out", "other"
+    )
+    assert other.code == 0
+    before = contents(Path("student"))
+    shown = command(*words, "--out", "student", "--teacher", "other")
+    assert_refused(shown, r"student holds a run with other settings \(teacher: '\w{16}' -> '\w{16}'\)")
+    assert contents(Path("student")) == before
 
 
 @pytest.mark.parametrize("name", ["sample", "evaluate", "report"])

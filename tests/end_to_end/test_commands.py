@@ -15,6 +15,7 @@ from PIL import Image
 import fewstep
 from fewstep.cli import COMMANDS, OVERVIEW
 from fewstep.config import RunConfig
+from fewstep.objectives import CATALOGUE
 from fewstep.quickstart import quickstart
 from fewstep.recipes import RECIPES, recipe
 from fewstep.runs import read_figures, report, write_figures
@@ -40,11 +41,17 @@ def test_recipes_are_listed_with_what_they_say(command: Command) -> None:
         assert first in shown
 
 
+def test_objectives_are_listed(command: Command) -> None:
+    shown = command("objectives").out
+    assert all(entry.name in shown and entry.paper in shown for entry in CATALOGUE)
+    assert command("objectives", "--all").code == 2
+
+
 def test_train_without_a_recipe_explains(command: Command) -> None:
     assert "usage: fewstep train RECIPE" in command("train", "--help").out
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("recipes", "train")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("recipes", "objectives", "train")])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], command: Command) -> None:
     with pytest.raises(SystemExit) as stop:
         command(name, "--help")
@@ -155,6 +162,35 @@ def test_report_without_figures(small_run: Path, tmp_path: Path, command: Comman
     shutil.copytree(small_run, run)
     assert command("report", run).code == 0
     assert (run / "report.html").stat().st_size > 1000
+
+
+def test_compare_runs_with_learning_curves(
+    archive: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods; one of them stopped in the middle has the same curve, and the reports link to each other."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    words = ("train", "digits", "--data.source", "npz", "--data.root", archive, *SMALL, *STEPS)
+    curve = ("--evaluation.curve-images", 96, "--evaluation.curve-steps", 1, "--evaluation.curve-samples", 64)
+    for name, path in (("first", "linear"), ("second", "trig")):
+        assert command(*words, *curve, "--model.path", path, "--out", name).code == 0
+    lines = (tmp_path / "first" / "curve.jsonl").read_text()
+    assert [json.loads(each)["step"] for each in lines.splitlines()] == [3, 6, 9, 10]
+    shutil.rmtree(tmp_path / "first" / "checkpoints" / "step-00000010")
+    assert command(*words, *curve, "--model.path", "linear", "--out", "first").code == 0
+    values = [[json.loads(each)["value"] for each in text.splitlines()] for text in (
+        lines, (tmp_path / "first" / "curve.jsonl").read_text())]  # fmt: skip
+    assert values[0] == values[1]
+
+    shown = command("compare", "first", "second")
+    assert (shown.code, shown.err) == (0, "")
+    assert "path linear" in shown.out
+    assert "path trig" in shown.out
+    assert "Fréchet distance, 1 network call" in shown.out
+    assert {path.name for path in (tmp_path / "comparison").iterdir()} == {
+        "comparison.html", "comparison.json", "comparison.png",
+    }  # fmt: skip
+    assert command("report", "first").code == 0
+    assert 'href="../comparison/comparison.html"' in (tmp_path / "first" / "report.html").read_text()
 
 
 def test_a_saved_model_is_sampled_like_its_run(small_run: Path, tmp_path: Path, command: Command) -> None:

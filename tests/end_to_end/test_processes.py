@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,24 +63,56 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, tmp_path: 
     assert [path.name for path in run.rglob(".*")] == []
 
 
+def largest_difference(one: Path, two: Path) -> float:
+    """Between the newest checkpoints' weights: raw, averaged, the critic's; not the optimisers' state."""
+    first, second = stored(one), stored(two)
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first if "optimizer" not in key)
+
+
 def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
-    """Twenty steps of iSD with its exact derivative; then, in the same pair, a NaN in one process and a time limit."""
+    """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
+    statistics, balanced losses, a critic. Then, in the same pair, a NaN in one process and a time limit.
+    """
+    batch = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
     words = [
-        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "640",
-        "--training.sample-images", "0", "--training.ema-decay", "0.9", "--optimizer.warmup-images", "0",
+        "train", "digits", *SMALL, *batch, "--training.images", "640", "--training.ema-decay", "0.9",
         "--objective.diagonal", "0.5",
     ]  # fmt: skip
+    teacher = tmp_path / "teacher"
+    shown = command(
+        "train", "edm-digits", *SMALL, *batch, "--training.images", "320", "--out", teacher, "--data.labels"
+    )
+    assert shown.code == 0
+    shutil.copytree(teacher, tmp_path / "its-copy")  # so that the pair does not read the statistics that one has kept
+    student = [
+        "train", "ctm-digits", *SMALL, *batch, "--training.images", "256", "--data.labels",
+        "--objective.steps.points", "5", "--objective.adversarial", "0.5", "--adversary.critic.width", "4",
+        "--adversary.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
+        "--evaluation.curve-images", "0",
+    ]  # fmt: skip
+    pair = [
+        [*words, "--out", str(tmp_path / "two")],
+        [*student, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
+    ]
     script = Path(__file__).with_name("two_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    both = [*launch, str(tmp_path), *words, "--out", str(tmp_path / "two")]
+    both = [*launch, str(tmp_path), json.dumps(pair)]
     done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("two: 640 images in 20 steps") == 1
     assert command(*words, "--out", tmp_path / "one").code == 0
-    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
-    weights = [key for key in one if not key.startswith("optimizer")]
-    assert max(float((one[key] - two[key]).abs().max()) for key in weights) < 1e-5
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert len(RunFolder(tmp_path / "two").read_log()) == 1
+
+    assert command(*student, "--teacher", teacher, "--out", tmp_path / "student-one").code == 0
+    assert {"critic/critic.score.weight", "ema-target-0.99/output.weight"} <= stored(tmp_path / "student-one").keys()
+    assert largest_difference(tmp_path / "student-one", tmp_path / "student-two") < 1e-5
+    kept = [
+        sorted(file.name for file in (tmp_path / name / "statistics").iterdir()) for name in ("teacher", "its-copy")
+    ]
+    assert len(kept[0]) == 1
+    assert kept[0] == kept[1]
 
     for rank in (0, 1):
         diverged = (tmp_path / f"diverged-{rank}.txt").read_text()

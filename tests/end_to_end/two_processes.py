@@ -1,7 +1,8 @@
-"""What each of two processes does in test_processes.py: a command, a loss that is NaN in one of them, a time limit."""
+"""What each of two processes does in test_processes.py: commands, a loss that is NaN in one of them, a time limit."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -15,7 +16,7 @@ from fewstep.data import DataConfig, load_dataset
 from fewstep.errors import TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.networks import MLPConfig
-from fewstep.objectives import ISD, Batch, Losses, Objective
+from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.training import Machine, RunFolder, train
 
 RANK = int(os.environ["RANK"])
@@ -39,14 +40,14 @@ class PoisonedHere(Objective):
     def guided(self) -> bool:
         return False
 
-    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         losses = ISD()(flow_map, batch)
         return replace(losses, loss=losses.loss * math.nan) if RANK and batch.draws.step else losses
 
 
-def run(folder: Path, words: list[str]) -> None:
+def run(folder: Path, commands: list[list[str]]) -> None:
     """The three parts; every process writes what it saw."""
-    assert main(words) == 0
+    assert [main(words) for words in commands] == [0] * len(commands)
     data = load_dataset(DataConfig())
     try:
         train(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), MACHINE)  # type: ignore[arg-type]
@@ -61,4 +62,4 @@ def run(folder: Path, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2:])
+    run(Path(sys.argv[1]), json.loads(sys.argv[2]))

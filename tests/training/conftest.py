@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import KINDS, MACHINE
+from tiny import KINDS, MACHINE, TEACHER, student
 
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.training import RunFolder, train
@@ -25,6 +25,27 @@ def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
             train(KINDS[kind], digits, RunFolder(root / kind), MACHINE)
+        return root / kind
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a teacher that knows its classes; tests that change it take a copy."""
+    root = tmp_path_factory.mktemp("teacher") / "run"
+    train(TEACHER, digits, RunFolder(root), MACHINE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def unbroken_student(digits: Dataset, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an unbroken student of a kind, trained once."""
+    root = tmp_path_factory.mktemp("students")
+
+    def folder(kind: str) -> Path:
+        if not (root / kind).exists():
+            train(student(kind, teacher), digits, RunFolder(root / kind), MACHINE)
         return root / kind
 
     return folder

@@ -27,9 +27,9 @@ from fewstep.errors import ConfigError, TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import FixedGuidance
 from fewstep.networks import MLPConfig
-from fewstep.objectives import ISD, Batch, Losses, Objective
+from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.randomness import Draws
-from fewstep.training import RunFolder, build, train
+from fewstep.training import Attendants, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep, split_batch
 from fewstep.training.optimizers import Optimizers, schedule
 
@@ -88,7 +88,7 @@ class Poisoned(Objective):
     def guided(self) -> bool:
         return False
 
-    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         losses = ISD()(flow_map, batch)
         if batch.draws.step != self.step:
             return losses
@@ -101,7 +101,7 @@ class Poisoned(Objective):
 def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: Dataset, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     config = replace(TINY, objective=Poisoned(step, what))  # type: ignore[arg-type]
-    trainer = Trainer(config, digits, run, MACHINE, None)
+    trainer = Trainer(config, digits, run, MACHINE, Attendants())
     for _ in range(step):
         trainer.take_step()
         if trainer.due(config.training.checkpoint_images):
@@ -124,7 +124,7 @@ def stored_weights(trainer: Trainer) -> dict[str, Tensor]:
 def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -> None:
     """The constant average follows its formula, computed here from the weights of every step."""
     config = replace(TINY, training=replace(TINY.training, ema_power=(0.05, 0.2), ema_decay=(0.5,)))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, None)
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
     average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
     for step in range(1, 7):
         trainer.take_step()
@@ -135,7 +135,7 @@ def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -
     folder = RunFolder(tmp_path).last_checkpoint()
     stored = load_file(folder / "ema-constant-0.5.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
-    again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, None)
+    again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
     assert [ema.name for ema in again.emas] == ["power-0.05", "power-0.2", "constant-0.5"]
     assert all(torch.equal(value, stored_weights(trainer)[key]) for key, value in stored_weights(again).items())
     first, second = again.emas[0].weights, again.emas[1].weights
@@ -155,7 +155,7 @@ def test_learning_rate_schedules_are_the_stated_functions() -> None:
 
 def test_the_schedule_reaches_every_optimizer(digits: Dataset, tmp_path: Path) -> None:
     config = replace(KINDS["muon"], optimizer=OptimizerConfig("muon", lr=1e-3, matrix_lr=4e-3, warmup_images=640))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, None)
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
     for _ in range(5):
         trainer.take_step()
     rates = [group["lr"] for optimizer in trainer.optimizers.optimizers for group in optimizer.param_groups]
@@ -211,7 +211,7 @@ def test_bf16_computes_the_same_gradient_coarsely(digits: Dataset) -> None:
     gradients = []
     for bf16 in (False, True):
         flow_map.zero_grad()
-        loss, _, _ = TrainStep(flow_map, TINY.objective, bf16)(batch)
+        loss, *_ = TrainStep(flow_map, TINY.objective, bf16)(batch)
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in flow_map.parameters() if p.grad is not None]))
     assert gradients[0].shape == gradients[1].shape
@@ -242,7 +242,7 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
         seen.append((step, next(flow_map.parameters()).detach().clone(), flow_map.training))
 
     config = replace(TINY, training=replace(TINY.training, sample_images=160))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, watch)
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants(watch))
     trainer.run_to_end()
     assert [step for step, _, _ in seen] == [5, 10]
     key = next(iter(dict(trainer.flow_map.network.named_parameters())))
@@ -253,7 +253,7 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
 
 
 def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, RunFolder(tmp_path), MACHINE, None)
+    trainer = Trainer(TINY, digits, RunFolder(tmp_path), MACHINE, Attendants())
     trainer.run_to_end()
     loaded = fewstep.load(tmp_path)
     with torch.no_grad():

@@ -11,11 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.config import OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.config import (
+    AdversaryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StatisticsConfig,
+    TrainingConfig,
+)
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import FixedGuidance
-from fewstep.networks import MLPConfig, UNetConfig
-from fewstep.objectives import ISD, DiagonalMatching
+from fewstep.networks import CriticConfig, MLPConfig, UNetConfig
+from fewstep.objectives import CD, CTM, ISD, DiagonalMatching, TeacherSteps
+from fewstep.times import LogNormalTimes
 from fewstep.training import Machine, RunFolder
 
 MACHINE = Machine(cpu=True, threads=1, quiet=True)
@@ -41,6 +49,45 @@ KINDS: dict[str, RunConfig] = {
         objective=DiagonalMatching(),
     ),
 }
+
+EDM_MODEL = ModelConfig(path="edm", preconditioning="euler", scaling="edm")
+TEACHER = replace(
+    TINY,
+    recipe="teacher",
+    model=EDM_MODEL,
+    objective=DiagonalMatching(times=LogNormalTimes(), measure="denoiser"),
+)
+CRITIC = AdversaryConfig(critic=CriticConfig(width=4), start_images=128)
+"""Begins with the fifth step."""
+_ANALYTIC = replace(EDM_MODEL, preconditioning="analytic")
+_ONCE = StatisticsConfig(points=8, samples=64)
+_REFRESHED = replace(_ONCE, refresh_images=128)
+_CTM = replace(
+    TINY,
+    recipe="student",
+    model=EDM_MODEL,
+    objective=CTM(steps=TeacherSteps(points=5), decay=0.9),
+    initial="teacher",
+    statistics=_ONCE,
+)
+STUDENTS: dict[str, RunConfig] = {
+    "ctm": _CTM,
+    "ctm-analytic": replace(_CTM, model=_ANALYTIC),
+    "ctm-refreshed": replace(_CTM, model=_ANALYTIC, statistics=_REFRESHED),
+    "ctm-adversarial": replace(_CTM, objective=replace(_CTM.objective, adversarial=0.5), adversary=CRITIC),
+    "cd": replace(_CTM, objective=CD(steps=TeacherSteps(points=5, u="adjacent"), decay=0.9)),
+}
+"""Runs that distil a teacher; those refreshed take new statistics after steps 4 and 8."""
+TEACHERLESS: dict[str, RunConfig] = {
+    "isd-edm": replace(TINY, model=_ANALYTIC, statistics=_REFRESHED),
+    "isd-linear": replace(TINY, model=replace(_ANALYTIC, path="linear"), statistics=_REFRESHED),
+}
+"""Analytic preconditioning without a teacher."""
+
+
+def student(kind: str, teacher: Path) -> RunConfig:
+    """One of STUDENTS with its teacher, or of TEACHERLESS."""
+    return replace(STUDENTS[kind], teacher=str(teacher)) if kind in STUDENTS else TEACHERLESS[kind]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:

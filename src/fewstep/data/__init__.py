@@ -4,5 +4,15 @@ from fewstep.data.augment import random_flip
 from fewstep.data.base import Dataset, Samples
 from fewstep.data.order import batch_indices
 from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.data.toys import MixtureParameters, mixture_parameters
 
-__all__ = ["DataConfig", "Dataset", "Samples", "batch_indices", "load_dataset", "random_flip"]
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "MixtureParameters",
+    "Samples",
+    "batch_indices",
+    "load_dataset",
+    "mixture_parameters",
+    "random_flip",
+]

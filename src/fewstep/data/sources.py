@@ -13,12 +13,14 @@ from fewstep.data.folder import load_folder
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import split
 from fewstep.data.npz import Layout, load_npz
+from fewstep.data.toys import load_mixture
 from fewstep.errors import ConfigError, DataError, MissingExtraError
 from fewstep.randomness import Draws
 
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
 _LUMA = (19595, 38470, 7471)
-_VALUES, _LABELS = 0, 1
+# Streams of their own: the order of an epoch is drawn from stream 0 of the same seeds.
+_VALUES, _LABELS = 52, 53
 _DRAWN_AT_ONCE = 256
 
 
@@ -26,23 +28,26 @@ _DRAWN_AT_ONCE = 256
 class DataConfig:
     """A data source and how to read it.
 
-    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive) or random
-        (standard-normal latents with uniform labels, to build large configurations without their data).
-    root: the folder or file; empty for digits, random and Debian's Fashion-MNIST.
+    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive), mixture
+        (a mixture of Gaussians with a closed-form denoiser, fewstep.data.toys) or random (standard-normal latents with
+        uniform labels, to build large configurations without their data).
+    root: the folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST.
     image_size: side of the square that images are cut to; 0 keeps sizes. Other sources must already have it.
     heldout: fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own.
+    labels: whether to keep the classes; without them models are unconditional.
     channels: 1 or 3 to convert between grey and colour; 0 keeps what the data has.
-    seed: of the split, and of random's values.
+    seed: of the split, and of the values of mixture and random.
     skip_unreadable: warn about unreadable image files instead of failing.
     npz_layout: chw or hwc where an archive's shape does not tell.
     random_shape, random_classes, random_count: of random's samples (C, H, W); 0 classes means no labels.
     Raises ConfigError for values outside these ranges.
     """
 
-    source: Literal["digits", "idx", "images", "npz", "random"] = "digits"
+    source: Literal["digits", "idx", "images", "mixture", "npz", "random"] = "digits"
     root: str = ""
     image_size: int = 0
     heldout: float = 0.33
+    labels: bool = True
     channels: Literal[0, 1, 3] = 0
     seed: int = 0
     skip_unreadable: bool = False
@@ -74,6 +79,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     loaded = _load(config)
     parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)
     train, heldout = (_convert(loaded.name, part, config) for part in parts)
+    if not config.labels:
+        return Dataset(loaded.name, Samples(train.values), Samples(heldout.values))
     return Dataset(loaded.name, train, heldout, len(loaded.class_names), loaded.class_names)
 
 
@@ -86,9 +93,11 @@ def _load(config: DataConfig) -> Loaded:
         return load_folder(config.root, config.image_size, config.skip_unreadable)
     if config.source == "npz":
         return load_npz(config.root, config.npz_layout)
+    if config.source == "mixture":
+        return load_mixture(config.seed)
     if config.source == "random":
         return _load_random(config)
-    raise ConfigError(f"source is '{config.source}': give digits, idx, images, npz or random")
+    raise ConfigError(f"source is '{config.source}': give digits, idx, images, mixture, npz or random")
 
 
 def _load_digits() -> Loaded:

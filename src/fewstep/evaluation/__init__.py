@@ -1,8 +1,11 @@
-"""Evaluation: features of images, distances between sets of them, and the figures of one run."""
+"""Evaluation: features of images, distances between sets of them, alignment with a teacher, figures of one run."""
 
+from fewstep.evaluation.alignment import Alignment, TrajectoryAlignment, alignment, trajectory_alignment
+from fewstep.evaluation.curves import Speedup, speedup, targets_of, time_to
 from fewstep.evaluation.features import (
     ClassifierExtractor,
     Extractor,
+    IdentityExtractor,
     InceptionExtractor,
     RandomConvExtractor,
     default_extractor,
@@ -18,13 +21,18 @@ from fewstep.evaluation.fidelity import (
 from fewstep.evaluation.measure import Measurement, ReferenceFeatures, measure, reference_features
 
 __all__ = [
+    "Alignment",
     "ClassifierExtractor",
     "Extractor",
+    "IdentityExtractor",
     "InceptionExtractor",
     "KernelDistance",
     "Measurement",
     "RandomConvExtractor",
     "ReferenceFeatures",
+    "Speedup",
+    "TrajectoryAlignment",
+    "alignment",
     "class_accuracy",
     "default_extractor",
     "frechet_distance",
@@ -32,5 +40,9 @@ __all__ = [
     "measure",
     "precision_recall",
     "reference_features",
+    "speedup",
+    "targets_of",
+    "time_to",
     "train_extractor",
+    "trajectory_alignment",
 ]

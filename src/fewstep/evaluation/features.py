@@ -1,8 +1,9 @@
 """Features that images are compared by, and the classes they are recognised as.
 
 A distance between sets of images is a distance between sets of features, so each figure carries the name of the
-extractor behind it. Labelled data trains a small classifier of its own; unlabelled data falls back on random
-convolutions; published figures need the Inception network of the literature.
+extractor behind it. Labelled data trains a small classifier of its own; unlabelled data falls back on its values
+where they are few and on random convolutions elsewhere; published figures need the Inception network of the
+literature.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 
 from fewstep.data import Dataset, Samples, batch_indices
 from fewstep.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
+from fewstep.evaluation.perception import activations
 from fewstep.randomness import Draws
 
 _DIMENSION = 64
+_FEW_VALUES = 64  # up to here a sample's own numbers are its features
 _RECIPE = 1  # raise with any change to the network or its training: names of extractors must not outlive them
 _HEADER = "fewstep_extractor"
 _BATCH = 256
@@ -55,6 +58,12 @@ class Extractor(ABC):
     def classify(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W) -> their classes (n,) int64 on the CPU; raises UnsupportedError without any."""
 
+    @abstractmethod
+    def perceive(self, images: Tensor) -> Tensor:
+        """Images (n, C, H, W) -> (n, d) on their own device, differentiable: the mean square of a difference is a
+        perceptual distance. Raises ShapeError on unfit images, UnsupportedError where there is no gradient.
+        """
+
 
 class ClassifierExtractor(Extractor):
     """The 64 penultimate features of a small classifier that `train_extractor` trained on the data set itself.
@@ -80,6 +89,12 @@ class ClassifierExtractor(Extractor):
         _check_images(images, self._shape)
         return _apply(self._network, images, _BATCH, self._device).argmax(1)
 
+    def perceive(self, images: Tensor) -> Tensor:
+        """The activations after every convolution; the network moves to the device of the images and stays there."""
+        _check_images(images, self._shape)
+        self._device = images.device
+        return activations(self._network.to(images.device), images.float())
+
 
 class RandomConvExtractor(Extractor):
     """64 features of the same convolutions at their random initial values, for data without labels.
@@ -101,6 +116,32 @@ class RandomConvExtractor(Extractor):
 
     def classify(self, images: Tensor) -> Tensor:
         raise UnsupportedError(f"{self.name} has random weights and knows no classes")
+
+    def perceive(self, images: Tensor) -> Tensor:
+        """The activations after every convolution; the network moves to the device of the images and stays there."""
+        _check_images(images, self._shape)
+        self._device = images.device
+        return activations(self._network.to(images.device), images.float())
+
+
+class IdentityExtractor(Extractor):
+    """A sample's own numbers, for unlabelled data of few dimensions such as toys: distances without a network's eye."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.name = "values-" + "x".join(str(size) for size in shape)
+        self._shape = shape
+
+    def features(self, images: Tensor) -> Tensor:
+        _check_images(images, self._shape)
+        return images.detach().flatten(1).double().cpu()
+
+    def classify(self, images: Tensor) -> Tensor:
+        raise UnsupportedError(f"{self.name} are a sample's own numbers, which name no class")
+
+    def perceive(self, images: Tensor) -> Tensor:
+        """The numbers themselves: plain L2."""
+        _check_images(images, self._shape)
+        return images.flatten(1)
 
 
 class InceptionExtractor(Extractor):
@@ -134,6 +175,9 @@ class InceptionExtractor(Extractor):
     def classify(self, images: Tensor) -> Tensor:
         raise UnsupportedError("the classes of Inception are not those of the data: measure accuracy by a classifier")
 
+    def perceive(self, images: Tensor) -> Tensor:
+        raise UnsupportedError("Inception sees images rounded to 8 bits, which stops the gradient: take a classifier")
+
 
 class _First(nn.Module):
     """The first of a network's several outputs."""
@@ -165,8 +209,13 @@ def _load_inception(weights: Path) -> nn.Module:
 
 def default_extractor(
     dataset: Dataset, seed: int = 0, cache: Path | None = None, device: Device = "cpu"
-) -> ClassifierExtractor | RandomConvExtractor:
-    """A classifier trained on the data where it has at least two classes, random convolutions where it has not."""
+) -> ClassifierExtractor | IdentityExtractor | RandomConvExtractor:
+    """A classifier trained on the data where it has at least two classes.
+
+    Without labels the values themselves, where a sample has at most 64 of them; random convolutions otherwise.
+    """
+    if dataset.num_classes == 0 and math.prod(dataset.shape) <= _FEW_VALUES:
+        return IdentityExtractor(dataset.shape)
     if dataset.num_classes < 2:
         return RandomConvExtractor(dataset.shape, seed, device)
     return train_extractor(dataset, seed, cache, device)

@@ -1,8 +1,20 @@
 """Networks F(x, t, s, cond), and the settings that build them."""
 
 from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.critic import Critic, CriticConfig
 from fewstep.networks.dit import DiT, DiTConfig
 from fewstep.networks.mlp import MLP, MLPConfig
 from fewstep.networks.unet import UNet, UNetConfig
 
-__all__ = ["MLP", "DiT", "DiTConfig", "MLPConfig", "Network", "NetworkConfig", "UNet", "UNetConfig"]
+__all__ = [
+    "MLP",
+    "Critic",
+    "CriticConfig",
+    "DiT",
+    "DiTConfig",
+    "MLPConfig",
+    "Network",
+    "NetworkConfig",
+    "UNet",
+    "UNetConfig",
+]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
 
 
 class Network(nn.Module, ABC):
@@ -21,6 +22,11 @@ class Network(nn.Module, ABC):
         self.shape = tuple(shape)
         self.num_classes = num_classes
         self.guided = guided
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the output layer; raises ConfigError for a network that does not say."""
+        raise ConfigError(f"{type(self).__name__} does not name its output layer: balance no losses on it")
 
     def freeze_second_time(self) -> None:
         """Keep the branch of s, which starts at zero, out of training on the diagonal, where s says nothing new.

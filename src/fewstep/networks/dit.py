@@ -89,6 +89,10 @@ class DiT(Network):
         self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
         self.output = zeroed(nn.Linear(config.width, size))
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.output.weight
+
     def freeze_second_time(self) -> None:
         self.embedding.s_branch.requires_grad_(False)
 

@@ -49,6 +49,10 @@ class MLP(Network):
         self.norm = LayerNorm(config.width, affine=False)
         self.output = zeroed(nn.Linear(config.width, size))
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.output.weight
+
     def freeze_second_time(self) -> None:
         self.embedding.s_branch.requires_grad_(False)
 

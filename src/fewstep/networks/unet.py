@@ -73,6 +73,10 @@ class UNet(Network):
         self.norm = GroupNorm(channels[0])
         self.output = _zeroed_convolution(channels[0], folded)
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.output.weight
+
     def freeze_second_time(self) -> None:
         self.embedding.s_branch.requires_grad_(False)
 

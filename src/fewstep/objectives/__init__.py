@@ -1,7 +1,36 @@
 """Training objectives: functions of a flow map and a batch."""
 
-from fewstep.objectives.base import Batch, Losses, Objective
+from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
+from fewstep.objectives.catalogue import CATALOGUE, Entry
+from fewstep.objectives.consistency import CT, ECT, SCD, SCT, Tangent
+from fewstep.objectives.distillation import CD, CTM, TeacherSteps
+from fewstep.objectives.eulerian import ESD, ISD, MeanFlow, distillation_error, eulerian_residual
 from fewstep.objectives.matching import DiagonalMatching
-from fewstep.objectives.selfdistillation import ISD, distillation_error, eulerian_residual
+from fewstep.objectives.selfdistillation import LSD, PSD, Shortcut
 
-__all__ = ["ISD", "Batch", "DiagonalMatching", "Losses", "Objective", "distillation_error", "eulerian_residual"]
+__all__ = [
+    "ALONE",
+    "CATALOGUE",
+    "CD",
+    "CT",
+    "CTM",
+    "ECT",
+    "ESD",
+    "ISD",
+    "LSD",
+    "PSD",
+    "SCD",
+    "SCT",
+    "Batch",
+    "Companions",
+    "DiagonalMatching",
+    "Entry",
+    "Losses",
+    "MeanFlow",
+    "Objective",
+    "Shortcut",
+    "Tangent",
+    "TeacherSteps",
+    "distillation_error",
+    "eulerian_residual",
+]

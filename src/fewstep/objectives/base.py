@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.randomness import Draws
 
@@ -15,11 +17,19 @@ STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
 
 @dataclass(frozen=True)
 class Batch:
-    """Data x0 (B, ...), labels (B,) int64 or None, and the random numbers of these samples."""
+    """Data x0 (B, ...), labels (B,) int64 or None, and the random numbers of these samples.
+
+    images: seen in training before this batch, which curricula are functions of.
+    """
 
     x0: Tensor
     labels: Tensor | None
     draws: Draws
+    images: int = 0
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        labels = None if self.labels is None else self.labels[rows]
+        return Batch(self.x0[rows], labels, replace(self.draws, indices=self.draws.indices[rows]), self.images)
 
     def noise(self) -> Tensor:
         """Standard normal, shape and dtype of x0."""
@@ -28,23 +38,68 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """Per-sample losses (B,), the times they were taken at, and detached per-sample values worth logging."""
+    """Per-sample losses (B,), the times they were taken at, and detached per-sample values worth logging.
+
+    generated: samples (B, ...) at the data end that a critic may learn from, without gradient.
+    """
 
     loss: Tensor
     t: Tensor
     s: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
+    generated: Tensor | None = None
 
     def mean(self) -> Tensor:
         """The batch's loss."""
         return self.loss.mean()
 
 
+def _own(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What an objective may consult beside the flow map in training; none of it is trained by the objective.
+
+    teacher: the model to distil. target: a slow average of the flow map. features: images (B, ...) -> (B, d),
+    differentiable. critic: samples and labels to scores (B,), for an adversarial loss; None while it is off.
+    average: the mean of a tensor over processes.
+    """
+
+    teacher: FlowMap | None = None
+    target: FlowMap | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    critic: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    average: Callable[[Tensor], Tensor] = _own
+
+    def master(self) -> FlowMap:
+        """The teacher; raises ConfigError when there is none."""
+        if self.teacher is None:
+            raise ConfigError("this objective distils a teacher: name its run with --teacher")
+        return self.teacher
+
+    def slow(self) -> FlowMap:
+        """The slow average; raises ConfigError when there is none."""
+        if self.target is None:
+            raise ConfigError("this objective needs a slow average of the model beside it")
+        return self.target
+
+    def perception(self) -> Callable[[Tensor], Tensor]:
+        """The features; raises ConfigError when there are none."""
+        if self.features is None:
+            raise ConfigError("a distance of features needs an extractor: none was given to the training loop")
+        return self.features
+
+
+ALONE = Companions()
+
+
 class Objective(ABC):
     """Subclasses are final frozen dataclasses; an objective holds settings and no state."""
 
     @abstractmethod
-    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         """The losses of a batch."""
 
     @property
@@ -55,6 +110,26 @@ class Objective(ABC):
     @property
     def on_diagonal(self) -> bool:
         """Whether the network is only ever asked at s = t."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher must be given."""
+        return False
+
+    @property
+    def target_decay(self) -> float | None:
+        """Decay per step of the slow average that the objective consults; None when it consults none."""
+        return None
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a critic must be trained beside the flow map."""
+        return False
+
+    @property
+    def measures_features(self) -> bool:
+        """Whether a feature extractor must be given."""
         return False
 
     @property

@@ -11,7 +11,7 @@ from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import drop_labels
-from fewstep.objectives.base import STREAM_T, Batch, Losses, Objective
+from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.shapes import expand, per_sample_mean
 from fewstep.times import LogitNormalTimes, TimeDistribution
 
@@ -59,21 +59,25 @@ class DiagonalMatching(Objective):
             raise ConfigError("DiagonalMatching measures denoisers in units of sigma_data: state it")
         return flow_map.config.sigma_data
 
-    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         path, x0 = flow_map.path, batch.x0
         cond = conditioned(batch.labels, self.dropout, batch)
         t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
         eps = batch.noise()
-        x = path.interpolate(x0, eps, t)
         if self.measure == "velocity":
-            error = flow_map.velocity(x, t, cond) - path.conditional_velocity(x0, eps, t)
+            velocity = flow_map.velocity(path.interpolate(x0, eps, t), t, cond)
+            loss = per_sample_mean((velocity - path.conditional_velocity(x0, eps, t)).square())
         else:
-            p = path.values(t)
-            sd = self.deviation(flow_map)
-            weight = (p.alpha**2 * sd**2 + p.sigma**2).sqrt() / (p.sigma * sd)
-            error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - x0)
-        loss = per_sample_mean(error.square())
+            loss = denoising_loss(flow_map, x0, eps, t, cond, self.deviation(flow_map))
         return Losses(loss, t, t, {"matching": loss.detach()})
+
+
+def denoising_loss(flow_map: FlowMap, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float) -> Tensor:
+    """EDM's weighted denoising loss (2206.00364), (B,): (alpha^2 sd^2 + sigma^2)/(sigma sd)^2 |D(x_t, t) - x0|^2."""
+    p, x = flow_map.path.values(t), flow_map.path.interpolate(x0, eps, t)
+    weight = (p.alpha**2 * sigma_data**2 + p.sigma**2).sqrt() / (p.sigma * sigma_data)
+    error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - x0)
+    return per_sample_mean(error.square())
 
 
 def check_dropout(probability: float) -> None:

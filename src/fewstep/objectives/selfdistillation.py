@@ -1,92 +1,70 @@
-"""Self-distillation from scratch by the Eulerian identity (math.md §5): iSD and iSD-T (2601.22679)."""
+"""Self-distillation without derivatives along the flow (math.md §5.2): LSD, PSD and shortcut models.
+
+Each compares jumps of the map with one another on the samples with s < t and anchors the diagonal to the data on the
+others: without the anchor the comparison is zero at maps that are no flow map of the data.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import final
+from dataclasses import dataclass, field
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from fewstep.conditions import Condition
-from fewstep.derivatives import DerivativeKind, exact_derivative, finite_derivative, finite_difference_nodes
+from fewstep.derivatives import DerivativeKind, OutputDerivative
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
-from fewstep.guidance import NoGuidance, TrainingGuidance, drop_labels, guide, omega_at
-from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses, Objective
-from fewstep.objectives.matching import check_dropout
+from fewstep.forward_mode import jvp
+from fewstep.guidance import NoGuidance, TrainingGuidance
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.distillation import STREAM_U, check_decay
+from fewstep.objectives.inputs import (
+    anchor_error,
+    check_settings,
+    draw_pair,
+    guided_condition,
+    is_diagonal,
+    noised,
+    rows_on_and_off,
+    split_losses,
+)
+from fewstep.paths import Path
 from fewstep.shapes import expand
-from fewstep.times import BetaTimes, TimeDistribution, ordered_pair
-from fewstep.weights import LossNorm, adaptive_weight, error_norm
+from fewstep.times import TimeDistribution, UniformTimes
+from fewstep.weights import LossNorm, error_norm
 
-
-def eulerian_residual(
-    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """R = f_t x + f v + g_t N + g dN/dt, the derivative in t of X(x_t, t, s) along the flow (math.md §5.1).
-
-    x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map.
-    """
-    f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in flow_map.preconditioning.derivatives(t, s))
-    return f_t * x + f * v + g_t * output + g * d_output
-
-
-def distillation_error(
-    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """Error against the self-distillation target, with gradient through N = output alone.
-
-    Where the preconditioning allows it the target is N_target = sg(N + R) and the error N - N_target; otherwise the
-    step is taken in the map, X_target = sg(X - (t - s) R), and the error is (X - X_target)/(t - s)
-    = g/(t - s) (N - sg N) + R, whose limit at s = t has g/(t - s) -> -g_s.
-    """
-    frozen = output.detach()
-    residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
-    if flow_map.preconditioning.target_in_network:
-        return (output - frozen) - residual
-    gap = t - s
-    g = flow_map.preconditioning.coefficients(t, s)[1]
-    g_s = flow_map.preconditioning.diagonal(t)[1]
-    slope = torch.where(gap > 0, g / torch.where(gap > 0, gap, 1.0), -g_s)
-    return expand(slope, x).to(x.dtype) * (output - frozen) + residual
-
-
-def is_diagonal(indices: Tensor, share: float) -> Tensor:
-    """Which samples of the global batch take s = t: evenly spread, a function of their index alone. (B,) bool."""
-    count = indices.double()  # float32 would miscount
-    return torch.floor((count + 1) * share + 1e-9) > torch.floor(count * share + 1e-9)
+STREAM_SIZE = 16
 
 
 @final
 @dataclass(frozen=True)
-class ISD(Objective):
-    """iSD: the tangent of the Eulerian identity is driven by the model's own velocity, without its gradient.
+class LSD(Objective):
+    """Lagrangian self-distillation (2505.18825): |d_s X(x_t, t, s) - sg v(X(x_t, t, s), s)|^2 for samples with s < t.
 
-    loss = w (|v(x_t, t) - v*|^2 + |N - N_target|^2), the anchor on every sample and the second term on those with
-    s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
-    v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
+    The velocity is detached, and so is the point where it is taken, as in the paper's experiments: what the diagonal
+    knows flows outwards, and no spatial Jacobian is multiplied. The gradient flows through d_s X: through N and, in
+    reverse mode over forward mode or over a finite difference, through dN/ds. Samples with s = t have the anchor
+    |v(x_t, t) - v*|^2, v* as in ISD.
 
-    times: of t and s, ordered. diagonal: share of samples with s = t. derivative, step: how dN/dt is taken
-    (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
+    times: of t and s, ordered. diagonal: share with s = t. w = sg (loss + offset)^-power per sample; the paper's
+    learned weight in (t, s) is left out, and power 0 is no weight.
     """
 
-    times: TimeDistribution = field(default_factory=BetaTimes)
-    diagonal: float = 0.0
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    diagonal: float = 0.75
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
     step: float = 0.005
     norm: LossNorm = "l2"
     huber: float = 0.03
-    power: float = 1.0
+    power: float = 0.0
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_dropout(self.dropout)
-        if not 0 <= self.diagonal <= 1:
-            raise ConfigError(f"diagonal share is {self.diagonal}; it must lie in [0, 1]")
-        if not (self.step > 0 and self.huber > 0 and self.offset > 0):
-            raise ConfigError("step, huber and offset must be positive")
+        check_settings(self.dropout, self.diagonal, step=self.step, huber=self.huber, offset=self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -96,75 +74,178 @@ class ISD(Objective):
     def guided(self) -> bool:
         return self.guidance.conditions_network
 
-    def __call__(self, flow_map: FlowMap, batch: Batch) -> Losses:
-        path = flow_map.path
-        t, s = self.draw_times(flow_map, batch)
-        eps = batch.noise()
-        x = path.interpolate(batch.x0, eps, t)
-        cond = self.condition(flow_map, batch)
-        target = self.anchor_target(flow_map, x, t, cond, path.conditional_velocity(batch.x0, eps, t), batch)
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
+        on, off = rows_on_and_off(t, s)
+        anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
+        error = self.error(flow_map, batch[off], t[off], s[off])
+        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
+        return split_losses(t, s, anchored, distilled, self.power, self.offset)
 
-        v = flow_map.velocity(x, t, cond)
-        anchor = error_norm(v - target, self.norm, self.huber)
-        rows = torch.nonzero(s < t).squeeze(1)
-        distill = self.distillation(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        total = anchor.index_add(0, rows, distill)
-        weighted = adaptive_weight(total, self.power, self.offset) * total
-        spread = torch.full_like(anchor, torch.nan).index_copy(0, rows, distill.detach())
-        return Losses(weighted, t, s, {"anchor": anchor.detach(), "distill": spread})
-
-    def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(t, s), s = t for the diagonal share; float64."""
-        u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
-        t, s = ordered_pair(self.times, flow_map.path, u, w)
-        on_diagonal = is_diagonal(batch.draws.indices, self.diagonal)
-        t = torch.where(on_diagonal, self.times.quantile(flow_map.path, u), t)
-        return t, torch.where(on_diagonal, t, s)
-
-    def condition(self, flow_map: FlowMap, batch: Batch) -> Condition:
-        """Labels with dropout, and the drawn guidance for networks that take it."""
-        labels = None if batch.labels is None else drop_labels(batch.labels, self.dropout, batch.draws)
-        cond = Condition(labels)
-        if self.guidance.conditions_network and labels is not None and not flow_map.guided:
-            raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
-        return replace(cond, guidance=self.guidance.draw(batch.draws)) if flow_map.guided else cond
-
-    def anchor_target(
-        self, flow_map: FlowMap, x: Tensor, t: Tensor, cond: Condition, conditional: Tensor, batch: Batch
-    ) -> Tensor:
-        """v*: the conditional velocity, guided where a label is kept and t lies in the guidance interval."""
-        if not self.guidance.active or cond.labels is None:
-            return conditional
-        omega = omega_at(flow_map.path, self.guidance.draw(batch.draws), t, cond.labels)
-        rows = torch.nonzero(omega != 1).squeeze(1)
-        if len(rows) == 0:
-            return conditional
+    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
+        """d_s X - sg v(X, s), (B, ...)."""
+        if len(t) == 0:
+            return batch.x0
+        x = noised(flow_map.path, batch, t)[0]
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        derivative = OutputDerivative(self.derivative, self.step, attached=True)
+        reached, d_reached = jump_with_derivative(flow_map, x, t, s, cond, derivative)
         with torch.no_grad():
-            null = flow_map.velocity(x[rows], t[rows], cond[rows].without_labels())
-        return conditional.index_copy(0, rows, guide(null, conditional[rows], omega[rows]))
+            v = flow_map.velocity(reached, s, cond)
+        return d_reached - v
 
-    def distillation(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """|N - N_target|^2 per sample for samples with s < t; v is the velocity that drives the tangent."""
-        if len(x) == 0:
-            return x.new_zeros(0)
-        output, d_output = self.total_derivative(flow_map, x, v, t, s, cond)
-        error = distillation_error(flow_map, x, v, output, d_output, t, s)
-        return error_norm(error, self.norm, self.huber)
 
-    def total_derivative(
-        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
-    ) -> tuple[Tensor, Tensor]:
-        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+def jump_with_derivative(
+    flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, derivative: OutputDerivative
+) -> tuple[Tensor, Tensor]:
+    """(X, d_s X) = (f x + g N, f_s x + g_s N + g dN/ds), and the origin's terms, for jumps t -> s; (B, ...) each."""
+    output, d_output = derivative.at_end(flow_map, x, t, s, cond)
 
-        def output(x: Tensor, t: Tensor) -> Tensor:
-            return flow_map.output(x, t, s, cond)
+    def jump(s: Tensor, output: Tensor) -> Tensor:
+        return flow_map.apply_jump(x, output, t, s)
 
-        if self.derivative == "exact":
-            return exact_derivative(output, x, t, v)
+    return jvp(jump, (s, output), (torch.ones_like(s), d_output))
 
-        def pair(x: Tensor, t: Tensor) -> Tensor:
-            return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
 
-        scale = torch.minimum(flow_map.path.time_scale(t), flow_map.scaling.time_scale(t))
-        nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, scale)
-        return finite_derivative(output, pair, x, t, v, nodes)
+def semigroup_error(flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, goal: Tensor) -> Tensor:
+    """(X(x, t, s) - goal)/(t - s), (B, ...): for linear preconditioning the difference of mean velocities."""
+    return (flow_map.jump(x, t, s, cond) - goal) / expand(t - s, x).to(x.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class PSD(Objective):
+    """Progressive self-distillation (2505.18825): |X(x_t, t, s) - sg X(X(x_t, t, u), u, s)|^2/(t - s)^2, s < u < t.
+
+    The two short jumps have no gradient. Samples with s = t have the anchor |v(x_t, t) - v*|^2, v* as in ISD.
+
+    times: of t and s, ordered. u: uniform between them or their middle, both on the clock on which `times` is uniform.
+    diagonal: share with s = t. w = sg (loss + offset)^-power per sample; the paper's learned weight in (t, s) is left
+    out, and power 0 is no weight.
+    """
+
+    u: Literal["uniform", "midpoint"] = "uniform"
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    diagonal: float = 0.75
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.1
+    norm: LossNorm = "l2"
+    huber: float = 0.03
+    power: float = 0.0
+    offset: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, self.diagonal, huber=self.huber, offset=self.offset)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
+        on, off = rows_on_and_off(t, s)
+        anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
+        error = self.error(flow_map, batch[off], t[off], s[off])
+        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
+        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+
+    def between(self, path: Path, batch: Batch) -> Tensor:
+        """u of the samples with s < t, (B,): a draw, or the middle, between the quantiles of s and t."""
+        first, second = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
+        share = batch.draws.uniform(STREAM_U) if self.u == "uniform" else 0.5
+        return self.times.quantile(path, first + share * (second - first))
+
+    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
+        """The long jump less the two short ones over t - s, (B, ...)."""
+        if len(t) == 0:
+            return batch.x0
+        x, u = noised(flow_map.path, batch, t)[0], self.between(flow_map.path, batch)
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        with torch.no_grad():
+            goal = flow_map.jump(flow_map.jump(x, t, u, cond), u, s, cond)
+        return semigroup_error(flow_map, x, t, s, cond, goal)
+
+
+@final
+@dataclass(frozen=True)
+class Shortcut(Objective):
+    """Shortcut models (2410.12557): one jump of 2 d against two of d, for d = 1/2, 1/4, ... 1/steps of the unit clock.
+
+    |X(x_t, t, s) - sg X(X(x_t, t, u), u, s)|^2/(t - s)^2 on the share `bootstrap` of the batch, with t - u = u - s = d,
+    t a multiple of 2 d and every d equally often; the rest is flow matching, |v(x_t, t) - v*|^2 at `times`, v* as in
+    ISD. The short jumps of the smallest size are taken with N of the diagonal, which the data teach: nothing else does.
+
+    steps: a power of 2. decay: of the slow average that takes the short jumps; None takes them with the model itself.
+    w = sg (loss + offset)^-power per sample; power 0 is no weight.
+    """
+
+    steps: int = 128
+    bootstrap: float = 0.25
+    decay: float | None = 0.999
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.1
+    norm: LossNorm = "l2"
+    huber: float = 0.03
+    power: float = 0.0
+    offset: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, 1 - self.bootstrap, huber=self.huber, offset=self.offset)
+        if self.decay is not None:
+            check_decay(self.decay)
+        if self.steps < 2 or self.steps & (self.steps - 1):
+            raise ConfigError(f"shortcut steps are {self.steps}; they must be a power of 2 and at least 2")
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    @property
+    def target_decay(self) -> float | None:
+        return self.decay
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        short = flow_map if self.decay is None else companions.slow()
+        t, u, s = self.draw_times(flow_map.path, batch)
+        on, off = rows_on_and_off(t, s)
+        anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
+        error = self.error(flow_map, batch[off], (t[off], u[off], s[off]), short)
+        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
+        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+
+    def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""
+        on_diagonal = is_diagonal(batch.draws.indices, 1 - self.bootstrap)
+        size = 0.5 ** batch.draws.integers(STREAM_SIZE, self.steps.bit_length() - 1).double()
+        place = torch.floor(batch.draws.uniform(STREAM_S) / size)
+        t, u, s = (path.time_from_unit((place + end) * size) for end in (1.0, 0.5, 0.0))
+        matched = self.times.quantile(path, batch.draws.uniform(STREAM_T))
+        t, u, s = (torch.where(on_diagonal, matched, time) for time in (t, u, s))
+        return t, u, s
+
+    def error(self, flow_map: FlowMap, batch: Batch, times: tuple[Tensor, Tensor, Tensor], short: FlowMap) -> Tensor:
+        """The long jump less the two short ones over t - s, (B, ...)."""
+        t, u, s = times
+        if len(t) == 0:
+            return batch.x0
+        x = noised(flow_map.path, batch, t)[0]
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        smallest = batch.draws.integers(STREAM_SIZE, self.steps.bit_length() - 1) == self.steps.bit_length() - 2
+        with torch.no_grad():
+            middle = short_jump(short, x, t, u, cond, smallest)
+            goal = short_jump(short, middle, u, s, cond, smallest)
+        return semigroup_error(flow_map, x, t, s, cond, goal)
+
+
+def short_jump(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, smallest: Tensor) -> Tensor:
+    """X(x, t, s), with N(x, t, t) in place of N(x, t, s) where the jump is of the smallest size."""
+    return model.apply_jump(x, model.output(x, t, torch.where(smallest, t, s), cond), t, s)

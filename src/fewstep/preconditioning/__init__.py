@@ -1,6 +1,12 @@
 """Jump coefficients f, g and inner scaling c_skip, c_out, c_in, c_noise, as values (math.md §2)."""
 
-from fewstep.preconditioning.base import JumpDerivatives, Preconditioning
+from fewstep.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.preconditioning.base import (
+    JumpDerivatives,
+    Preconditioning,
+    origin_weight,
+    origin_weight_derivative,
+)
 from fewstep.preconditioning.classic import (
     BCMPreconditioning,
     CMPreconditioning,
@@ -8,6 +14,8 @@ from fewstep.preconditioning.classic import (
     LinearPreconditioning,
     TrigPreconditioning,
 )
+from fewstep.preconditioning.estimation import StatisticsEstimator, estimate_statistics
+from fewstep.preconditioning.gap import ConsistencyGap, consistency_gap
 from fewstep.preconditioning.scaling import (
     EDMInputScaling,
     EDMScaling,
@@ -16,10 +24,13 @@ from fewstep.preconditioning.scaling import (
     ScalingValues,
     UnitScaling,
 )
+from fewstep.preconditioning.statistics import TrajectoryStatistics
 
 __all__ = [
+    "AnalyticPreconditioning",
     "BCMPreconditioning",
     "CMPreconditioning",
+    "ConsistencyGap",
     "EDMInputScaling",
     "EDMScaling",
     "EulerPreconditioning",
@@ -29,6 +40,12 @@ __all__ = [
     "Preconditioning",
     "Scaling",
     "ScalingValues",
+    "StatisticsEstimator",
+    "TrajectoryStatistics",
     "TrigPreconditioning",
     "UnitScaling",
+    "consistency_gap",
+    "estimate_statistics",
+    "origin_weight",
+    "origin_weight_derivative",
 ]

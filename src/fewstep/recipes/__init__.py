@@ -10,7 +10,8 @@ from collections.abc import Callable
 from fewstep.config import RunConfig
 from fewstep.errors import ConfigError
 from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
-from fewstep.recipes.edm import edm_digits, edm_fashion_mnist
+from fewstep.recipes.distillation import cd_digits, ctm_digits, ctm_fashion_mnist, ctm_mixture
+from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 from fewstep.recipes.fashion_mnist import fashion_mnist_dit, fashion_mnist_unet
 from fewstep.recipes.imagenet import imagenet256_dit_b4, imagenet256_dit_xl1
 
@@ -22,6 +23,11 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "fashion-mnist-dit": fashion_mnist_dit,
     "edm-digits": edm_digits,
     "edm-fashion-mnist": edm_fashion_mnist,
+    "edm-mixture": edm_mixture,
+    "ctm-digits": ctm_digits,
+    "ctm-fashion-mnist": ctm_fashion_mnist,
+    "ctm-mixture": ctm_mixture,
+    "cd-digits": cd_digits,
     "imagenet256-dit-b4": imagenet256_dit_b4,
     "imagenet256-dit-xl1": imagenet256_dit_xl1,
 }

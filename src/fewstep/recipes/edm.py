@@ -15,14 +15,36 @@ from fewstep.objectives import DiagonalMatching
 from fewstep.times import LogNormalTimes
 
 EDM_MODEL = ModelConfig(path="edm", preconditioning="euler", scaling="edm")
-EDM_OBJECTIVE = DiagonalMatching(times=LogNormalTimes(-1.2, 1.2), measure="denoiser", dropout=0.0)
+EDM_OBJECTIVE = DiagonalMatching(times=LogNormalTimes(-0.5, 1.8), measure="denoiser", dropout=0.0)
+
+
+def edm_mixture() -> RunConfig:
+    """EDM teacher on a mixture of Gaussians in 16 dimensions with a small MLP: 36 seconds on one core.
+
+    Measured: Frechet distance of 10,000 samples to the held-out ones 0.005 by Heun's method with 35 calls (0.07 with
+    17; the training part itself is at 0.003). Against the closed-form denoiser the error is 0.03 to 0.045 for noise of
+    0.5 to 2, where x0 given x_t varies by 0.19 to 0.56. Noise levels are drawn wider than EDM's, so that the teacher
+    is true at the noise end too.
+    """
+    return RunConfig(
+        recipe="edm-mixture",
+        data=DataConfig(source="mixture"),
+        model=EDM_MODEL,
+        network=MLPConfig(width=128, depth=3, expansion=1.0, embedding_width=64, max_frequency=16.0),
+        objective=replace(EDM_OBJECTIVE, times=LogNormalTimes(-0.5, 1.8)),
+        optimizer=OptimizerConfig(lr=4e-3, warmup_images=25_600, decay="cosine"),
+        training=TrainingConfig(
+            images=1_280_000, batch_size=512, ema_power=(0.1,), checkpoint_images=256_000, sample_images=0
+        ),
+        evaluation=EvaluationConfig(samples=10_000, steps=(9, 18)),
+    )
 
 
 def edm_digits() -> RunConfig:
     """EDM teacher on 8x8 digits with an MLP: two minutes on two cores."""
     return RunConfig(
         recipe="edm-digits",
-        data=DataConfig(source="digits"),
+        data=DataConfig(source="digits", labels=False),
         model=EDM_MODEL,
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=EDM_OBJECTIVE,
@@ -40,11 +62,11 @@ def edm_fashion_mnist() -> RunConfig:
     return replace(
         base,
         recipe="edm-fashion-mnist",
-        data=DataConfig(source="idx"),
+        data=DataConfig(source="idx", labels=False),
         network=UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2),
         optimizer=OptimizerConfig(lr=2e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
-            images=512_000,
+            images=320_000,
             batch_size=128,
             ema_power=(0.1,),
             log_images=6_400,

@@ -1,12 +1,17 @@
 """Reporting: samples as pictures, figures of a run, and the page that holds them."""
 
 from fewstep.reporting.figures import loss_curves, quality_curves
+from fewstep.reporting.heatmap import alignment_heatmap
 from fewstep.reporting.images import image_grid, save_each, save_grid, save_npz, to_uint8
 from fewstep.reporting.page import Grid, RunReport, render, write_report
+from fewstep.reporting.statistics import Curve, Jumps, statistics_figure
 
 __all__ = [
+    "Curve",
     "Grid",
+    "Jumps",
     "RunReport",
+    "alignment_heatmap",
     "image_grid",
     "loss_curves",
     "quality_curves",
@@ -14,6 +19,7 @@ __all__ = [
     "save_each",
     "save_grid",
     "save_npz",
+    "statistics_figure",
     "to_uint8",
     "write_report",
 ]

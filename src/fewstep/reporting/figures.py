@@ -1,56 +1,39 @@
-"""Figures as PNG bytes. Each is drawn on a canvas of its own: pyplot and its global state are never touched."""
+"""Figures of a run as PNG bytes: the course of its training, and quality against network calls."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from PIL import Image
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fewstep.errors import DataError, ShapeError
-from fewstep.reporting.images import png_bytes
+from fewstep.reporting.canvas import (
+    DARK,
+    LIGHT,
+    Palette,
+    Record,
+    figure_style,
+    legend_above,
+    legend_beside_title,
+    make_panels,
+    scale_values,
+    shorten,
+    spreads,
+    to_png,
+)
 from fewstep.reporting.numbers import finite, tick
 
-Record = Mapping[str, object]
 Points = tuple[list[float], list[float]]
 Style = Literal["-", "--", ":", "-."]
 
-_DPI = 200
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES: tuple[Style, ...] = ("-", "--", ":", "-.")
 _LEFT_OUT = frozenset({"step", "images", "seconds", "loss", "grad_norm", "grad_norm_max", "lr", "images_per_second"})
-
-
-@dataclass(frozen=True)
-class _Palette:
-    """Colours of one figure; series take `series` in order."""
-
-    ground: str
-    text: str
-    muted: str
-    line: str
-    series: tuple[str, ...]
-
-    def colour(self, index: int) -> str:
-        return self.series[index % len(self.series)]
-
-
-_LIGHT = _Palette(
-    "#ffffff", "#1f2733", "#66707f", "#e4e8ee", ("#2f62c9", "#d9742b", "#2a8f73", "#9a4fb0", "#c0394b", "#6b7686")
-)
-_DARK = _Palette(
-    "#1b2028", "#e3e8ef", "#98a3b3", "#323a46", ("#7aa5ff", "#f2a35e", "#5cc7a6", "#cf92e0", "#f0808c", "#aab4c3")
-)
 
 
 def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark: bool = False) -> bytes:
@@ -60,7 +43,7 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     are on a log axis, losses too when they are positive and spread over more than a factor of three.
     Raises DataError when nothing is left.
     """
-    palette = _DARK if dark else _LIGHT
+    palette = DARK if dark else LIGHT
     terms = sorted({key for log in logs.values() for record in log for key in record if key not in _LEFT_OUT})
     panels = [
         ("Loss", {"loss": "loss"}),
@@ -71,14 +54,14 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     drawn = [(title, keys) for title, keys in panels if any(_course(log, k)[0] for log in logs.values() for k in keys)]
     if not drawn:
         raise DataError("there is no training log to draw: no record has a finite value")
-    with rc_context(_style(palette)):
-        figure, axes = _panels(len(drawn), columns, height=2.75)
+    with rc_context(figure_style(palette)):
+        figure, axes = make_panels(len(drawn), columns, height=2.75)
         for axis, (title, keys) in zip(axes, drawn, strict=True):
             _draw_courses(axis, title, keys, logs, palette)
         if len(logs) > 1:
             colours = [Line2D([], [], color=palette.colour(i)) for i in range(len(logs))]
-            _legend_above(figure, colours, [_shorten(name, 40) for name in logs])
-        return _png(figure)
+            legend_above(figure, colours, [shorten(name, 40) for name in logs])
+        return to_png(figure)
 
 
 def quality_curves(rows: Sequence[Record], *, columns: int = 3, dark: bool = False) -> bytes:
@@ -99,18 +82,18 @@ def quality_curves(rows: Sequence[Record], *, columns: int = 3, dark: bool = Fal
     drawn = [(title, keys) for title, keys in panels if any(_finite_in(rows, key) for key in keys)]
     if not drawn:
         raise DataError("there are no measurements to draw")
-    palette = _DARK if dark else _LIGHT
-    with rc_context(_style(palette)):
-        figure, axes = _panels(len(drawn), columns, height=3.35)
+    palette = DARK if dark else LIGHT
+    with rc_context(figure_style(palette)):
+        figure, axes = make_panels(len(drawn), columns, height=3.35)
         for axis, (title, keys) in zip(axes, drawn, strict=True):
             _draw_quality(axis, title, keys, rows, palette)
-        axes[0].set_ylabel(f"features: {_shorten(extractors[0], 36)}", fontsize=8)
-        _legend_above(figure, *_methods_key(rows, palette))
-        return _png(figure)
+        axes[0].set_ylabel(f"features: {shorten(extractors[0], 36)}", fontsize=8)
+        legend_above(figure, *_methods_key(rows, palette))
+        return to_png(figure)
 
 
 def _draw_courses(
-    axis: Axes, title: str, keys: Mapping[str, str], logs: Mapping[str, Sequence[Record]], palette: _Palette
+    axis: Axes, title: str, keys: Mapping[str, str], logs: Mapping[str, Sequence[Record]], palette: Palette
 ) -> None:
     """One panel of a log: runs differ in colour and keys in style, or keys in colour when there is one run."""
     values: list[float] = []
@@ -129,25 +112,20 @@ def _draw_courses(
     axis.xaxis.set_major_formatter(FuncFormatter(tick))
     if "lr" in keys:
         values.append(0.0)
-    _scale_values(axis, values, logarithmic="grad_norm" in keys or _spreads(values))
+    scale_values(axis, values, logarithmic="grad_norm" in keys or spreads(values))
     if len(keys) > 1:
         handles = [
             Line2D([], [], color=palette.colour(j) if len(logs) == 1 else palette.muted, linestyle=_line(j, len(logs)))
             for j in range(len(keys))
         ]
-        _legend_beside_title(axis, handles, [_shorten(label, 24) for label in keys.values()])
-
-
-def _spreads(values: Sequence[float]) -> bool:
-    """Whether positive values cover so wide a range that they want a log axis."""
-    return min(values) > 0 and max(values) > 3 * min(values)
+        legend_beside_title(axis, handles, [shorten(label, 24) for label in keys.values()])
 
 
 def _line(index: int, runs: int) -> Style:
     return "-" if runs == 1 else _STYLES[index % len(_STYLES)]
 
 
-def _draw_quality(axis: Axes, title: str, keys: Sequence[str], rows: Sequence[Record], palette: _Palette) -> None:
+def _draw_quality(axis: Axes, title: str, keys: Sequence[str], rows: Sequence[Record], palette: Palette) -> None:
     """One panel against network calls: solid for the first key, dotted for the second; real data as levels."""
     values: list[float] = []
     logarithmic = keys == ("frechet",)
@@ -165,7 +143,7 @@ def _draw_quality(axis: Axes, title: str, keys: Sequence[str], rows: Sequence[Re
     axis.set_title(title)
     _scale_calls(axis, rows)
     if logarithmic:
-        _scale_values(axis, values, logarithmic=True)
+        scale_values(axis, values, logarithmic=True)
     else:
         _scale_share(axis, values, percent=keys == ("accuracy",))
     if len(keys) > 1:
@@ -173,17 +151,17 @@ def _draw_quality(axis: Axes, title: str, keys: Sequence[str], rows: Sequence[Re
             Line2D([], [], color=palette.muted, linestyle=":" if j else "-", marker="o", markerfacecolor=face)
             for j, face in enumerate((palette.muted, palette.ground))
         ]
-        _legend_beside_title(axis, styles, keys)
+        legend_beside_title(axis, styles, keys)
 
 
-def _methods_key(rows: Sequence[Record], palette: _Palette) -> tuple[list[Line2D], list[str]]:
+def _methods_key(rows: Sequence[Record], palette: Palette) -> tuple[list[Line2D], list[str]]:
     """Handles and labels that name the methods and the real data."""
     names = _methods(rows)
     handles = [Line2D([], [], color=palette.colour(i), marker=_MARKERS[i % len(_MARKERS)]) for i in range(len(names))]
     if any(finite(row, "nfe") == 0 for row in rows):
         handles.append(Line2D([], [], color=palette.muted, linewidth=1.2, linestyle=(0, (5, 3))))
         names.append(" / ".join(dict.fromkeys(str(row["method"]) for row in rows if finite(row, "nfe") == 0)))
-    return handles, [_shorten(name, 40) for name in names]
+    return handles, [shorten(name, 40) for name in names]
 
 
 def _methods(rows: Sequence[Record]) -> list[str]:
@@ -227,115 +205,9 @@ def _scale_calls(axis: Axes, rows: Sequence[Record]) -> None:
     axis.set_xlabel("network calls per sample (NFE)")
 
 
-def _scale_values(axis: Axes, values: Sequence[float], logarithmic: bool) -> None:
-    """Log axis wide enough for two labels, or a linear one around the values."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    if logarithmic:
-        room = max(1.3, math.sqrt(6 * low / high))
-        axis.set_yscale("log")
-        axis.set_ylim(low / room, high * room)
-        subs = (1.0, 2.0, 5.0) if high * room**2 < 100 * low else (1.0,)
-        axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
-        axis.yaxis.set_minor_locator(NullLocator())
-    else:
-        room = 0.15 * max(high - low, 0.02 * abs(high)) or 1.0
-        axis.set_ylim(low - room, high + room)
-        axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(tick))
-
-
 def _scale_share(axis: Axes, values: Sequence[float], percent: bool) -> None:
     """Linear axis of shares up to 1, from the lowest value down to the next tenth."""
     low = math.floor(min(values, default=0.0) * 10 - 0.2) / 10
     axis.set_ylim(max(low, 0), 1.02)
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if percent else f"{value:.4g}"))
-
-
-def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, at most `columns` in a row, and its axes in reading order."""
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    width = {1: 5.0, 2: 5.2, 3: 3.7}.get(columns, 3.2)
-    layout = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.09, hspace=0.04, wspace=0.04)
-    figure = Figure(figsize=(columns * width, rows * height), dpi=_DPI, layout=layout)
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-
-
-def _legend_above(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    columns = 1 if figure.get_figwidth() < 6 else 4
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
-
-
-def _legend_beside_title(axis: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
-    """A legend at the right end of the title's line, or inside the panel when it is long."""
-    if sum(len(label) + 4 for label in labels) > 36:
-        axis.legend(handles, labels, loc="best")
-    else:
-        axis.legend(
-            handles,
-            labels,
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=len(labels),
-            borderaxespad=0.1,
-            columnspacing=1.2,
-            handlelength=1.6,
-        )
-
-
-def _shorten(text: str, length: int) -> str:
-    """At most `length` characters, the middle left out; dollar signs are not mathematics."""
-    half = (length - 1) // 2
-    short = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
-    return short.replace("$", r"\$")
-
-
-def _style(palette: _Palette) -> dict[Any, Any]:
-    """Settings of matplotlib for one figure; applied through rc_context alone."""
-    return {
-        "font.family": "DejaVu Sans",
-        "font.size": 9.0,
-        "axes.titlesize": 10.0,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 9.0,
-        "axes.labelsize": 9.0,
-        "axes.labelcolor": palette.muted,
-        "axes.edgecolor": palette.line,
-        "axes.facecolor": palette.ground,
-        "axes.titlecolor": palette.text,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.unicode_minus": True,
-        "figure.facecolor": palette.ground,
-        "grid.color": palette.line,
-        "grid.linewidth": 0.8,
-        "legend.fontsize": 8.5,
-        "legend.frameon": False,
-        "legend.labelcolor": palette.text,
-        "lines.linewidth": 1.8,
-        "lines.markersize": 5.5,
-        "lines.solid_capstyle": "round",
-        "text.color": palette.text,
-        "xtick.color": palette.muted,
-        "ytick.color": palette.muted,
-        "xtick.major.size": 0.0,
-        "ytick.major.size": 0.0,
-        "xtick.minor.size": 0.0,
-        "ytick.minor.size": 0.0,
-        "text.usetex": False,
-        "savefig.bbox": "standard",
-        "savefig.facecolor": "auto",
-    }
-
-
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG; 128 colours are plenty for lines and text, and a third of the bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})
-    return png_bytes(Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE))

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from fewstep._version import __version__
 from fewstep.files import write_atomically
 from fewstep.reporting.figures import loss_curves, quality_curves
+from fewstep.reporting.heatmap import alignment_heatmap
+from fewstep.reporting.html import Pairs, document, embed, header, plot
 from fewstep.reporting.images import Range, image_grid, picture, png_bytes, to_uint8, visible_scale
 from fewstep.reporting.numbers import NOTHING, count, finite, number, with_error
 
 Row = Mapping[str, object]
-Pairs = tuple[tuple[str, str], ...]
-
-_PHONE = "(max-width: 620px)"
-_NIGHT = "(prefers-color-scheme: dark)"
-_SAFE_SCHEMES = frozenset({"", "http", "https", "mailto"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,8 @@ class RunReport:
     summary: plain text, paragraphs apart by an empty line. facts: headline figures, (label, value). grids: samples from
     the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Measurement.row()`,
     nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
-    data_range: the values that black and white stand for; None for each grid's own minimum and maximum.
+    data_range: the values that black and white stand for; None for each grid's own minimum and maximum. alignments: of
+    `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`.
     """
 
     title: str
@@ -60,6 +55,8 @@ class RunReport:
     settings: dict[str, Any] = field(default_factory=dict)
     links: Pairs = ()
     data_range: Range | None = None
+    alignments: tuple[dict[str, Any], ...] = ()
+    trajectories: tuple[dict[str, Any], ...] = ()
 
 
 def write_report(report: RunReport, file: Path) -> Path:
@@ -70,49 +67,10 @@ def write_report(report: RunReport, file: Path) -> Path:
 
 def render(report: RunReport) -> str:
     """The page as HTML: no scripts, no addresses to load from, all text escaped."""
-    style = resources.files("fewstep.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    sections = (_header, _samples, _quality, _training, _cost, _settings)
-    body = "\n".join(part for section in sections if (part := section(report)))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(report.title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-<footer class="note">Written by fewstep {__version__}. This page stands alone: it loads nothing from elsewhere.</footer>
-</main>
-</body>
-</html>
-"""
-
-
-def _header(report: RunReport) -> str:
-    paragraphs = "".join(f"<p>{escape(part.strip())}</p>\n" for part in report.summary.split("\n\n") if part.strip())
-    links = "\n".join(_link(text, address) for text, address in report.links)
-    facts = "\n".join(
-        f'<div class="card"><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>' for label, value in report.facts
-    )
-    return (
-        f"<header>\n<h1>{escape(report.title)}</h1>\n{paragraphs}"
-        + (f"<nav>\n{links}\n</nav>\n" if links else "")
-        + (f'<dl class="facts">\n{facts}\n</dl>\n' if facts else "")
-        + "</header>"
-    )
-
-
-def _link(text: str, address: str) -> str:
-    """A link, or the bare text when the address would run something."""
-    if urlsplit(address.strip()).scheme.lower() not in _SAFE_SCHEMES:
-        return f"<span>{escape(text)}</span>"
-    return f'<a href="{escape(address.strip())}">{escape(text)}</a>'
+    sections = (_samples, _quality, _alignment, _training, _cost, _settings)
+    body = [header(report.title, report.summary, report.facts, report.links)]
+    body += [part for section in sections if (part := section(report))]
+    return document(report.title, "\n".join(body))
 
 
 def _samples(report: RunReport) -> str:
@@ -137,7 +95,7 @@ def _grid(grid: Grid, data_range: Range | None) -> str:
     shown = [grid.note, "" if channels in (1, 3) else f"first {1 if channels == 2 else 3} of {channels} channels"]
     note = "; ".join(text for text in shown if text)
     alt = f"{grid.title}: {len(pixels)} samples" + (f" ({note})" if note else "")
-    image = _embed(png_bytes(picture(torch.cat([colours, opacity], -1))))
+    image = embed(png_bytes(picture(torch.cat([colours, opacity], -1))))
     caption = f"<strong>{escape(grid.title)}</strong>" + (f"<span>{escape(note)}</span>" if note else "")
     return f'<figure><figcaption>{caption}</figcaption><img src="{image}" alt="{escape(alt)}"></figure>'
 
@@ -153,14 +111,14 @@ def _quality(report: RunReport) -> str:
 
 def _of_extractor(extractor: str, rows: Sequence[Row]) -> str:
     sampled = [row for row in rows if finite(row, "nfe") != 0]
-    plot = ""
+    figure = ""
     if any(finite(row, key) is not None for row in rows for key in ("frechet", "accuracy", "precision", "recall")):
         methods = ", ".join(dict.fromkeys(str(row["method"]) for row in sampled))
         alt = f"Fréchet distance with features {extractor} against network calls: {methods}"
-        plot = _plot(
+        figure = plot(
             lambda columns, dark: quality_curves(rows, columns=columns, dark=dark), 3, alt, _provenance(extractor, rows)
         )
-    return plot + _table(rows)
+    return figure + _table(rows)
 
 
 def _provenance(extractor: str, rows: Sequence[Row]) -> str:
@@ -246,28 +204,48 @@ def _percent(share: float | None) -> str:
     return NOTHING if share is None else f"{share:.1%}"
 
 
+def _alignment(report: RunReport) -> str:
+    errors = [value for record in report.alignments for row in record["rmse"] for value in row]
+    if not any(value is not None and 0 < value < math.inf for value in errors):
+        return ""
+    records = report.alignments
+    alt = f"Error of jumps from t to s against the teacher: {', '.join(str(record['method']) for record in records)}"
+    samples = " or ".join(f"{n:,}" for n in sorted({record["samples"] for record in records}))
+    caption = (
+        "How far jumps from t (down the side, noise on top) to s (along the foot) end from the teacher's ODE: "
+        f"root mean square per element over {samples} noised samples, on one logarithmic scale. Lower is better."
+    )
+    figure = plot(lambda columns, dark: alignment_heatmap(records, columns=columns, dark=dark), 2, alt, caption)
+    return f"<section>\n<h2>Alignment with the teacher</h2>\n{figure}{_walks(report.trajectories)}</section>"
+
+
+def _walks(rows: Sequence[Row]) -> str:
+    """Errors of samples by their number of steps, a row for each method."""
+    if not rows:
+        return ""
+    steps = sorted({int(each) for row in rows if (each := finite(row, "steps")) is not None})
+    heads = "".join(f'<th scope="col">{n} step{"s" if n > 1 else ""}</th>' for n in steps)
+    lines = []
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        own = {finite(row, "steps"): row for row in rows if str(row["method"]) == method}
+        shown = (with_error(finite(own.get(n, {}), "rmse"), finite(own.get(n, {}), "stderr")) for n in steps)
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in shown)
+        lines.append(f'<tr><th scope="row">{escape(method)}</th>{cells}</tr>')
+    return (
+        '<div class="scroll card"><table class="figures">\n<thead><tr><th scope="col">Samples in</th>'
+        f"{heads}</tr></thead>\n<tbody>{''.join(lines)}</tbody>\n</table></div>\n"
+        '<p class="note">How far samples end from the teacher\'s ODE from the same noise, measured likewise.</p>\n'
+    )
+
+
 def _training(report: RunReport) -> str:
     logs = {name: log for name, log in report.logs.items() if any(finite(record, "loss") is not None for record in log)}
     if not logs:
         return ""
     alt = f"Loss, gradient norm and learning rate against images seen: {', '.join(logs)}"
     caption = "Means since the previous line of the log, against the number of images seen."
-    plot = _plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt, caption)
-    return f"<section>\n<h2>Training</h2>\n{plot}</section>"
-
-
-def _plot(draw: Callable[[int, bool], bytes], columns: int, alt: str, caption: str) -> str:
-    """A figure in four versions, for wide and narrow screens, light and dark; `caption` is HTML already."""
-    sources = (
-        f'<source media="{_PHONE} and {_NIGHT}" srcset="{_embed(draw(1, True))}">\n'
-        f'<source media="{_PHONE}" srcset="{_embed(draw(1, False))}">\n'
-        f'<source media="{_NIGHT}" srcset="{_embed(draw(columns, True))}">\n'
-    )
-    image = f'<img src="{_embed(draw(columns, False))}" alt="{escape(alt)}">'
-    return (
-        f'<figure class="plot card">\n<picture>\n{sources}{image}\n</picture>\n'
-        f'<figcaption class="note">{caption}</figcaption>\n</figure>\n'
-    )
+    figure = plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt, caption)
+    return f"<section>\n<h2>Training</h2>\n{figure}</section>"
 
 
 def _cost(report: RunReport) -> str:
@@ -306,7 +284,3 @@ def _dotted(value: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _pair(label: str, value: str) -> str:
     return f'<tr><th scope="row">{escape(label)}</th><td>{escape(value)}</td></tr>'
-
-
-def _embed(png: bytes) -> str:
-    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"

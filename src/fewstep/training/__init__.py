@@ -1,6 +1,6 @@
 """Training: the loop, averages, optimisers, checkpoints."""
 
 from fewstep.training.checkpoint import RunFolder, load
-from fewstep.training.loop import Machine, TrainingResult, build, train
+from fewstep.training.loop import Attendants, Machine, TrainingResult, build, train
 
-__all__ = ["Machine", "RunFolder", "TrainingResult", "build", "load", "train"]
+__all__ = ["Attendants", "Machine", "RunFolder", "TrainingResult", "build", "load", "train"]

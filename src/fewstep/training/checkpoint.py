@@ -27,10 +27,12 @@ from fewstep.errors import CheckpointError, FewstepError
 from fewstep.files import guarded, write_atomically
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.serialization import JSON, differences, from_json, to_json
+from fewstep.training.adversary import Adversary
 from fewstep.training.ema import EMA
 from fewstep.training.optimizers import Optimizers
 
 STATE_FILE = "state.json"
+CRITIC_FILE = "critic.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,26 @@ class RunFolder:
     def samples(self) -> Path:
         return self.root / "samples"
 
-    def open(self, config: RunConfig, data: dict[str, JSON]) -> None:
-        """Start the run, or check that it is the same one; raises CheckpointError showing every difference."""
-        record: dict[str, JSON] = {"run": to_json(config), "data": data}
-        if self.root.exists() and not self.root.is_dir():
-            raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
+    def open(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
+        """Start the run, or check that it is the same one.
+
+        teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
+        `check` does, or when the folder cannot be written.
+        """
+        self.check(config, data, teacher)
         self.remove_leftovers()
         if not self.config_file.exists():
-            if self.root.exists() and any(self.root.iterdir()):
+            write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
+
+    def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
+        """Raise CheckpointError, showing every difference, when the folder holds anything else; nothing is written."""
+        if self.root.exists() and not self.root.is_dir():
+            raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
+        if not self.config_file.exists():
+            if self.root.exists() and any(not path.name.startswith(".config.json.") for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
-            write_atomically(self.config_file, json.dumps(record, indent=2) + "\n")
             return
-        lines = differences(_identity(self.record()), _identity(record))
+        lines = differences(_identity(self.record()), _identity(_record(config, data, teacher)))
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
             raise CheckpointError(
@@ -85,7 +95,7 @@ class RunFolder:
             record = json.loads(self.config_file.read_text())
         except ValueError as error:
             raise CheckpointError(f"{self.config_file} is damaged ({error})") from error
-        if not isinstance(record, dict) or set(record) != {"run", "data"}:
+        if not isinstance(record, dict) or not {"run", "data"} <= set(record) <= {"run", "data", "teacher"}:
             raise CheckpointError(f"{self.config_file} is not a run's configuration")
         return record
 
@@ -132,12 +142,16 @@ class RunFolder:
             write_atomically(self.log_file, kept)
 
 
+def _record(config: RunConfig, data: dict[str, JSON], teacher: str | None) -> dict[str, JSON]:
+    return {"run": to_json(config), "data": data, "teacher": teacher}
+
+
 def _identity(record: dict[str, Any]) -> JSON:
     """What decides the weights: the record without what is only logged, kept or measured."""
-    run = {key: value for key, value in record["run"].items() if key != "evaluation"}
+    run = {key: value for key, value in record["run"].items() if key not in ("evaluation", "teacher")}
     passive = ("log_images", "sample_images", "checkpoint_images", "keep")
     run["training"] = {key: value for key, value in run["training"].items() if key not in passive}
-    return {"run": run, "data": record["data"]}
+    return {"run": run, "data": record["data"], "teacher": record.get("teacher")}
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -170,7 +184,13 @@ def _aside(folder: Path) -> Path:
 
 
 def save_checkpoint(
-    run: RunFolder, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], state: dict[str, JSON], keep: int
+    run: RunFolder,
+    flow_map: FlowMap,
+    optimizers: Optimizers,
+    emas: list[EMA],
+    state: dict[str, JSON],
+    keep: int,
+    adversary: Adversary | None = None,
 ) -> Path:
     """Write checkpoints/step-N with N = state['step'], then remove the oldest beyond `keep`."""
     folder = run.root / "checkpoints" / f"step-{state['step']:08d}"
@@ -183,6 +203,8 @@ def save_checkpoint(
         _save(optimizers.tensors(), aside / "optimizer.safetensors")
         for ema in emas[1:]:
             _save(ema.weights, aside / f"ema-{ema.name}.safetensors")
+        if adversary is not None:
+            _save(adversary.tensors(), aside / CRITIC_FILE)
         (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     write_folder(folder, fill)
@@ -191,13 +213,17 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], adversary: Adversary | None = None
+) -> dict[str, Any]:
     """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
     weights = folder / "weights.safetensors"
     fit_weights(flow_map.network, read_weights(weights), str(weights))
     optimizers.load(read_weights(folder / "optimizer.safetensors"))
     for i, ema in enumerate(emas):
         ema.load(read_weights(folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")))
+    if adversary is not None:
+        adversary.load(read_weights(folder / CRITIC_FILE), str(folder / CRITIC_FILE))
     return read_state(folder)
 
 

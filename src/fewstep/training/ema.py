@@ -26,12 +26,14 @@ def power_exponent(sigma_rel: float) -> float:
 class EMA:
     """One average of a module's parameters and buffers, updated after every step.
 
-    Constant: beta, but no more than (1 + step)/(10 + step) so that the first weights are forgotten in short runs.
+    Constant: beta; with `ramp` no more than (1 + step)/(10 + step), so that short runs forget the first weights.
     Power function: beta = (1 - 1/step)^(gamma + 1), a window that grows with training.
     """
 
-    def __init__(self, name: str, module: nn.Module, decay: float | None, gamma: float | None) -> None:
-        self.name, self.decay, self.gamma = name, decay, gamma
+    def __init__(
+        self, name: str, module: nn.Module, decay: float | None, gamma: float | None, ramp: bool = True
+    ) -> None:
+        self.name, self.decay, self.gamma, self.ramp = name, decay, gamma, ramp
         self.weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
 
     def beta(self, step: int) -> float:
@@ -39,7 +41,7 @@ class EMA:
         if self.gamma is not None:
             return float((1 - 1 / step) ** (self.gamma + 1))
         assert self.decay is not None
-        return min(self.decay, (1 + step) / (10 + step))
+        return min(self.decay, (1 + step) / (10 + step)) if self.ramp else self.decay
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

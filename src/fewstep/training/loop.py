@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -21,19 +21,20 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fewstep.config import RunConfig, flow_map_config
-from fewstep.data import Dataset, batch_indices, random_flip
-from fewstep.errors import ConfigError, TrainingDivergedError
+from fewstep.config import RunConfig
+from fewstep.data import Dataset
+from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
-from fewstep.networks import Network
-from fewstep.objectives import Batch, Objective
-from fewstep.randomness import Draws
+from fewstep.objectives import ALONE, Batch, Companions, Objective
 from fewstep.serialization import JSON
+from fewstep.training.adversary import Adversary
 from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
+from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
-
-STREAM_FLIP = 30
+from fewstep.training.setup import build, data_record, fetch_batch, split_batch
+from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
+from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 
 Watcher = Callable[[FlowMap, int], None]
 """Called with the averaged model and the step when samples are due; on the main process alone."""
@@ -69,47 +70,39 @@ class TrainingResult:
 class TrainStep(nn.Module):
     """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward."""
 
-    def __init__(self, flow_map: FlowMap, objective: Objective, bf16: bool = False) -> None:
+    def __init__(
+        self, flow_map: FlowMap, objective: Objective, bf16: bool = False, companions: Companions = ALONE
+    ) -> None:
         super().__init__()
-        self.flow_map, self.objective, self.bf16 = flow_map, objective, bf16
+        self.flow_map, self.objective, self.bf16, self.companions = flow_map, objective, bf16, companions
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(mean loss, times (2, B), per-sample logs)."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
+        """(mean loss, times (2, B), per-sample logs, generated samples)."""
         # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            losses = self.objective(self.flow_map, batch)
-        return losses.mean(), torch.stack([losses.t, losses.s]).detach(), losses.logs
+            losses = self.objective(self.flow_map, batch, self.companions)
+        return losses.mean(), torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 
 
-def data_record(dataset: Dataset) -> dict[str, JSON]:
-    """What the data measured, stored with the run; a resume on other data is refused by it."""
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "shape": list(dataset.shape),
-        # Rounded: the last bits depend on the number of threads that summed.
-        "sigma_data": float(f"{dataset.sigma_data:.9g}"),
-        "classes": dataset.num_classes,
-        "train": len(dataset.train),
-        "heldout": len(dataset.heldout),
-    }
+@dataclass(frozen=True)
+class Attendants:
+    """What the caller adds to a run without deciding where it happens.
 
+    watch: called when samples are due. curve: called when a point of the learning curve is due. features: images to
+    features with gradient, for objectives that compare them.
+    """
 
-def build(config: RunConfig, dataset: Dataset) -> FlowMap:
-    """The run's flow map with the weights that its seed gives; leaves torch's global generator as it was."""
-    settings = flow_map_config(
-        config, dataset.shape, dataset.sigma_data, dataset.num_classes, dataset.class_names, dataset.data_range
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.training.seed)
-        flow_map = settings.build()
-    if config.objective.on_diagonal and isinstance(flow_map.network, Network):
-        flow_map.network.freeze_second_time()
-    return flow_map
+    watch: Watcher | None = None
+    curve: Watcher | None = None
+    features: Callable[[Tensor], Tensor] | None = None
 
 
 def train(
-    config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine = Machine(), watch: Watcher | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    run: RunFolder,
+    machine: Machine = Machine(),
+    attendants: Attendants = Attendants(),
 ) -> TrainingResult:
     """Train, or go on from the newest checkpoint, until the recipe's images are seen.
 
@@ -118,7 +111,7 @@ def train(
     """
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    trainer = Trainer(config, dataset, run, machine, watch)
+    trainer = Trainer(config, dataset, run, machine, attendants)
     return trainer.run_to_end()
 
 
@@ -126,9 +119,9 @@ class Trainer:
     """One run in progress."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine, watch: Watcher | None
+        self, config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine, attendants: Attendants
     ) -> None:
-        self.config, self.dataset, self.run, self.watch, self.machine = config, dataset, run, watch, machine
+        self.config, self.dataset, self.run, self.machine, self.attendants = config, dataset, run, machine, attendants
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
         # Accelerate forms a group of CPU processes only when told that there is no other device.
         self.accelerator = Accelerator(
@@ -138,22 +131,85 @@ class Trainer:
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
         )
-        self.flow_map = build(config, dataset).to(self.accelerator.device)
+        teacher = load_teacher(config, dataset)
+        self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
+        identity = None if teacher is None else fingerprint(teacher)
+        if self.accelerator.is_main_process:  # before minutes go into statistics
+            run.check(config, data_record(dataset), identity)
+        self.statistics = first_statistics(
+            config, dataset, run, self.teacher, self.accelerator.device, self.team, self.hidden
+        )
+        self.flow_map = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
-        step = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
-        self.module = self.accelerator.prepare(step)
+        decay = config.objective.target_decay
+        self.target = None if decay is None else SlowAverage(self.flow_map, decay)
+        self.adversary = self.make_adversary()
+        if config.objective.measures_features and attendants.features is None:
+            raise ConfigError("the objective compares features: give the training loop an extractor (Attendants)")
+        self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
+        self.module = self.accelerator.prepare(self.loss)
         self.step, self.seconds = 0, 0.0
         if self.accelerator.is_main_process:
-            run.open(config, data_record(dataset))
+            run.open(config, data_record(dataset), identity)
         self.accelerator.wait_for_everyone()
         if run.checkpoints():
-            state = load_checkpoint(run.last_checkpoint(), self.flow_map, self.optimizers, self.emas)
+            state = load_checkpoint(
+                run.last_checkpoint(), self.flow_map, self.optimizers, self.averages, self.adversary
+            )
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.accelerator.is_main_process:
             run.truncate_log(self.step)
         self.window = Window()
-        self.board = _tensorboard(run) if machine.tensorboard and self.accelerator.is_main_process else None
+        self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
+
+    def companions(self) -> Companions:
+        """What the objective may consult at this step."""
+        begun = self.images >= self.config.adversary.start_images
+        return Companions(
+            teacher=self.teacher,
+            target=None if self.target is None else self.target.flow_map,
+            features=self.attendants.features,
+            critic=self.adversary.score if self.adversary is not None and begun else None,
+            average=self.mean_over_processes,
+        )
+
+    def mean_over_processes(self, value: Tensor) -> Tensor:
+        """The mean of a tensor that every process has."""
+        return cast(Tensor, self.accelerator.reduce(value, "mean"))
+
+    @property
+    def team(self) -> Team:
+        """The processes of the run."""
+        return Team(
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            lambda value: cast(Tensor, self.accelerator.reduce(value, "sum")),
+        )
+
+    def refresh_statistics(self) -> None:
+        """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7)."""
+
+        def estimate(model: FlowMap, step: int) -> None:
+            found = estimate_together(model, self.dataset, self.config.statistics, self.team)
+            self.statistics = prepared(found, self.config.statistics, self.dataset)
+
+        self.with_average(estimate)
+        assert self.statistics is not None
+        for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
+            install(self.statistics, flow_map)
+
+    def make_adversary(self) -> Adversary | None:
+        """The critic's side, where the objective has an adversarial loss."""
+        if not self.config.objective.needs_critic:
+            return None
+        shape, classes, seed = self.dataset.shape, self.dataset.num_classes, self.config.training.seed
+        return Adversary(self.config.adversary, shape, classes, seed, self.accelerator.device, self.mean_over_processes)
+
+    @property
+    def averages(self) -> list[EMA]:
+        """All averages that a checkpoint holds, the sampled one first."""
+        return self.emas if self.target is None else [*self.emas, self.target.ema]
 
     @property
     def images(self) -> int:
@@ -187,7 +243,10 @@ class Trainer:
                 if self.due(settings.checkpoint_images) or self.finished:
                     self.save()
                 if settings.sample_images and (self.due(settings.sample_images) or self.finished):
-                    self.show()
+                    self.show(self.attendants.watch)
+                curve_images = self.config.evaluation.curve_images
+                if curve_images and (self.due(curve_images) or self.finished):
+                    self.show(self.attendants.curve)
         if self.board is not None:
             self.board.close()
         return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
@@ -206,39 +265,45 @@ class Trainer:
     def take_step(self) -> None:
         """One update from the global batch of this step."""
         self.optimizers.zero_grad()
+        self.loss.companions = self.companions()
         torch.manual_seed(self.layer_seed())
         micro = self.share // self.accumulation
         first = self.accelerator.process_index * self.share
         times, total = [], torch.zeros((), device=self.accelerator.device)
+        critic_gradients: list[Tensor] = []
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, drawn, logs = self.module(batch)
+                loss, drawn, logs, generated = self.module(batch)
                 self.accelerator.backward(loss / self.accumulation)
+            if self.adversary is not None and self.loss.companions.critic is not None and generated is not None:
+                logs["critic"] = self.adversary.learn(critic_gradients, batch.x0, generated, batch.labels)
             total = total + loss.detach() / self.accumulation
             times.append(drawn)
             self.window.add_terms(logs)
         total = self.accelerator.reduce(total, "mean")
         norm = self.gradient_norm()
-        if not (math.isfinite(float(total)) and math.isfinite(norm)):
-            self.stop_diverged(float(total), norm, torch.cat(times, dim=1))
+        critic_norm = 0.0
+        if self.adversary is not None and critic_gradients:
+            critic_gradients = self.adversary.averaged(critic_gradients, self.accumulation)
+            critic_norm = float(nn.utils.get_total_norm(critic_gradients))
+        if not all(math.isfinite(value) for value in (float(total), norm, critic_norm)):
+            raise diverged(self.run, self.step + 1, float(total), norm, critic_norm, torch.cat(times, dim=1))
         self.step += 1
         factor = self.optimizers.step(self.images, self.progress)
-        for ema in self.emas:
+        for ema in self.averages:
             ema.update(self.flow_map.network, self.step)
+        if self.adversary is not None and critic_gradients:
+            self.adversary.step(critic_gradients)
+        refresh = self.config.statistics.refresh_images
+        if self.config.model.analytic and refresh and self.due(refresh):
+            self.refresh_statistics()
         self.window.add_step(float(total), norm, factor * self.config.optimizer.lr)
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of this step's global batch."""
-        settings, device = self.config.training, self.accelerator.device
-        position = self.step * settings.batch_size + first
-        x0, labels = self.dataset.train.fetch(batch_indices(len(self.dataset.train), settings.seed, position, count))
-        draws = Draws(settings.seed, self.step, torch.arange(first, first + count, device=device))
-        x0 = x0.to(device)
-        if settings.flip:
-            x0 = random_flip(x0, draws, STREAM_FLIP)
-        return Batch(x0, None if labels is None else labels.to(device), draws)
+        return fetch_batch(self.dataset, self.config.training, self.step, first, count, self.accelerator.device)
 
     def layer_seed(self) -> int:
         """Seeds what layers draw by themselves (dropout): another for every step and process, the same on resume."""
@@ -249,17 +314,6 @@ class Trainer:
         """Norm before clipping; clips when the recipe says so."""
         clip = self.config.optimizer.clip or math.inf
         return float(nn.utils.clip_grad_norm_(self.flow_map.network.parameters(), clip))
-
-    def stop_diverged(self, loss: float, norm: float, times: Tensor) -> None:
-        """Raise TrainingDivergedError; nothing on disk changes."""
-        found = self.run.checkpoints()
-        good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-        t, s = times.double().cpu()
-        raise TrainingDivergedError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
-            f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {good}. "
-            "Lower the learning rate or the gradient clip and train anew"
-        )
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last."""
@@ -275,29 +329,44 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            save_checkpoint(self.run, self.flow_map, self.optimizers, self.emas, state, self.config.training.keep)
+            save_checkpoint(
+                self.run,
+                self.flow_map,
+                self.optimizers,
+                self.averages,
+                state,
+                self.config.training.keep,
+                self.adversary,
+            )
 
-    def show(self) -> None:
-        """Hand the averaged model to the watcher, then put the weights back."""
-        if self.watch is None or not self.accelerator.is_main_process:
-            return
+    def show(self, watch: Watcher | None) -> None:
+        """Hand the averaged model to a watcher on the main process."""
+        if watch is not None and self.accelerator.is_main_process:
+            self.with_average(watch)
+
+    def with_average(self, watch: Watcher) -> None:
+        """Hand the averaged model to a function, then put the weights back."""
         network = self.flow_map.network
         own = {key: value.clone() for key, value in network.state_dict().items()}
         network.load_state_dict(self.emas[0].weights)
         self.flow_map.eval()
         try:
-            self.watch(self.flow_map, self.step)
+            watch(self.flow_map, self.step)
         finally:
             network.load_state_dict(own)
             self.flow_map.train()
 
+    @property
+    def hidden(self) -> bool:
+        """Whether this process shows no progress."""
+        return self.machine.quiet or not self.accelerator.is_main_process
+
     def _bar(self) -> tqdm[Any]:
         """Counts images, or seconds where they end the run."""
-        hidden = self.machine.quiet or not self.accelerator.is_main_process
         settings = self.config.training
         total, unit = (settings.seconds, "s") if settings.seconds else (settings.images, "img")
         return tqdm(
-            total=total, unit=unit, unit_scale=True, disable=hidden, desc=self.config.recipe, file=sys.stderr,
+            total=total, unit=unit, unit_scale=True, disable=self.hidden, desc=self.config.recipe, file=sys.stderr,
             mininterval=0.5, bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
 
@@ -310,74 +379,21 @@ class Trainer:
         bar.update(0)
 
 
-def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
-    """(share of each process, accumulation steps); raises ConfigError when the global batch does not split evenly."""
-    if batch_size < processes:
-        raise ConfigError(
-            f"a batch of {batch_size} is smaller than the {processes} processes: raise --training.batch-size"
-        )
-    if batch_size % processes:
-        raise ConfigError(f"a batch of {batch_size} does not split over {processes} processes: make it a multiple")
-    share = batch_size // processes
-    if micro_batch < 0:
-        raise ConfigError(f"micro_batch is {micro_batch}; it must be at least 1, or 0 for the whole share")
-    parts = 1 if micro_batch == 0 else math.ceil(share / micro_batch)
-    while share % parts:
-        parts += 1
-    return share, parts
-
-
-class Window:
-    """Means since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.last_loss = math.nan
-        self.terms: dict[str, list[float]] = {}
-        self.steps: list[tuple[float, float, float]] = []
-        self.since = time.perf_counter()
-
-    def add_terms(self, logs: dict[str, Tensor]) -> None:
-        for key, value in logs.items():
-            mean = float(value.nanmean())
-            if math.isfinite(mean):
-                self.terms.setdefault(key, []).append(mean)
-
-    def add_step(self, loss: float, norm: float, lr: float) -> None:
-        self.steps.append((loss, norm, lr))
-
-    def flush(self, batch_size: int, step: int, images: int, seconds: float) -> dict[str, float]:
-        losses, norms, lrs = zip(*self.steps, strict=True)
-        now = time.perf_counter()
-        self.last_loss = sum(losses) / len(losses)
-        record = {
-            "step": step,
-            "images": images,
-            "seconds": round(seconds, 3),
-            "loss": self.last_loss,
-            **{key: sum(values) / len(values) for key, values in self.terms.items()},
-            "grad_norm": sum(norms) / len(norms),
-            "grad_norm_max": max(norms),
-            "lr": lrs[-1],
-            "images_per_second": round(len(losses) * batch_size / max(now - self.since, 1e-9), 1),
-        }
-        self.terms, self.steps, self.since = {}, [], now
-        return record
-
-
 def _leave_processes() -> None:
     """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _tensorboard(run: RunFolder) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        from fewstep.errors import MissingExtraError
-
-        raise MissingExtraError("TensorBoard is not installed: pip install 'fewstep[track]'") from error
-    return SummaryWriter(str(run.root / "tensorboard"))
-
-
-__all__ = ["EMA", "Machine", "TrainStep", "Trainer", "TrainingResult", "build", "data_record", "split_batch", "train"]
+__all__ = [
+    "EMA",
+    "Attendants",
+    "Machine",
+    "TrainStep",
+    "Trainer",
+    "TrainingResult",
+    "build",
+    "data_record",
+    "split_batch",
+    "train",
+]

@@ -1,0 +1,303 @@
+"""Consistency training, maps to s = t_min alone (math.md §4, §5.2): CT, ECT, sCT, and sCD from a teacher.
+
+CT and ECT compare adjacent points of one noise; sCT and sCD take the limit, in which the difference is a derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.derivatives import DerivativeKind, OutputDerivative
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import NoGuidance, TrainingGuidance
+from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.distillation import check_decay
+from fewstep.objectives.eulerian import eulerian_residual
+from fewstep.objectives.inputs import check_settings, guided_condition, guided_velocity, noised
+from fewstep.objectives.matching import conditioned
+from fewstep.paths import EDM, Path
+from fewstep.preconditioning import CMPreconditioning, TrigPreconditioning
+from fewstep.shapes import expand
+from fewstep.solvers import denoiser_on
+from fewstep.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.weights import LossNorm, error_norm, normalised
+
+
+@final
+@dataclass(frozen=True)
+class CT(Objective):
+    """Consistency training (2303.01469, iCT 2310.14189): d( X(x_t, t, t_min), sg X(x_u, u, t_min) ) / (t - u).
+
+    x_t and x_u are made of the same image and noise, t and u neighbours on EDM's grid: t is the grid's first time above
+    a draw of `times`. The grid's cells double from `first` to `last` over `duration` images seen.
+
+    decay: of the slow average that gives the target; None is the model itself (iCT). norm, huber: of d; 0.03 is iCT's
+    for 3 x 32 x 32 numbers, 0.00054 times the square root of their count.
+    """
+
+    times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.1, 2.0))
+    first: int = 10
+    last: int = 1280
+    duration: int = 1_000_000
+    decay: float | None = None
+    norm: LossNorm = "pseudo-huber"
+    huber: float = 0.03
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, 0.0, first=self.first, duration=self.duration, huber=self.huber)
+        if self.last < self.first:
+            raise ConfigError(f"the grid grows from {self.first} cells to {self.last}: last must be at least first")
+        if self.decay is not None:
+            check_decay(self.decay)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    @property
+    def target_decay(self) -> float | None:
+        return self.decay
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        target = flow_map if self.decay is None else companions.slow()
+        t, u = self.neighbours(flow_map.path, batch)
+        return adjacent_losses(flow_map, target, batch, (t, u), self.dropout, self.norm, self.huber)
+
+    def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, u), u < t neighbours on the grid of this moment of training; (B,) float64."""
+        cells = doubling_cells(batch.images, self.first, self.last, self.duration)
+        rising = edm_grid(path, cells).flip(0).to(batch.x0.device)
+        drawn = self.times.quantile(path, batch.draws.uniform(STREAM_T))
+        n = torch.searchsorted(rising, drawn, right=True).clamp(1, cells)
+        return rising[n], rising[n - 1]
+
+
+@final
+@dataclass(frozen=True)
+class ECT(Objective):
+    """Easy consistency tuning (2406.14548): d( X(x_t, t, t_min), sg X(x_u, u, t_min) ) / (t - u), u = t (1 - n(t)/q^a).
+
+    n(t) = 1 + k sigmoid(-b t), both at the noise levels tau, u held above t_min. a = 1, 2, ... `stages` grows by one
+    every `stage_images` images seen; from a diffusion model's weights (a = 0 would be one) training is a fine-tuning.
+
+    decay, norm, huber: as in CT.
+    """
+
+    times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.1, 2.0))
+    q: int = 2
+    stage_images: int = 125_000
+    stages: int = 8
+    k: float = 8.0
+    b: float = 1.0
+    decay: float | None = None
+    norm: LossNorm = "pseudo-huber"
+    huber: float = 0.03
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, 0.0, stage_images=self.stage_images, stages=self.stages, huber=self.huber)
+        if self.q < 2 or self.k < 0 or self.b < 0:
+            raise ConfigError(f"ECT needs q of at least 2 and k, b of at least 0, got {self}")
+        if self.decay is not None:
+            check_decay(self.decay)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    @property
+    def target_decay(self) -> float | None:
+        return self.decay
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        target = flow_map if self.decay is None else companions.slow()
+        t, u = self.neighbours(flow_map.path, batch)
+        return adjacent_losses(flow_map, target, batch, (t, u), self.dropout, self.norm, self.huber)
+
+    def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, u), u <= t as near as this moment of training says; equal at t_min alone; (B,) float64."""
+        t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
+        tau = path.tau(t)
+        ratio = falling_ratio(tau, batch.images, self.q, self.stage_images, self.stages, self.k, self.b)
+        return t, path.time_from_tau(tau * ratio).clamp(min=path.t_min)
+
+
+def adjacent_losses(
+    flow_map: FlowMap,
+    target: FlowMap,
+    batch: Batch,
+    times: tuple[Tensor, Tensor],
+    dropout: float,
+    norm: LossNorm,
+    huber: float,
+) -> Losses:
+    """d( X(x_t, t, t_min), sg X_target(x_u, u, t_min) ) / (t - u) with one noise for both; 0 where t = u = t_min."""
+    check_end(flow_map)
+    (t, u), path, eps = times, flow_map.path, batch.noise()
+    s, cond = torch.full_like(t, path.t_min), conditioned(batch.labels, dropout, batch)
+    x, x_u = path.interpolate(batch.x0, eps, t), path.interpolate(batch.x0, eps, u)
+    devices = [x.device] if x.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):  # both evaluations see the same dropout
+        goal = target.jump(x_u, u, s, cond)
+    error = error_norm(flow_map.jump(x, t, s, cond) - goal, norm, huber)
+    weight = torch.where(t > u, 1 / torch.where(t > u, t - u, 1.0), 0.0).to(error.dtype)
+    return Losses(weight * error, t, s, {"consistency": error.detach()})
+
+
+@final
+@dataclass(frozen=True)
+class Tangent:
+    """The step that sCM (2410.11081) takes at s = t_min: h = c R, R of math.md §5.1, as a target of N or of the map.
+
+    Where the residual may be added to N, c = -g_t (cos t for trig: the paper's) and the error is N - sg(N + h); else
+    c = -(t - s) and it is X - sg(X + h), for Euler on the EDM path nearly N - sg(N - t dN/dt).
+
+    warm_up_images: over which r rises from 0 to 1 in R = (f + g c_skip)(v - v_N) + r (rest) with v_N = f_s x + g_s N
+    and f + g c_skip the share of x in the jump: the rest is -sin t (x + dN/dt) for trig. normalise: h becomes
+    h / (rms(h) + constant), rms in place of the paper's norm so that the constant does not depend on the dimension.
+    derivative, step: how dN/dt is taken.
+    """
+
+    warm_up_images: int = 0
+    normalise: bool = True
+    constant: float = 0.1
+    derivative: DerivativeKind = "exact"
+    step: float = 0.005
+
+    def __post_init__(self) -> None:
+        check_settings(0.0, 0.0, constant=self.constant, step=self.step)
+        if self.warm_up_images < 0:
+            raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
+
+    def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, cond: Condition, images: int) -> Tensor:
+        """(B, ...), with gradient through N alone; v (B, ...) drives the tangent."""
+        own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
+        output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
+        frozen = output.detach()
+        residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
+        f, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
+        share = f + g * expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
+        straight = share * (v - flow_map.velocity_from_output(x, frozen, t))
+        residual = straight + warm_up(images, self.warm_up_images) * (residual - straight)
+        scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
+        step = normalised(scale * residual, self.constant) if self.normalise else scale * residual
+        moved = output - frozen
+        return (moved if own.target_in_network else g * moved) - step
+
+
+@final
+@dataclass(frozen=True)
+class SCT(Objective):
+    """sCT (2410.11081), continuous-time consistency training: |N - sg(N + h)|^2 with h of Tangent.
+
+    The conditional velocity alpha' x0 + sigma' eps drives the tangent. The paper's learned weight in t is left out.
+    """
+
+    times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.0, 1.4))
+    tangent: Tangent = field(default_factory=Tangent)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, 0.0)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        check_end(flow_map, continuous=True)
+        t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
+        x, v = noised(flow_map.path, batch, t)
+        cond = conditioned(batch.labels, self.dropout, batch)
+        loss = error_norm(self.tangent.error(flow_map, x, v, t, cond, batch.images), "l2", 0.0)
+        return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), {"consistency": loss.detach()})
+
+
+@final
+@dataclass(frozen=True)
+class SCD(Objective):
+    """sCD (2410.11081), continuous-time consistency distillation: |N - sg(N + h)|^2 with h of Tangent.
+
+    The teacher's velocity drives the tangent, guided by the teacher's own without a label where `guidance` says: fixed,
+    or drawn and fed to the student. The paper's learned weight in t is left out.
+    """
+
+    times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-0.8, 1.6))
+    tangent: Tangent = field(default_factory=Tangent)
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, 0.0)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        check_end(flow_map, continuous=True)
+        teacher = TeacherVelocity(flow_map.path, companions.master())
+        t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
+        x = noised(flow_map.path, batch, t)[0]
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        v = guided_velocity(teacher, x, t, cond, teacher.velocity(x, t, cond), self.guidance, batch)
+        loss = error_norm(self.tangent.error(flow_map, x, v, t, cond, batch.images), "l2", 0.0)
+        return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), {"consistency": loss.detach()})
+
+
+@final
+@dataclass(frozen=True)
+class TeacherVelocity:
+    """A teacher's velocity, without gradient, on another path than its own; needs sigma(t) > 0 there."""
+
+    path: Path
+    teacher: FlowMap
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """v(x, t), (B, ...)."""
+        cond = cond if self.teacher.guided else replace(cond, guidance=None)
+        with torch.no_grad():
+            if self.teacher.path == self.path:
+                return self.teacher.velocity(x, t, cond)
+            return self.path.velocity_from_denoised(x, denoiser_on(self.path, self.teacher)(x, t, cond), t)
+
+
+def check_end(flow_map: FlowMap, continuous: bool = False) -> None:
+    """Raise ConfigError for a preconditioning that cannot jump to s = t_min of this path, or, in continuous time,
+    whose network says nothing of the velocity."""
+    own, path = flow_map.preconditioning, flow_map.path
+    if isinstance(own, CMPreconditioning):
+        if continuous:
+            raise ConfigError("sCT and sCD need a network with a velocity: CM preconditioning has none; use BCM")
+        if not (isinstance(path, EDM) and math.isclose(path.t_min, own.t_min, abs_tol=1e-6)):
+            raise ConfigError(f"CM preconditioning jumps to {own.t_min} of the EDM path, not to {path.t_min} of {path}")
+    if isinstance(own, TrigPreconditioning) and path.t_max - path.t_min > math.pi / 2 + 1e-9:
+        raise ConfigError("trig preconditioning needs a clock of at most pi/2: use Euler or BCM on this path")

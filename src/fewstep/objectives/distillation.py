@@ -1,0 +1,245 @@
+"""Distillation from a diffusion teacher (math.md §4): consistency distillation and consistency trajectory models.
+
+The teacher's ODE carries x_t down to x_u; the student's jump from t must end where its slow average, started at x_u,
+ends. Both are compared at the data end of the clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.networks import Network
+from fewstep.objectives.adversarial import generator_loss
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.matching import check_dropout, conditioned, denoising_loss
+from fewstep.solvers import SolverName, denoiser_on, solve
+from fewstep.times import LogNormalTimes, TimeDistribution, edm_grid
+from fewstep.weights import error_norm, gradient_balance
+
+STREAM_U, STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 13, 14, 15
+
+Distance = Literal["l2", "pseudo-huber", "features"]
+
+
+@final
+@dataclass(frozen=True)
+class TeacherSteps:
+    """The teacher's grid and its walk: t = t_n, n uniform over the grid of `points` noise levels (EDM, rho = 7).
+
+    u: the grid point where the teacher stops: drawn between s and t (CTM), or the next one below t (CD).
+    longest: most grid cells between t and u; 0 for no limit. The solver takes one step a cell.
+    """
+
+    points: int = 18
+    solver: SolverName = "heun"
+    u: Literal["drawn", "adjacent"] = "drawn"
+    longest: int = 0
+
+    def __post_init__(self) -> None:
+        if self.points < 2 or self.longest < 0:
+            raise ConfigError(f"a teacher's grid needs at least 2 points and longest of at least 0, got {self}")
+
+    def draw(self, batch: Batch, to_end: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Grid indices n < k <= j of t, u and s, (B,) int64; j is the last where every jump goes `to_end`."""
+        last = self.points - 1
+        n = batch.draws.integers(STREAM_T, last)
+        spread = (batch.draws.uniform(STREAM_S) * (last - n)).long().clamp(max=last - 1)
+        j = torch.full_like(n, last) if to_end else n + 1 + torch.minimum(spread, last - 1 - n)
+        if self.u == "adjacent":
+            return n, n + 1, j
+        reach = j - n if self.longest == 0 else (j - n).clamp(max=self.longest)
+        k = n + 1 + torch.minimum((batch.draws.uniform(STREAM_U) * reach).long(), reach - 1)
+        return n, k, j
+
+    def walk(self, flow_map: FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: FlowMap) -> Tensor:
+        """x_u: the teacher's solution at grid point k from x at grid point n; without gradient."""
+        grid = edm_grid(flow_map.path, self.points - 1).to(x.device)
+        cells = torch.arange(int((k - n).max()) + 1, device=x.device)
+        times = grid[torch.minimum(n[:, None] + cells, k[:, None])]
+        with torch.no_grad():
+            return solve(denoiser_on(flow_map.path, teacher), flow_map.path, x, times, self.solver, cond)
+
+
+@final
+@dataclass(frozen=True)
+class CD(Objective):
+    """Consistency distillation (2303.01469): d( X(x_t, t, t_min), sg X_ema(x_u, u, t_min) ), u adjacent to t.
+
+    decay: of the target's average. distance: squared L2, pseudo-Huber, or squared difference of features.
+    """
+
+    steps: TeacherSteps = field(default_factory=lambda: TeacherSteps(u="adjacent"))
+    decay: float = 0.95
+    distance: Distance = "l2"
+    huber: float = 0.03
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        check_decay(self.decay)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def target_decay(self) -> float:
+        return self.decay
+
+    @property
+    def measures_features(self) -> bool:
+        return self.distance == "features"
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        target, cond = companions.slow(), conditioned(batch.labels, self.dropout, batch)
+        n, k, j = self.steps.draw(batch, to_end=True)
+        grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
+        t, u, s = grid[n], grid[k], grid[j]
+        x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
+        x_u = self.steps.walk(flow_map, x, n, k, cond, companions.master())
+        with torch.no_grad():
+            goal = jump_where_apart(target, x_u, u, s, cond)
+        error = distance(flow_map.jump(x, t, s, cond), goal, self.distance, self.huber, companions)
+        return Losses(error, t, s, {"consistency": error.detach()})
+
+
+@final
+@dataclass(frozen=True)
+class CTM(Objective):
+    """Consistency trajectory model (2310.02279): jumps between any two levels, compared at the data end,
+
+    d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
+    t > u >= s grid points, X_sg the slow average, through which the gradient passes to X(x_t, t, s).
+
+    denoising: weight of the second loss at noise levels `times`; 0 leaves it out. balance: lambda is that weight times
+    the ratio of the two losses' gradient norms on the network's last layer; otherwise the weight alone.
+    adversarial: weight, balanced likewise, of -critic on what is compared above, while there is a critic.
+    to_end: s = t_min always. decay: of X_sg. distance: squared L2, pseudo-Huber, or of features.
+    """
+
+    steps: TeacherSteps = field(default_factory=TeacherSteps)
+    decay: float = 0.999
+    distance: Distance = "l2"
+    huber: float = 0.03
+    denoising: float = 1.0
+    balance: bool = True
+    adversarial: float = 0.0
+    times: TimeDistribution = field(default_factory=LogNormalTimes)
+    to_end: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+        check_decay(self.decay)
+        if self.denoising < 0 or self.adversarial < 0:
+            raise ConfigError(
+                f"weights of the denoising and adversarial losses are {self.denoising} and {self.adversarial}; "
+                "they must be at least 0"
+            )
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def target_decay(self) -> float:
+        return self.decay
+
+    @property
+    def measures_features(self) -> bool:
+        return self.distance == "features"
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.adversarial > 0
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        target, cond = companions.slow(), conditioned(batch.labels, self.dropout, batch)
+        n, k, j = self.steps.draw(batch, self.to_end)
+        grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
+        t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
+        x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
+        x_u = self.steps.walk(flow_map, x, n, k, cond, companions.master())
+        with torch.no_grad():
+            goal = jump_where_apart(target, jump_where_apart(target, x_u, u, s, cond), s, end, cond)
+        reached = jump_where_apart(target, flow_map.jump(x, t, s, cond), s, end, cond)
+        consistency = distance(reached, goal, self.distance, self.huber, companions)
+        total, logs = consistency, {"consistency": consistency.detach()}
+        if self.denoising:
+            denoising = self.denoising_loss(flow_map, batch, cond)
+            scale = self.denoising * self.weight(consistency, denoising, flow_map, companions)
+            total = total + scale * denoising
+            logs |= {"denoising": denoising.detach(), "balance": scale.expand(len(t))}
+        if self.adversarial and companions.critic is not None:
+            adversarial = generator_loss(companions.critic, reached, cond.labels)
+            scale = self.adversarial * self.weight(consistency, adversarial, flow_map, companions)
+            total = total + scale * adversarial
+            logs |= {"adversarial": adversarial.detach()}
+        return Losses(total, t, s, logs, reached.detach() if self.adversarial else None)
+
+    def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:
+        """What makes the second loss weigh as much as the first on the last layer; 1 when not balanced."""
+        if not self.balance:
+            return first.new_ones(())
+        return gradient_balance(first, second, last_layer(flow_map), companions.average)
+
+    def denoising_loss(self, flow_map: FlowMap, batch: Batch, cond: Condition) -> Tensor:
+        """EDM's denoising loss of the same images at noise levels and noise of its own."""
+        t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_DIAGONAL))
+        eps = batch.draws.normal(STREAM_DIAGONAL_NOISE, tuple(batch.x0.shape[1:]), batch.x0.dtype)
+        sigma_data = 0.5 if flow_map.config is None else flow_map.config.sigma_data
+        return denoising_loss(flow_map, batch.x0, eps, t, cond, sigma_data)
+
+
+def jump_where_apart(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+    """X(x, t, s), evaluated for the samples with s < t alone: the others stay where they are."""
+    rows = torch.nonzero(s < t).squeeze(1)
+    if len(rows) == len(x):
+        return model.jump(x, t, s, cond)
+    if len(rows) == 0:
+        return x
+    return x.index_copy(0, rows, model.jump(x[rows], t[rows], s[rows], cond[rows]).to(x.dtype))
+
+
+def distance(a: Tensor, b: Tensor, kind: Distance, huber: float, companions: Companions) -> Tensor:
+    """(B, ...), (B, ...) -> (B,): between samples, or between their features."""
+    if kind == "features":
+        features = companions.perception()
+        return error_norm(features(a) - features(b), "l2", huber)
+    return error_norm(a - b, kind, huber)
+
+
+def last_layer(flow_map: FlowMap) -> Tensor:
+    """The weight of the network's output layer; raises ConfigError for a foreign network."""
+    if not isinstance(flow_map.network, Network):
+        raise ConfigError("balancing losses by gradient norm needs a fewstep network: set balance to false")
+    return flow_map.network.last_layer
+
+
+def check_decay(decay: float) -> None:
+    """Raise ConfigError unless the decay of an average lies in [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ConfigError(f"decay of the target is {decay}; it must lie in [0, 1)")

@@ -1,0 +1,252 @@
+"""Training by the Eulerian identity d/dt X(x_t, t, s) = 0 (math.md §5.1, §5.2): iSD, iSD-T, MeanFlow and ESD.
+
+They differ in the velocity that drives the tangent and in what the gradient flows through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import NoGuidance, TrainingGuidance
+from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
+from fewstep.objectives.inputs import (
+    anchor_error,
+    check_settings,
+    draw_pair,
+    guided_condition,
+    guided_velocity,
+    noised,
+    rows_on_and_off,
+    split_losses,
+    spread,
+)
+from fewstep.preconditioning.base import origin_weight_derivative
+from fewstep.shapes import expand
+from fewstep.times import BetaTimes, LogitNormalTimes, TimeDistribution, UniformTimes
+from fewstep.weights import LossNorm, adaptive_weight, error_norm
+
+
+def eulerian_residual(
+    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """R = f_t x + f v + g_t N + g dN/dt, the derivative in t of X(x_t, t, s) along the flow (math.md §5.1).
+
+    x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map. A preconditioning with an
+    origin m adds (-alpha_t' f - alpha_t f_t - g_t) m (math.md §3.6).
+    """
+    derivatives = flow_map.preconditioning.derivatives(t, s)
+    f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in derivatives)
+    residual = f_t * x + f * v + g_t * output + g * d_output
+    origin = flow_map.preconditioning.origin
+    if origin is None:
+        return residual
+    weight = origin_weight_derivative(flow_map.path, derivatives, t)
+    return residual + expand(weight, x).to(x.dtype) * origin.to(x)
+
+
+def distillation_error(
+    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
+    """Error against the self-distillation target, with gradient through N = output alone.
+
+    Where the preconditioning allows it the target is N_target = sg(N + R) and the error N - N_target; otherwise the
+    step is taken in the map, X_target = sg(X - (t - s) R), and the error is (X - X_target)/(t - s)
+    = g/(t - s) (N - sg N) + R, whose limit at s = t has g/(t - s) -> -g_s.
+    """
+    frozen = output.detach()
+    residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
+    if flow_map.preconditioning.target_in_network:
+        return (output - frozen) - residual
+    gap = t - s
+    g = flow_map.preconditioning.coefficients(t, s)[1]
+    g_s = flow_map.preconditioning.diagonal(t)[1]
+    slope = torch.where(gap > 0, g / torch.where(gap > 0, gap, 1.0), -g_s)
+    return expand(slope, x).to(x.dtype) * (output - frozen) + residual
+
+
+@final
+@dataclass(frozen=True)
+class ISD(Objective):
+    """iSD (2601.22679): the tangent of the Eulerian identity is driven by the model's own velocity, without gradient.
+
+    loss = w (|v(x_t, t) - v*|^2 + |N - N_target|^2), the anchor on every sample and the second term on those with
+    s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
+    v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
+
+    times: of t and s, ordered. diagonal: share of samples with s = t. derivative, step: how dN/dt is taken
+    (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
+    """
+
+    times: TimeDistribution = field(default_factory=BetaTimes)
+    diagonal: float = 0.0
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.1
+    derivative: DerivativeKind = "exact"
+    step: float = 0.005
+    norm: LossNorm = "l2"
+    huber: float = 0.03
+    power: float = 1.0
+    offset: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, self.diagonal, step=self.step, huber=self.huber, offset=self.offset)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = self.draw_times(flow_map, batch)
+        x, conditional = noised(flow_map.path, batch, t)
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        target = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
+
+        v = flow_map.velocity(x, t, cond)
+        anchor = error_norm(v - target, self.norm, self.huber)
+        rows = rows_on_and_off(t, s)[1]
+        distill = self.distillation(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
+        total = anchor.index_add(0, rows, distill)
+        weighted = adaptive_weight(total, self.power, self.offset) * total
+        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
+        return Losses(weighted, t, s, logs)
+
+    def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, s), s = t for the diagonal share; float64."""
+        return draw_pair(self.times, self.diagonal, flow_map.path, batch)
+
+    def distillation(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """|N - N_target|^2 per sample for samples with s < t; v is the velocity that drives the tangent."""
+        if len(x) == 0:
+            return x.new_zeros(0)
+        output, d_output = self.total_derivative(flow_map, x, v, t, s, cond)
+        error = distillation_error(flow_map, x, v, output, d_output, t, s)
+        return error_norm(error, self.norm, self.huber)
+
+    def total_derivative(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+        return OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
+
+
+@final
+@dataclass(frozen=True)
+class MeanFlow(Objective):
+    """MeanFlow (2505.13447): the conditional velocity drives the tangent and stands in the target.
+
+    loss = w |N - sg N_target|^2 (math.md §5.1), for linear preconditioning N_target = v~ - (t - s)(J_N v~ + d_t N);
+    where s = t it is |v(x_t, t) - v~|^2. v~ = alpha' x0 + sigma' eps, and with guidance omega v~ +
+    (1 - omega) v(x_t, t | null) for samples that keep their label, the second term the model's own without gradient.
+    Nothing but the data anchors the map: there is no further term. The paper's second mixing scale kappa is left out.
+
+    times: of t and s, ordered. diagonal: share of samples with s = t. w = sg (loss + offset)^-power per sample.
+    """
+
+    times: TimeDistribution = field(default_factory=LogitNormalTimes)
+    diagonal: float = 0.75
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.1
+    derivative: DerivativeKind = "exact"
+    step: float = 0.005
+    norm: LossNorm = "l2"
+    huber: float = 0.03
+    power: float = 1.0
+    offset: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, self.diagonal, step=self.step, huber=self.huber, offset=self.offset)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
+        on, off = rows_on_and_off(t, s)
+        anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
+        error = self.error(flow_map, batch[off], t[off], s[off])
+        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
+        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+
+    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
+        """N - N_target, (B, ...), with gradient through N alone."""
+        if len(t) == 0:
+            return batch.x0
+        x, conditional = noised(flow_map.path, batch, t)
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        v = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
+        output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
+        return distillation_error(flow_map, x, v, output, d_output, t, s)
+
+
+@final
+@dataclass(frozen=True)
+class ESD(Objective):
+    """Eulerian self-distillation (2505.18825): loss = w (|v(x_t, t) - v*|^2 + |R|^2), nothing in it detached.
+
+    R = d/dt X(x_t, t, s) along the model's own velocity (math.md §5.1). The gradient flows through N, v and dN/dt:
+    reverse mode over the forward-mode derivative, or over the three points of a finite difference. Its norm is
+    excessive where the spatial Jacobian is large; clip it. The anchor is on every sample, R on those with s < t.
+
+    v*, times, diagonal, w: as in ISD; the paper's learned weight in (t, s) is left out, and power 0 is no weight.
+    """
+
+    times: TimeDistribution = field(default_factory=UniformTimes)
+    diagonal: float = 0.75
+    guidance: TrainingGuidance = field(default_factory=NoGuidance)
+    dropout: float = 0.1
+    derivative: DerivativeKind = "exact"
+    step: float = 0.005
+    norm: LossNorm = "l2"
+    huber: float = 0.03
+    power: float = 0.0
+    offset: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_settings(self.dropout, self.diagonal, step=self.step, huber=self.huber, offset=self.offset)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance.conditions_network
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
+        x, conditional = noised(flow_map.path, batch, t)
+        cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
+        target = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
+
+        v = flow_map.velocity(x, t, cond)
+        anchor = error_norm(v - target, self.norm, self.huber)
+        rows = rows_on_and_off(t, s)[1]
+        distill = self.distillation(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
+        total = anchor.index_add(0, rows, distill)
+        weighted = adaptive_weight(total, self.power, self.offset) * total
+        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
+        return Losses(weighted, t, s, logs)
+
+    def distillation(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """|R|^2 per sample for samples with s < t, with gradient through all of it."""
+        if len(x) == 0:
+            return x.new_zeros(0)
+        derivative = OutputDerivative(self.derivative, self.step, attached=True)
+        output, d_output = derivative.along_flow(flow_map, x, v, t, s, cond)
+        return error_norm(eulerian_residual(flow_map, x, v, output, d_output, t, s), self.norm, self.huber)

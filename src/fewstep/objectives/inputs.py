@@ -1,0 +1,120 @@
+"""What objectives from scratch draw and aim at: pairs of times, conditions, guided velocities (math.md §5.2, §5.3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import TrainingGuidance, drop_labels, guide, omega_at
+from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses
+from fewstep.objectives.matching import check_dropout
+from fewstep.paths import Path
+from fewstep.times import TimeDistribution, ordered_pair
+from fewstep.weights import adaptive_weight
+
+
+class Velocities(Protocol):
+    """What has a velocity on a path: a flow map, or a teacher carried over to the flow map's path."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+def is_diagonal(indices: Tensor, share: float) -> Tensor:
+    """Which samples of the global batch take s = t: evenly spread, a function of their index alone. (B,) bool."""
+    count = indices.double()  # float32 would miscount
+    return torch.floor((count + 1) * share + 1e-9) > torch.floor(count * share + 1e-9)
+
+
+def draw_pair(times: TimeDistribution, diagonal: float, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(t, s): two ordered draws of `times`, or one with s = t for the diagonal share; float64."""
+    u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
+    t, s = ordered_pair(times, path, u, w)
+    on_diagonal = is_diagonal(batch.draws.indices, diagonal)
+    t = torch.where(on_diagonal, times.quantile(path, u), t)
+    return t, torch.where(on_diagonal, t, s)
+
+
+def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_t, alpha' x0 + sigma' eps), each (B, ...)."""
+    eps = batch.noise()
+    return path.interpolate(batch.x0, eps, t), path.conditional_velocity(batch.x0, eps, t)
+
+
+def guided_condition(flow_map: FlowMap, batch: Batch, dropout: float, guidance: TrainingGuidance) -> Condition:
+    """Labels with dropout, and the drawn guidance for networks that take it."""
+    labels = None if batch.labels is None else drop_labels(batch.labels, dropout, batch.draws)
+    cond = Condition(labels)
+    if guidance.conditions_network and labels is not None and not flow_map.guided:
+        raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
+    return replace(cond, guidance=guidance.draw(batch.draws)) if flow_map.guided else cond
+
+
+def guided_velocity(
+    model: Velocities,
+    x: Tensor,
+    t: Tensor,
+    cond: Condition,
+    conditional: Tensor,
+    guidance: TrainingGuidance,
+    batch: Batch,
+) -> Tensor:
+    """v_null + omega (conditional - v_null), v_null the model's own velocity without a label and without gradient.
+
+    Guided where a label is kept and t lies in the guidance interval; the conditional velocity (B, ...) elsewhere.
+    """
+    if not guidance.active or cond.labels is None:
+        return conditional
+    omega = omega_at(model.path, guidance.draw(batch.draws), t, cond.labels)
+    rows = torch.nonzero(omega != 1).squeeze(1)
+    if len(rows) == 0:
+        return conditional
+    with torch.no_grad():
+        null = model.velocity(x[rows], t[rows], cond[rows].without_labels())
+    return conditional.index_copy(0, rows, guide(null, conditional[rows], omega[rows]))
+
+
+def anchor_error(flow_map: FlowMap, batch: Batch, t: Tensor, dropout: float, guidance: TrainingGuidance) -> Tensor:
+    """v(x_t, t) - v* on the diagonal, (B, ...): v* the conditional velocity, guided where `guidance` says."""
+    if len(t) == 0:
+        return batch.x0
+    x, conditional = noised(flow_map.path, batch, t)
+    cond = guided_condition(flow_map, batch, dropout, guidance)
+    target = guided_velocity(flow_map, x, t, cond, conditional, guidance, batch)
+    return flow_map.velocity(x, t, cond) - target
+
+
+def spread(values: Tensor, rows: Tensor, count: int, fill: float = torch.nan) -> Tensor:
+    """Values of some samples as values of all, (count,); `fill` where there is none."""
+    return values.new_full((count,), fill).index_copy(0, rows, values)
+
+
+def split_losses(t: Tensor, s: Tensor, anchor: Tensor, distill: Tensor, power: float, offset: float) -> Losses:
+    """The anchor's losses of the samples with s = t and the distillation's of the others, weighted adaptively."""
+    on, off = rows_on_and_off(t, s)
+    total = spread(anchor, on, len(t), 0.0) + spread(distill, off, len(t), 0.0)
+    logs = {"anchor": spread(anchor.detach(), on, len(t)), "distill": spread(distill.detach(), off, len(t))}
+    return Losses(adaptive_weight(total, power, offset) * total, t, s, logs)
+
+
+def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the samples with s = t, and of the others."""
+    return torch.nonzero(s == t).squeeze(1), torch.nonzero(s != t).squeeze(1)
+
+
+def check_settings(dropout: float, diagonal: float, **positive: float) -> None:
+    """Raise ConfigError unless dropout and the diagonal share lie in [0, 1] and the rest are positive."""
+    check_dropout(dropout)
+    if not 0 <= diagonal <= 1:
+        raise ConfigError(f"diagonal share is {diagonal}; it must lie in [0, 1]")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{name} is {value}; it must be positive")

@@ -1,0 +1,132 @@
+"""The options of every command, as typed values that the command line fills in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fewstep.config import RunConfig, StatisticsConfig
+from fewstep.sampling import SamplerName, Spacing
+from fewstep.training.loop import Machine
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Train iSD-T and flow matching on real digits for the same seconds, print their figures, write a report."""
+
+    out: Path = Path("runs/quickstart")
+    """Folder of the run; started again on it, the command goes on where it stopped."""
+    seconds: float = 85.0
+    """Longest training time of each of the two methods."""
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a recipe, or go on where it stopped."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run; runs/RECIPE when not given."""
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Draw images from a run. The same seed gives the same noise to sample k, whatever the number of images."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a saved model."""
+    out: Path | None = None
+    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; samples-SEED.png in RUN when not given."""
+    count: int = 64
+    """Number of images."""
+    steps: int = 2
+    """Steps; the map sampler makes one network call each."""
+    sampler: SamplerName = "map"
+    """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself."""
+    spacing: Spacing = "uniform"
+    """uniform on the path's clock, or edm: EDM's noise levels (rho = 7)."""
+    gamma: float = 0.5
+    """For the gamma sampler: 0 is deterministic, 1 re-noises fully."""
+    times: tuple[float, ...] = ()
+    """The times to walk through in the path's clock, falling; overrides steps."""
+    label: tuple[int, ...] = ()
+    """Class of each image, repeated as needed; all classes in turn when not given."""
+    omega: float = 1.0
+    """Guidance strength. A model trained with drawn guidance takes it as an input; any other pays a second call."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Where guidance acts, as fractions of the path's range."""
+    seed: int = 0
+    columns: int = 8
+    """Images per row of a grid."""
+    batch_size: int = 512
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run."""
+    samples: int | None = None
+    """Generated samples per measurement; like the options below, the recipe's own when not given."""
+    steps: tuple[int, ...] = ()
+    """Step counts of the run's own sampler."""
+    omega: float | None = None
+    """Guidance strength when sampling: choose it by the Frechet distance."""
+    seed: int | None = None
+    inception: Path | None = None
+    """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
+    teacher: Path | None = None
+    """Where the teacher of a distilled run lies now; where it lay in training when not given."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write RUN/report.html: samples from the same noise, curves, quality against network calls, cost, settings."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run."""
+
+
+_STATISTICS = StatisticsConfig()
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """Estimate the statistics of a teacher's trajectories, keep them in its folder and draw them; time a student."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the teacher's run."""
+    points: int = _STATISTICS.points
+    """Noise levels, uniform in lambda."""
+    samples: int = _STATISTICS.samples
+    """Samples at each level."""
+    probes: int = _STATISTICS.probes
+    """Rademacher probes of the trace; 0 uses Stein's identity; -1 is exact up to 64 dimensions, else one probe."""
+    centred: bool = _STATISTICS.centred
+    """About the data's mean; otherwise about zero, as published."""
+    shrink: bool = _STATISTICS.shrink
+    """Draw uncertain estimates at high noise to their limit."""
+    seed: int = _STATISTICS.seed
+    student: str = ""
+    """Recipe whose training the cost is compared with; the CTM recipe of this teacher's when not given."""
+    cpu: bool = False
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Compare runs of one study by their learning curves (train them with --evaluation.curve-images).
+
+    The first run's method is the baseline; runs that differ in the seed alone are replicates.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Folders of at least two runs on the same data."""
+    out: Path = Path("comparison")
+    """Folder for comparison.html, comparison.png and comparison.json."""

@@ -1,0 +1,64 @@
+"""Students of the EDM teachers (fewstep.recipes.edm): consistency trajectory models (math.md §4) and their baseline.
+
+Each starts from its teacher's weights; train the teacher first. `--model.preconditioning euler` gives the published
+CTM, the default computes the preconditioning from the teacher (math.md §3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, StatisticsConfig, TrainingConfig
+from fewstep.objectives import CD, CTM, TeacherSteps
+from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
+
+_STUDENT = ModelConfig(path="edm", preconditioning="analytic", scaling="edm")
+
+
+def ctm_digits() -> RunConfig:
+    """CTM with Analytic-Precond from the teacher `edm-digits`: about six minutes on one core."""
+    return _student(edm_digits(), "ctm-digits", images=256_000, batch_size=128, samples=1204)
+
+
+def ctm_fashion_mnist() -> RunConfig:
+    """CTM with Analytic-Precond from the teacher `edm-fashion-mnist`: hours on one core."""
+    base = _student(edm_fashion_mnist(), "ctm-fashion-mnist", images=512_000, batch_size=64, samples=10_000)
+    return replace(base, statistics=StatisticsConfig(points=60, samples=128))
+
+
+def ctm_mixture() -> RunConfig:
+    """CTM with Analytic-Precond from the teacher `edm-mixture`: a minute on one core."""
+    return _student(edm_mixture(), "ctm-mixture", images=256_000, batch_size=128, samples=4000)
+
+
+def cd_digits() -> RunConfig:
+    """Consistency distillation from the teacher `edm-digits`: jumps to the data end alone."""
+    base = ctm_digits()
+    return replace(
+        base,
+        recipe="cd-digits",
+        model=replace(base.model, preconditioning="euler"),
+        objective=CD(steps=TeacherSteps(u="adjacent")),
+        evaluation=replace(base.evaluation, gamma=1.0),
+    )
+
+
+def _student(teacher: RunConfig, name: str, images: int, batch_size: int, samples: int) -> RunConfig:
+    return replace(
+        teacher,
+        recipe=name,
+        model=_STUDENT,
+        objective=CTM(steps=TeacherSteps(points=18, solver="heun"), decay=0.99),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_images=50 * batch_size),
+        training=TrainingConfig(
+            images=images,
+            batch_size=batch_size,
+            log_images=50 * batch_size,
+            checkpoint_images=images // 4,
+            sample_images=images // 4,
+        ),
+        evaluation=EvaluationConfig(samples=samples, steps=(1, 2, 4), curve_images=images // 16),
+        teacher=f"runs/{teacher.recipe}",
+        initial="teacher",
+        statistics=StatisticsConfig(),
+    )

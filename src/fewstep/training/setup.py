@@ -1,0 +1,92 @@
+"""What a run is made of before its first step: the flow map, the record of its data, the split of its batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fewstep.config import RunConfig, TrainingConfig, flow_map_config
+from fewstep.data import Dataset, batch_indices, random_flip
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.networks import Network
+from fewstep.objectives import Batch
+from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.randomness import Draws
+from fewstep.serialization import JSON
+from fewstep.training.teacher import start_from
+
+STREAM_FLIP = 30
+
+
+def data_record(dataset: Dataset) -> dict[str, JSON]:
+    """What the data measured, stored with the run; a resume on other data is refused by it."""
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "shape": list(dataset.shape),
+        # Rounded: the last bits depend on the number of threads that summed.
+        "sigma_data": float(f"{dataset.sigma_data:.9g}"),
+        "classes": dataset.num_classes,
+        "train": len(dataset.train),
+        "heldout": len(dataset.heldout),
+    }
+
+
+def build(
+    config: RunConfig,
+    dataset: Dataset,
+    teacher: FlowMap | None = None,
+    statistics: TrajectoryStatistics | None = None,
+) -> FlowMap:
+    """The run's flow map with the weights that its seed, or the model it starts from, gives.
+
+    Leaves torch's global generator as it was.
+    """
+    settings = flow_map_config(
+        config,
+        dataset.shape,
+        dataset.sigma_data,
+        dataset.num_classes,
+        dataset.class_names,
+        dataset.data_range,
+        statistics,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.training.seed)
+        flow_map = settings.build()
+    if config.objective.on_diagonal and isinstance(flow_map.network, Network):
+        flow_map.network.freeze_second_time()
+    start_from(config, flow_map, teacher)
+    return flow_map
+
+
+def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
+    """(share of each process, accumulation steps); raises ConfigError when the global batch does not split evenly."""
+    if batch_size < processes:
+        raise ConfigError(
+            f"a batch of {batch_size} is smaller than the {processes} processes: raise --training.batch-size"
+        )
+    if batch_size % processes:
+        raise ConfigError(f"a batch of {batch_size} does not split over {processes} processes: make it a multiple")
+    share = batch_size // processes
+    if micro_batch < 0:
+        raise ConfigError(f"micro_batch is {micro_batch}; it must be at least 1, or 0 for the whole share")
+    parts = 1 if micro_batch == 0 else math.ceil(share / micro_batch)
+    while share % parts:
+        parts += 1
+    return share, parts
+
+
+def fetch_batch(
+    dataset: Dataset, settings: TrainingConfig, step: int, first: int, count: int, device: torch.device
+) -> Batch:
+    """Samples first .. first + count - 1 of the global batch of step 0, 1, ..."""
+    position = step * settings.batch_size + first
+    x0, labels = dataset.train.fetch(batch_indices(len(dataset.train), settings.seed, position, count))
+    draws = Draws(settings.seed, step, torch.arange(first, first + count, device=device))
+    x0 = x0.to(device)
+    if settings.flip:
+        x0 = random_flip(x0, draws, STREAM_FLIP)
+    return Batch(x0, None if labels is None else labels.to(device), draws, step * settings.batch_size)

@@ -1,0 +1,229 @@
+"""Statistics of a model's trajectories on a data set: estimated once, kept beside the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.conditions import Condition
+from fewstep.config import RunConfig, StatisticsConfig
+from fewstep.data import Dataset
+from fewstep.errors import CheckpointError, FewstepError
+from fewstep.files import write_atomically
+from fewstep.flowmap import FlowMap, read_config, read_weights
+from fewstep.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
+from fewstep.randomness import permutation
+from fewstep.serialization import to_json
+from fewstep.training.checkpoint import RunFolder
+from fewstep.training.setup import build
+from fewstep.training.teacher import fingerprint
+
+Progress = Callable[[int, int], None]
+
+BATCH = 64
+_VERSION = 1  # raise with any change to the estimate: results of another version must not be found in a cache
+_SAVE_SECONDS = 10.0
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share an estimate: this one's index, their number, and the sum of a tensor over them."""
+
+    index: int = 0
+    count: int = 1
+    total: Callable[[Tensor], Tensor] = _alone
+
+
+class LabelledDenoiser:
+    """The model's denoiser at the classes of the samples fetched last: a callable (x, t) that knows their labels."""
+
+    def __init__(self, model: FlowMap, dataset: Dataset, seed: int) -> None:
+        self.model, self.samples, self.seed = model, dataset.train, seed
+        self.device = next(model.parameters()).device
+        self.cond = Condition()
+
+    def fetch(self, numbers: Tensor) -> Tensor:
+        """Training samples number 0, 1, ... in a shuffled order, (B, ...); their labels serve the calls that follow."""
+        count = len(self.samples)
+        rows = torch.empty_like(numbers)
+        for epoch in torch.unique(numbers // count).tolist():
+            here = numbers // count == epoch
+            rows[here] = permutation(self.seed, epoch, count).to(numbers.device)[numbers[here] % count]
+        x0, labels = self.samples.fetch(rows)
+        self.cond = Condition(None if labels is None else labels.to(self.device))
+        return x0.to(self.device)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """D(x, t); x (B, ...), t (B,)."""
+        return self.model.denoise(x, t, self.cond)
+
+
+def data_mean(dataset: Dataset) -> Tensor:
+    """Mean of the training samples, element by element, float64."""
+    total = torch.zeros(dataset.shape, dtype=torch.float64)
+    for rows in torch.arange(len(dataset.train)).split(4096):
+        total += dataset.train.fetch(rows)[0].double().sum(0)
+    return total / len(dataset.train)
+
+
+def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig) -> StatisticsEstimator:
+    """An estimator of the model's statistics on the training data, in the model's own path."""
+    denoiser = LabelledDenoiser(model, dataset, settings.seed)
+    return StatisticsEstimator(
+        denoiser,
+        denoiser.fetch,
+        model.path,
+        settings.points,
+        settings.samples,
+        settings.seed,
+        None if settings.probes == -1 else settings.probes,
+        centred=settings.centred,
+        mean=data_mean(dataset),
+        device=denoiser.device,
+    )
+
+
+def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: Dataset) -> TrajectoryStatistics:
+    """Shrunk and ablated as the settings say.
+
+    Never shrunk for data with classes: a class-conditional denoiser tends to its class's mean at high noise, so that
+    the residual about the mean of all data has no limit to be drawn to.
+    """
+    found = found.shrunk() if settings.shrink and not dataset.num_classes else found
+    return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
+
+
+def estimate_together(model: FlowMap, dataset: Dataset, settings: StatisticsConfig, team: Team) -> TrajectoryStatistics:
+    """The plain estimate, each process taking its share of the samples; every process returns the same."""
+    begin = time.perf_counter()
+    estimator = make_estimator(model, dataset, settings)
+    for first in range(team.index * BATCH, settings.samples, team.count * BATCH):
+        estimator.update(first, min(BATCH, settings.samples - first))
+    estimator.restore({"sums": team.total(estimator.sums)})
+    return estimator.statistics(time.perf_counter() - begin)
+
+
+def cache_file(folder: FilePath, model: FlowMap, dataset: Dataset, settings: StatisticsConfig) -> FilePath:
+    """FOLDER/statistics/KEY.json; the key stands for everything that the estimate depends on."""
+    estimate = ("points", "samples", "probes", "centred", "seed")
+    wanted = {name: getattr(settings, name) for name in estimate} | {
+        "version": _VERSION,
+        "model": fingerprint(model),
+        "path": to_json(model.path),
+        "data": dataset.fingerprint,
+    }
+    key = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return folder / "statistics" / f"{key}.json"
+
+
+def kept_statistics(
+    folder: FilePath,
+    model: FlowMap,
+    dataset: Dataset,
+    settings: StatisticsConfig,
+    progress: Progress | None = None,
+    team: Team = Team(),
+) -> TrajectoryStatistics:
+    """The statistics kept in the model's folder, or estimated now and kept there.
+
+    An estimate of one process that was interrupted goes on where it was saved last. Raises CheckpointError when the
+    folder cannot be written or what it keeps is damaged, ConfigError when the model's denoiser is not finite.
+    """
+    file = cache_file(folder, model, dataset, settings)
+    if file.is_file():
+        return prepared(_read(file), settings, dataset)
+    if team.count > 1:
+        found = estimate_together(model, dataset, settings, team)
+        if team.index == 0:
+            found.save(file)
+        return prepared(found, settings, dataset)
+    partial = file.with_suffix(".partial.safetensors")
+    estimator = make_estimator(model, dataset, settings)
+    spent = _resume(estimator, partial)
+    saved = begin = time.perf_counter()
+    for first in range(estimator.seen, settings.samples, BATCH):
+        estimator.update(first, min(BATCH, settings.samples - first))
+        if progress is not None:
+            progress(estimator.seen, settings.samples)
+        now = time.perf_counter()
+        if now - saved > _SAVE_SECONDS and estimator.seen < settings.samples:
+            state = estimator.state() | {"seconds": torch.tensor(spent + now - begin, dtype=torch.float64)}
+            write_atomically(partial, save(state))
+            saved = now
+    found = estimator.statistics(spent + time.perf_counter() - begin)
+    found.save(file)
+    partial.unlink(missing_ok=True)
+    return prepared(found, settings, dataset)
+
+
+def first_statistics(
+    config: RunConfig,
+    dataset: Dataset,
+    run: RunFolder,
+    teacher: FlowMap | None,
+    device: torch.device,
+    team: Team,
+    quiet: bool,
+) -> TrajectoryStatistics | None:
+    """What a run with an analytic preconditioning starts from: the statistics of its last checkpoint, else of its own
+    untrained network where they are to be refreshed, else of its teacher. None for any other run.
+    """
+    if not config.model.analytic or (teacher is None and not config.statistics.refresh_images):
+        return None
+    if config.statistics.refresh_images and run.checkpoints():
+        stored = read_config(run.last_checkpoint()).preconditioning
+        return stored.statistics if isinstance(stored, AnalyticPreconditioning) else None
+    # Built here already, so that what does not fit is refused before minutes go into an estimate.
+    untrained = build(replace(config, model=replace(config.model, preconditioning="euler")), dataset, teacher)
+    if config.statistics.refresh_images:
+        found = estimate_together(untrained.to(device), dataset, config.statistics, team)
+        return prepared(found, config.statistics, dataset)
+    assert teacher is not None
+    with tqdm(total=config.statistics.samples, desc="statistics of the teacher", disable=quiet, leave=False) as bar:
+
+        def progress(done: int, samples: int) -> None:
+            bar.update(done - bar.n)
+
+        return kept_statistics(FilePath(config.teacher), teacher, dataset, config.statistics, progress, team)
+
+
+def install(statistics: TrajectoryStatistics, flow_map: FlowMap) -> None:
+    """Exchange the statistics behind a flow map's preconditioning."""
+    old = flow_map.preconditioning
+    assert isinstance(old, AnalyticPreconditioning)
+    flow_map.preconditioning = replace(old, statistics=statistics)
+    if flow_map.config is not None:
+        flow_map.config = replace(flow_map.config, preconditioning=flow_map.preconditioning)
+
+
+def _read(file: FilePath) -> TrajectoryStatistics:
+    try:
+        return TrajectoryStatistics.load(file)
+    except FewstepError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): delete it to estimate anew") from error
+
+
+def _resume(estimator: StatisticsEstimator, partial: FilePath) -> float:
+    """Take up a saved state; returns the seconds behind it, 0 where there is none that fits."""
+    if not partial.is_file():
+        return 0.0
+    try:
+        state = read_weights(partial)
+        seconds = float(state["seconds"])
+        estimator.restore(state)
+    except (FewstepError, KeyError):
+        return 0.0
+    return seconds

@@ -1,0 +1,84 @@
+"""Models that a run starts from or distils: found and checked; and the slow average beside the run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+
+from torch import nn
+
+from fewstep.config import RunConfig
+from fewstep.data import Dataset
+from fewstep.errors import CheckpointError, ConfigError
+from fewstep.flowmap import FlowMap, fit_weights
+from fewstep.training.checkpoint import load
+from fewstep.training.ema import EMA
+
+
+def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
+    """The run's teacher without gradients, or None.
+
+    Raises ConfigError when one is needed and not named, or made for other data; CheckpointError when it cannot be read.
+    """
+    if not config.teacher:
+        if config.objective.needs_teacher or config.initial == "teacher":
+            raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
+        return None
+    teacher = _named(config.teacher, "teacher", "--teacher").requires_grad_(False)
+    if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
+        raise ConfigError(
+            f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
+            f"classes, but the data {dataset.name} has shape {dataset.shape} and {dataset.num_classes} classes"
+        )
+    return teacher
+
+
+def _named(folder: str, role: str, option: str) -> FlowMap:
+    try:
+        return load(folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the {role} cannot be read: {error}; train it first, or name another with {option}"
+        ) from error
+
+
+def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) -> None:
+    """Copy the initial weights that the run names.
+
+    Raises CheckpointError when they cannot be read or are of another architecture.
+    """
+    if not config.initial:
+        return
+    source = teacher if config.initial == "teacher" else _named(config.initial, "model to start from", "--initial")
+    assert source is not None  # load_teacher has seen to it
+    name = config.teacher if config.initial == "teacher" else config.initial
+    try:
+        fit_weights(flow_map.network, source.network.state_dict(), name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; give the run the network of the model that it starts from") from error
+
+
+def fingerprint(flow_map: FlowMap) -> str:
+    """Sixteen hex digits that change with any weight."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(flow_map.network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class SlowAverage:
+    """A constant-decay average of a flow map's weights, as a flow map that takes no gradient.
+
+    mu at every step from the first: the initial weights are a teacher's or an earlier average, worth remembering.
+    """
+
+    def __init__(self, flow_map: FlowMap, decay: float) -> None:
+        self.flow_map = copy.deepcopy(flow_map).requires_grad_(False).eval()
+        self.ema = EMA(f"target-{decay!r}", self.flow_map.network, decay, None, ramp=False)
+        # The average's tensors are the module's own: an update in place is an update of the module.
+        self.ema.weights = dict(self.flow_map.network.state_dict())
+
+    def update(self, network: nn.Module, step: int) -> None:
+        """Fold in the weights after a step."""
+        self.ema.update(network, step)

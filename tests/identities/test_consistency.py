@@ -1,0 +1,328 @@
+"""CT, ECT, sCT and sCD: curricula, bias that falls with the grid, the published tangent, what is frozen."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, final
+
+import pytest
+import torch
+from cases import F64, PATHS, SD, Callback, close, gaussian, noise, pair, random_network, scalings, slope
+from hypothesis import given
+from hypothesis import strategies as st
+from test_meanflow import every_pair, gradients, random_map, small_batch
+from test_objectives import LATE, assert_anchored, draws
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.derivatives import DerivativeKind, OutputDerivative
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.networks import UNetConfig
+from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Objective, Tangent, eulerian_residual
+from fewstep.oracles import GaussianOutput
+from fewstep.paths import EDM, Linear, Path, Trig
+from fewstep.preconditioning import (
+    BCMPreconditioning,
+    CMPreconditioning,
+    EDMInputScaling,
+    EulerPreconditioning,
+    LinearPreconditioning,
+    TrigPreconditioning,
+)
+from fewstep.randomness import Draws
+from fewstep.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.weights import normalised
+
+BARE = Tangent(normalise=False)
+some_pairs = pytest.mark.parametrize(
+    ("path_name", "name"), [("edm", "euler"), ("edm", "bcm"), ("trig", "trig"), ("linear", "linear")]
+)
+
+
+@final
+@dataclass(frozen=True)
+class OneTime(TimeDistribution):
+    """The same noise level for all."""
+
+    tau: float
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_tau(torch.full_like(u, self.tau))
+
+
+@final
+@dataclass(frozen=True)
+class ExactDraws(Draws):
+    """Noise whose sample mean and variance are those of the distribution: means of quadratics are then exact."""
+
+    def normal(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        return whitened(super().normal(stream, shape, dtype))
+
+
+def whitened(z: Tensor, against: Tensor | None = None) -> Tensor:
+    z = z - z.mean(0)
+    if against is not None:
+        z = z - against * (z * against).mean(0) / against.square().mean(0)
+    return z / z.square().mean(0).sqrt()
+
+
+def expected_gradient(objective: Objective, path: Path, preconditioning: Any, images: int, shift: float = 0.0) -> float:
+    """Norm of the mean gradient in theta of N + theta0 + theta1 x at the oracle, for data that lie `shift` off."""
+    own = ExactDraws(0, 3, torch.arange(2000))
+    z = whitened(noise(2000, 1, seed=5), own.normal(10, (1,), F64))
+    batch = Batch(0.4 + SD * z + shift, None, own, images)
+    exact = GaussianOutput(gaussian(), path, preconditioning)
+    theta = torch.zeros(2, dtype=F64, requires_grad=True)
+
+    def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        return exact(x, t, s, cond) + (theta[0] + theta[1] * x if torch.is_grad_enabled() else 0)
+
+    losses = objective(FlowMap(path, preconditioning, Callback(output)), batch)
+    return float(torch.autograd.grad(losses.mean(), theta)[0].norm())
+
+
+@some_pairs
+def test_the_bias_of_adjacent_points_falls_with_their_distance(path_name: str, name: str) -> None:
+    """The expected gradient at the oracle is of order 1 in t - u; at a map of other data it stays."""
+    path, preconditioning = pair(path_name, name)
+    ct = CT(OneTime(0.8), first=50, last=400, duration=400, norm="l2")
+    found = [expected_gradient(ct, path, preconditioning, images) for images in (0, 100, 200, 300)]
+    assert slope([1 / 50, 1 / 100, 1 / 200, 1 / 400], found) == pytest.approx(1, abs=0.25)
+    assert expected_gradient(ct, path, preconditioning, 300, shift=0.5) > 10 * found[-1]
+    ect = ECT(OneTime(0.8), stage_images=1, norm="l2", stages=20)
+    stages = (4, 5, 6, 7)
+    found = [expected_gradient(ect, path, preconditioning, a) for a in stages]
+    assert slope([2.0**-a for a in stages], found) == pytest.approx(1, abs=0.25)
+    assert expected_gradient(ect, path, preconditioning, stages[-1], shift=0.5) > 10 * found[-1]
+
+
+@every_pair
+def test_scts_expected_gradient_is_zero_at_the_oracle(path_name: str, name: str) -> None:
+    """Where the tangent is not normalised, which bends what the mean of the conditional velocity keeps straight."""
+    assert_anchored(SCT(LATE, BARE), path_name, name, moved=0.5)
+
+
+@every_pair
+@pytest.mark.parametrize("teachers_path", ["own", "foreign"])
+def test_scds_error_is_zero_at_exact_maps(path_name: str, name: str, teachers_path: str) -> None:
+    path, preconditioning = pair(path_name, name)
+    data, foreign = gaussian(), path if teachers_path == "own" else EDM(1e-6, 1e9)
+    teacher = Companions(teacher=data.flow_map(foreign, EulerPreconditioning(foreign)))
+    for tangent in (Tangent(), BARE):
+        losses = SCD(LATE, tangent)(data.flow_map(path, preconditioning), small_batch(64), teacher)
+        assert float(losses.loss.sqrt().max()) < 1e-7
+        wrong = SCD(LATE, tangent)(gaussian(1.2).flow_map(path, preconditioning), small_batch(64), teacher)
+        assert float(wrong.loss.sqrt().max()) > 1e-3
+        assert torch.equal(losses.s, torch.full_like(losses.s, path.t_min))
+
+
+@pytest.mark.parametrize("images", [0, 25, 100])
+def test_the_trig_tangent_is_the_published_one(images: int) -> None:
+    """g = -cos^2 t (N - v) - r cos t sin t (x + dN/dt), r = min(1, images/50), and N_target = N + g/(rms g + 0.1)."""
+    path = Trig(SD)
+    flow_map = FlowMap(path, TrigPreconditioning(), random_network(), scalings(path)["unit"])
+    batch, tangent = replace(small_batch(), images=images), Tangent(warm_up_images=50)
+    t = SCT(LATE).times.quantile(path, batch.draws.uniform(11))
+    x, v = path.interpolate(batch.x0, batch.noise(), t), path.conditional_velocity(batch.x0, batch.noise(), t)
+    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, torch.zeros_like(t), Condition())
+    cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
+    g = -(cos**2) * (output - v) - min(1.0, images / 50) * cos * sin * (x + d_output)
+    for each, expected in (
+        (tangent, g / (g.square().mean(1).sqrt() + 0.1)[:, None]),
+        (replace(tangent, normalise=False), g),
+    ):
+        target = (output + expected).detach()
+        losses = SCT(LATE, each)(flow_map, batch)
+        close(losses.loss, (output - target).square().mean(1))
+        grads = [gradients(loss.sum(), flow_map) for loss in (losses.loss, one_more(flow_map, x, t, target))]
+        close(*grads)
+
+
+def one_more(flow_map: FlowMap, x: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    return (flow_map.output(x, t, torch.zeros_like(t)) - target).square().mean(1)
+
+
+@some_pairs
+@pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
+def test_scds_gradient_flows_through_the_output_alone(path_name: str, name: str, derivative: DerivativeKind) -> None:
+    flow_map, batch = random_map(path_name, name), small_batch()
+    path, frozen = flow_map.path, copy.deepcopy(flow_map).requires_grad_(False)
+    teacher = gaussian().flow_map(path, flow_map.preconditioning)
+    tangent = Tangent(normalise=False, derivative=derivative)
+    losses = SCD(LATE, tangent)(flow_map, batch, Companions(teacher=teacher))
+    t, s = losses.t, losses.s
+    x = path.interpolate(batch.x0, batch.noise(), t)
+    v = teacher.velocity(x, t)
+    terms = OutputDerivative(derivative).along_flow(frozen, x, v, t, s, Condition())
+    residual = eulerian_residual(frozen, x, v, *terms, t, s)
+    _, g, _, g_t = flow_map.preconditioning.derivatives(t, s)
+    inside = flow_map.preconditioning.target_in_network
+    ahead, step = (torch.ones_like(t), -g_t) if inside else (g, s - t)
+    error = ahead[:, None] * (flow_map.output(x, t, s) - terms[0]) - step[:, None] * residual
+    close(losses.loss, error.square().mean(1), rtol=1e-8)
+    close(gradients(losses.loss.sum(), flow_map), gradients(error.square().mean(1).sum(), flow_map), rtol=1e-7)
+
+
+@some_pairs
+@pytest.mark.parametrize("objective", [CT(first=20), ECT(), CT(decay=0.9), ECT(decay=0.9)])
+def test_the_target_of_adjacent_points_is_frozen(objective: CT | ECT, path_name: str, name: str) -> None:
+    """Taken by the model's own weights, or by their slow average, from the same noise."""
+    flow_map, batch = random_map(path_name, name), small_batch()
+    frozen = copy.deepcopy(flow_map).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(1.0 if objective.decay is None else 1.1)
+    losses = objective(flow_map, batch, Companions(target=frozen))
+    t, u = objective.neighbours(flow_map.path, batch)
+    s, eps = losses.s, batch.noise()
+    x, x_u = flow_map.path.interpolate(batch.x0, eps, t), flow_map.path.interpolate(batch.x0, eps, u)
+    error = flow_map.jump(x, t, s) - frozen.jump(x_u, u, s)
+    huber = (torch.sqrt(error.square().sum(1) + 0.03**2) - 0.03) / math.sqrt(3)
+    close(losses.loss, huber / (t - u))
+    close(gradients(losses.loss.sum(), flow_map), gradients((huber / (t - u)).sum(), flow_map))
+    assert objective.target_decay == objective.decay
+
+
+def test_missing_companions_are_named() -> None:
+    flow_map, batch = random_map(), small_batch()
+    for objective in (CT(decay=0.9), ECT(decay=0.9)):
+        with pytest.raises(ConfigError, match="average"):
+            objective(flow_map, batch)
+    assert SCD().needs_teacher
+    with pytest.raises(ConfigError, match="--teacher"):
+        SCD()(flow_map, batch)
+
+
+@pytest.mark.parametrize("path_name", PATHS)
+def test_neighbours_are_neighbours_and_cover_the_grid(path_name: str) -> None:
+    path, objective = PATHS[path_name], CT(LogNormalTimes(-1.1, 2.0), first=6, last=24, duration=90)
+    for images, cells in ((0, 6), (30, 12), (89, 24), (1000, 24)):
+        batch = Batch(noise(20_000, 1), None, draws(20_000), images)
+        t, u = objective.neighbours(path, batch)
+        drawn = objective.times.quantile(path, batch.draws.uniform(11))
+        rising = edm_grid(path, cells).flip(0)
+        n, m = torch.searchsorted(rising, t), torch.searchsorted(rising, u)
+        assert torch.equal(n, m + 1)
+        inside = (drawn > rising[0]) & (drawn < rising[-1])
+        assert bool(((u <= drawn) & (drawn < t))[inside].all())
+        assert sorted(set(n.tolist())) == list(range(1, cells + 1))
+
+
+def test_at_t_min_easy_consistency_has_no_loss_and_no_trap() -> None:
+    """A draw held at t_min has no point below it: the loss is 0 and the gradient finite."""
+    flow_map, batch = random_map("edm", "euler"), small_batch()
+    losses = ECT(LogNormalTimes(-20.0, 0.1))(flow_map, batch)
+    assert bool((losses.t == EDM().t_min).all())
+    assert float(losses.loss.abs().max().detach()) == 0
+    assert bool(gradients(losses.loss.sum(), flow_map).isfinite().all())
+
+
+def test_both_points_see_the_same_dropout() -> None:
+    """With one mask neighbours differ by little; the masks themselves are drawn anew every time."""
+    network = UNetConfig(8, (1,), 1, (), head_width=4, embedding_width=8, dropout=0.5).build((1, 4, 4), 0, False)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    flow_map = FlowMap(EDM(), EulerPreconditioning(), network.double(), scalings(EDM())["edm"]).train()
+    batch = Batch(noise(8, 1, 4, 4), None, draws(8))
+    close_by = CT(OneTime(1.0), first=20_000, last=20_000, norm="l2")
+    values = [float(close_by(flow_map, batch).logs["consistency"].mean().sqrt()) for _ in range(2)]
+    assert max(values) < 1e-2
+    assert values[0] != values[1]
+
+
+@given(images=st.integers(0, 10**9), more=st.integers(0, 10**9), first=st.integers(1, 50), factor=st.integers(1, 200))
+def test_doubling_is_monotone_and_ends_at_the_last(images: int, more: int, first: int, factor: int) -> None:
+    last, duration = first * factor, 10**8
+    cells = [doubling_cells(n, first, last, duration) for n in (0, images, images + more, duration, 10**10)]
+    assert cells[0] == first
+    assert cells[1] <= cells[2]
+    assert cells[3] == cells[4] == last
+
+
+def test_doubling_is_the_published_schedule() -> None:
+    """10 to 1280: eight equal stages (iCT)."""
+    stages = [doubling_cells(n, 10, 1280, 800) for n in (0, 99, 100, 399, 400, 699, 700, 800, 5000)]
+    assert stages == [10, 10, 20, 80, 160, 640, 1280, 1280, 1280]
+
+
+def test_the_ratio_of_easy_consistency_is_the_published_one() -> None:
+    tau = torch.tensor([0.0, 0.5, 3.0, math.inf], dtype=F64)
+    ratios = [falling_ratio(tau, n, 2, 100, 4, 8.0, 1.0) for n in (0, 99, 100, 250, 300, 10_000)]
+    for ratio, a in zip(ratios, (1, 1, 2, 3, 4, 4), strict=True):
+        close(ratio, (1 - (1 + 8 / (1 + torch.exp(tau))) / 2**a).clamp(min=0))
+    assert all(bool((after >= before).all()) for before, after in pairwise(ratios))
+    assert float(ratios[0][0]) == 0
+    assert float(ratios[0][-1]) == 0.5
+
+
+def test_warm_up_rises_from_zero_to_one() -> None:
+    assert [warm_up(n, 200) for n in (0, 50, 100, 200, 900)] == [0, 0.25, 0.5, 1, 1]
+    assert warm_up(0, 0) == 1
+
+
+def test_normalised_tangents_have_a_size_below_one() -> None:
+    tangent = torch.cat([noise(2, 2, 3), 1e6 * noise(2, 2, 3), torch.zeros(1, 2, 3, dtype=F64)])
+    size = tangent.square().mean((1, 2)).sqrt()
+    close(normalised(tangent, 0.1).square().mean((1, 2)).sqrt(), size / (size + 0.1))
+
+
+def test_cm_preconditioning_trains_by_adjacent_points_on_its_own_path_alone() -> None:
+    batch = small_batch()
+    flow_map = FlowMap(EDM(), CMPreconditioning(SD), random_network(), EDMInputScaling(SD))
+    for objective in (CT(), ECT()):
+        assert bool(objective(flow_map, batch).loss.isfinite().all())
+    for path in (Linear(), EDM(0.01, 80.0)):
+        with pytest.raises(ConfigError, match="CM preconditioning"):
+            CT()(FlowMap(path, CMPreconditioning(SD), random_network()), batch)
+    with pytest.raises(ConfigError, match="velocity"):
+        SCT()(flow_map, batch)
+    with pytest.raises(ConfigError, match="pi/2"):
+        ECT()(FlowMap(EDM(), TrigPreconditioning(), random_network()), batch)
+
+
+def test_bcm_and_euler_with_edms_scaling_are_one_objective() -> None:
+    """They are the same map, and every loss and gradient of consistency training is a function of it."""
+    batch, network = small_batch(), random_network()
+    maps = [
+        FlowMap(EDM(), EulerPreconditioning(), network, scalings(EDM())["edm"]),
+        FlowMap(EDM(), BCMPreconditioning(SD), network, EDMInputScaling(SD)),
+    ]
+    for objective in (CT(), ECT(), SCT(), SCT(tangent=Tangent(warm_up_images=10))):
+        losses = [objective(each, batch).loss for each in maps]
+        close(*losses, rtol=1e-7)
+        close(*(gradients(loss.sum(), each) for loss, each in zip(losses, maps, strict=True)), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CT(first=0),
+        lambda: CT(last=5),
+        lambda: CT(decay=1.0),
+        lambda: ECT(q=1),
+        lambda: ECT(stages=0),
+        lambda: ECT(dropout=2.0),
+        lambda: Tangent(constant=0.0),
+        lambda: Tangent(warm_up_images=-1),
+        lambda: SCT(dropout=-0.5),
+    ],
+)
+def test_settings_out_of_range_are_refused(make: Any) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_all_run_in_float32() -> None:
+    flow_map = FlowMap(Linear(), LinearPreconditioning(), random_network().float())
+    batch = Batch(noise(16, 3).float(), None, draws(16))
+    teacher = Companions(teacher=FlowMap(Linear(), LinearPreconditioning(), random_network().float()))
+    for objective in (CT(), ECT(), SCT(), SCD()):
+        loss = objective(flow_map, batch, teacher).loss
+        assert loss.dtype == torch.float32
+        assert bool(loss.isfinite().all())

@@ -1,0 +1,209 @@
+"""Distillation: the grid's draws, zero residual at exact maps as the solver's order says, and where gradients flow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import F64, PATHS, SD, close, gaussian, noise, random_network, slope
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.objectives import CD, CTM, Batch, Companions, Objective, TeacherSteps
+from fewstep.objectives.distillation import jump_where_apart
+from fewstep.paths import EDM
+from fewstep.preconditioning import EDMScaling, EulerPreconditioning
+from fewstep.randomness import Draws
+from fewstep.weights import gradient_balance
+
+COUNT = 64
+MOVED = CTM(denoising=0.0)
+
+
+def batch(count: int = COUNT, seed: int = 0, labels: Tensor | None = None) -> Batch:
+    return Batch(0.4 + SD * noise(count, 3, seed=seed), labels, Draws(seed, 2, torch.arange(count)))
+
+
+def exact_case(path_name: str) -> tuple[FlowMap, Companions]:
+    path = PATHS[path_name]
+    exact = gaussian().flow_map(path, EulerPreconditioning(path))
+    return exact, Companions(teacher=exact, target=exact)
+
+
+def student_case(seed: int = 0) -> tuple[FlowMap, FlowMap, Companions]:
+    """A random student, its average (the same weights), and the Gaussian's exact teacher."""
+    torch.manual_seed(seed)
+    maps = [FlowMap(EDM(), EulerPreconditioning(), random_network(), EDMScaling(SD)) for _ in range(2)]
+    teacher = gaussian().flow_map(EDM(), EulerPreconditioning())
+    maps[1].requires_grad_(False)
+    return maps[0], maps[1], Companions(teacher=teacher, target=maps[1])
+
+
+@pytest.mark.parametrize("objective", [CD(), MOVED, replace(MOVED, to_end=True)], ids=["cd", "ctm", "ctm to the end"])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("path_name", ["edm", "vp"])
+def test_the_residual_falls_at_exact_maps_as_the_solver_does(
+    objective: CD | CTM, solver: str, order: int, path_name: str
+) -> None:
+    """Nothing but the solver stands between an exact student and a loss of zero: its root falls as points^-order.
+
+    Adjacent steps make one local error, of one order more.
+    """
+    exact, companions = exact_case(path_name)
+    sizes, errors = [], []
+    for points in (20, 40, 80):
+        steps = replace(objective.steps, solver=solver, points=points)  # type: ignore[arg-type]
+        losses = replace(objective, steps=steps)(exact, batch(256), companions)
+        sizes.append(1 / points)
+        errors.append(float(losses.loss.mean().sqrt()))
+    expected = order + (1 if objective.steps.u == "adjacent" else 0)
+    assert abs(slope(sizes, errors) - expected) < 0.5
+    moved = gaussian(0.9).flow_map(exact.path, EulerPreconditioning(exact.path))
+    wrong = objective(moved, batch(256), companions)
+    assert float(wrong.loss.mean().sqrt()) > 10 * errors[-1]
+
+
+@pytest.mark.parametrize("u", ["drawn", "adjacent"])
+@pytest.mark.parametrize("longest", [0, 3])
+def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) -> None:
+    steps = TeacherSteps(points=7, u=u, longest=longest)  # type: ignore[arg-type]
+    n, k, j = steps.draw(batch(20_000), to_end=False)
+    assert bool(((n < k) & (k <= j) & (n >= 0) & (j <= 6)).all())
+    assert sorted(set(n.tolist())) == list(range(6))
+    assert {(a, b) for a, b in zip(n.tolist(), j.tolist(), strict=True)} == {
+        (a, b) for a in range(6) for b in range(a + 1, 7)
+    }
+    longest_seen = int((k - n).max())
+    assert longest_seen == (1 if u == "adjacent" else longest or 6)
+    assert bool((steps.draw(batch(50), to_end=True)[2] == 6).all())
+    counts = torch.bincount(n, minlength=6).double()
+    assert float((counts - 20_000 / 6).abs().max()) < 5 * (20_000 / 6) ** 0.5
+
+
+def test_the_target_and_the_teacher_get_no_gradient() -> None:
+    student, slow, companions = student_case()
+    for objective in (CD(), CTM(balance=False)):
+        student.zero_grad()
+        objective(student, batch(), companions).mean().backward()
+        assert all(
+            p.grad is not None and bool(p.grad.abs().sum() > 0)
+            for n, p in student.named_parameters()
+            if "labels" not in n
+        )
+        assert all(p.grad is None for p in slow.parameters())
+
+
+def test_the_gradient_passes_through_the_average_to_the_first_jump() -> None:
+    """CTM's gradient is that of d(X_sg(X(x_t, t, s), s, end), goal), by finite differences in one weight."""
+    student, _, companions = student_case()
+    objective, data = MOVED, batch()
+    weight = student.network.output.weight  # type: ignore[union-attr]
+    objective(student, data, companions).mean().backward()
+    got = float(weight.grad[0, 0])  # type: ignore[index]
+    values = []
+    for h in (1e-5, -1e-5):
+        with torch.no_grad():
+            weight[0, 0] += h  # type: ignore[index]
+            values.append(float(objective(student, data, companions).mean()))
+            weight[0, 0] -= h  # type: ignore[index]
+    assert abs(got - (values[0] - values[1]) / 2e-5) < 1e-6 * max(1.0, abs(got))
+    assert abs(got) > 1e-6
+
+
+def test_balance_equals_the_gradient_norms_on_the_last_layer() -> None:
+    student, _, companions = student_case()
+    objective, data = CTM(denoising=0.5), batch()
+    losses = objective(student, data, companions)
+    weight = student.network.output.weight  # type: ignore[union-attr]
+    norms = []
+    for part in (replace(objective, denoising=0.0), None):
+        if part is not None:
+            value = part(student, data, companions).mean()
+        else:
+            value = objective.denoising_loss(student, data, Condition()).mean()
+        norms.append(torch.autograd.grad(value, weight)[0].norm())  # type: ignore[arg-type]
+    close(losses.logs["balance"][0], 0.5 * norms[0] / norms[1])
+    plain = replace(objective, balance=False)(student, data, companions)
+    close(plain.logs["balance"], torch.full((COUNT,), 0.5, dtype=F64))
+
+
+def test_balance_is_one_without_gradients_and_bounded() -> None:
+    weight = torch.ones(2, dtype=F64, requires_grad=True)
+    loss = (weight * 3).sum() * torch.ones(4, dtype=F64)
+    with torch.no_grad():
+        assert float(gradient_balance(loss.detach(), loss.detach(), weight, lambda x: x)) == 1.0
+    assert float(gradient_balance(loss, 0 * loss, weight, lambda x: x)) == 1e4
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm-solver++"])
+def test_a_labelled_teacher_sees_each_samples_own_label(solver: str) -> None:
+    """Samples that stop early leave the batch: the labels must leave with them."""
+    network = random_network(num_classes=4)
+    teacher = FlowMap(EDM(), EulerPreconditioning(), network, EDMScaling(SD)).requires_grad_(False)
+    labels = torch.arange(COUNT) % 4
+    data, steps = batch(labels=labels), TeacherSteps(points=9, solver=solver)  # type: ignore[arg-type]
+    n, k, _ = steps.draw(data, to_end=False)
+    x = 5 * noise(COUNT, 3)
+    together = steps.walk(teacher, x, n, k, Condition(labels), teacher)
+    alone = [steps.walk(teacher, x[[i]], n[[i]], k[[i]], Condition(labels[[i]]), teacher) for i in range(COUNT)]
+    close(together, torch.cat(alone))
+
+
+def test_a_teacher_on_another_path_gives_the_same_walk() -> None:
+    """math.md §3.5: y = x/alpha at noise level tau."""
+    data = gaussian()
+    steps = TeacherSteps(points=9)
+    n, k, _ = steps.draw(batch(), to_end=False)
+    x = 5 * noise(COUNT, 3)
+    path = EDM(0.02, 80.0)  # all of it within the other paths' ranges
+    own = data.flow_map(path, EulerPreconditioning(path))
+    expected = steps.walk(own, x, n, k, Condition(), own)
+    for name in ("linear", "trig", "vp"):
+        foreign = data.flow_map(PATHS[name], EulerPreconditioning(PATHS[name]))
+        close(steps.walk(own, x, n, k, Condition(), foreign), expected, rtol=1e-7, atol=1e-8)
+
+
+def test_jump_where_apart_leaves_the_others_and_does_not_evaluate_them() -> None:
+    student, _, _ = student_case()
+    x, t = noise(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
+    s = torch.tensor([1.0, 0.5, 3.0, 0.1], dtype=F64)
+    moved = jump_where_apart(student, x, t, s, Condition())
+    close(moved[[0, 2]], x[[0, 2]], rtol=0, atol=0)
+    close(moved[[1, 3]], student.jump(x[[1, 3]], t[[1, 3]], s[[1, 3]]))
+    assert jump_where_apart(student, x, t, t, Condition()) is x
+
+
+@pytest.mark.parametrize("objective", [CD(), CTM(), CTM(distance="features")], ids=["cd", "ctm", "features"])
+def test_missing_companions_are_named(objective: Objective) -> None:
+    student, slow, companions = student_case()
+    with pytest.raises(ConfigError, match="average"):
+        objective(student, batch(), Companions(teacher=companions.teacher))
+    with pytest.raises(ConfigError, match="--teacher"):
+        objective(student, batch(), Companions(target=slow))
+    if objective.measures_features:
+        with pytest.raises(ConfigError, match="extractor"):
+            objective(student, batch(), companions)
+
+
+def test_a_distance_of_features_is_the_distance_between_features() -> None:
+    student, slow, companions = student_case()
+    seen = replace(companions, features=lambda x: torch.cat([2 * x, 2 * x], 1))
+    plain = replace(MOVED, distance="l2")(student, batch(), companions)
+    featured = replace(MOVED, distance="features")(student, batch(), seen)
+    close(featured.loss, 4 * plain.loss)
+    assert slow is companions.target
+
+
+@pytest.mark.parametrize("wrong", [{"points": 1}, {"longest": -1}])
+def test_a_teachers_grid_refuses_nonsense(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        TeacherSteps(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: CD(decay=1.0), lambda: CTM(decay=-0.1), lambda: CTM(denoising=-1.0)])
+def test_objectives_refuse_nonsense(make: type[CTM]) -> None:
+    with pytest.raises(ConfigError):
+        make()

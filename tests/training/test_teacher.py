@@ -1,0 +1,324 @@
+"""Teachers: found and checked, where students start from, the slow average beside them, and their exact resume."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import (
+    MACHINE,
+    STUDENTS,
+    TEACHER,
+    TEACHERLESS,
+    TINY,
+    Killed,
+    assert_same_run,
+    interrupt_after,
+    noise_and_times,
+    snapshot,
+    student,
+)
+from torch import Tensor
+
+import fewstep
+from fewstep.conditions import Condition
+from fewstep.config import RunConfig
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.errors import CheckpointError, ConfigError
+from fewstep.flowmap import FlowMap
+from fewstep.networks import MLPConfig
+from fewstep.preconditioning import StatisticsEstimator
+from fewstep.training import Attendants, RunFolder, build, train
+from fewstep.training.loop import Trainer
+from fewstep.training.statistics import Team, estimate_together
+from fewstep.training.teacher import SlowAverage, load_teacher
+
+PERTURBATION = 0.1
+
+
+def perturbed(flow_map: FlowMap, seed: int) -> FlowMap:
+    """The flow map with noise on every weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in flow_map.parameters():
+            parameter.add_(PERTURBATION * torch.randn(parameter.shape, generator=generator))
+    return flow_map
+
+
+@pytest.mark.parametrize(
+    "config", [STUDENTS["ctm"], STUDENTS["cd"], replace(TINY, initial="teacher")], ids=["ctm", "cd", "initial"]
+)
+def test_a_teacher_that_is_not_named_is_asked_for(config: RunConfig, digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="distils a teacher: name its run with --teacher RUN"):
+        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["teacher", "initial"])
+def test_a_model_that_is_not_there_is_named(role: str, digits: Dataset, tmp_path: Path) -> None:
+    config = replace(TINY, teacher="nowhere") if role == "teacher" else replace(TINY, initial="nowhere")
+    with pytest.raises(
+        CheckpointError, match=f"nowhere: no such folder; train it first, or name another with --{role}"
+    ):
+        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig(labels=False), r"in 10 classes, but the data digits has shape \(1, 8, 8\) and 0 classes"),
+        (
+            DataConfig(source="random", random_shape=(1, 4, 4), random_classes=10, random_count=8),
+            r"samples of shape \(1, 8, 8\) .* random has shape \(1, 4, 4\)",
+        ),
+    ],
+    ids=["classes", "shape"],
+)
+def test_a_teacher_made_for_other_data_is_refused(data: DataConfig, message: str, teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_teacher(student("ctm", teacher), load_dataset(data))
+
+
+def test_a_teacher_is_loaded_without_gradients_and_no_one_else_is(teacher: Path, digits: Dataset) -> None:
+    loaded = load_teacher(student("ctm", teacher), digits)
+    assert loaded is not None
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert load_teacher(TINY, digits) is None
+
+
+def test_a_saved_map_is_a_teacher(
+    teacher: Path, digits: Dataset, unbroken_student: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its student is the run's student, and it keeps the statistics as a run does."""
+    fewstep.load(teacher).save_pretrained(tmp_path / "model")
+    train(student("ctm-analytic", tmp_path / "model"), digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert_same_run(tmp_path / "run", unbroken_student("ctm-analytic"))
+    kept = [[file.name for file in (root / "statistics").iterdir()] for root in (teacher, tmp_path / "model")]
+    assert len(kept[1]) == 1
+    assert kept[0] == kept[1]
+
+
+def test_the_diagonal_leaves_the_branch_of_s_as_it_began(teacher: Path, digits: Dataset) -> None:
+    """Its output layer is still zero, and all other parameters have moved."""
+    first = dict(build(TEACHER, digits).network.named_parameters())
+    folder = RunFolder(teacher).last_checkpoint()
+    for file in ("weights", "model"):
+        trained = load_file(folder / f"{file}.safetensors")
+        same = {key for key, value in first.items() if torch.equal(value, trained[key])}
+        assert same == {key for key in first if key.startswith("embedding.s_branch.")}
+        assert not bool(trained["embedding.s_branch.last.weight"].any())
+        assert not bool(trained["embedding.s_branch.last.bias"].any())
+
+
+@pytest.mark.parametrize("kind", ["ctm", "ctm-analytic", "ctm-refreshed", "cd"])
+def test_students_start_as_their_teacher(kind: str, teacher: Path, digits: Dataset, tmp_path: Path) -> None:
+    """N(x, t, s) = D_teacher(x, t) for every s, of the student and of its slow average."""
+    trainer = Trainer(student(kind, teacher), digits, RunFolder(tmp_path / "run"), MACHINE, Attendants())
+    master = fewstep.load(teacher)
+    weights = trainer.flow_map.network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in master.network.state_dict().items())
+    x, t, s = noise_and_times(master)
+    cond = Condition(torch.arange(len(x)))
+    assert trainer.target is not None
+    with torch.no_grad():
+        denoised = master.denoise(x, t, cond)
+        assert float(denoised.std()) > 0.01
+        for flow_map in (trainer.flow_map, trainer.target.flow_map):
+            for later in (t, s, torch.full_like(t, master.path.t_min)):
+                found = flow_map.output(x, t, later, cond)
+                assert torch.allclose(found, denoised, rtol=1e-4, atol=1e-4)
+    assert next(iter(trainer.flow_map.parameters())).requires_grad
+
+
+def test_the_branch_of_s_is_trained_in_the_student(unbroken_student: Callable[[str], Path]) -> None:
+    trained = load_file(RunFolder(unbroken_student("ctm")).last_checkpoint() / "weights.safetensors")
+    assert bool(trained["embedding.s_branch.last.weight"].any())
+
+
+def test_a_run_starts_from_another_run(teacher: Path, digits: Dataset) -> None:
+    config = replace(TINY, initial=str(teacher))
+    weights = build(config, digits).network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in fewstep.load(teacher).network.state_dict().items())
+    fresh = build(TINY, digits).network.state_dict()
+    assert any(not torch.equal(value, weights[key]) for key, value in fresh.items())
+
+
+@pytest.mark.parametrize("initial", ["teacher", "path"])
+def test_a_model_of_another_architecture_is_refused(
+    initial: str, teacher: Path, digits: Dataset, tmp_path: Path
+) -> None:
+    config = replace(student("ctm", teacher), network=MLPConfig(width=24, depth=1, embedding_width=16))
+    config = config if initial == "teacher" else replace(config, initial=str(teacher))
+    with pytest.raises(CheckpointError, match=r"is of another architecture: .*\[24.*network of the model") as caught:
+        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert "\n" not in str(caught.value)
+    assert str(teacher) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_student_of_another_size_starts_afresh(teacher: Path, digits: Dataset) -> None:
+    config = replace(student("ctm", teacher), network=MLPConfig(width=24, depth=1, embedding_width=16), initial="")
+    assert build(config, digits, fewstep.load(teacher)).network.last_layer.shape == (64, 24)
+
+
+def test_the_slow_average_decays_from_the_first_step(digits: Dataset) -> None:
+    """By the same share at every step, in the module itself."""
+    flow_map = perturbed(build(TEACHER, digits), 0)
+    slow = SlowAverage(flow_map, 0.75)
+    expected = {key: value.double() for key, value in flow_map.network.state_dict().items()}
+    for step in range(1, 5):
+        perturbed(flow_map, step)
+        slow.update(flow_map.network, step)
+        for key, value in flow_map.network.state_dict().items():
+            expected[key] = 0.75 * expected[key] + 0.25 * value.double()
+    found = slow.flow_map.network.state_dict()
+    assert all(torch.allclose(found[key].double(), value, atol=1e-6) for key, value in expected.items())
+    assert any(not torch.equal(found[key], value) for key, value in flow_map.network.state_dict().items())
+    by_hand = copy.deepcopy(flow_map)
+    by_hand.network.load_state_dict({key: value.float() for key, value in expected.items()})
+    with torch.no_grad():
+        point = noise_and_times(flow_map)
+        assert torch.allclose(slow.flow_map.jump(*point), by_hand.jump(*point), atol=1e-4)
+
+
+def test_the_slow_average_takes_no_gradient_and_passes_it_on(digits: Dataset) -> None:
+    slow = SlowAverage(perturbed(build(TEACHER, digits), 0), 0.9)
+    x, t, s = noise_and_times(slow.flow_map)
+    slow.flow_map.jump(x.requires_grad_(), t, s).square().sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.any())
+    assert all(not p.requires_grad and p.grad is None for p in slow.flow_map.parameters())
+    assert not slow.flow_map.training
+
+
+def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
+    config = student("ctm", teacher)
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
+    for _ in range(4):
+        trainer.take_step()
+        for key, value in trainer.flow_map.network.state_dict().items():
+            average[key] = 0.9 * average[key] + 0.1 * value.double()
+    trainer.save()
+    stored = load_file(RunFolder(tmp_path).last_checkpoint() / "ema-target-0.9.safetensors")
+    assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
+    again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    assert again.target is not None
+    restored = again.target.flow_map.network.state_dict()
+    assert all(torch.equal(restored[key], value) for key, value in stored.items())
+    assert again.companions().slow() is again.target.flow_map
+
+
+def test_training_leaves_the_teacher_alone(
+    teacher: Path, digits: Dataset, unbroken_student: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("statistics"))
+    before = snapshot(tmp_path / "teacher")
+    trainer = Trainer(student("ctm", tmp_path / "teacher"), digits, RunFolder(tmp_path / "run"), MACHINE, Attendants())
+    trainer.run_to_end()
+    assert snapshot(tmp_path / "teacher") == before
+    assert trainer.teacher is not None
+    weights = fewstep.load(teacher).network.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in trainer.teacher.network.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [*STUDENTS, *TEACHERLESS])
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_stopped_student_goes_on_exactly(
+    kind: str,
+    steps: int,
+    digits: Dataset,
+    teacher: Path,
+    unbroken_student: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed after checkpoints 3 and 6: by then statistics are newer than the checkpoint's, and a critic has begun."""
+    config = student(kind, teacher)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", steps)
+        with pytest.raises(Killed):
+            train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    torch.manual_seed(99)  # what else the process draws must not matter
+    train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    assert_same_run(tmp_path / "run", unbroken_student(kind))
+    first, second = (fewstep.load(root).config for root in (tmp_path / "run", unbroken_student(kind)))
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", ["ctm-refreshed", "isd-linear"])
+def test_statistics_are_refreshed_from_the_averaged_model(
+    kind: str, teacher: Path, digits: Dataset, tmp_path: Path
+) -> None:
+    """When due and at no other step; the student, its slow average and its checkpoint take them over."""
+    config = student(kind, teacher)
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    changed = []
+    for _ in range(8):
+        before = trainer.statistics
+        trainer.take_step()
+        changed.append(trainer.statistics != before)
+    assert changed == [False, False, False, True] * 2
+    maps = [trainer.flow_map] if trainer.target is None else [trainer.flow_map, trainer.target.flow_map]
+    assert all(flow_map.preconditioning.statistics is trainer.statistics for flow_map in maps)  # type: ignore[attr-defined]
+    raw = {key: value.clone() for key, value in trainer.flow_map.network.state_dict().items()}
+    trainer.save()
+    loaded = fewstep.load(tmp_path)
+    assert loaded.preconditioning.statistics == trainer.statistics  # type: ignore[attr-defined]
+    assert estimate_together(loaded, digits, config.statistics, Team()) == trainer.statistics
+    weights = loaded.network.state_dict()
+    assert any(not torch.equal(value, weights[key]) for key, value in raw.items())
+
+
+def moved_run(
+    kind: str, teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[RunFolder, Path]:
+    """A run stopped after six steps, and a copy of its teacher elsewhere."""
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", 6)
+        with pytest.raises(Killed):
+            train(student(kind, teacher), digits, run, MACHINE)
+    shutil.copytree(teacher, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("statistics"))
+    return run, tmp_path / "elsewhere"
+
+
+def test_a_teacher_may_move(
+    teacher: Path,
+    digits: Dataset,
+    unbroken_student: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
+    train(student("ctm-analytic", elsewhere), digits, run, MACHINE)
+    assert_same_run(run.root, unbroken_student("ctm-analytic"))
+
+
+def test_another_teacher_is_refused(
+    teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One weight differs: it is refused before any statistics are estimated."""
+    run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
+    file = RunFolder(elsewhere).last_checkpoint() / "model.safetensors"
+    weights: dict[str, Tensor] = load_file(file)
+    weights["output.bias"][0] += 1e-3
+    save_file(weights, file)
+    before = snapshot(run.root)
+    monkeypatch.setattr(StatisticsEstimator, "update", lambda *args: pytest.fail("statistics of a run to be refused"))
+    with pytest.raises(CheckpointError, match=r"other settings \(teacher: '\w{16}' -> '\w{16}'\)"):
+        train(student("ctm-analytic", elsewhere), digits, run, MACHINE)
+    assert snapshot(run.root) == before
+
+
+def test_a_run_without_statistics_is_not_taken_for_one_with(digits: Dataset, unbroken: Callable[[str], Path]) -> None:
+    """The difference is named, not what its checkpoint lacks."""
+    with pytest.raises(CheckpointError, match=r"model\.preconditioning: 'linear' -> 'analytic'"):
+        train(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), MACHINE)
