@@ -1,0 +1,393 @@
+"""Does a computed preconditioning train faster? CTM students of one teacher, by method and seed, paired.
+
+    python benchmarks/acceleration.py run digits --teacher runs/edm-digits --seeds 0 1 2
+    python benchmarks/acceleration.py summary
+
+`run` trains every student whose result is not there yet, one after the other, and writes one small JSON each to
+benchmarks/results/acceleration/. Students of one seed share the teacher's weights as a start, the order of the data
+and all random numbers; only the method differs. `summary` turns what is there into benchmarks/results/acceleration.json
+and docs/figures/acceleration.png.
+
+Measured with the averaged weights, on data and noise that training does not see:
+  jump T -> S     RMSE per element of the student's jump against the teacher's ODE, from held-out data with noise
+  sample, k calls the same along k steps from noise
+  the same with the second of two jumps taken by the teacher's ODE: what the first jump alone costs
+  frechet, k calls Frechet distance of k-step samples to held-out data
+The times between of 2- and 4-step sampling are searched for each method, seed and moment on one half of the held-out
+data and noise, and the figure is taken on the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.config import RunConfig
+from fewstep.data import Dataset, load_dataset
+from fewstep.evaluation import Extractor, default_extractor, frechet_distance, speedup, time_to
+from fewstep.evaluation.curves import mean_curve
+from fewstep.flowmap import FlowMap, at
+from fewstep.objectives import CD, CTM, TeacherSteps
+from fewstep.randomness import Draws
+from fewstep.recipes import recipe
+from fewstep.reporting.comparison import Course, Panel, comparison_curves
+from fewstep.solvers import trajectory
+from fewstep.times import edm_grid
+from fewstep.training import Attendants, Machine, RunFolder, load
+from fewstep.training.loop import Trainer
+
+RESULTS = Path(__file__).parent / "results" / "acceleration"
+FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "acceleration.png"
+INTERMEDIATE = "jumps to levels above the end"
+LEVELS = (80.0, 12.9, 1.9, 0.59, 0.002)
+MIDDLE = 1.9
+FIRST_JUMP = f"sample, 80 -> {MIDDLE:g} alone"
+MIDDLES = (0.25, 0.4, 0.6, 0.9, 1.3, 1.9, 2.8, 4.2, 6.3, 9.5)
+RHOS = (2.0, 3.0, 5.0, 7.0)
+NOISE_SEED = 77_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One data set's study: its recipe, length, and how much is measured."""
+
+    recipe: str
+    moments: tuple[int, ...]
+    samples: int
+    jumps: int
+    middles: tuple[float, ...] = MIDDLES
+
+
+PLANS = {
+    "mixture": Plan("ctm-mixture", (25, 50, 100, 150, 200, 300, 400, 600, 900), 4000, 1000),
+    "digits": Plan("ctm-digits", (25, 50, 100, 150, 200, 300, 400, 600), 1180, 500),
+    "digits-long": Plan("ctm-digits", (200, 400, 600, 900, 1300, 1800), 1180, 500),
+    "fashion": Plan("ctm-fashion-mnist", (25, 50, 100, 150, 200, 300), 800, 128, MIDDLES[1::2]),
+}
+
+
+def methods(base: RunConfig) -> dict[str, RunConfig]:
+    """Every method of the study as the recipe with one thing changed."""
+
+    def model(name: str) -> RunConfig:
+        return replace(base, model=replace(base.model, preconditioning=name))  # type: ignore[arg-type]
+
+    def statistics(**changes: object) -> RunConfig:
+        return replace(base, statistics=replace(base.statistics, **changes))  # type: ignore[arg-type]
+
+    def adversarial(config: RunConfig) -> RunConfig:
+        assert isinstance(config.objective, CTM)
+        return replace(config, objective=replace(config.objective, adversarial=0.2))
+
+    cd = CD(steps=TeacherSteps(points=18, solver="dpm-solver++", u="adjacent"), decay=0.99)
+    found = {
+        "euler": model("euler"),
+        "analytic": base,
+        "analytic, raw": statistics(centred=False),
+        "analytic, not shrunk": statistics(shrink=False),
+        "analytic, forward": model("analytic-forward"),
+        "analytic, l only": statistics(use="l"),
+        "analytic, s only": statistics(use="s"),
+        "analytic, own statistics": statistics(refresh_images=base.training.images // 40),
+        "CD, multistep": replace(model("euler"), objective=cd),
+        "euler, adversarial": adversarial(model("euler")),
+        "analytic, adversarial": adversarial(base),
+    }
+    for count in (64, 256, 1024, 4096, 16_384):
+        found[f"analytic, {count} samples"] = statistics(samples=count)
+    return found
+
+
+class Truth:
+    """The teacher's solutions that students are measured against, and the halves that times are searched on."""
+
+    @torch.no_grad()
+    def __init__(self, plan: Plan, dataset: Dataset, teacher: FlowMap, extractor: Extractor) -> None:
+        self.plan, self.dataset, self.teacher, self.extractor = plan, dataset, teacher, extractor
+        indices = torch.arange(min(plan.jumps, len(dataset.heldout)))
+        x0, labels = dataset.heldout.fetch(indices)
+        eps = Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
+        self.cond = Condition(labels)
+        self.starts: dict[float, Tensor] = {}
+        self.ends: dict[tuple[float, float], Tensor] = {}
+        for i, high in enumerate(LEVELS[:-1]):
+            grid = torch.tensor(LEVELS[i:], dtype=torch.float64)
+            self.starts[high] = x0 + high * eps
+            states = trajectory(teacher.denoise, teacher.path, self.starts[high], grid, steps=16, cond=self.cond)
+            self.ends |= {(high, low): state for low, state in zip(LEVELS[i + 1 :], states[1:], strict=True)}
+        noise_indices = torch.arange(plan.samples)
+        count = max(dataset.num_classes, 1)
+        self.labels = noise_indices % count if dataset.num_classes else None
+        self.noise = teacher.path.prior(Draws(NOISE_SEED, 1, noise_indices).normal(0, dataset.shape))
+        few = torch.arange(min(2 * plan.jumps, plan.samples))
+        grid = torch.tensor([LEVELS[0], LEVELS[-1]], dtype=torch.float64)
+        cond = Condition(None if self.labels is None else self.labels[few])
+        self.samples = trajectory(teacher.denoise, teacher.path, self.noise[few], grid, steps=40, cond=cond)[-1]
+        half = len(dataset.heldout) // 2
+        self.halves = [self.features(part) for part in (torch.arange(half), torch.arange(half, 2 * half))]
+
+    def features(self, indices: Tensor) -> Tensor:
+        return torch.cat([self.extractor.features(self.dataset.heldout.fetch(i)[0]) for i in indices.split(1000)])
+
+    def frechet(self, samples: Tensor, half: int) -> float:
+        shown = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
+        return frechet_distance(self.extractor.features(shown), self.halves[half])
+
+
+def walk(model: FlowMap, noise: Tensor, labels: Tensor | None, times: Tensor, gamma: float) -> Tensor:
+    """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
+    parts = []
+    for rows in torch.arange(len(noise)).split(500):
+        x, cond = noise[rows], Condition(None if labels is None else labels[rows])
+        for i, (t, s) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
+            if gamma and s > float(times[-1]):
+                x = model.jump(x, at(t, x), at(float(times[-1]), x), cond)
+                x = x + s * Draws(NOISE_SEED, 2 + i, rows).normal(0, tuple(x.shape[1:]))
+            else:
+                x = model.jump(x, at(t, x), at(s, x), cond)
+        parts.append(x)
+    return torch.cat(parts)
+
+
+def schedules(model: FlowMap, plan: Plan, steps: int) -> list[Tensor]:
+    """The falling times among which a k-step sampler may choose."""
+    first, last = LEVELS[0], LEVELS[-1]
+    if steps == 1:
+        return [torch.tensor([first, last], dtype=torch.float64)]
+    if steps == 2:
+        return [torch.tensor([first, middle, last], dtype=torch.float64) for middle in plan.middles]
+    return [edm_grid(model.path, steps, rho) for rho in RHOS]
+
+
+@torch.no_grad()
+def measure(model: FlowMap, truth: Truth, gamma: float, jumps_anywhere: bool) -> list[dict[str, object]]:
+    """Every figure of one moment."""
+    rows: list[dict[str, object]] = []
+    for (high, low), end in truth.ends.items():
+        if not jumps_anywhere and low != LEVELS[-1]:
+            continue
+        x = truth.starts[high]
+        error = (model.jump(x, at(high, x), at(low, x), truth.cond) - end).square().mean().sqrt()
+        rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": float(error)})
+    many = len(truth.noise) // 2
+    few = len(truth.samples) // 2
+    if jumps_anywhere:
+        rows.append({"measure": FIRST_JUMP, "nfe": 2, "value": first_jump_error(model, truth, few)})
+    for steps in (1, 2, 4):
+        rows += sampled(model, truth, steps, gamma, many, few)
+    return rows
+
+
+def first_jump_error(model: FlowMap, truth: Truth, few: int) -> float:
+    """What a 2-step sampler that stops at MIDDLE loses by its first jump alone: the teacher's ODE takes the second."""
+    rows = slice(few, 2 * few)
+    x, cond = truth.noise[rows], Condition(None if truth.labels is None else truth.labels[rows])
+    x = model.jump(x, at(LEVELS[0], x), at(MIDDLE, x), cond)
+    grid = torch.tensor([MIDDLE, LEVELS[-1]], dtype=torch.float64)
+    ended = trajectory(truth.teacher.denoise, truth.teacher.path, x, grid, steps=16, cond=cond)[-1]
+    return float((ended - truth.samples[rows]).square().mean().sqrt())
+
+
+def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float, many: int, few: int) -> list[dict[str, object]]:
+    """Frechet distance and, for the deterministic sampler, error against the teacher's samples, times searched."""
+
+    def draw(times: Tensor, rows: slice) -> Tensor:
+        labels = None if truth.labels is None else truth.labels[rows]
+        return walk(model, truth.noise[rows], labels, times, gamma)
+
+    def best(score: Callable[[Tensor], float]) -> Tensor:
+        options = schedules(model, truth.plan, steps)
+        return options[0] if len(options) == 1 else min(options, key=score)
+
+    times = best(lambda option: truth.frechet(draw(option, slice(0, many)), 0))
+    value = truth.frechet(draw(times, slice(many, 2 * many)), 1)
+    rows: list[dict[str, object]] = [
+        {"measure": "frechet", "nfe": steps, "value": value, "times": [round(t, 4) for t in times.tolist()]}
+    ]
+    if gamma:
+        return rows
+
+    def error(option: Tensor, rows: slice) -> float:
+        return float((draw(option, rows) - truth.samples[rows]).square().mean().sqrt())
+
+    times = best(lambda option: error(option, slice(0, few)))
+    found = error(times, slice(few, 2 * few))
+    return [*rows, {"measure": "sample", "nfe": steps, "value": found, "times": [round(t, 4) for t in times.tolist()]}]
+
+
+def run_cell(name: str, config: RunConfig, seed: int, plan: Plan, truth: Truth, dataset: Dataset) -> dict[str, object]:
+    """Train one student, measuring at the plan's moments."""
+    batch = config.training.batch_size
+    training = replace(config.training, images=plan.moments[-1] * batch, seed=seed)
+    config = replace(config, training=training)
+    curve: list[dict[str, object]] = []
+    gamma = 1.0 if isinstance(config.objective, CD) else 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, dataset, RunFolder(Path(folder) / "run"), Machine(cpu=True, quiet=True), Attendants())
+        started, spent = time.perf_counter(), 0.0
+        trainer.flow_map.train()
+        for moment in plan.moments:
+            before = time.perf_counter()
+            while trainer.step < moment:
+                trainer.take_step()
+            spent += time.perf_counter() - before
+
+            def watch(model: FlowMap, step: int) -> None:
+                for row in measure(model, truth, gamma, not gamma):
+                    curve.append({"step": step, **row})
+
+            trainer.show(watch)
+        found: dict[str, object] = {
+            "method": name, "seed": seed, "batch": batch, "training_seconds": round(spent, 1),
+            "seconds": round(time.perf_counter() - started, 1), "curve": curve,
+        }  # fmt: skip
+        statistics = trainer.statistics
+        if statistics is not None:
+            found |= {"statistics_seconds": round(statistics.seconds, 2), "statistics_samples": statistics.samples}
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train the students that have no result yet."""
+    plan = PLANS[options.dataset]
+    base = replace(recipe(plan.recipe), teacher=str(options.teacher))
+    chosen = methods(base)
+    unknown = sorted(set(options.methods) - set(chosen))
+    if unknown:
+        raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(chosen)}")
+    dataset = load_dataset(base.data)
+    teacher = load(options.teacher)
+    labelled = load_dataset(replace(base.data, labels=True))
+    truth = Truth(plan, dataset, teacher, default_extractor(labelled, cache=options.cache))
+    floor = {
+        "frechet": truth.frechet(torch.cat([truth.samples]), 1), "samples": len(truth.samples),
+        "extractor": truth.extractor.name,
+    }  # fmt: skip
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{options.dataset}-teacher.json").write_text(json.dumps(floor) + "\n")
+    for seed in options.seeds:
+        for name in options.methods:
+            file = RESULTS / f"{options.dataset}-{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+            if file.exists():
+                continue
+            found = run_cell(name, chosen[name], seed, plan, truth, dataset)
+            file.write_text(json.dumps({"dataset": options.dataset, **found}) + "\n")
+            last = {(r["measure"], r["nfe"]): r["value"] for r in found["curve"][-40:]}  # type: ignore[index]
+            shown = ", ".join(f"{m} {n}: {v:.3g}" for (m, n), v in last.items())
+            print(f"{options.dataset} {name} seed {seed}: {found['seconds']} s; {shown}", flush=True)
+
+
+def read_cells() -> list[dict[str, Any]]:
+    """Every stored student."""
+    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+    return [cell for cell in found if "curve" in cell]
+
+
+def curves_of(cell: dict[str, Any]) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """(measure, calls) -> [(steps, value)], with the RMS over all jumps that stop above the data end as one more."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    squares: dict[int, list[float]] = {}
+    for row in cell["curve"]:
+        found.setdefault((row["measure"], row["nfe"]), []).append((row["step"], row["value"]))
+        name = row["measure"]
+        if name.startswith("jump") and not name.endswith(f"-> {LEVELS[-1]:g}"):
+            squares.setdefault(row["step"], []).append(row["value"] ** 2)
+    if squares:
+        found[INTERMEDIATE, 1] = [(step, (sum(v) / len(v)) ** 0.5) for step, v in sorted(squares.items())]
+    return found
+
+
+def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> list[dict[str, Any]]:
+    """Rows of one data set: how many times fewer steps `method` takes than `baseline`, by measure and calls."""
+    groups = {
+        name: {cell["seed"]: curves_of(cell) for cell in cells if cell["method"] == name} for name in (baseline, method)
+    }
+    measures = set.intersection(*(set(curves) for group in groups.values() for curves in group.values()))
+    rows = []
+    for measure, nfe in sorted(measures):
+        slow, fast = ({seed: c[measure, nfe] for seed, c in groups[name].items()} for name in (baseline, method))
+        found = speedup(slow, fast)
+        seeds = sorted(set(slow) & set(fast))
+        steps = {}
+        for key, curves in (("steps_euler", slow), ("steps_analytic", fast)):
+            reached = [time_to(curves[seed], found.targets[-1]) for seed in seeds]
+            steps[key] = None if None in reached else round(math.exp(sum(map(math.log, reached)) / len(reached)), 1)
+        last = {key: sum(c[seed][-1][1] for seed in seeds) / len(seeds) for key, c in (("a", slow), ("b", fast))}
+        rows.append(
+            {
+                "dataset": cells[0]["dataset"], "method": method, "baseline": baseline, "measure": measure, "nfe": nfe,
+                "ratio": round(found.ratio, 3), "low": found.low, "high": found.high, "bound": found.bound,
+                "seeds": len(found.seeds), **steps, "target": found.targets[-1],
+                "final_euler": last["a"], "final_analytic": last["b"],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def summary() -> None:
+    """Print the table, write acceleration.json and the figure."""
+    cells, rows = read_cells(), []
+    for dataset in PLANS:
+        own = [cell for cell in cells if cell["dataset"] == dataset]
+        names = {cell["method"] for cell in own}
+        for method in sorted(names - {"euler"}):
+            rows += compare_methods(own, "euler", method) if "euler" in names else []
+    (RESULTS.parent / "acceleration.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(
+        f"{'data':8} {'method':24} {'measure':32} {'NFE':>3} {'ratio':>8} {'interval':>14} {'seeds':>5} {'final':>15}"
+    )
+    for row in rows:
+        interval = "" if row["low"] is None else f"{row['low']:.2f} .. {row['high']:.2f}"
+        final = f"{row['final_euler']:.3g} / {row['final_analytic']:.3g}"
+        print(
+            f"{row['dataset']:8} {row['method']:24} {row['measure']:32} {row['nfe']:>3} "
+            f"{row['bound'] + format(row['ratio'], '.2f'):>8} {interval:>14} {row['seeds']:>5} {final:>15}"
+        )
+    FIGURE.write_bytes(figure(cells))
+
+
+def figure(cells: list[dict[str, Any]]) -> bytes:
+    """Learning curves of Euler and analytic, a row of panels for each data set."""
+    panels = []
+    for dataset in PLANS:
+        for measure, nfe in ((INTERMEDIATE, 1), ("sample", 2), ("frechet", 1), ("frechet", 2)):
+            courses = []
+            for method in ("euler", "analytic"):
+                own = [c for c in cells if c["dataset"] == dataset and c["method"] == method]
+                curves = [[(s * c["batch"], v) for s, v in curves_of(c)[measure, nfe]] for c in own]
+                if curves:
+                    mean = mean_curve(curves)
+                    courses.append(Course(method, mean.images, mean.mean, mean.low, mean.high))
+            calls = "" if measure == INTERMEDIATE else f", {nfe} call" + ("s" if nfe > 1 else "")
+            if courses:
+                panels.append(Panel(f"{dataset}: {measure}{calls}", tuple(courses)))
+    return comparison_curves(panels, columns=4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train students")
+    running.add_argument("dataset", choices=sorted(PLANS))
+    running.add_argument("--teacher", type=Path, required=True, help="run folder of the trained teacher")
+    running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    running.add_argument("--methods", nargs="+", default=["euler", "analytic"])
+    running.add_argument("--cache", type=Path, default=None, help="folder of trained feature extractors")
+    commands.add_parser("summary", help="table, JSON and figure of what is there")
+    options = parser.parse_args()
+    run(options) if options.command == "run" else summary()
+
+
+if __name__ == "__main__":
+    main()

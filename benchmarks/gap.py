@@ -1,0 +1,143 @@
+"""How far a perfect student's network is from the teacher's denoiser, by preconditioning and jump (math.md §3.4).
+
+    python benchmarks/gap.py TEACHER-RUN [TEACHER-RUN ...]
+    python benchmarks/gap.py --closed-form
+
+Prints the consistency gap, the root mean square per element of N* - D on 256 held-out samples, with D taken where the
+preconditioning freezes its residual: at the end of the jump for the backward form, at its start for the forward form,
+at the better of the two for Euler's. Statistics come from `--samples` training samples. Rows go to
+benchmarks/results/gap.json; a row measured anew replaces its older self.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.config import StatisticsConfig
+from fewstep.data import DataConfig, load_dataset
+from fewstep.oracles import toy_mixture
+from fewstep.paths import EDM
+from fewstep.preconditioning import (
+    AnalyticPreconditioning,
+    EulerPreconditioning,
+    Preconditioning,
+    TrajectoryStatistics,
+    consistency_gap,
+    estimate_statistics,
+)
+from fewstep.training import RunFolder, load
+from fewstep.training.statistics import data_mean, kept_statistics, prepared
+
+RESULTS = Path(__file__).parent / "results" / "gap.json"
+JUMPS = ((80.0, 12.9), (80.0, 1.9), (12.9, 1.9), (12.9, 0.59), (1.9, 0.59), (80.0, 0.002))
+COUNT = 256
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Estimate = Callable[[bool], TrajectoryStatistics]
+
+
+def candidates(estimate: Estimate, conditional: bool) -> dict[str, Preconditioning]:
+    """The preconditionings compared; `estimate(centred)` gives statistics that are not shrunk."""
+    centred, raw = estimate(True), estimate(False)
+    found: dict[str, Preconditioning] = {
+        "euler": EulerPreconditioning(),
+        "backward, not shrunk": AnalyticPreconditioning(centred),
+        "backward, raw": AnalyticPreconditioning(raw),
+        "backward, l only": AnalyticPreconditioning(centred.without("s")),
+        "backward, s only": AnalyticPreconditioning(centred.without("l")),
+        "forward": AnalyticPreconditioning(centred, "forward"),
+    }
+    return found if conditional else found | {"backward, shrunk": AnalyticPreconditioning(centred.shrunk())}
+
+
+def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Preconditioning]) -> list[dict[str, Any]]:
+    """The gap of every preconditioning at every jump."""
+    t, s = torch.tensor(JUMPS, dtype=torch.float64).T
+    rows = []
+    for method, preconditioning in found.items():
+        ends = ("t", "s") if method == "euler" else (preconditioning.frozen_at,)
+        gaps = [
+            consistency_gap(preconditioning, denoiser, data, t, s, samples=COUNT, seed=1, solver_steps=64, end=end)  # type: ignore[arg-type]
+            for end in ends
+        ]
+        best = torch.stack([gap.rms for gap in gaps]).argmin(0)
+        g = preconditioning.coefficients(t, s)[1]
+        for i, (high, low) in enumerate(JUMPS):
+            gap = gaps[int(best[i])]
+            rows.append(
+                {
+                    "teacher": name, "method": method, "from": high, "to": low, "gap": float(gap.rms[i]),
+                    "stderr": float(gap.stderr[i]), "g": float(g[i]), "end": ends[int(best[i])],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def of_run(folder: Path, samples: int) -> list[dict[str, Any]]:
+    """Rows of a trained teacher; with classes it is asked at each sample's own."""
+    dataset = load_dataset(RunFolder(folder).config().data)
+    teacher = load(folder).requires_grad_(False)
+    x0, labels = dataset.heldout.fetch(torch.arange(COUNT))
+
+    def estimate(centred: bool) -> TrajectoryStatistics:
+        settings = StatisticsConfig(samples=samples, centred=centred, shrink=False)
+        return prepared(kept_statistics(folder, teacher, dataset, settings), settings, dataset)
+
+    name = f"{RunFolder(folder).config().recipe}{', class-conditional' if dataset.num_classes else ''}"
+    found = candidates(estimate, dataset.num_classes > 0)
+    return rows_of(name, lambda x, t: teacher.denoise(x, t, Condition(labels)), x0, found)
+
+
+def of_closed_form(samples: int) -> list[dict[str, Any]]:
+    """Rows of the mixture's exact denoiser."""
+    dataset, exact = load_dataset(DataConfig(source="mixture")), toy_mixture()
+    x0 = dataset.heldout.fetch(torch.arange(COUNT))[0].double()
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return exact.denoise(EDM(), x, t)
+
+    def estimate(centred: bool) -> TrajectoryStatistics:
+        train = dataset.train.fetch(torch.arange(samples))[0].double()
+        mean = data_mean(dataset)
+        return estimate_statistics(denoiser, train, samples=samples, centred=centred, mean=mean, shrink=False)
+
+    return rows_of("mixture, closed form", denoiser, x0, candidates(estimate, conditional=False))
+
+
+def store(rows: list[dict[str, Any]]) -> None:
+    """Keep rows beside those of other teachers."""
+    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    fresh = {row["teacher"] for row in rows}
+    RESULTS.write_text(json.dumps([r for r in old if r["teacher"] not in fresh] + rows, indent=1) + "\n")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table: a line a method, a column a jump."""
+    print(f"{rows[0]['teacher']:28}" + "".join(f"{f'{high:g}->{low:g}':>12}" for high, low in JUMPS))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        print(f"{method:28}" + "".join(f"{row['gap']:>12.4f}" for row in own))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teachers", type=Path, nargs="*")
+    parser.add_argument("--closed-form", action="store_true", help="the mixture's exact denoiser")
+    parser.add_argument("--samples", type=int, default=256, help="training samples behind the statistics")
+    options = parser.parse_args()
+    for rows in [of_run(folder, options.samples) for folder in options.teachers] + (
+        [of_closed_form(options.samples)] if options.closed_form else []
+    ):
+        show(rows)
+        store(rows)
+
+
+if __name__ == "__main__":
+    main()
