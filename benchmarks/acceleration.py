@@ -1,12 +1,12 @@
 """Does a computed preconditioning train faster? CTM students of one teacher, by method and seed, paired.
 
     python benchmarks/acceleration.py run digits --teacher runs/edm-digits --seeds 0 1 2
-    python benchmarks/acceleration.py summary
+    python benchmarks/acceleration.py
 
 `run` trains every student whose result is not there yet, one after the other, and writes one small JSON each to
 benchmarks/results/acceleration/. Students of one seed share the teacher's weights as a start, the order of the data
-and all random numbers; only the method differs. `summary` turns what is there into benchmarks/results/acceleration.json
-and docs/figures/acceleration.png.
+and all random numbers; only the method differs. Without `run` it turns what is there into
+benchmarks/results/acceleration.json and docs/figures/acceleration.png.
 
 Measured with the averaged weights, on data and noise that training does not see:
   jump T -> S     RMSE per element of the student's jump against the teacher's ODE, from held-out data with noise
@@ -35,17 +35,19 @@ from torch import Tensor
 from fewstep.conditions import Condition
 from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
-from fewstep.evaluation import Extractor, default_extractor, frechet_distance, speedup, time_to
+from fewstep.evaluation import Extractor, common_target, default_extractor, frechet_distance, speedup, time_to
 from fewstep.evaluation.curves import mean_curve
 from fewstep.flowmap import FlowMap, at
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.randomness import Draws
 from fewstep.recipes import recipe
 from fewstep.reporting.comparison import Course, Panel, comparison_curves
+from fewstep.serialization import to_json
 from fewstep.solvers import trajectory
 from fewstep.times import edm_grid
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
+from fewstep.training.teacher import fingerprint
 
 RESULTS = Path(__file__).parent / "results" / "acceleration"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "acceleration.png"
@@ -252,6 +254,11 @@ def run_cell(name: str, config: RunConfig, seed: int, plan: Plan, truth: Truth, 
             "method": name, "seed": seed, "batch": batch, "training_seconds": round(spent, 1),
             "seconds": round(time.perf_counter() - started, 1), "curve": curve,
         }  # fmt: skip
+        if trainer.teacher is not None:
+            found |= {
+                "teacher": fingerprint(trainer.teacher),
+                "config": to_json(replace(config, teacher="", initial="")),
+            }
         statistics = trainer.statistics
         if statistics is not None:
             found |= {"statistics_seconds": round(statistics.seconds, 2), "statistics_samples": statistics.samples}
@@ -308,8 +315,18 @@ def curves_of(cell: dict[str, Any]) -> dict[tuple[str, int], list[tuple[float, f
     return found
 
 
+def geometric_mean(values: list[float | None]) -> float:
+    """Of numbers of steps, all known: every curve reaches the common target."""
+    return math.exp(sum(math.log(value) for value in values if value is not None) / len(values))
+
+
 def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> list[dict[str, Any]]:
-    """Rows of one data set: how many times fewer steps `method` takes than `baseline`, by measure and calls."""
+    """Rows of one data set: how many times fewer steps `method` takes than `baseline`, by measure and calls.
+
+    To the worst final value among all runs of both methods, which every run reaches: the ratio is symmetric. Time
+    counts until a curve stays there. at_start: runs that are there at their first moment, whose time is only known to
+    be no longer. steps_euler, steps_analytic: the baseline's and the method's, geometric means over seeds.
+    """
     groups = {
         name: {cell["seed"]: curves_of(cell) for cell in cells if cell["method"] == name} for name in (baseline, method)
     }
@@ -317,19 +334,20 @@ def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> 
     rows = []
     for measure, nfe in sorted(measures):
         slow, fast = ({seed: c[measure, nfe] for seed, c in groups[name].items()} for name in (baseline, method))
-        found = speedup(slow, fast)
         seeds = sorted(set(slow) & set(fast))
-        steps = {}
-        for key, curves in (("steps_euler", slow), ("steps_analytic", fast)):
-            reached = [time_to(curves[seed], found.targets[-1]) for seed in seeds]
-            steps[key] = None if None in reached else round(math.exp(sum(map(math.log, reached)) / len(reached)), 1)
-        last = {key: sum(c[seed][-1][1] for seed in seeds) / len(seeds) for key, c in (("a", slow), ("b", fast))}
+        if not seeds:
+            continue
+        slow, fast = ({seed: curves[seed] for seed in seeds} for curves in (slow, fast))
+        target = common_target([*slow.values(), *fast.values()])
+        found = speedup(slow, fast, [target])
+        steps = [geometric_mean([time_to(curves[seed], target) for seed in seeds]) for curves in (slow, fast)]
+        last = [sum(curves[seed][-1][1] for seed in seeds) / len(seeds) for curves in (slow, fast)]
         rows.append(
             {
                 "dataset": cells[0]["dataset"], "method": method, "baseline": baseline, "measure": measure, "nfe": nfe,
-                "ratio": round(found.ratio, 3), "low": found.low, "high": found.high, "bound": found.bound,
-                "seeds": len(found.seeds), **steps, "target": found.targets[-1],
-                "final_euler": last["a"], "final_analytic": last["b"],
+                "ratio": found.ratio, "low": found.low, "high": found.high, "seeds": len(seeds), "target": target,
+                "steps_euler": steps[0], "steps_analytic": steps[1], "at_start": found.at_start,
+                "final_euler": last[0], "final_analytic": last[1],
             }
         )  # fmt: skip
     return rows
@@ -352,7 +370,7 @@ def summary() -> None:
         final = f"{row['final_euler']:.3g} / {row['final_analytic']:.3g}"
         print(
             f"{row['dataset']:8} {row['method']:24} {row['measure']:32} {row['nfe']:>3} "
-            f"{row['bound'] + format(row['ratio'], '.2f'):>8} {interval:>14} {row['seeds']:>5} {final:>15}"
+            f"{row['ratio']:>8.2f} {interval:>14} {row['seeds']:>5} {final:>15} {row['at_start']:>9}"
         )
     FIGURE.write_bytes(figure(cells))
 
@@ -377,16 +395,18 @@ def figure(cells: list[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     running = commands.add_parser("run", help="train students")
     running.add_argument("dataset", choices=sorted(PLANS))
     running.add_argument("--teacher", type=Path, required=True, help="run folder of the trained teacher")
     running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     running.add_argument("--methods", nargs="+", default=["euler", "analytic"])
     running.add_argument("--cache", type=Path, default=None, help="folder of trained feature extractors")
-    commands.add_parser("summary", help="table, JSON and figure of what is there")
     options = parser.parse_args()
-    run(options) if options.command == "run" else summary()
+    if options.command == "run":
+        run(options)
+    else:
+        summary()
 
 
 if __name__ == "__main__":

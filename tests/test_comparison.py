@@ -19,7 +19,7 @@ from fewstep.comparison import compare, differing_settings, method_labels, read_
 from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, Samples
 from fewstep.errors import CheckpointError, ConfigError, DataError, ShapeError
-from fewstep.evaluation.curves import mean_curve, reached_by, speedup, targets_of, time_to
+from fewstep.evaluation.curves import common_target, mean_curve, reached_by, speedup, targets_of, time_to
 from fewstep.recipes import recipe
 from fewstep.reporting.comparison import Course, Panel, comparison_curves
 from fewstep.runs import curve_watcher, study_links, write_curve
@@ -45,18 +45,32 @@ def test_time_to_inverts_an_exponential_curve(rate: float, images: float) -> Non
     assert found == pytest.approx(images, rel=1e-6)
 
 
-def test_time_to_follows_the_running_minimum() -> None:
-    curve = [(1.0, 4.0), (2.0, 2.0), (3.0, 3.0), (4.0, 1.0), (5.0, 7.0)]
-    assert [time_to(curve, target) for target in (9.0, 4.0, 2.0, 1.0, 0.9)] == [1.0, 1.0, 2.0, 4.0, None]
-    between = time_to(curve, 1.5)
+def test_time_to_is_when_the_curve_stays_there() -> None:
+    """A dip that is lost again counts for nothing."""
+    curve = [(1.0, 4.0), (2.0, 2.0), (3.0, 3.0), (4.0, 1.0)]
+    assert [time_to(curve, target) for target in (9.0, 4.0, 3.0, 1.0, 0.9)] == [1.0, 1.0, 2.0, 4.0, None]
+    between = time_to(curve, 2.0)
     assert between is not None
-    assert 3.0 < between < 4.0  # from 2 at three images on, not from 3
-    assert between == pytest.approx(3 + math.log(2 / 1.5) / math.log(2))
+    assert 3.0 < between < 4.0
 
 
-def test_time_to_passes_over_nan_and_takes_zero() -> None:
+def test_the_common_target_makes_the_ratio_symmetric() -> None:
+    """Whichever method is called the baseline, and however it dips on its way."""
+    slow = {seed: [(1.0, 1.0 + seed), (2.0, 5.0), (4.0, 3.0), (8.0, 2.0)] for seed in (0, 1)}
+    fast = {seed: [(1.0, 6.0), (2.0, 4.0), (4.0, 1.5), (8.0, 1.0 + 0.1 * seed)] for seed in (0, 1)}
+    target = common_target([*slow.values(), *fast.values()])
+    assert target == 2.0
+    one, other = speedup(slow, fast, [target]), speedup(fast, slow, [target])
+    assert one.ratio * other.ratio == pytest.approx(1.0)
+    assert one.ratio > 2
+    assert (one.bound, one.at_start) == ("", 0)
+    assert speedup(slow, fast, [9.0]).at_start == 4
+
+
+def test_time_to_takes_nan_for_worst_and_takes_zero() -> None:
     nan = math.nan
-    assert time_to([(1, nan), (2, 3.0), (3, nan)], 3.0) == 2
+    assert time_to([(1, nan), (2, 3.0), (3, 2.0)], 3.0) == 2
+    assert time_to([(1, 1.0), (2, nan)], 3.0) is None
     assert time_to([(1, 4.0), (3, 0.0)], 1.0) == 2.5  # linear in the value where its logarithm ends
     assert time_to([(1, nan), (2, nan)], 3.0) is None
 
@@ -69,8 +83,8 @@ def test_curves_whose_images_do_not_rise_are_refused(images: list[float]) -> Non
 
 def test_targets_are_what_every_curve_has_reached() -> None:
     good, bad = [(1.0, 4.0), (2.0, 3.0), (4.0, 1.0)], [(1.0, 5.0), (2.0, 6.0), (4.0, 2.0)]
-    assert [reached_by([good, bad], share) for share in (0.1, 0.5, 0.75, 1.0)] == [5.0, 5.0, 5.0, 2.0]
-    assert targets_of([good, bad]) == {0.5: 5.0, 1.0: 2.0}
+    assert [reached_by([good, bad], share) for share in (0.1, 0.5, 0.75, 1.0)] == [6.0, 6.0, 6.0, 2.0]
+    assert targets_of([good, bad]) == {0.5: 6.0, 1.0: 2.0}
     assert targets_of([[(1.0, math.nan)]]) == {}
 
 

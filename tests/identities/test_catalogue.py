@@ -44,7 +44,7 @@ from fewstep.randomness import Draws
 EXAMPLES: dict[str, Objective] = {
     "flow matching, denoising": DiagonalMatching(),
     "CD": CD(),
-    "CTM": CTM(TeacherSteps(u="adjacent"), balance=False),
+    "CTM": CTM(TeacherSteps(u="adjacent"), balance=False, sigma_data=0.5),
     "CT": CT(),
     "ECT": ECT(),
     "sCT": SCT(),

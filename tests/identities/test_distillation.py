@@ -85,7 +85,7 @@ def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) 
 
 def test_the_target_and_the_teacher_get_no_gradient() -> None:
     student, slow, companions = student_case()
-    for objective in (CD(), CTM(balance=False)):
+    for objective in (CD(), CTM(balance=False, sigma_data=SD)):
         student.zero_grad()
         objective(student, batch(), companions).mean().backward()
         assert all(
@@ -115,7 +115,7 @@ def test_the_gradient_passes_through_the_average_to_the_first_jump() -> None:
 
 def test_balance_equals_the_gradient_norms_on_the_last_layer() -> None:
     student, _, companions = student_case()
-    objective, data = CTM(denoising=0.5), batch()
+    objective, data = CTM(denoising=0.5, sigma_data=SD), batch()
     losses = objective(student, data, companions)
     weight = student.network.output.weight  # type: ignore[union-attr]
     norms = []

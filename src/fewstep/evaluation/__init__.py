@@ -1,7 +1,7 @@
 """Evaluation: features of images, distances between sets of them, alignment with a teacher, figures of one run."""
 
 from fewstep.evaluation.alignment import Alignment, TrajectoryAlignment, alignment, trajectory_alignment
-from fewstep.evaluation.curves import Speedup, speedup, targets_of, time_to
+from fewstep.evaluation.curves import Speedup, common_target, speedup, targets_of, time_to
 from fewstep.evaluation.features import (
     ClassifierExtractor,
     Extractor,
@@ -34,6 +34,7 @@ __all__ = [
     "TrajectoryAlignment",
     "alignment",
     "class_accuracy",
+    "common_target",
     "default_extractor",
     "frechet_distance",
     "kernel_distance",

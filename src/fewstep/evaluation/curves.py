@@ -23,13 +23,13 @@ _ENUMERATED = 5  # up to so many seeds, all n^n resamples
 
 
 def time_to(curve: Curve, target: float) -> float | None:
-    """Images at which the curve's running minimum first reaches `target`; None when it never does.
+    """Images from which on the curve stays at `target` or below; None when it ends above.
 
-    Between two points log(value) is linear in images (value itself where it falls to 0 or below). A curve that starts
-    at the target or under it gives its first point: no earlier one is known. NaN reaches nothing.
+    An early dip that is lost again does not count. Between two points log(value) is linear in images (value itself
+    where it falls to 0 or below). A curve that never leaves the target gives its first point: no earlier one is known.
     Raises ShapeError unless images are positive and rise.
     """
-    points = running_minimum(curve)
+    points = settled(curve)
     if points[0][1] <= target:
         return points[0][0]
     for (x0, above), (x1, below) in pairwise(points):
@@ -40,23 +40,31 @@ def time_to(curve: Curve, target: float) -> float | None:
     return None
 
 
-def running_minimum(curve: Curve) -> list[tuple[float, float]]:
-    """The curve with each value replaced by the best so far; raises ShapeError on images that do not rise from 0."""
+def settled(curve: Curve) -> list[tuple[float, float]]:
+    """The curve with each value replaced by the worst from there on; a value that is not a number counts as infinite.
+
+    Raises ShapeError on images that do not rise from 0.
+    """
     images = [x for x, _ in curve]
     if not images or not images[0] > 0 or any(not b > a for a, b in pairwise(images)):
         raise ShapeError(f"a curve needs points at rising, positive numbers of images, got {images[:8]}")
-    best, points = math.inf, []
-    for x, value in curve:
-        best = value if value < best else best
-        points.append((x, best))
-    return points
+    worst, points = -math.inf, []
+    for x, value in reversed(curve):
+        worst = max(worst, math.inf if math.isnan(value) else value)
+        points.append((x, worst))
+    return points[::-1]
+
+
+def common_target(curves: Sequence[Curve]) -> float:
+    """The quality that every curve has at its end: the worst of their last values. Symmetric in the curves."""
+    return max(settled(curve)[-1][1] for curve in curves)
 
 
 def reached_by(curves: Sequence[Curve], share: float) -> float:
-    """The quality that every curve has reached after `share` of its images: the worst of their running minima."""
+    """The quality that every curve keeps after `share` of its images."""
     values = []
     for curve in curves:
-        points = running_minimum(curve)
+        points = settled(curve)
         end = max(share * points[-1][0], points[0][0])
         values.append([value for images, value in points if images <= end][-1])
     return max(values)
@@ -79,7 +87,8 @@ class Speedup:
     ratio: geometric mean over seeds and targets of images(baseline) / images(method). low, high: a percentile bootstrap
     over seeds, None for a single seed. seeds: those that both have. targets, at_targets: values, and the geometric mean
     over seeds at each. censored: (seed, target) pairs that the method never reached; censored_baseline: the baseline.
-    A pair never reached counts with all images of its curve, which makes ratio, low and high bounds.
+    A pair never reached counts with all images of its curve, which makes ratio, low and high bounds. at_start: pairs
+    met at a curve's first point, by either method: their time is only known to be no longer.
     """
 
     ratio: float
@@ -90,6 +99,7 @@ class Speedup:
     at_targets: tuple[float, ...]
     censored: int = 0
     censored_baseline: int = 0
+    at_start: int = 0
 
     @property
     def bound(self) -> str:
@@ -138,6 +148,12 @@ def speedup(
         at_targets=tuple(logs.mean(0).exp().tolist()),
         censored=sum(not reached for row in fast for _, reached in row),
         censored_baseline=sum(not reached for row in slow for _, reached in row),
+        at_start=sum(
+            time_to(curves[seed], goal) == curves[seed][0][0]
+            for curves in (baseline, other)
+            for seed in seeds
+            for goal in goals
+        ),
     )
 
 

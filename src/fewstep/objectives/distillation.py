@@ -18,7 +18,7 @@ from fewstep.flowmap import FlowMap
 from fewstep.networks import Network
 from fewstep.objectives.adversarial import generator_loss
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
-from fewstep.objectives.matching import check_dropout, conditioned, denoising_loss
+from fewstep.objectives.matching import check_dropout, conditioned, denoising_loss, deviation_of
 from fewstep.solvers import SolverName, denoiser_on, solve
 from fewstep.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.weights import error_norm, gradient_balance
@@ -129,7 +129,8 @@ class CTM(Objective):
     denoising: weight of the second loss at noise levels `times`; 0 leaves it out. balance: lambda is that weight times
     the ratio of the two losses' gradient norms on the network's last layer; otherwise the weight alone.
     adversarial: weight, balanced likewise, of -critic on what is compared above, while there is a critic.
-    to_end: s = t_min always. decay: of X_sg. distance: squared L2, pseudo-Huber, or of features.
+    sigma_data: of the denoising loss; None takes what the flow map's configuration says. to_end: s = t_min always.
+    decay: of X_sg. distance: squared L2, pseudo-Huber, or of features.
     """
 
     steps: TeacherSteps = field(default_factory=TeacherSteps)
@@ -140,6 +141,7 @@ class CTM(Objective):
     balance: bool = True
     adversarial: float = 0.0
     times: TimeDistribution = field(default_factory=LogNormalTimes)
+    sigma_data: float | None = None
     to_end: bool = False
     dropout: float = 0.0
 
@@ -210,8 +212,8 @@ class CTM(Objective):
         """EDM's denoising loss of the same images at noise levels and noise of its own."""
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_DIAGONAL))
         eps = batch.draws.normal(STREAM_DIAGONAL_NOISE, tuple(batch.x0.shape[1:]), batch.x0.dtype)
-        sigma_data = 0.5 if flow_map.config is None else flow_map.config.sigma_data
-        return denoising_loss(flow_map, batch.x0, eps, t, cond, sigma_data)
+        deviation = deviation_of(flow_map) if self.sigma_data is None else self.sigma_data
+        return denoising_loss(flow_map, batch.x0, eps, t, cond, deviation)
 
 
 def jump_where_apart(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:

@@ -53,11 +53,7 @@ class DiagonalMatching(Objective):
 
     def deviation(self, flow_map: FlowMap) -> float:
         """The data's standard deviation; raises ConfigError when nothing states it."""
-        if self.sigma_data is not None:
-            return self.sigma_data
-        if flow_map.config is None:
-            raise ConfigError("DiagonalMatching measures denoisers in units of sigma_data: state it")
-        return flow_map.config.sigma_data
+        return deviation_of(flow_map) if self.sigma_data is None else self.sigma_data
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         path, x0 = flow_map.path, batch.x0
@@ -70,6 +66,13 @@ class DiagonalMatching(Objective):
         else:
             loss = denoising_loss(flow_map, x0, eps, t, cond, self.deviation(flow_map))
         return Losses(loss, t, t, {"matching": loss.detach()})
+
+
+def deviation_of(flow_map: FlowMap) -> float:
+    """The data's standard deviation as the flow map's configuration says; raises ConfigError when it has none."""
+    if flow_map.config is None:
+        raise ConfigError("denoising errors are measured in units of sigma_data: build the map from a FlowMapConfig")
+    return flow_map.config.sigma_data
 
 
 def denoising_loss(flow_map: FlowMap, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float) -> Tensor:

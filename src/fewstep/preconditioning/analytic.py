@@ -103,14 +103,15 @@ class AnalyticPreconditioning(Preconditioning):
     def __post_init__(self) -> None:
         if self.form not in ("backward", "forward"):
             raise ConfigError(f"analytic preconditioning: form is {self.form!r}; it must be 'backward' or 'forward'")
-        knots = self.statistics.lam[:: max(1, len(self.statistics.lam) // 40)]
-        pairs = torch.combinations(knots, 2)
-        tables = build_tables(self.statistics)
-        f, g = self._between(pairs[:, 0], pairs[:, 1], tables)
-        if not bool((f.isfinite() & g.isfinite()).all()):
+        lam, tables = self.statistics.lam, build_tables(self.statistics)
+        few = torch.combinations(lam[:: max(1, len(lam) // 40)], 2)
+        ends = [(lam[:-1], lam[1:]), (lam[:1].expand(len(lam) - 1), lam[1:]), (lam[:-1], lam[-1:].expand(len(lam) - 1))]
+        starts, stops = (torch.cat([each[i] for each in ends] + [few[:, i]]) for i in (0, 1))
+        f, g = self._between(starts, stops, tables)
+        if not bool((f.isfinite() & g.isfinite() & (g > 0)).all()):
             steepest = float(self.statistics.s.abs().max())
             raise ConfigError(
-                f"the statistics give jumps that are not finite (s reaches {steepest:.3g}): "
+                f"the statistics give jumps that are not finite and positive (s reaches {steepest:.3g}): "
                 "train the teacher longer, or estimate with more samples"
             )
         object.__setattr__(self, "_tables", {torch.device("cpu"): tables})

@@ -20,11 +20,13 @@ class Place(NamedTuple):
 
 
 def slopes(values: Tensor, step: float) -> Tensor:
-    """Derivatives at the knots by second-order differences: central inside, one-sided at the ends; (..., points).
-
-    Needs at least 3 points.
+    """Derivatives at the knots, (..., points): by fourth-order central differences where two neighbours lie on each
+    side, second-order ones beside the ends, one-sided at them. Needs at least 3 points.
     """
     inside = (values[..., 2:] - values[..., :-2]) / 2
+    if values.shape[-1] >= 5:
+        wide = (values[..., 4:] - values[..., :-4]) / 4
+        inside = torch.cat([inside[..., :1], (4 * inside[..., 1:-1] - wide) / 3, inside[..., -1:]], dim=-1)
     first = -1.5 * values[..., :1] + 2 * values[..., 1:2] - 0.5 * values[..., 2:3]
     last = 1.5 * values[..., -1:] - 2 * values[..., -2:-1] + 0.5 * values[..., -3:-2]
     return torch.cat([first, inside, last], dim=-1) / step

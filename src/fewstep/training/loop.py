@@ -42,7 +42,7 @@ Watcher = Callable[[FlowMap, int], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What does not decide the weights: where the run happens."""
+    """Where the run happens; does not decide the weights, but for `micro_batch` with CTM's balance, taken a part."""
 
     cpu: bool = False
     """Stay on the CPU even where a GPU is present."""
@@ -297,7 +297,7 @@ class Trainer:
         if self.adversary is not None and critic_gradients:
             self.adversary.step(critic_gradients)
         refresh = self.config.statistics.refresh_images
-        if self.config.model.analytic and refresh and self.due(refresh):
+        if self.config.model.analytic and refresh and self.due(refresh) and not self.finished:
             self.refresh_statistics()
         self.window.add_step(float(total), norm, factor * self.config.optimizer.lr)
 

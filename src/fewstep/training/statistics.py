@@ -122,6 +122,7 @@ def cache_file(folder: FilePath, model: FlowMap, dataset: Dataset, settings: Sta
     wanted = {name: getattr(settings, name) for name in estimate} | {
         "version": _VERSION,
         "model": fingerprint(model),
+        "settings": None if model.config is None else to_json(model.config),
         "path": to_json(model.path),
         "data": dataset.fingerprint,
     }
