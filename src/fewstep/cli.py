@@ -135,7 +135,7 @@ def evaluate_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep evaluate RUN`."""
     from fewstep.data import load_dataset
     from fewstep.runs import measure_real, measure_run, method_name, table, write_figures, yardstick
-    from fewstep.students import align, with_labels
+    from fewstep.students import align, teacher_of, with_labels
     from fewstep.training import RunFolder
 
     options = parse(EvaluateOptions, args, "evaluate")
@@ -151,6 +151,10 @@ def evaluate_command(args: Sequence[str]) -> None:
         seed=own.seed if options.seed is None else options.seed,
     )
     dataset = load_dataset(config.data)
+    if options.teacher is not None:
+        if not config.teacher:
+            raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
+        teacher_of(run, options.teacher)
     stick = yardstick(with_labels(config.data, dataset), cache_folder(), options.inception)
     rows = [*measure_run(run, stick, evaluation), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))

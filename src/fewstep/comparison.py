@@ -336,7 +336,7 @@ def _padded(cells: list[str], columns: int) -> list[str]:
 def explanation(baseline: str) -> str:
     """How to read the tables."""
     return (
-        f"Targets: the values that every run of the baseline ({baseline}) has reached after "
+        f"Targets: the values that every run of the baseline ({baseline}) keeps after "
         f"{', '.join(f'{share:.0%}' for share in SHARES)} of its images, each column with the images that the methods "
         "need to it. Speed-up: the baseline's images over the method's, geometric mean over targets and over the "
         "seeds that both have; 95% interval: percentile bootstrap over those seeds, too narrow where they are few. "

@@ -31,7 +31,7 @@ def edm_mixture() -> RunConfig:
         data=DataConfig(source="mixture"),
         model=EDM_MODEL,
         network=MLPConfig(width=128, depth=3, expansion=1.0, embedding_width=64, max_frequency=16.0),
-        objective=replace(EDM_OBJECTIVE, times=LogNormalTimes(-0.5, 1.8)),
+        objective=EDM_OBJECTIVE,
         optimizer=OptimizerConfig(lr=4e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
             images=1_280_000, batch_size=512, ema_power=(0.1,), checkpoint_images=256_000, sample_images=0
@@ -41,7 +41,10 @@ def edm_mixture() -> RunConfig:
 
 
 def edm_digits() -> RunConfig:
-    """EDM teacher on 8x8 digits with an MLP: two minutes on two cores."""
+    """EDM teacher on 8x8 digits with an MLP, unconditional: 144 s measured on one core.
+
+    Noise levels are drawn wider than EDM's, as for the mixture. No Frechet distance is measured yet.
+    """
     return RunConfig(
         recipe="edm-digits",
         data=DataConfig(source="digits", labels=False),
@@ -57,7 +60,10 @@ def edm_digits() -> RunConfig:
 
 
 def edm_fashion_mnist() -> RunConfig:
-    """EDM teacher on Fashion-MNIST with a U-Net on 2x2 pixel blocks: about half an hour on one core."""
+    """EDM teacher on Fashion-MNIST with a U-Net on 2x2 pixel blocks, unconditional: 634 s measured on one shared core.
+
+    No Frechet distance is measured yet.
+    """
     base = edm_digits()
     return replace(
         base,
