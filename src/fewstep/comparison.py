@@ -132,8 +132,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
         raise ConfigError(f"compare needs at least two runs, got {len(runs)}: fewstep compare RUN RUN ...")
     records: list[Any] = [run.record() for run in runs]
     for run, record in zip(runs, records, strict=True):
-        run.config()
-        if not isinstance(record["data"], dict) or not {"name", "fingerprint"} <= set(record["data"]):
+        if run.config() and (not isinstance(record["data"], dict) or "fingerprint" not in record["data"]):
             raise CheckpointError(f"{run.config_file} is damaged: it does not say what the run's data are")
     first = records[0]
     for run, record in zip(runs[1:], records[1:], strict=True):
