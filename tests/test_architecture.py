@@ -14,7 +14,17 @@ import fewstep
 ROOT = Path(fewstep.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-ANYWHERE = {"errors", "shapes", "conditions", "randomness", "serialization", "files", "forward_mode", "_version"}
+ANYWHERE = {
+    "errors",
+    "shapes",
+    "conditions",
+    "randomness",
+    "serialization",
+    "files",
+    "forward_mode",
+    "integration",
+    "_version",
+}
 LAYERS = [
     {"data"},
     {"paths"},

@@ -6,7 +6,6 @@ Tests stand on them, and whoever develops an objective can: at the oracle every 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from fewstep.conditions import Condition
 from fewstep.data import mixture_parameters
 from fewstep.flowmap import FlowMap
 from fewstep.forward_mode import jvp
+from fewstep.integration import runge_kutta_step
 from fewstep.paths import Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.shapes import expand
@@ -113,7 +113,7 @@ class MixtureData:
         unit_t, unit_s = _unit_time(path, t), _unit_time(path, s)
         h = (unit_s - unit_t) / steps
         for i in range(steps):
-            x = _rk4_step(lambda u, y: self._unit_velocity(path, y, u), x, unit_t + i * h, h)
+            x = runge_kutta_step(lambda u, y: self._unit_velocity(path, y, u), x, unit_t + i * h, h)
         return x
 
     def _unit_velocity(self, path: Path, x: Tensor, u: Tensor) -> Tensor:
@@ -135,11 +135,3 @@ def _unit_time(path: Path, t: Tensor) -> Tensor:
         below = path.time_from_unit(middle) < t
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
-
-
-def _rk4_step(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, h: Tensor) -> Tensor:
-    k1 = velocity(u, x)
-    k2 = velocity(u + h / 2, x + expand(h / 2, x) * k1)
-    k3 = velocity(u + h / 2, x + expand(h / 2, x) * k2)
-    k4 = velocity(u + h, x + expand(h, x) * k3)
-    return x + expand(h / 6, x) * (k1 + 2 * k2 + 2 * k3 + k4)

@@ -82,6 +82,15 @@ class Draws:
         return (self.uniform(stream) * high).long().clamp_(max=high - 1)
 
 
+def shuffled_rows(seed: int, numbers: Tensor, count: int) -> Tensor:
+    """Rows (n,) in [0, count) of the samples `numbers` (n,) in an endless sequence of epochs, each freshly shuffled."""
+    rows = torch.empty_like(numbers)
+    for epoch in torch.unique(numbers // count).tolist():
+        here = numbers // count == epoch
+        rows[here] = permutation(seed, epoch, count).to(numbers.device)[numbers[here] % count]
+    return rows
+
+
 def permutation(seed: int, epoch: int, count: int) -> Tensor:
     """The order of one epoch over `count` items: a function of (seed, epoch)."""
     draws = Draws(seed, epoch, torch.arange(count))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fewstep.conditions import Condition
 from fewstep.errors import ShapeError
+from fewstep.integration import runge_kutta_step
 from fewstep.paths import Path
 from fewstep.preconditioning import EulerPreconditioning
 from fewstep.shapes import check_batch, expand
@@ -222,16 +223,6 @@ def _runge_kutta(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor,
     for i in range(steps):
         z = runge_kutta_step(slope, z, start + i * h, h)
     return expand(ends[1], x).to(x.dtype) * z
-
-
-def runge_kutta_step(slope: Callable[[Tensor, Tensor], Tensor], x: Tensor, u: Tensor, h: Tensor) -> Tensor:
-    """One step h (B,) of the classical method of order 4 for dx/du = slope(u, x), from x (B, ...) at u (B,)."""
-    half, whole = (expand(step, x).to(x.dtype) for step in (h / 2, h))
-    k1 = slope(u, x)
-    k2 = slope(u + h / 2, x + half * k1)
-    k3 = slope(u + h / 2, x + half * k2)
-    k4 = slope(u + h, x + whole * k3)
-    return x + whole / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
 def _per_sample(x: Tensor, times: Tensor) -> Tensor:

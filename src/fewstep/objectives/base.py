@@ -133,6 +133,6 @@ class Objective(ABC):
         return False
 
     @property
-    @abstractmethod
     def guided(self) -> bool:
         """Whether the network must take guidance as an input."""
+        return False

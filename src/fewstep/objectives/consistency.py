@@ -63,10 +63,6 @@ class CT(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return False
-
-    @property
     def target_decay(self) -> float | None:
         return self.decay
 
@@ -116,10 +112,6 @@ class ECT(Objective):
     @property
     def label_dropout(self) -> float:
         return self.dropout
-
-    @property
-    def guided(self) -> bool:
-        return False
 
     @property
     def target_decay(self) -> float | None:
@@ -219,10 +211,6 @@ class SCT(Objective):
     @property
     def label_dropout(self) -> float:
         return self.dropout
-
-    @property
-    def guided(self) -> bool:
-        return False
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         check_end(flow_map, continuous=True)

@@ -90,10 +90,6 @@ class CD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return False
-
-    @property
     def needs_teacher(self) -> bool:
         return True
 
@@ -157,10 +153,6 @@ class CTM(Objective):
     @property
     def label_dropout(self) -> float:
         return self.dropout
-
-    @property
-    def guided(self) -> bool:
-        return False
 
     @property
     def needs_teacher(self) -> bool:

@@ -47,10 +47,6 @@ class DiagonalMatching(Objective):
     def on_diagonal(self) -> bool:
         return True
 
-    @property
-    def guided(self) -> bool:
-        return False
-
     def deviation(self, flow_map: FlowMap) -> float:
         """The data's standard deviation; raises ConfigError when nothing states it."""
         return deviation_of(flow_map) if self.sigma_data is None else self.sigma_data

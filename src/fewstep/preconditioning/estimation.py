@@ -22,7 +22,7 @@ from fewstep.forward_mode import jvp
 from fewstep.paths import EDM, Path
 from fewstep.preconditioning.interpolation import slopes
 from fewstep.preconditioning.statistics import HIGH_NOISE, TrajectoryStatistics
-from fewstep.randomness import Draws, permutation
+from fewstep.randomness import Draws, shuffled_rows
 from fewstep.shapes import expand
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -301,10 +301,7 @@ class StatisticsEstimator:
         count = len(self.data)
         if count == 0:
             raise ShapeError("the data hold no samples")
-        rows = torch.empty_like(numbers)
-        for epoch in torch.unique(numbers // count).tolist():
-            here = numbers // count == epoch
-            rows[here] = permutation(self.seed, epoch, count).to(numbers.device)[numbers[here] % count]
+        rows = shuffled_rows(self.seed, numbers, count)
         return self.data[rows.to(self.data.device)].to(self.device)
 
     def _measured(self) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import ConfigError, ShapeError
+from fewstep.integration import runge_kutta_step
 from fewstep.paths import EDM, Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.randomness import Draws
@@ -109,18 +110,12 @@ def _solution(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, st
     lam, end = -torch.log(path.tau(t)), -torch.log(path.tau(s))
     z, h = x / expand(path.values(t).sigma, x), (end - lam) / steps
 
-    def rate(z: Tensor, lam: Tensor) -> Tensor:
+    def rate(lam: Tensor, z: Tensor) -> Tensor:
         time = path.time_from_tau(torch.exp(-lam))
         return expand(torch.exp(lam), z) * denoise(expand(path.values(time).sigma, z) * z, time)
 
-    width = expand(h, z)
     for i in range(steps):
-        here = lam + i * h
-        k1 = rate(z, here)
-        k2 = rate(z + width / 2 * k1, here + h / 2)
-        k3 = rate(z + width / 2 * k2, here + h / 2)
-        k4 = rate(z + width * k3, here + h)
-        z = z + width / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        z = runge_kutta_step(rate, z, lam + i * h, h)
     return expand(path.values(s).sigma, z) * z
 
 

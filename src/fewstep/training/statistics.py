@@ -21,7 +21,7 @@ from fewstep.errors import CheckpointError, FewstepError
 from fewstep.files import write_atomically
 from fewstep.flowmap import FlowMap, read_config, read_weights
 from fewstep.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
-from fewstep.randomness import permutation
+from fewstep.randomness import shuffled_rows
 from fewstep.serialization import to_json
 from fewstep.training.checkpoint import RunFolder
 from fewstep.training.setup import build
@@ -57,11 +57,7 @@ class LabelledDenoiser:
 
     def fetch(self, numbers: Tensor) -> Tensor:
         """Training samples number 0, 1, ... in a shuffled order, (B, ...); their labels serve the calls that follow."""
-        count = len(self.samples)
-        rows = torch.empty_like(numbers)
-        for epoch in torch.unique(numbers // count).tolist():
-            here = numbers // count == epoch
-            rows[here] = permutation(self.seed, epoch, count).to(numbers.device)[numbers[here] % count]
+        rows = shuffled_rows(self.seed, numbers, len(self.samples))
         x0, labels = self.samples.fetch(rows)
         self.cond = Condition(None if labels is None else labels.to(self.device))
         return x0.to(self.device)
