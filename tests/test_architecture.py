@@ -42,6 +42,7 @@ LAYERS = [
     {"reporting"},
     {"recipes"},
     {"students"},
+    {"measuring"},
     {"runs"},
     {"comparison"},
     {"quickstart"},

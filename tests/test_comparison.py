@@ -20,9 +20,10 @@ from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, Samples
 from fewstep.errors import CheckpointError, ConfigError, DataError, ShapeError
 from fewstep.evaluation.curves import common_target, mean_curve, reached_by, speedup, targets_of, time_to
+from fewstep.measuring import curve_watcher, write_curve
 from fewstep.recipes import recipe
 from fewstep.reporting.comparison import Course, Panel, comparison_curves
-from fewstep.runs import curve_watcher, study_links, write_curve
+from fewstep.runs import study_links
 from fewstep.serialization import to_json
 from fewstep.training import RunFolder, build
 

@@ -65,7 +65,8 @@ def quickstart_command(args: Sequence[str]) -> None:
 def train_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep train RECIPE`."""
     from fewstep.data import load_dataset
-    from fewstep.runs import curve_watcher, watcher
+    from fewstep.measuring import curve_watcher
+    from fewstep.runs import watcher
     from fewstep.students import perception
     from fewstep.training import Attendants, RunFolder, train
 
@@ -134,7 +135,7 @@ def sample_command(args: Sequence[str]) -> None:
 def evaluate_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep evaluate RUN`."""
     from fewstep.data import load_dataset
-    from fewstep.runs import measure_real, measure_run, method_name, table, write_figures, yardstick
+    from fewstep.measuring import measure_real, measure_run, method_name, table, write_figures, yardstick
     from fewstep.students import align, teacher_of, with_labels
     from fewstep.training import RunFolder
 

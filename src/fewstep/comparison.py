@@ -19,6 +19,7 @@ from urllib.parse import quote
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.evaluation.curves import SHARES, MeanCurve, Speedup, mean_curve, speedup, targets_of, time_to
 from fewstep.files import write_atomically
+from fewstep.measuring import CURVE_FILE
 from fewstep.reporting.comparison import (
     ComparisonPage,
     Course,
@@ -30,7 +31,7 @@ from fewstep.reporting.comparison import (
     write_page,
 )
 from fewstep.reporting.numbers import NOTHING, number, tick
-from fewstep.runs import CURVE_FILE, REPORT_FILE, STUDY_FILE
+from fewstep.runs import REPORT_FILE, STUDY_FILE
 from fewstep.serialization import JSON, differences
 from fewstep.training import RunFolder
 

@@ -9,18 +9,9 @@ from pathlib import Path
 from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
 from fewstep.errors import ConfigError
+from fewstep.measuring import Row, measure_real, measure_run, table, training_seconds, write_figures, yardstick
 from fewstep.recipes import recipe
-from fewstep.runs import (
-    Row,
-    measure_real,
-    measure_run,
-    report,
-    table,
-    training_seconds,
-    watcher,
-    write_figures,
-    yardstick,
-)
+from fewstep.runs import report, watcher
 from fewstep.training import Attendants, Machine, RunFolder, train
 
 SECONDS = 85.0

@@ -15,10 +15,11 @@ from PIL import Image
 import fewstep
 from fewstep.cli import COMMANDS, OVERVIEW
 from fewstep.config import RunConfig
+from fewstep.measuring import read_figures, write_figures
 from fewstep.objectives import CATALOGUE
 from fewstep.quickstart import quickstart
 from fewstep.recipes import RECIPES, recipe
-from fewstep.runs import read_figures, report, write_figures
+from fewstep.runs import report
 from fewstep.training import Machine, RunFolder
 
 
