@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CRITIC, MACHINE, snapshot, student
 from torch import Tensor
 
+from fewstep.conditions import NULL_LABEL
 from fewstep.config import AdversaryConfig
 from fewstep.data import Dataset
 from fewstep.errors import CheckpointError, ConfigError, TrainingDivergedError
@@ -164,6 +165,29 @@ def test_the_critic_begins_when_it_is_due(teacher: Path, digits: Dataset, tmp_pa
     assert learned == [False] * 4 + [True] * 2
     assert heard == [set()] * 4 + [{"adversarial", "critic"}] * 2
     assert same(first, weights(trainers[1].adversary))  # type: ignore[arg-type]
+
+
+def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
+    """Where a label was dropped, real and generated samples alike are judged without one."""
+    config = student("ctm-adversarial", teacher)
+    config = replace(
+        config, objective=replace(config.objective, dropout=0.5), adversary=replace(CRITIC, start_images=0)
+    )
+    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    assert trainer.adversary is not None
+    score, seen = trainer.adversary.score, []
+
+    def listening(x: Tensor, labels: Tensor | None) -> Tensor:
+        seen.append(labels)
+        return score(x, labels)
+
+    trainer.adversary.score = listening  # type: ignore[method-assign]
+    trainer.take_step()
+    of_generator, of_real, of_generated = seen
+    dropped = of_generator == NULL_LABEL
+    assert 0 < int(dropped.sum()) < len(dropped)
+    assert torch.equal(of_real, of_generator)
+    assert torch.equal(of_generated, of_generator)
 
 
 def test_only_an_adversarial_loss_has_a_critic(teacher: Path, digits: Dataset, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Training objectives: functions of a flow map and a batch."""
 
-from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
 from fewstep.objectives.catalogue import CATALOGUE, Entry
 from fewstep.objectives.consistency import CT, ECT, SCD, SCT, Tangent
 from fewstep.objectives.distillation import CD, CTM, TeacherSteps
@@ -25,6 +25,7 @@ __all__ = [
     "Companions",
     "DiagonalMatching",
     "Entry",
+    "Generated",
     "Losses",
     "MeanFlow",
     "Objective",

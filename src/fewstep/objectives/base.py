@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -36,18 +37,30 @@ class Batch:
         return self.draws.normal(STREAM_NOISE, tuple(self.x0.shape[1:]), self.x0.dtype)
 
 
+class Generated(NamedTuple):
+    """Samples (B, ...) at the data end that a critic may learn from, without gradient.
+
+    labels: (B,) of the classes that they were asked for, NULL_LABEL where the label was dropped; None without classes.
+    """
+
+    samples: Tensor
+    labels: Tensor | None
+
+
 @dataclass(frozen=True)
 class Losses:
     """Per-sample losses (B,), the times they were taken at, and detached per-sample values worth logging.
 
-    generated: samples (B, ...) at the data end that a critic may learn from, without gradient.
+    terms: parts (B,) that add up to the loss, with their graphs; empty where it has one part.
+    generated: what a critic may learn from; None where there is no such loss.
     """
 
     loss: Tensor
     t: Tensor
     s: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
-    generated: Tensor | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    generated: Generated | None = None
 
     def mean(self) -> Tensor:
         """The batch's loss."""

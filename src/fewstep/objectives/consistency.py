@@ -20,7 +20,7 @@ from fewstep.guidance import NoGuidance, TrainingGuidance
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.distillation import check_decay
 from fewstep.objectives.eulerian import eulerian_residual
-from fewstep.objectives.inputs import check_settings, guided_condition, guided_velocity, noised
+from fewstep.objectives.inputs import Comparison, check_settings, guided_condition, guided_velocity, noised
 from fewstep.objectives.matching import conditioned
 from fewstep.paths import EDM, Path
 from fewstep.preconditioning import CMPreconditioning, TrigPreconditioning
@@ -147,9 +147,11 @@ def adjacent_losses(
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # both evaluations see the same dropout
         goal = target.jump(x_u, u, s, cond)
-    error = error_norm(flow_map.jump(x, t, s, cond) - goal, norm, huber)
+    reached = flow_map.jump(x, t, s, cond)
+    compared = Comparison(reached - goal, reached)
+    error = error_norm(compared.error, norm, huber)
     weight = torch.where(t > u, 1 / torch.where(t > u, t - u, 1.0), 0.0).to(error.dtype)
-    return Losses(weight * error, t, s, {"consistency": error.detach()})
+    return Losses(weight * error, t, s, compared.sizes() | {"consistency": error.detach()})
 
 
 @final
@@ -177,8 +179,8 @@ class Tangent:
         if self.warm_up_images < 0:
             raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
 
-    def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, cond: Condition, images: int) -> Tensor:
-        """(B, ...), with gradient through N alone; v (B, ...) drives the tangent."""
+    def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, cond: Condition, images: int) -> Comparison:
+        """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
         own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
         output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
         frozen = output.detach()
@@ -190,7 +192,16 @@ class Tangent:
         scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
         step = normalised(scale * residual, self.constant) if self.normalise else scale * residual
         moved = output - frozen
-        return (moved if own.target_in_network else g * moved) - step
+        if own.target_in_network:
+            return Comparison(moved - step, output, d_output)
+        return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s), d_output)
+
+
+def continuous_losses(flow_map: FlowMap, compared: Comparison, t: Tensor) -> Losses:
+    """The mean square of the error, at s = t_min."""
+    loss = error_norm(compared.error, "l2", 0.0)
+    logs = compared.sizes() | {"consistency": loss.detach()}
+    return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), logs)
 
 
 @final
@@ -217,8 +228,7 @@ class SCT(Objective):
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
         x, v = noised(flow_map.path, batch, t)
         cond = conditioned(batch.labels, self.dropout, batch)
-        loss = error_norm(self.tangent.error(flow_map, x, v, t, cond, batch.images), "l2", 0.0)
-        return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), {"consistency": loss.detach()})
+        return continuous_losses(flow_map, self.tangent.compare(flow_map, x, v, t, cond, batch.images), t)
 
 
 @final
@@ -257,8 +267,7 @@ class SCD(Objective):
         x = noised(flow_map.path, batch, t)[0]
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         v = guided_velocity(teacher, x, t, cond, teacher.velocity(x, t, cond), self.guidance, batch)
-        loss = error_norm(self.tangent.error(flow_map, x, v, t, cond, batch.images), "l2", 0.0)
-        return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), {"consistency": loss.detach()})
+        return continuous_losses(flow_map, self.tangent.compare(flow_map, x, v, t, cond, batch.images), t)
 
 
 @final

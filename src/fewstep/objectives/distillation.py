@@ -17,7 +17,7 @@ from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.networks import Network
 from fewstep.objectives.adversarial import generator_loss
-from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Generated, Losses, Objective
 from fewstep.objectives.matching import check_dropout, conditioned, denoising_loss, deviation_of
 from fewstep.solvers import SolverName, denoiser_on, solve
 from fewstep.times import LogNormalTimes, TimeDistribution, edm_grid
@@ -181,18 +181,20 @@ class CTM(Objective):
             goal = jump_where_apart(target, jump_where_apart(target, x_u, u, s, cond), s, end, cond)
         reached = jump_where_apart(target, flow_map.jump(x, t, s, cond), s, end, cond)
         consistency = distance(reached, goal, self.distance, self.huber, companions)
-        total, logs = consistency, {"consistency": consistency.detach()}
+        terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
             denoising = self.denoising_loss(flow_map, batch, cond)
             scale = self.denoising * self.weight(consistency, denoising, flow_map, companions)
-            total = total + scale * denoising
+            terms["denoising"] = scale * denoising
             logs |= {"denoising": denoising.detach(), "balance": scale.expand(len(t))}
         if self.adversarial and companions.critic is not None:
             adversarial = generator_loss(companions.critic, reached, cond.labels)
             scale = self.adversarial * self.weight(consistency, adversarial, flow_map, companions)
-            total = total + scale * adversarial
+            terms["adversarial"] = scale * adversarial
             logs |= {"adversarial": adversarial.detach()}
-        return Losses(total, t, s, logs, reached.detach() if self.adversarial else None)
+        total = torch.stack(list(terms.values())).sum(0)
+        judged = Generated(reached.detach(), cond.labels) if self.adversarial else None
+        return Losses(total, t, s, logs, terms, judged)
 
     def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:
         """What makes the second loss weigh as much as the first on the last layer; 1 when not balanced."""

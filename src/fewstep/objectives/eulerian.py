@@ -17,20 +17,22 @@ from fewstep.flowmap import FlowMap
 from fewstep.guidance import NoGuidance, TrainingGuidance
 from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
 from fewstep.objectives.inputs import (
+    Comparison,
+    Measure,
     anchor_error,
     check_settings,
     draw_pair,
     guided_condition,
     guided_velocity,
+    joint_losses,
     noised,
     rows_on_and_off,
     split_losses,
-    spread,
 )
 from fewstep.preconditioning.base import origin_weight_derivative
 from fewstep.shapes import expand
 from fewstep.times import BetaTimes, LogitNormalTimes, TimeDistribution, UniformTimes
-from fewstep.weights import LossNorm, adaptive_weight, error_norm
+from fewstep.weights import LossNorm
 
 
 def eulerian_residual(
@@ -113,31 +115,20 @@ class ISD(Objective):
         target = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
 
         v = flow_map.velocity(x, t, cond)
-        anchor = error_norm(v - target, self.norm, self.huber)
         rows = rows_on_and_off(t, s)[1]
-        distill = self.distillation(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        total = anchor.index_add(0, rows, distill)
-        weighted = adaptive_weight(total, self.power, self.offset) * total
-        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
-        return Losses(weighted, t, s, logs)
+        compared = self.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
+        return joint_losses(t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), s = t for the diagonal share; float64."""
         return draw_pair(self.times, self.diagonal, flow_map.path, batch)
 
-    def distillation(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """|N - N_target|^2 per sample for samples with s < t; v is the velocity that drives the tangent."""
+    def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
+        """N against N_target for samples with s < t; v is the velocity that drives the tangent."""
         if len(x) == 0:
-            return x.new_zeros(0)
-        output, d_output = self.total_derivative(flow_map, x, v, t, s, cond)
-        error = distillation_error(flow_map, x, v, output, d_output, t, s)
-        return error_norm(error, self.norm, self.huber)
-
-    def total_derivative(
-        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
-    ) -> tuple[Tensor, Tensor]:
-        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
-        return OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
+            return Comparison(x, x, x)
+        output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
+        return Comparison(distillation_error(flow_map, x, v, output, d_output, t, s), output, d_output)
 
 
 @final
@@ -179,19 +170,18 @@ class MeanFlow(Objective):
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
-        error = self.error(flow_map, batch[off], t[off], s[off])
-        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
-        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+        compared = self.compare(flow_map, batch[off], t[off], s[off])
+        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
-    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
-        """N - N_target, (B, ...), with gradient through N alone."""
+    def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
+        """N against N_target, with gradient through N alone."""
         if len(t) == 0:
-            return batch.x0
+            return Comparison(batch.x0, batch.x0, batch.x0)
         x, conditional = noised(flow_map.path, batch, t)
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         v = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
         output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
-        return distillation_error(flow_map, x, v, output, d_output, t, s)
+        return Comparison(distillation_error(flow_map, x, v, output, d_output, t, s), output, d_output)
 
 
 @final
@@ -235,18 +225,14 @@ class ESD(Objective):
         target = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
 
         v = flow_map.velocity(x, t, cond)
-        anchor = error_norm(v - target, self.norm, self.huber)
         rows = rows_on_and_off(t, s)[1]
-        distill = self.distillation(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
-        total = anchor.index_add(0, rows, distill)
-        weighted = adaptive_weight(total, self.power, self.offset) * total
-        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
-        return Losses(weighted, t, s, logs)
+        compared = self.compare(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
+        return joint_losses(t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
-    def distillation(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """|R|^2 per sample for samples with s < t, with gradient through all of it."""
+    def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
+        """R for samples with s < t, with gradient through all of it: N + R is what N is compared with."""
         if len(x) == 0:
-            return x.new_zeros(0)
+            return Comparison(x, x, x)
         derivative = OutputDerivative(self.derivative, self.step, attached=True)
         output, d_output = derivative.along_flow(flow_map, x, v, t, s, cond)
-        return error_norm(eulerian_residual(flow_map, x, v, output, d_output, t, s), self.norm, self.huber)
+        return Comparison(eulerian_residual(flow_map, x, v, output, d_output, t, s), output, d_output)

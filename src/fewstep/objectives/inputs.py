@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses
 from fewstep.objectives.matching import check_dropout
 from fewstep.paths import Path
 from fewstep.times import TimeDistribution, ordered_pair
-from fewstep.weights import adaptive_weight
+from fewstep.weights import LossNorm, adaptive_weight, error_norm
 
 
 class Velocities(Protocol):
@@ -92,17 +92,79 @@ def anchor_error(flow_map: FlowMap, batch: Batch, t: Tensor, dropout: float, gui
     return flow_map.velocity(x, t, cond) - target
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """An error (B, ...), prediction less target, with the sides that it compares.
+
+    prediction: what the gradient moves: N, or what an objective compares in its place. derivative: the dN/dt or dN/ds
+    that the target is made of, where there is one.
+    """
+
+    error: Tensor
+    prediction: Tensor
+    derivative: Tensor | None = None
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Root mean square of a sample's numbers, (B,) each, detached: prediction, target and derivative."""
+        prediction, error = self.prediction.detach(), self.error.detach()
+        found = {} if self.derivative is None else {"derivative_rms": rms(self.derivative.detach())}
+        return found | {"target_rms": rms(prediction - error), "prediction_rms": rms(prediction)}
+
+
+def rms(values: Tensor) -> Tensor:
+    """Root mean square of a sample's numbers: (B, ...) -> (B,)."""
+    return values.flatten(1).square().mean(1).sqrt()
+
+
 def spread(values: Tensor, rows: Tensor, count: int, fill: float = torch.nan) -> Tensor:
     """Values of some samples as values of all, (count,); `fill` where there is none."""
     return values.new_full((count,), fill).index_copy(0, rows, values)
 
 
-def split_losses(t: Tensor, s: Tensor, anchor: Tensor, distill: Tensor, power: float, offset: float) -> Losses:
-    """The anchor's losses of the samples with s = t and the distillation's of the others, weighted adaptively."""
+@dataclass(frozen=True)
+class Measure:
+    """How an error becomes a loss: its norm (fewstep.weights.error_norm), weighted by sg (loss + offset)^-power."""
+
+    norm: LossNorm
+    huber: float
+    power: float
+    offset: float
+
+    def __call__(self, error: Tensor) -> Tensor:
+        """(B, ...) -> (B,), not weighted yet."""
+        return error_norm(error, self.norm, self.huber)
+
+
+def split_losses(t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
+    """The anchor's errors of the samples with s = t and the comparison of the others, weighted adaptively."""
     on, off = rows_on_and_off(t, s)
-    total = spread(anchor, on, len(t), 0.0) + spread(distill, off, len(t), 0.0)
-    logs = {"anchor": spread(anchor.detach(), on, len(t)), "distill": spread(distill.detach(), off, len(t))}
-    return Losses(adaptive_weight(total, power, offset) * total, t, s, logs)
+    anchored, distilled = spread(measure(anchor), on, len(t), 0.0), spread(measure(compared.error), off, len(t), 0.0)
+    return weighted_losses(t, s, (anchored, distilled), (on, off), compared, measure)
+
+
+def joint_losses(t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
+    """The anchor's errors of all samples and, added to them, the comparison of those with s < t, weighted together."""
+    off = rows_on_and_off(t, s)[1]
+    every = torch.arange(len(t), device=off.device)
+    terms = measure(anchor), spread(measure(compared.error), off, len(t), 0.0)
+    return weighted_losses(t, s, terms, (every, off), compared, measure)
+
+
+def weighted_losses(
+    t: Tensor,
+    s: Tensor,
+    terms: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    compared: Comparison,
+    measure: Measure,
+) -> Losses:
+    """w (anchor + distill), w = sg (anchor + distill + offset)^-power; terms (B,), zero outside their rows."""
+    weight = adaptive_weight(terms[0] + terms[1], measure.power, measure.offset)
+    named = dict(zip(("anchor", "distill"), terms, strict=True))
+    sizes = {key: spread(value, rows[1], len(t)) for key, value in compared.sizes().items()}
+    logs = {key: spread(term.detach()[own], own, len(t)) for (key, term), own in zip(named.items(), rows, strict=True)}
+    parts = {key: weight * term for key, term in named.items()}
+    return Losses(parts["anchor"] + parts["distill"], t, s, sizes | logs, parts)
 
 
 def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from fewstep.guidance import NoGuidance, TrainingGuidance
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.distillation import STREAM_U, check_decay
 from fewstep.objectives.inputs import (
+    Comparison,
+    Measure,
     anchor_error,
     check_settings,
     draw_pair,
@@ -33,7 +35,7 @@ from fewstep.objectives.inputs import (
 from fewstep.paths import Path
 from fewstep.shapes import expand
 from fewstep.times import TimeDistribution, UniformTimes
-from fewstep.weights import LossNorm, error_norm
+from fewstep.weights import LossNorm
 
 STREAM_SIZE = 16
 
@@ -78,38 +80,39 @@ class LSD(Objective):
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
-        error = self.error(flow_map, batch[off], t[off], s[off])
-        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
-        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+        compared = self.compare(flow_map, batch[off], t[off], s[off])
+        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
-    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
-        """d_s X - sg v(X, s), (B, ...)."""
+    def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
+        """d_s X against sg v(X, s); its derivative is dN/ds."""
         if len(t) == 0:
-            return batch.x0
+            return Comparison(batch.x0, batch.x0, batch.x0)
         x = noised(flow_map.path, batch, t)[0]
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         derivative = OutputDerivative(self.derivative, self.step, attached=True)
-        reached, d_reached = jump_with_derivative(flow_map, x, t, s, cond, derivative)
+        reached, d_reached, d_output = jump_with_derivative(flow_map, x, t, s, cond, derivative)
         with torch.no_grad():
             v = flow_map.velocity(reached, s, cond)
-        return d_reached - v
+        return Comparison(d_reached - v, d_reached, d_output)
 
 
 def jump_with_derivative(
     flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, derivative: OutputDerivative
-) -> tuple[Tensor, Tensor]:
-    """(X, d_s X) = (f x + g N, f_s x + g_s N + g dN/ds), and the origin's terms, for jumps t -> s; (B, ...) each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, d_s X, dN/ds), (B, ...) each, with d_s X = f_s x + g_s N + g dN/ds and the origin's terms, for t -> s."""
     output, d_output = derivative.at_end(flow_map, x, t, s, cond)
 
     def jump(s: Tensor, output: Tensor) -> Tensor:
         return flow_map.apply_jump(x, output, t, s)
 
-    return jvp(jump, (s, output), (torch.ones_like(s), d_output))
+    return *jvp(jump, (s, output), (torch.ones_like(s), d_output)), d_output
 
 
-def semigroup_error(flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, goal: Tensor) -> Tensor:
-    """(X(x, t, s) - goal)/(t - s), (B, ...): for linear preconditioning the difference of mean velocities."""
-    return (flow_map.jump(x, t, s, cond) - goal) / expand(t - s, x).to(x.dtype)
+def semigroup(flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, goal: Tensor) -> Comparison:
+    """(X(x, t, s) - x)/(t - s) against (goal - x)/(t - s): for linear preconditioning mean velocities."""
+    gap = expand(t - s, x).to(x.dtype)
+    reached = flow_map.jump(x, t, s, cond)
+    return Comparison((reached - goal) / gap, (reached - x) / gap)
 
 
 @final
@@ -149,9 +152,8 @@ class PSD(Objective):
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
-        error = self.error(flow_map, batch[off], t[off], s[off])
-        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
-        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+        compared = self.compare(flow_map, batch[off], t[off], s[off])
+        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def between(self, path: Path, batch: Batch) -> Tensor:
         """u of the samples with s < t, (B,): a draw, or the middle, between the quantiles of s and t."""
@@ -159,15 +161,15 @@ class PSD(Objective):
         share = batch.draws.uniform(STREAM_U) if self.u == "uniform" else 0.5
         return self.times.quantile(path, first + share * (second - first))
 
-    def error(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Tensor:
-        """The long jump less the two short ones over t - s, (B, ...)."""
+    def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
+        """The long jump against the two short ones, over t - s."""
         if len(t) == 0:
-            return batch.x0
+            return Comparison(batch.x0, batch.x0)
         x, u = noised(flow_map.path, batch, t)[0], self.between(flow_map.path, batch)
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         with torch.no_grad():
             goal = flow_map.jump(flow_map.jump(x, t, u, cond), u, s, cond)
-        return semigroup_error(flow_map, x, t, s, cond, goal)
+        return semigroup(flow_map, x, t, s, cond, goal)
 
 
 @final
@@ -218,9 +220,8 @@ class Shortcut(Objective):
         t, u, s = self.draw_times(flow_map.path, batch)
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
-        error = self.error(flow_map, batch[off], (t[off], u[off], s[off]), short)
-        anchored, distilled = (error_norm(each, self.norm, self.huber) for each in (anchor, error))
-        return split_losses(t, s, anchored, distilled, self.power, self.offset)
+        compared = self.compare(flow_map, batch[off], (t[off], u[off], s[off]), short)
+        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""
@@ -232,18 +233,20 @@ class Shortcut(Objective):
         t, u, s = (torch.where(on_diagonal, matched, time) for time in (t, u, s))
         return t, u, s
 
-    def error(self, flow_map: FlowMap, batch: Batch, times: tuple[Tensor, Tensor, Tensor], short: FlowMap) -> Tensor:
-        """The long jump less the two short ones over t - s, (B, ...)."""
+    def compare(
+        self, flow_map: FlowMap, batch: Batch, times: tuple[Tensor, Tensor, Tensor], short: FlowMap
+    ) -> Comparison:
+        """The long jump against the two short ones, over t - s."""
         t, u, s = times
         if len(t) == 0:
-            return batch.x0
+            return Comparison(batch.x0, batch.x0)
         x = noised(flow_map.path, batch, t)[0]
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         smallest = batch.draws.integers(STREAM_SIZE, self.steps.bit_length() - 1) == self.steps.bit_length() - 2
         with torch.no_grad():
             middle = short_jump(short, x, t, u, cond, smallest)
             goal = short_jump(short, middle, u, s, cond, smallest)
-        return semigroup_error(flow_map, x, t, s, cond, goal)
+        return semigroup(flow_map, x, t, s, cond, goal)
 
 
 def short_jump(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, smallest: Tensor) -> Tensor:

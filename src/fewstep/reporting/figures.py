@@ -33,25 +33,39 @@ Style = Literal["-", "--", ":", "-."]
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES: tuple[Style, ...] = ("-", "--", ":", "-.")
-_LEFT_OUT = frozenset({"step", "images", "seconds", "loss", "grad_norm", "grad_norm_max", "lr", "images_per_second"})
+_NORMS = {"grad_norm": "mean", "grad_norm_max": "largest", "grad_norm_q50": "median", "grad_norm_q99": "99 % quantile"}
+_GRADIENT, _RUNNING = "grad_norm", ("grad_norm_q90",)
+_NORM_TITLE, _TERM_TITLE, _SIZE_TITLE = "Gradient norm", "Gradient norm of each term", "Root mean square"
+_LOGARITHMIC = (_NORM_TITLE, _TERM_TITLE, _SIZE_TITLE)
+_SIZES = {"prediction_rms": "prediction", "target_rms": "target", "derivative_rms": "derivative"}
+_LEFT_OUT = frozenset({"step", "images", "seconds", "loss", "clipped", "lr", "images_per_second", *_SIZES})
 
 
 def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark: bool = False) -> bytes:
-    """The course of one or several runs against images seen: loss, its terms, gradient norm and learning rate.
+    """The course of one or several runs against images seen: loss, gradient and what they are made of.
 
     logs: by name of the run, the records of its log. Panels without a finite value are left out. Gradient norms
-    are on a log axis, losses too when they are positive and spread over more than a factor of three.
+    and sizes are on a log axis, losses too when they are positive and spread over more than a factor of three.
     Raises DataError when nothing is left.
     """
     palette = DARK if dark else LIGHT
-    terms = sorted({key for log in logs.values() for record in log for key in record if key not in _LEFT_OUT})
+    logged = sorted({key for log in logs.values() for record in log for key in record} - _LEFT_OUT)
+    terms = [key for key in logged if not key.startswith(_GRADIENT)]
+    of_terms = {key: key.removeprefix(f"{_GRADIENT}_") for key in logged if key.startswith(_GRADIENT)}
     panels = [
         ("Loss", {"loss": "loss"}),
         ("Terms of the loss", {key: key for key in terms}),
-        ("Gradient norm", {"grad_norm": "mean", "grad_norm_max": "largest"}),
+        (_NORM_TITLE, _NORMS),
+        (_TERM_TITLE, {key: name for key, name in of_terms.items() if key not in _NORMS and key not in _RUNNING}),
+        (_SIZE_TITLE, _SIZES),
+        ("Share of clipped steps", {"clipped": "clipped"}),
         ("Learning rate", {"lr": "learning rate"}),
     ]
-    drawn = [(title, keys) for title, keys in panels if any(_course(log, k)[0] for log in logs.values() for k in keys)]
+    present = [
+        (title, {key: name for key, name in keys.items() if any(_course(log, key)[0] for log in logs.values())})
+        for title, keys in panels
+    ]
+    drawn = [(title, keys) for title, keys in present if keys]
     if not drawn:
         raise DataError("there is no training log to draw: no record has a finite value")
     with rc_context(figure_style(palette)):
@@ -110,9 +124,9 @@ def _draw_courses(
     axis.set_xlabel("images seen")
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(FuncFormatter(tick))
-    if "lr" in keys:
+    if "lr" in keys or "clipped" in keys:
         values.append(0.0)
-    scale_values(axis, values, logarithmic="grad_norm" in keys or spreads(values))
+    scale_values(axis, values, logarithmic=title in _LOGARITHMIC or spreads(values))
     if len(keys) > 1:
         handles = [
             Line2D([], [], color=palette.colour(j) if len(logs) == 1 else palette.muted, linestyle=_line(j, len(logs)))

@@ -42,6 +42,7 @@ class Adversary:
     def learn(self, gradients: list[Tensor], real: Tensor, generated: Tensor, labels: Tensor | None) -> Tensor:
         """Add the gradients of the critic's loss on a part of the batch to `gradients`; returns the loss (B,).
 
+        labels: what the generated samples were asked for (Generated.labels); the real ones are judged under the same.
         They are kept apart from the parameters', where the flow map's own backward pass leaves what is not wanted.
         """
         loss = critic_loss(self.score, real, generated, labels)

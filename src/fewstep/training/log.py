@@ -7,26 +7,49 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.errors import MissingExtraError, TrainingDivergedError
+from fewstep.training.anatomy import Recent
 from fewstep.training.checkpoint import RunFolder
 
 
 class Window:
-    """Means since the last line of the log."""
+    """Means since the last line of the log, and what the gradient was made of.
 
-    def __init__(self) -> None:
+    clip: the norm above which a step is clipped; infinite where none is.
+    """
+
+    def __init__(self, clip: float) -> None:
+        self.clip = clip
         self.last_loss = math.nan
+        self.recent = Recent()
+        self.parts: list[dict[str, float]] = []
         self.terms: dict[str, list[float]] = {}
+        self.term_norms: dict[str, float] = {}
         self.steps: list[tuple[float, float, float]] = []
         self.since = time.perf_counter()
 
     def add_terms(self, logs: dict[str, Tensor]) -> None:
-        for key, value in logs.items():
-            mean = float(value.nanmean())
+        """Per-sample values of a part of a batch, NaN where a sample has none."""
+        if not logs:
+            return
+        means = torch.stack([value.detach().float().nanmean() for value in logs.values()]).tolist()
+        self.parts.append(dict(zip(logs, means, strict=True)))
+
+    def observe(self, step: int, loss: float, norm: float) -> None:
+        """The loss and gradient norm of a step, finite or not, after its parts."""
+        names = dict.fromkeys(name for part in self.parts for name in part)
+        found = {
+            name: [part[name] for part in self.parts if not math.isnan(part.get(name, math.nan))] for name in names
+        }
+        means = {name: sum(values) / len(values) for name, values in found.items() if values}
+        for name, mean in means.items():
             if math.isfinite(mean):
-                self.terms.setdefault(key, []).append(mean)
+                self.terms.setdefault(name, []).append(mean)
+        self.recent.add(step, means | {"loss": loss, "grad_norm": norm})
+        self.parts = []
 
     def add_step(self, loss: float, norm: float, lr: float) -> None:
         self.steps.append((loss, norm, lr))
@@ -43,10 +66,13 @@ class Window:
             **{key: sum(values) / len(values) for key, values in self.terms.items()},
             "grad_norm": sum(norms) / len(norms),
             "grad_norm_max": max(norms),
+            **{f"grad_norm_q{100 * level:.0f}": value for level, value in self.recent.quantiles("grad_norm").items()},
+            **{f"grad_norm_{name}": value for name, value in self.term_norms.items()},
+            "clipped": sum(norm > self.clip for norm in norms) / len(norms),
             "lr": lrs[-1],
             "images_per_second": round(len(losses) * batch_size / max(now - self.since, 1e-9), 1),
         }
-        self.terms, self.steps, self.since = {}, [], now
+        self.terms, self.term_norms, self.steps, self.since = {}, {}, [], now
         return record
 
 
@@ -60,15 +86,20 @@ def tensorboard(folder: Path) -> Any:
 
 
 def diverged(
-    run: RunFolder, step: int, loss: float, norm: float, critic_norm: float, times: Tensor
+    run: RunFolder, step: int, loss: float, norm: float, critic_norm: float, times: Tensor, recent: Recent
 ) -> TrainingDivergedError:
-    """What stops a run at a value that is not finite: where it happened and what is left; times (2, B)."""
+    """What stops a run at a value that is not finite: where it happened, what went first and what is left.
+
+    times (2, B). recent: the steps before, this one included.
+    """
     found = run.checkpoints()
     good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
     critic = "" if math.isfinite(critic_norm) else f", of the critic {critic_norm}"
     t, s = times.double().cpu()
+    first = recent.first_to_leave()
+    cause = "" if first is None else f"{first}; "
     return TrainingDivergedError(
         f"step {step}: loss {loss}, gradient norm {norm}{critic}; "
-        f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {good}. "
+        f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{good}. "
         "Lower the learning rate or the gradient clip and train anew"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,19 +18,20 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fewstep.config import RunConfig
 from fewstep.data import Dataset
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
-from fewstep.objectives import ALONE, Batch, Companions, Objective
+from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
 from fewstep.serialization import JSON
 from fewstep.training.adversary import Adversary
+from fewstep.training.anatomy import term_norms
 from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
+from fewstep.training.progress import ProgressBar
 from fewstep.training.setup import build, data_record, fetch_batch, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
@@ -76,12 +76,13 @@ class TrainStep(nn.Module):
         super().__init__()
         self.flow_map, self.objective, self.bf16, self.companions = flow_map, objective, bf16, companions
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
-        """(mean loss, times (2, B), per-sample logs, generated samples)."""
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
+        """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
         # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             losses = self.objective(self.flow_map, batch, self.companions)
-        return losses.mean(), torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
+        terms = {name: term.mean() for name, term in losses.terms.items()}
+        return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Trainer:
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.accelerator.is_main_process:
             run.truncate_log(self.step)
-        self.window = Window()
+        self.window = Window(self.clip)
         self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
 
     def companions(self) -> Companions:
@@ -232,12 +233,12 @@ class Trainer:
         """Take steps until finished; the last one is always saved."""
         settings = self.config.training
         self.flow_map.train()
-        with self._bar() as bar:
+        with ProgressBar(self.config, self.hidden) as bar:
             while not self.finished:
                 start = time.perf_counter()
                 self.take_step()
                 self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
-                self._show_progress(bar)
+                bar.show(self.progress, self.images, self.seconds, self.window.last_loss)
                 if self.due(settings.log_images) or self.finished:
                     self.write_log()
                 if self.due(settings.checkpoint_images) or self.finished:
@@ -262,6 +263,12 @@ class Trainer:
         """Whether the last step crossed a multiple of `every` images."""
         return self.images // every > (self.images - self.config.training.batch_size) // every
 
+    @property
+    def ends_line(self) -> bool:
+        """Whether the log is due after the step that comes next: that step looks at the gradient term by term."""
+        every = self.config.training.log_images
+        return (self.images + self.config.training.batch_size) // every > self.images // every
+
     def take_step(self) -> None:
         """One update from the global batch of this step."""
         self.optimizers.zero_grad()
@@ -275,10 +282,12 @@ class Trainer:
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, drawn, logs, generated = self.module(batch)
+                loss, terms, drawn, logs, generated = self.module(batch)
+                if part == 0 and self.ends_line:
+                    self.window.term_norms = term_norms(terms, list(self.flow_map.network.parameters()))
                 self.accelerator.backward(loss / self.accumulation)
             if self.adversary is not None and self.loss.companions.critic is not None and generated is not None:
-                logs["critic"] = self.adversary.learn(critic_gradients, batch.x0, generated, batch.labels)
+                logs["critic"] = self.adversary.learn(critic_gradients, batch.x0, *generated)
             total = total + loss.detach() / self.accumulation
             times.append(drawn)
             self.window.add_terms(logs)
@@ -288,8 +297,10 @@ class Trainer:
         if self.adversary is not None and critic_gradients:
             critic_gradients = self.adversary.averaged(critic_gradients, self.accumulation)
             critic_norm = float(nn.utils.get_total_norm(critic_gradients))
+        self.window.observe(self.step + 1, float(total), norm)
         if not all(math.isfinite(value) for value in (float(total), norm, critic_norm)):
-            raise diverged(self.run, self.step + 1, float(total), norm, critic_norm, torch.cat(times, dim=1))
+            drawn, recent = torch.cat(times, dim=1), self.window.recent
+            raise diverged(self.run, self.step + 1, float(total), norm, critic_norm, drawn, recent)
         self.step += 1
         factor = self.optimizers.step(self.images, self.progress)
         for ema in self.averages:
@@ -312,8 +323,12 @@ class Trainer:
 
     def gradient_norm(self) -> float:
         """Norm before clipping; clips when the recipe says so."""
-        clip = self.config.optimizer.clip or math.inf
-        return float(nn.utils.clip_grad_norm_(self.flow_map.network.parameters(), clip))
+        return float(nn.utils.clip_grad_norm_(self.flow_map.network.parameters(), self.clip))
+
+    @property
+    def clip(self) -> float:
+        """The largest gradient norm of a step; infinite where the recipe never clips."""
+        return self.config.optimizer.clip or math.inf
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last."""
@@ -360,23 +375,6 @@ class Trainer:
     def hidden(self) -> bool:
         """Whether this process shows no progress."""
         return self.machine.quiet or not self.accelerator.is_main_process
-
-    def _bar(self) -> tqdm[Any]:
-        """Counts images, or seconds where they end the run."""
-        settings = self.config.training
-        total, unit = (settings.seconds, "s") if settings.seconds else (settings.images, "img")
-        return tqdm(
-            total=total, unit=unit, unit_scale=True, disable=self.hidden, desc=self.config.recipe, file=sys.stderr,
-            mininterval=0.5, bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
-        )  # fmt: skip
-
-    def _show_progress(self, bar: tqdm[Any]) -> None:
-        settings = self.config.training
-        bar.n = min(self.progress, 1.0) * (settings.seconds or settings.images)
-        speed = f"{self.images:,} images, {self.images / max(self.seconds, 1e-9):,.0f} images/s"
-        loss = "" if math.isnan(self.window.last_loss) else f", loss {self.window.last_loss:.4f}"
-        bar.set_postfix_str(speed + loss, refresh=False)
-        bar.update(0)
 
 
 def _leave_processes() -> None:
