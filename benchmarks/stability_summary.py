@@ -1,0 +1,261 @@
+"""What the cells of benchmarks/stability.py say: stability.json, the tables of docs/stability.md, a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+
+from fewstep.evaluation import time_to
+from fewstep.reporting.canvas import LIGHT, figure_style, make_panels, to_png
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, FIGURE = DOCS / "stability.md", DOCS / "figures" / "stability.png"
+BEGIN, END = "<!-- tables: python benchmarks/stability.py -->", "<!-- end of tables -->"
+Cell = dict[str, Any]
+COLUMNS = (
+    "objective", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr", "seed", "dataset",
+    "diverged", "degenerate", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1", "grad_q50", "grad_q99",
+    "steps", "batch", "samples", "group",
+)  # fmt: skip
+SETTING = ("dataset", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr")
+USUAL = {
+    "dataset": "digits", "network": "mlp", "path": "linear", "preconditioning": "linear", "derivative": "exact",
+    "optimizer": "adamw", "initial": "random", "lr": 3e-3,
+}  # fmt: skip
+CLASSES = 10
+OWN = {"trig": "trig", "edm": "bcm"}
+"""The preconditioning that is tried on another path than the linear."""
+TARGET = 12.0
+"""The Frechet distance in two calls whose cost is stated: flow matching takes four calls for it."""
+
+
+def judged(cell: Cell) -> Cell:
+    """The cell with what counts as degenerate today, whenever it was stored: see benchmarks/stability.py."""
+    if cell["diverged"]:
+        return cell
+    return cell | {"degenerate": not 0.25 <= cell["spread_1"] <= 4.0 or cell["accuracy_1"] < 2 / CLASSES}
+
+
+def summarise(cells: list[Cell], results: Path) -> None:
+    """Write results/stability.json, the figure, and the page's tables; print the tables."""
+    file, cells = results / "cost.json", [judged(cell) for cell in cells]
+    costs = {
+        (row["dataset"], row["network"], row["objective"], row["derivative"]): row["ratio"]
+        for row in (json.loads(file.read_text()) if file.is_file() else [])
+    }
+
+    def ratio(cell: Cell) -> float | None:
+        key = cell["dataset"], cell["network"], cell["objective"]
+        return costs.get((*key, cell["derivative"]), costs.get((*key, "exact")))
+
+    rows = [{name: cell[name] for name in COLUMNS} | {"step_ratio": ratio(cell)} for cell in cells]
+    (results.parent / "stability.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    text = "\n\n".join(section for section in sections(cells, ratio) if section)
+    print(text)
+    if PAGE.is_file() and BEGIN in PAGE.read_text():
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    FIGURE.write_bytes(figure(cells))
+
+
+def sections(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> Iterable[str]:
+    """The page's tables, in order."""
+    yield titled("All objectives, digits, MLP, learning rate 0.003", quality_table(at(cells), ratio))
+    yield titled("Learning rates over a factor of 30", rates_table(at(cells, lr=None)))
+    for network in ("unet", "dit", "mlp-large"):
+        found = at(cells, network=network)
+        yield titled(f"Digits, {network}", quality_table(found, ratio))
+    found = at(cells, dataset="fashion", network="unet", lr=1e-3)
+    yield titled("Fashion-MNIST, U-Net, learning rate 0.001", quality_table(found, ratio))
+    for name, value in (
+        ("path", "trig"), ("path", "edm"), ("derivative", "finite-difference"), ("initial", "flow matching"),
+        ("optimizer", "no clip"), ("optimizer", "beta2 0.999"), ("optimizer", "muon"),
+    ):  # fmt: skip
+        changed = {name: value} | ({"preconditioning": OWN[value]} if name == "path" else {})
+        yield titled(f"{name}: {value}, against {USUAL[name]}", paired_table(cells, changed))
+    for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
+        changed = {"path": path, "preconditioning": own}
+        yield titled(f"{own} preconditioning, {path} path, against linear on linear", paired_table(cells, changed))
+    yield titled("Share of runs that fail, over all settings tried", failures_table(cells))
+
+
+def titled(title: str, table: str) -> str:
+    return f"### {title}\n\n{table}" if table else ""
+
+
+def at(cells: Iterable[Cell], **settings: object) -> list[Cell]:
+    """Cells at the usual setting but for these; None for any value."""
+    wanted = USUAL | settings
+    return [cell for cell in cells if all(v is None or cell[k] == v for k, v in wanted.items())]
+
+
+def grouped(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Cell]]:
+    found: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell[name] for name in names), []).append(cell)
+    return found
+
+
+def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> str:
+    """One row an objective: failures, quality by calls, gradient norms, cost."""
+    heads = (
+        "objective", "runs", "diverged", "degenerate", "1 call", "2 calls", "4 calls", "accuracy, 1 call",
+        "gradient q50", "q99", "q99 / q50", "step cost", f"steps of flow matching to {TARGET:g} in 2 calls",
+    )  # fmt: skip
+    rows = []
+    for (name,), own in sorted(grouped(cells, "objective").items(), key=lambda item: typical(item[1], "frechet_2")):
+        q50, q99 = typical(own, "grad_q50"), typical(own, "grad_q99")
+        cost = ratio(own[0])
+        rows.append(
+            (
+                name, str(len(own)), str(sum(c["diverged"] for c in own)), str(sum(c["degenerate"] for c in own)),
+                *(spread(own, f"frechet_{n}") for n in (1, 2, 4)), spread(own, "accuracy_1", 3),
+                f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}", "" if cost is None else f"{cost:.2f}",
+                cost_to(own, cost),
+            )
+        )  # fmt: skip
+    return markdown(heads, rows)
+
+
+def rates_table(cells: list[Cell]) -> str:
+    """Two-call distance by learning rate, and the worst over the best."""
+    rates = sorted({cell["lr"] for cell in cells})
+    rows = []
+    for (name,), own in sorted(grouped(cells, "objective").items()):
+        by_rate = {lr: [cell for cell in own if cell["lr"] == lr] for lr in rates}
+        if sum(bool(found) for found in by_rate.values()) < 2:
+            continue
+        means = [typical(found, "frechet_2") for found in by_rate.values() if found]
+        failed = sum(cell["diverged"] or cell["degenerate"] for cell in own)
+        worst = f"{max(means) / min(means):.1f}" if all(map(math.isfinite, means)) else "diverges"
+        rows.append(
+            (name, *(spread(found, "frechet_2") for found in by_rate.values()), worst, f"{failed} / {len(own)}")
+        )
+    heads = ("objective, 2 calls", *(f"{lr:g}" for lr in rates), "worst / best", "failed")
+    return markdown(heads, sorted(rows, key=lambda row: row[-2] == "diverges"))
+
+
+def paired_table(cells: list[Cell], changed: Mapping[str, str]) -> str:
+    """Cells with one setting changed against those of the same objective and seed without."""
+    rows = []
+    for (name,), own in sorted(grouped(at(cells, **changed), "objective").items()):
+        usual = {cell["seed"]: cell for cell in at(cells) if cell["objective"] == name}
+        pairs = [(usual[cell["seed"]], cell) for cell in own if cell["seed"] in usual]
+        shown = []
+        for nfe in (1, 2, 4):
+            key = f"frechet_{nfe}"
+            factors = [b[key] / a[key] for a, b in pairs if a[key] and b[key]]
+            shown.append(interval(factors))
+        failed = sum(cell["diverged"] or cell["degenerate"] for cell in own)
+        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
+    heads = ("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed")
+    return markdown(heads, rows)
+
+
+def failures_table(cells: list[Cell]) -> str:
+    """Over every cell of an objective, whatever its setting."""
+    rows = []
+    for (name,), own in sorted(grouped(cells, "objective").items()):
+        bad = [sum(cell[kind] for cell in own) for kind in ("diverged", "degenerate")]
+        rows.append((name, str(len(own)), *(f"{count / len(own):.0%}" for count in bad)))
+    return markdown(("objective", "runs", "diverged", "degenerate"), rows)
+
+
+def typical(cells: list[Cell], key: str) -> float:
+    """The mean over seeds; infinite where a run has no value."""
+    values = [cell[key] for cell in cells]
+    return math.inf if not values or None in values else statistics.fmean(values)
+
+
+def spread(cells: list[Cell], key: str, digits: int = 1) -> str:
+    """Mean (smallest to largest) of the runs that have a value."""
+    values = [cell[key] for cell in cells if cell[key] is not None]
+    return interval(values, digits)
+
+
+def interval(values: Sequence[float], digits: int = 2) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def cost_to(cells: list[Cell], cost: float | None) -> str:
+    """Steps until the two-call distance stays below TARGET, times what a step costs; from runs that reach it."""
+    if cost is None:
+        return ""
+    found = []
+    for cell in cells:
+        curve = [
+            (row["step"], row["frechet"]) for row in cell["curve"] if row["nfe"] == 2 and row["frechet"] is not None
+        ]
+        steps = time_to(curve, TARGET) if curve else None
+        found += [] if steps is None else [steps * cost]
+    return f"{statistics.fmean(found):,.0f}" if len(found) == len(cells) else f"not in {len(cells) - len(found)} runs"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figure(cells: list[Cell]) -> bytes:
+    """Quality by objective and calls, gradient norms, and sensitivity to the learning rate."""
+    with rc_context(figure_style(LIGHT)):
+        drawing, axes = make_panels(3, 3, height=4.2)
+        ranked = sorted(grouped(at(cells), "objective").items(), key=lambda item: typical(item[1], "frechet_2"))
+        names = [name for (name,), _ in ranked]
+        draw_quality(axes[0], [own for _, own in ranked], names)
+        draw_norms(axes[1], [own for _, own in ranked], names)
+        draw_rates(axes[2], at(cells, lr=None))
+        return to_png(drawing)
+
+
+def draw_quality(axis: Axes, groups: list[list[Cell]], names: list[str]) -> None:
+    for i, nfe in enumerate((1, 2, 4)):
+        points = [(cell[f"frechet_{nfe}"], y) for y, own in enumerate(groups) for cell in own]
+        shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
+        axis.plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
+    axis.set_xscale("log")
+    axis.set_title("Frechet distance, every seed")
+    axis.legend(fontsize=7)
+    name_rows(axis, names)
+
+
+def draw_norms(axis: Axes, groups: list[list[Cell]], names: list[str]) -> None:
+    for y, own in enumerate(groups):
+        for cell in own:
+            axis.plot([cell["grad_q50"], cell["grad_q99"]], [y, y], color=LIGHT.colour(0), alpha=0.6, marker="|")
+    axis.set_xscale("log")
+    axis.set_title("Gradient norm, median to 99 % quantile")
+    name_rows(axis, names)
+
+
+def name_rows(axis: Axes, names: list[str]) -> None:
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.invert_yaxis()
+
+
+def draw_rates(axis: Axes, cells: list[Cell]) -> None:
+    lines = {name: grouped(own, "lr") for (name,), own in grouped(cells, "objective").items()}
+    kept = {name: by_rate for name, by_rate in lines.items() if len(by_rate) > 1}
+    for i, (name, by_rate) in enumerate(sorted(kept.items())):
+        points = sorted((lr, typical(own, "frechet_2")) for (lr,), own in by_rate.items())
+        sound = [(lr, value) for lr, value in points if math.isfinite(value)]
+        if sound:
+            style = ("-", "--", ":")[i // 7 % 3]
+            axis.plot(*zip(*sound, strict=True), style, color=LIGHT.colour(i % 7), marker="o", markersize=3, label=name)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_title("2 calls against learning rate")
+    if kept:
+        axis.legend(fontsize=6, ncols=2)

@@ -1,0 +1,86 @@
+"""Objectives and settings that only the stability study knows: mistakes and alternatives, kept out of the library."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.flowmap import FlowMap
+from fewstep.forward_mode import jvp
+from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
+from fewstep.objectives.eulerian import distillation_error
+from fewstep.objectives.inputs import guided_condition, guided_velocity, noised, rows_on_and_off, spread
+from fewstep.weights import adaptive_weight, error_norm
+
+
+@final
+@dataclass(frozen=True)
+class ISDApart(Objective):
+    """iSD whose two terms are each weighted by its own sg (loss + offset)^-power, per sample."""
+
+    base: ISD = field(default_factory=ISD)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.base.dropout
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        base = self.base
+        t, s = base.draw_times(flow_map, batch)
+        x, conditional = noised(flow_map.path, batch, t)
+        cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
+        target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
+        v = flow_map.velocity(x, t, cond)
+        anchor = error_norm(v - target, base.norm, base.huber)
+        rows = rows_on_and_off(t, s)[1]
+        compared = base.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
+        distill = error_norm(compared.error, base.norm, base.huber)
+        loss = adaptive_weight(anchor, base.power, base.offset) * anchor
+        loss = loss.index_add(0, rows, adaptive_weight(distill, base.power, base.offset) * distill)
+        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
+        return Losses(loss, t, s, logs)
+
+
+@final
+@dataclass(frozen=True)
+class ISDTimeUnit(Objective):
+    """iSD with the time-unit error of the published code: dN/dt = J_N v + factor d_t N.
+
+    On the trig path a network clocked in t/(pi/2) whose time tangent is passed as 1 has factor pi/2.
+    """
+
+    base: ISD = field(default_factory=ISD)
+    factor: float = math.pi / 2
+
+    @property
+    def label_dropout(self) -> float:
+        return self.base.dropout
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        base = self.base
+        t, s = base.draw_times(flow_map, batch)
+        x, conditional = noised(flow_map.path, batch, t)
+        cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
+        target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
+        v = flow_map.velocity(x, t, cond)
+        anchor = error_norm(v - target, base.norm, base.huber)
+        rows = rows_on_and_off(t, s)[1]
+        error = self.error(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
+        total = anchor.index_add(0, rows, error_norm(error, base.norm, base.huber))
+        return Losses(adaptive_weight(total, base.power, base.offset) * total, t, s, {"anchor": anchor.detach()})
+
+    def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """N - N_target with the wrong derivative, (B, ...)."""
+        if len(x) == 0:
+            return x
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            return flow_map.output(x, t, s, cond)
+
+        value, tangent = jvp(output, (x, t), (v, torch.full_like(t, self.factor)))
+        return distillation_error(flow_map, x, v, value, tangent.detach(), t, s)
