@@ -14,34 +14,31 @@ Measured with the averaged weights, on data and noise that training does not see
   the same with the second of two jumps taken by the teacher's ODE: what the first jump alone costs
   frechet, k calls Frechet distance of k-step samples to held-out data
 The times between of 2- and 4-step sampling are searched for each method, seed and moment on one half of the held-out
-data and noise, and the figure is taken on the other half.
+data and noise, and the figure is taken on the other half. What is compared with what: acceleration_summary.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from acceleration_summary import LEVELS, RESULTS, summary
 from fewstep.conditions import Condition
 from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
-from fewstep.evaluation import Extractor, common_target, default_extractor, frechet_distance, speedup, time_to
-from fewstep.evaluation.curves import mean_curve
+from fewstep.evaluation import Extractor, default_extractor, frechet_distance
 from fewstep.flowmap import FlowMap, at
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.randomness import Draws
 from fewstep.recipes import recipe
-from fewstep.reporting.comparison import Course, Panel, comparison_curves
 from fewstep.serialization import to_json
 from fewstep.solvers import trajectory
 from fewstep.times import edm_grid
@@ -49,10 +46,6 @@ from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
 
-RESULTS = Path(__file__).parent / "results" / "acceleration"
-FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "acceleration.png"
-INTERMEDIATE = "jumps to levels above the end"
-LEVELS = (80.0, 12.9, 1.9, 0.59, 0.002)
 MIDDLE = 1.9
 FIRST_JUMP = f"sample, 80 -> {MIDDLE:g} alone"
 MIDDLES = (0.25, 0.4, 0.6, 0.9, 1.3, 1.9, 2.8, 4.2, 6.3, 9.5)
@@ -293,104 +286,6 @@ def run(options: argparse.Namespace) -> None:
             last = {(r["measure"], r["nfe"]): r["value"] for r in found["curve"][-40:]}  # type: ignore[index]
             shown = ", ".join(f"{m} {n}: {v:.3g}" for (m, n), v in last.items())
             print(f"{options.dataset} {name} seed {seed}: {found['seconds']} s; {shown}", flush=True)
-
-
-def read_cells() -> list[dict[str, Any]]:
-    """Every stored student."""
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    return [cell for cell in found if "curve" in cell]
-
-
-def curves_of(cell: dict[str, Any]) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    """(measure, calls) -> [(steps, value)], with the RMS over all jumps that stop above the data end as one more."""
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    squares: dict[int, list[float]] = {}
-    for row in cell["curve"]:
-        found.setdefault((row["measure"], row["nfe"]), []).append((row["step"], row["value"]))
-        name = row["measure"]
-        if name.startswith("jump") and not name.endswith(f"-> {LEVELS[-1]:g}"):
-            squares.setdefault(row["step"], []).append(row["value"] ** 2)
-    if squares:
-        found[INTERMEDIATE, 1] = [(step, (sum(v) / len(v)) ** 0.5) for step, v in sorted(squares.items())]
-    return found
-
-
-def geometric_mean(values: list[float | None]) -> float:
-    """Of numbers of steps, all known: every curve reaches the common target."""
-    return math.exp(sum(math.log(value) for value in values if value is not None) / len(values))
-
-
-def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> list[dict[str, Any]]:
-    """Rows of one data set: how many times fewer steps `method` takes than `baseline`, by measure and calls.
-
-    To the worst final value among all runs of both methods, which every run reaches: the ratio is symmetric. Time
-    counts until a curve stays there. at_start: runs that are there at their first moment, whose time is only known to
-    be no longer. steps_euler, steps_analytic: the baseline's and the method's, geometric means over seeds.
-    """
-    groups = {
-        name: {cell["seed"]: curves_of(cell) for cell in cells if cell["method"] == name} for name in (baseline, method)
-    }
-    measures = set.intersection(*(set(curves) for group in groups.values() for curves in group.values()))
-    rows = []
-    for measure, nfe in sorted(measures):
-        slow, fast = ({seed: c[measure, nfe] for seed, c in groups[name].items()} for name in (baseline, method))
-        seeds = sorted(set(slow) & set(fast))
-        if not seeds:
-            continue
-        slow, fast = ({seed: curves[seed] for seed in seeds} for curves in (slow, fast))
-        target = common_target([*slow.values(), *fast.values()])
-        found = speedup(slow, fast, [target])
-        steps = [geometric_mean([time_to(curves[seed], target) for seed in seeds]) for curves in (slow, fast)]
-        last = [sum(curves[seed][-1][1] for seed in seeds) / len(seeds) for curves in (slow, fast)]
-        rows.append(
-            {
-                "dataset": cells[0]["dataset"], "method": method, "baseline": baseline, "measure": measure, "nfe": nfe,
-                "ratio": found.ratio, "low": found.low, "high": found.high, "seeds": len(seeds), "target": target,
-                "steps_euler": steps[0], "steps_analytic": steps[1], "at_start": found.at_start,
-                "final_euler": last[0], "final_analytic": last[1],
-            }
-        )  # fmt: skip
-    return rows
-
-
-def summary() -> None:
-    """Print the table, write acceleration.json and the figure."""
-    cells, rows = read_cells(), []
-    for dataset in PLANS:
-        own = [cell for cell in cells if cell["dataset"] == dataset]
-        names = {cell["method"] for cell in own}
-        for method in sorted(names - {"euler"}):
-            rows += compare_methods(own, "euler", method) if "euler" in names else []
-    (RESULTS.parent / "acceleration.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(
-        f"{'data':8} {'method':24} {'measure':32} {'NFE':>3} {'ratio':>8} {'interval':>14} {'seeds':>5} {'final':>15}"
-    )
-    for row in rows:
-        interval = "" if row["low"] is None else f"{row['low']:.2f} .. {row['high']:.2f}"
-        final = f"{row['final_euler']:.3g} / {row['final_analytic']:.3g}"
-        print(
-            f"{row['dataset']:8} {row['method']:24} {row['measure']:32} {row['nfe']:>3} "
-            f"{row['ratio']:>8.2f} {interval:>14} {row['seeds']:>5} {final:>15} {row['at_start']:>9}"
-        )
-    FIGURE.write_bytes(figure(cells))
-
-
-def figure(cells: list[dict[str, Any]]) -> bytes:
-    """Learning curves of Euler and analytic, a row of panels for each data set."""
-    panels = []
-    for dataset in PLANS:
-        for measure, nfe in ((INTERMEDIATE, 1), ("sample", 2), ("frechet", 1), ("frechet", 2)):
-            courses = []
-            for method in ("euler", "analytic"):
-                own = [c for c in cells if c["dataset"] == dataset and c["method"] == method]
-                curves = [[(s * c["batch"], v) for s, v in curves_of(c)[measure, nfe]] for c in own]
-                if curves:
-                    mean = mean_curve(curves)
-                    courses.append(Course(method, mean.images, mean.mean, mean.low, mean.high))
-            calls = "" if measure == INTERMEDIATE else f", {nfe} call" + ("s" if nfe > 1 else "")
-            if courses:
-                panels.append(Panel(f"{dataset}: {measure}{calls}", tuple(courses)))
-    return comparison_curves(panels, columns=4)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from fewstep.paths import Linear
 from fewstep.preconditioning import LinearPreconditioning
 from fewstep.randomness import Draws
 
-REPEATS = 12
+REPEATS = 8
 SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}
 
 

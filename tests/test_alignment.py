@@ -136,6 +136,23 @@ def test_trajectories_of_an_exact_student_end_where_the_teachers_do(path: Path) 
     assert json.loads(json.dumps(last.row())) == last.row()
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_errors_are_measured_at_every_stop_of_a_trajectory(path: Path) -> None:
+    """Each jump adds `shift` to what the exact map makes of the error so far, which it scales evenly."""
+    exact, shift = DATA.flow_map(path, LinearPreconditioning()), 0.05
+    grids = [edm_grid(path, k) for k in (1, 2, 4)]
+    found = trajectory_alignment(Shifted(path, shift), exact, normal(20, 1, 2, 2), grids, method="shifted")
+    for each, grid in zip(found, grids, strict=True):
+        error, expected = torch.zeros(1, 1, dtype=F64), []
+        for t, s in zip(grid[:-1, None], grid[1:, None], strict=True):
+            start = torch.zeros_like(error)
+            error = DATA.jump(path, start + error, t, s) - DATA.jump(path, start, t, s) + shift
+            expected.append(abs(float(error)))
+        assert each.stops == pytest.approx(expected, rel=1e-2, abs=1e-4)
+        assert len(each.stops_stderr) == each.steps
+        assert (each.rmse, each.stderr) == (each.stops[-1], each.stops_stderr[-1])
+
+
 def test_records_are_json_with_nothing_where_no_jump_is() -> None:
     found = measured("m")
     stored = json.loads(json.dumps(found.row(), allow_nan=False))

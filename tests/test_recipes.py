@@ -17,15 +17,22 @@ from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import DataConfig, load_dataset
 from fewstep.errors import ConfigError
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import CD, CTM
+from fewstep.objectives import CD, CTM, SCD
 from fewstep.paths import EDM
 from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.preconditioning.estimation import noise_grid
-from fewstep.recipes import RECIPES, recipe
+from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.serialization import from_json, to_json
 from fewstep.training import Machine, RunFolder, train
 
 SHAPES = {"digits": ((1, 8, 8), 10), "idx": ((1, 28, 28), 10), "mixture": ((1, 4, 4), 0)}
+
+
+def shape_and_classes(config: RunConfig) -> tuple[tuple[int, ...], int]:
+    """Of the data that a recipe is made for."""
+    if config.data.source == "latents":
+        return AT_SCALE[config.recipe].shape, AT_SCALE[config.recipe].classes
+    return SHAPES[config.data.source]
 
 
 def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
@@ -39,8 +46,7 @@ def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
 def test_every_recipe_builds_its_flow_map(name: str) -> None:
     config = recipe(name)
     assert config.recipe == name
-    random = (config.data.random_shape, config.data.random_classes)
-    shape, classes = SHAPES.get(config.data.source, random)
+    shape, classes = shape_and_classes(config)
     names = tuple(str(k) for k in range(classes))
     settings = flow_map_config(config, shape, 1.0, classes, names, statistics=euler_statistics(shape))
     with torch.device("meta"):  # shapes without the memory of 700 million weights
@@ -53,7 +59,7 @@ def test_imagenet_networks_have_the_published_size(name: str, millions: int) -> 
     """Table 1 of 2212.09748 to within a tenth: gating, norms and embeddings differ a little."""
     config = recipe(name)
     with torch.device("meta"):
-        network = config.network.build(config.data.random_shape, 1000, config.objective.guided)
+        network = config.network.build(AT_SCALE[name].shape, 1000, config.objective.guided)
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.1)
 
 
@@ -85,8 +91,9 @@ def small(config: RunConfig) -> RunConfig:
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
     data = config.data
-    if data.source == "idx":  # shapes and labels of Fashion-MNIST without its files
-        data = DataConfig(source="random", random_shape=(1, 28, 28), random_classes=10, labels=data.labels)
+    if data.source in ("idx", "latents"):  # shapes and labels without the files
+        shape, classes = shape_and_classes(config)
+        data = DataConfig(source="random", random_shape=shape, random_classes=classes, labels=data.labels)
     data = replace(data, random_count=8)
     statistics = replace(config.statistics, points=16, samples=8)
     return replace(config, network=network, training=training, data=data, statistics=statistics)
@@ -94,14 +101,15 @@ def small(config: RunConfig) -> RunConfig:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_training_steps(name: str, tmp_path: Path) -> None:
-    """Those that distil do so from the recipe that their own teacher's folder is named after."""
+    """Those that distil, or start from a model, do so from the recipe that its folder is named after."""
     config, machine = small(recipe(name)), Machine(cpu=True, threads=1, quiet=True)
     dataset = load_dataset(config.data)
-    if config.teacher:
-        teacher = small(recipe(Path(config.teacher).name))
-        assert teacher.data == config.data
-        train(teacher, dataset, RunFolder(tmp_path / "teacher"), machine)
-        config = replace(config, teacher=str(tmp_path / "teacher"))
+    for folder in {config.teacher, config.initial} - {"", "teacher"}:
+        other = small(recipe(Path(folder).name))
+        assert other.data == config.data
+        train(other, dataset, RunFolder(tmp_path / folder), machine)
+        parts = {role: getattr(config, role) for role in ("teacher", "initial")}
+        config = replace(config, **{role: str(tmp_path / folder) for role, name in parts.items() if name == folder})
     result = train(config, dataset, RunFolder(tmp_path / "run"), machine)
     assert result.step == 2
     (record,) = RunFolder(tmp_path / "run").read_log()
@@ -109,12 +117,12 @@ def test_every_recipe_takes_training_steps(name: str, tmp_path: Path) -> None:
     assert record["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("ctm-", "cd-"))])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("ctm-", "cd-", "digits-scd"))])
 def test_students_share_what_they_compare_with_their_teacher(name: str) -> None:
     """The same data, network, path and inner scaling, so that its weights fit and mean the same."""
     config = recipe(name)
     teacher = recipe(Path(config.teacher).name)
-    assert isinstance(config.objective, CD | CTM)
+    assert isinstance(config.objective, CD | CTM | SCD)
     assert teacher.objective.on_diagonal
     assert config.initial == "teacher"
     assert (config.data, config.network) == (teacher.data, teacher.network)
@@ -125,7 +133,7 @@ def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
     """DiT-B/4 at its own width."""
     config = recipe("imagenet256-dit-b4")
     training = replace(config.training, images=2, batch_size=2, sample_images=0)
-    data = replace(config.data, random_count=4)
+    data = DataConfig(source="random", random_shape=(4, 32, 32), random_classes=1000, random_count=4)
     config = replace(config, network=replace(config.network, depth=1), training=training, data=data)
     assert train(config, load_dataset(data), RunFolder(tmp_path), Machine(cpu=True, threads=1, quiet=True)).step == 1
 

@@ -339,3 +339,13 @@ def test_errors_of_samples_stand_under_their_steps() -> None:
     shown = "".join(Page(text).text)
     assert "1 step2 steps" in shown
     assert f"{HOSTILE}0.500 ± 0.0100.250 ± 0.010" in shown
+    assert "On the way" not in shown  # as rows were stored before errors were measured there
+
+
+def test_errors_of_samples_are_shown_where_they_stop() -> None:
+    jumps = {"method": "m", "times": [1.0, 0.0], "rmse": [[None, 0.5], [None, None]], "samples": 9}
+    walk = {"method": HOSTILE, "steps": 2, "times": [80.0, 1.9, 0.002], "rmse": 0.25, "stderr": 0.01}
+    walk |= {"stops": [0.5, 0.25], "stops_stderr": [0.02, 0.01]}
+    text = render(RunReport("t", "", alignments=(jumps,), trajectories=(walk,)))
+    assert HOSTILE not in text
+    assert f"{HOSTILE}, 2 steps0.500 ± 0.020 at 1.9; 0.250 ± 0.010 at 0.002" in "".join(Page(text).text)

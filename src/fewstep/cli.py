@@ -8,7 +8,8 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,17 +17,20 @@ import tyro
 
 from fewstep._version import __version__
 from fewstep.config import StatisticsConfig
-from fewstep.errors import ConfigError, FewstepError
+from fewstep.errors import ConfigError, FewstepError, FewstepWarning
 from fewstep.options import (
     CompareOptions,
+    EncodeOptions,
     EvaluateOptions,
+    ObjectivesOptions,
     QuickstartOptions,
     ReportOptions,
     SampleOptions,
     StatisticsOptions,
     TrainOptions,
+    TuneStepsOptions,
 )
-from fewstep.recipes import RECIPES, recipe
+from fewstep.recipes import AT_SCALE, RECIPES, recipe
 
 T = TypeVar("T")
 
@@ -37,8 +41,10 @@ OVERVIEW = f"""fewstep {__version__}: generative models that need one to four ne
   fewstep objectives           every training objective: formula, velocity, gradient, evaluations, paper
   fewstep train RECIPE         train it, or go on where it stopped; every option can be set by name
   fewstep sample RUN           draw images from a trained run
+  fewstep tune-steps RUN       place its 2 and 4 steps better, by search on held-out data; sample uses them then
   fewstep evaluate RUN         measure its samples against held-out data
   fewstep report RUN           write RUN/report.html, one self-contained page
+  fewstep encode FOLDER        turn a folder of images into latents to train on, with an autoencoder of yours
   fewstep statistics RUN       what an analytic preconditioning computes from a teacher: estimated, drawn, its cost
   fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
 
@@ -92,27 +98,53 @@ def train_command(args: Sequence[str]) -> None:
     print(f"Next: fewstep sample {run.root}   fewstep evaluate {run.root}   fewstep report {run.root}")
 
 
+def encode_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep encode FOLDER`."""
+    from fewstep.data.latents import EncodingSettings
+    from fewstep.encoding import EncodingWork, encode_folder, summary
+
+    options = parse(EncodeOptions, args, "encode")
+    settings = EncodingSettings(
+        image_size=options.image_size,
+        flip=options.flip,
+        posterior=options.posterior,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        heldout=options.heldout,
+        seed=options.seed,
+    )
+    work = EncodingWork(options.batch_size, options.skip_unreadable, options.cpu, options.quiet)
+    manifest = encode_folder(options.folder, options.autoencoder, options.out, settings, options.std, work)
+    print(f"{options.out}: {summary(manifest)}")
+    print(f"Next: fewstep train RECIPE --data.source latents --data.root {options.out}")
+
+
 def sample_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep sample RUN`."""
     import torch
 
-    from fewstep.reporting import save_each, save_grid, save_npz
+    from fewstep.measuring import own_sampler
     from fewstep.sampling import SamplingSettings, generate
     from fewstep.training import load
+    from fewstep.viewing import save_latents, viewer
 
     options = parse(SampleOptions, args, "sample")
-    out = options.out or options.run / f"samples-{options.seed}.png"
+    out = options.out or options.run / f"samples-{options.seed}{'.npz' if options.latents else '.png'}"
     if out.suffix not in ("", ".png", ".npz"):
         raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
+    if options.latents and out.suffix != ".npz":
+        raise ConfigError(f"{out}: latents are written to FILE.npz")
     flow_map = load(options.run)
     if torch.cuda.is_available() and not options.cpu:
         flow_map = flow_map.cuda()
+    view = None if options.latents else viewer(flow_map, options.autoencoder)
+    sampler, gamma = own_sampler(options.run)
     settings = SamplingSettings(
-        sampler=options.sampler,
+        sampler=options.sampler or sampler,
         steps=options.steps,
         times=options.times,
         spacing=options.spacing,
-        gamma=options.gamma,
+        gamma=gamma if options.gamma is None else options.gamma,
         omega=options.omega,
         interval=options.interval,
         seed=options.seed,
@@ -122,14 +154,14 @@ def sample_command(args: Sequence[str]) -> None:
     if options.label:
         labels = torch.tensor(options.label)[torch.arange(max(options.count, 1)) % len(options.label)]
     drawn = generate(flow_map, options.count, settings, labels)
-    data_range = None if flow_map.config is None else flow_map.config.data_range
-    if out.suffix == ".png":
-        save_grid(drawn.samples, out, columns=options.columns, data_range=data_range)
-    elif out.suffix == ".npz":
-        save_npz(drawn.samples, drawn.labels, out)
+    if view is None:
+        save_latents(flow_map, drawn.samples, drawn.labels, out)
     else:
-        save_each(drawn.samples, out, data_range)
+        view.write(drawn.samples, drawn.labels, out, options.columns)
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each, {drawn.seconds:.2f} s")
+    tuned = settings.tuned(flow_map.step_times)
+    if tuned is not None:
+        print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
 
 
 def evaluate_command(args: Sequence[str]) -> None:
@@ -156,12 +188,36 @@ def evaluate_command(args: Sequence[str]) -> None:
         if not config.teacher:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
         teacher_of(run, options.teacher)
-    stick = yardstick(with_labels(config.data, dataset), cache_folder(), options.inception)
+    stick = yardstick(with_labels(config.data, dataset), cache_folder(), options.inception, options.autoencoder)
     rows = [*measure_run(run, stick, evaluation), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
     if config.teacher and not config.objective.on_diagonal:
         print(align(run, dataset, method_name(config), options.teacher))
+
+
+def tune_steps_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep tune-steps RUN`."""
+    from fewstep.data import load_dataset
+    from fewstep.measuring import yardstick
+    from fewstep.schedules import TIMES_FILE
+    from fewstep.students import with_labels
+    from fewstep.training import RunFolder
+    from fewstep.tuning import TuningPlan, table, tune_run
+
+    options = parse(TuneStepsOptions, args, "tune-steps")
+    run = RunFolder(options.run)
+    config = run.config()
+    run.last_checkpoint()
+    own = config.evaluation
+    evaluation = dataclasses.replace(own, omega=own.omega if options.omega is None else options.omega)
+    samples = own.samples if options.samples is None else options.samples
+    plan = TuningPlan(options.steps, options.evaluations, samples, options.seed)
+    plan.check_noise(own.seed)
+    dataset = with_labels(config.data, load_dataset(config.data))
+    stick = yardstick(dataset, cache_folder(), options.inception, options.autoencoder)
+    print(table(tune_run(run, dataclasses.replace(config, evaluation=evaluation), stick, plan)))
+    print(f"Stored: {run.root / TIMES_FILE}")
 
 
 def report_command(args: Sequence[str]) -> None:
@@ -170,7 +226,7 @@ def report_command(args: Sequence[str]) -> None:
     from fewstep.training import RunFolder
 
     options = parse(ReportOptions, args, "report")
-    print(f"Report: {report(RunFolder(options.run))}")
+    print(f"Report: {report(RunFolder(options.run), autoencoder=options.autoencoder)}")
 
 
 def statistics_command(args: Sequence[str]) -> None:
@@ -194,36 +250,35 @@ def compare_command(args: Sequence[str]) -> None:
 
 
 def recipes_command(args: Sequence[str]) -> None:
-    """Print every recipe with its docstring."""
+    """Print every recipe with its docstring, and the computed cost of those at scale."""
+    from fewstep.cost import cost_lines, training_cost
+
     if args:
         raise ConfigError(f"recipes takes no options, got {' '.join(args)}")
     for name, build in RECIPES.items():
         lines = [line.strip() for line in (build.__doc__ or "").strip().splitlines()]
+        if name in AT_SCALE:
+            lines += cost_lines(training_cost(build(), AT_SCALE[name].shape, AT_SCALE[name].classes))
         print(f"{name}\n    " + "\n    ".join(line for line in lines if line) + "\n")
 
 
 def objectives_command(args: Sequence[str]) -> None:
     """Print the catalogue of objectives."""
     from fewstep.objectives import CATALOGUE
+    from fewstep.reporting.catalogue import catalogue_table, catalogue_text
 
-    if args:
-        raise ConfigError(f"objectives takes no options, got {' '.join(args)}")
-    for entry in CATALOGUE:
-        counts = (
-            f"{entry.forward} forward, {entry.frozen} frozen, {entry.tangents} with tangents, {entry.backward} backward"
-        )
-        teacher = f", {entry.teacher} of the teacher" if entry.needs_teacher else ""
-        print(f"{entry.name} ({entry.objective.__name__}; {entry.paper})\n    {entry.formula}")
-        print(f"    velocity: {entry.velocity}\n    gradient through: {entry.gradient}")
-        print(f"    evaluations of a sample: {counts}{teacher}\n")
+    options = parse(ObjectivesOptions, args, "objectives")
+    print(catalogue_table(CATALOGUE) if options.markdown else catalogue_text(CATALOGUE))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": quickstart_command,
     "train": train_command,
     "sample": sample_command,
+    "tune-steps": tune_steps_command,
     "evaluate": evaluate_command,
     "report": report_command,
+    "encode": encode_command,
     "statistics": statistics_command,
     "compare": compare_command,
     "recipes": recipes_command,
@@ -275,6 +330,25 @@ def _option_names(options: object, prefix: str = "--") -> list[str]:
     return names
 
 
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, fewstep's own warnings are one line each, without the place in the code that gave them."""
+    usual = warnings.formatwarning
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, FewstepWarning):
+            return f"fewstep: {' '.join(str(message).split())}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input."""
     arguments = list(sys.argv[1:] if args is None else args)
@@ -287,7 +361,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
-        COMMANDS[arguments[0]](arguments[1:])
+        with _plain_warnings():
+            COMMANDS[arguments[0]](arguments[1:])
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fewstep.autoencoders import Decoding
 from fewstep.conditions import Condition
 from fewstep.errors import CheckpointError, ShapeError
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.paths import Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.preconditioning.scaling import IdentityScaling, Scaling
+from fewstep.schedules import StepTimes, decode_step_times
 from fewstep.serialization import differences, from_json, to_json
 from fewstep.shapes import check_batch, expand
 
@@ -57,6 +59,8 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
 
     Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
     computed in the dtype of the times and applied in that of the samples.
+    step_times: where its samples are best drawn at, found for these weights (fewstep.tuning) and saved with them.
+    decoding: how its samples become images, where they are latents; saved with the weights too.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         self.scaling = IdentityScaling() if scaling is None else scaling
         self.network = network
         self.config = config
+        self.step_times: tuple[StepTimes, ...] = ()
+        self.decoding: Decoding | None = None
 
     def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """N(x, t, s): the network with its inner scaling."""
@@ -154,7 +160,12 @@ def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     state = flow_map.network.state_dict() if weights is None else weights
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps({"flow_map": to_json(flow_map.config)}, indent=2) + "\n")
+    record = {"flow_map": to_json(flow_map.config)}
+    if flow_map.step_times:
+        record["step_times"] = to_json(flow_map.step_times)
+    if flow_map.decoding is not None:
+        record["decoding"] = to_json(flow_map.decoding)
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def load_flow_map(folder: FilePath | str) -> FlowMap:
@@ -188,21 +199,25 @@ def fit_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 def read_config(folder: FilePath | str) -> FlowMapConfig:
     """The configuration of a saved flow map; raises CheckpointError when it is missing or is none."""
-    return _read_config(FilePath(folder) / CONFIG_FILE)
+    return _read_config(FilePath(folder) / CONFIG_FILE)[0]
 
 
-def _read_config(file: FilePath) -> FlowMapConfig:
+def _read_config(file: FilePath) -> tuple[FlowMapConfig, tuple[StepTimes, ...], Decoding | None]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
     try:
-        stored = json.loads(file.read_text())["flow_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        record = json.loads(file.read_text())
+        stored, tuned, decoding = record["flow_map"], record.get("step_times", []), record.get("decoding")
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
-    return from_json(FlowMapConfig, stored, str(file))
+    decoded = None if decoding is None else from_json(Decoding, decoding, f"{file}: decoding")
+    return from_json(FlowMapConfig, stored, str(file)), decode_step_times(tuned, str(file)), decoded
 
 
 def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
-    flow_map = _read_config(config_file).build()
+    config, step_times, decoding = _read_config(config_file)
+    flow_map = config.build()
+    flow_map.step_times, flow_map.decoding = step_times, decoding
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return flow_map.eval()
 

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.autoencoders import load_decoder
 from fewstep.config import EvaluationConfig, RunConfig
 from fewstep.data import Dataset
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, ConfigError
 from fewstep.evaluation import (
+    DecodedExtractor,
     Extractor,
     InceptionExtractor,
     Measurement,
+    RandomConvExtractor,
     ReferenceFeatures,
     default_extractor,
     frechet_distance,
@@ -29,7 +32,8 @@ from fewstep.evaluation import (
 from fewstep.files import write_atomically
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching
-from fewstep.sampling import SamplerName, SamplingSettings, Spacing, generate
+from fewstep.sampling import Generated, SamplingSettings, Spacing, generate
+from fewstep.schedules import SamplerName
 from fewstep.students import with_labels
 from fewstep.training.checkpoint import RunFolder, read_state
 from fewstep.training.loop import Watcher
@@ -51,6 +55,18 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
         sampler=sampler, gamma=evaluation.gamma, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
     )
     return [replace(base, steps=count) for count in steps]
+
+
+def own_sampler(folder: Path) -> tuple[SamplerName, float]:
+    """(sampler, gamma) that a run is measured by; the map for a saved model, which does not say how it was trained.
+
+    gamma is 0.5 where the run's own sampler has none.
+    """
+    run = RunFolder(folder)
+    if not run.config_file.is_file() or not run.checkpoints():
+        return "map", 0.5
+    settings = sampler_settings(run.config(), (1,))[0]
+    return settings.sampler, settings.gamma or 0.5
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -83,8 +99,21 @@ class Yardstick:
     reference: ReferenceFeatures
 
 
-def yardstick(dataset: Dataset, cache: Path | None, inception: Path | None = None) -> Yardstick:
-    """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given."""
+def yardstick(
+    dataset: Dataset, cache: Path | None, inception: Path | None = None, autoencoder: Path | None = None
+) -> Yardstick:
+    """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given.
+
+    Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
+    on those: without Inception their features are random convolutions.
+    """
+    if dataset.decoding is not None:
+        decoder = load_decoder(dataset.decoding, autoencoder, best_device())
+        random = RandomConvExtractor(dataset.decoding.image_shape)
+        seen = DecodedExtractor(random if inception is None else InceptionExtractor(inception), decoder)
+        return Yardstick(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
+    if autoencoder is not None:
+        raise ConfigError(f"the samples of {dataset.name} are no latents: leave out --autoencoder")
     extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
     return Yardstick(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
 
@@ -96,6 +125,8 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     """
     settings = config.evaluation
     sticks: list[Yardstick] = []
+    if settings.curve_images and dataset.decoding is not None:  # a missing autoencoder is said before the training
+        sticks.append(yardstick(dataset, cache))
 
     def watch(flow_map: FlowMap, step: int) -> None:
         if not sticks:  # at the first point: its classifier may have to be trained
@@ -103,8 +134,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
         images = step * config.training.batch_size
         points: list[Row] = []
         for each in sampler_settings(config, settings.curve_steps):
-            drawn = generate(flow_map, settings.curve_samples, each)
-            features = sticks[0].extractor.features(_within_range(flow_map, drawn.samples))
+            drawn, features = drawn_features(flow_map, settings.curve_samples, each, sticks[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
             value = frechet_distance(features, sticks[0].reference.features) if sound else math.nan
             points.append(
@@ -114,6 +144,14 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
         write_curve(run, points)
 
     return watch
+
+
+def drawn_features(
+    flow_map: FlowMap, count: int, settings: SamplingSettings, extractor: Extractor
+) -> tuple[Generated, Tensor]:
+    """`count` samples, and their features (count, d)."""
+    drawn = generate(flow_map, count, settings)
+    return drawn, extractor.features(_within_range(flow_map, drawn.samples))
 
 
 def write_curve(run: RunFolder, points: list[Row]) -> None:
@@ -156,18 +194,30 @@ def best_device() -> torch.device:
 
 
 def measure_run(run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None) -> list[Row]:
-    """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own."""
+    """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own.
+
+    Tuned step times have rows of their own beside the default's, whose `tuned_on` says which held-out samples chose
+    them: they are among those measured against, so that the default's rows alone have seen none.
+    """
     config, flow_map = run.config(), run.flow_map().to(best_device())
     config = config if evaluation is None else replace(config, evaluation=evaluation)
     settings = config.evaluation
     name = method_name(config) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
-    if not isinstance(config.objective, DiagonalMatching):
+    plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(flow_map, each))]
+    if not (config.objective.on_diagonal or config.objective.to_data_end):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     return [
         _row(measure_settings(flow_map, each, label, settings.samples, stick), training_seconds(run), settings.omega)
+        | {"tuned_on": found.source if (found := each.tuned(flow_map.step_times)) else None}
         for label, each in plans
     ]
+
+
+def tuned_settings(flow_map: FlowMap, settings: SamplingSettings) -> SamplingSettings | None:
+    """The same at the step times tuned for the flow map; None where it has none for them."""
+    free = replace(settings, spacing="auto")
+    return free if free.tuned(flow_map.step_times) else None
 
 
 def reference_settings(config: RunConfig) -> SamplingSettings:
@@ -268,4 +318,6 @@ def table(rows: list[Row]) -> str:
     if rows:
         first = rows[0]
         lines.append(f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID.")
+    if any(row.get("tuned_on") for row in rows):
+        lines.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
     return "\n".join(lines)

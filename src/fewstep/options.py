@@ -9,7 +9,9 @@ from typing import Annotated
 import tyro
 
 from fewstep.config import RunConfig, StatisticsConfig
-from fewstep.sampling import SamplerName, Spacing
+from fewstep.data.latents import EncodingSettings, Posterior, StoredType
+from fewstep.sampling import Spacing
+from fewstep.schedules import SamplerName
 from fewstep.training.loop import Machine
 
 
@@ -34,6 +36,47 @@ class TrainOptions:
     machine: Machine = field(default_factory=Machine)
 
 
+_ENCODING = EncodingSettings()
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """Encode a folder of images into latents, in shards, or go on where it was stopped: the same files come out.
+
+    Repeat the same command to go on; batch size, device and where the autoencoder lies may change.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of PNG, JPEG or WebP images; its first-level subfolders, if it has any, are the classes."""
+    autoencoder: Path
+    """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
+    out: Path
+    """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
+    image_size: int = _ENCODING.image_size
+    """Side of the square that images are resized and cut to."""
+    flip: bool = _ENCODING.flip
+    """Store the latent of every mirrored image too, for training with flips: latents cannot be mirrored exactly."""
+    posterior: Posterior = _ENCODING.posterior
+    """sample: one draw from each image's posterior, decided by the seed and the image's number; mean: its mean."""
+    dtype: StoredType = _ENCODING.dtype
+    """Of the stored latents."""
+    shard_size: int = _ENCODING.shard_size
+    """Images in a shard: what is lost at most when the command is stopped."""
+    heldout: float = _ENCODING.heldout
+    """Fraction held out of training, evenly over classes."""
+    seed: int = _ENCODING.seed
+    """Of the posterior's draws and of the split."""
+    std: float = 1.0
+    """Standard deviation that each channel is given when it is read; may be changed later by the same command."""
+    batch_size: int = 16
+    """Images that pass the autoencoder at once."""
+    skip_unreadable: bool = False
+    """Warn about unreadable images instead of failing."""
+    cpu: bool = False
+    quiet: bool = False
+    """No progress bar."""
+
+
 @dataclass(frozen=True)
 class SampleOptions:
     """Draw images from a run. The same seed gives the same noise to sample k, whatever the number of images."""
@@ -46,14 +89,16 @@ class SampleOptions:
     """Number of images."""
     steps: int = 2
     """Steps; the map sampler makes one network call each."""
-    sampler: SamplerName = "map"
-    """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself."""
-    spacing: Spacing = "uniform"
-    """uniform on the path's clock, or edm: EDM's noise levels (rho = 7)."""
-    gamma: float = 0.5
-    """For the gamma sampler: 0 is deterministic, 1 re-noises fully."""
+    sampler: SamplerName | None = None
+    """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself. Not given: the one that the run is measured
+    by; the map for a saved model."""
+    spacing: Spacing = "auto"
+    """auto: the times that `fewstep tune-steps` found for this model, sampler, guidance and number of steps; without
+    any, as for these two: uniform on the path's clock, or on the EDM path edm, EDM's noise levels (rho = 7)."""
+    gamma: float | None = None
+    """For the gamma sampler: 0 is deterministic, 1 re-noises fully. Not given: the run's own, or 0.5."""
     times: tuple[float, ...] = ()
-    """The times to walk through in the path's clock, falling; overrides steps."""
+    """The times to walk through in the path's clock, falling; overrides steps and spacing."""
     label: tuple[int, ...] = ()
     """Class of each image, repeated as needed; all classes in turn when not given."""
     omega: float = 1.0
@@ -64,6 +109,10 @@ class SampleOptions:
     columns: int = 8
     """Images per row of a grid."""
     batch_size: int = 512
+    latents: bool = False
+    """Leave latents as they are: FILE.npz then holds `latents` in the autoencoder's own units instead of images."""
+    autoencoder: Path | None = None
+    """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
     cpu: bool = False
 
 
@@ -84,6 +133,34 @@ class EvaluateOptions:
     """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
     teacher: Path | None = None
     """Where the teacher of a distilled run lies now; where it lay in training when not given."""
+    autoencoder: Path | None = None
+    """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+
+
+@dataclass(frozen=True)
+class TuneStepsOptions:
+    """Search the times at which a run's sampler takes few steps; `fewstep sample` uses them from then on.
+
+    One half of the held-out data chooses them by the Frechet distance, the other half says what they gain: they are
+    kept only if they win there by more than the gain's standard error. RUN/step_times.json has the figures.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run."""
+    steps: tuple[int, ...] = (2, 4)
+    """Step counts of the run's own sampler, each tuned apart."""
+    samples: int | None = None
+    """Samples drawn for every placement tried; as many as the recipe measures with when not given."""
+    evaluations: int = 80
+    """Placements tried at most for each step count."""
+    omega: float | None = None
+    """Guidance strength to tune for; the recipe's own when not given."""
+    seed: int = 2000
+    """Of the noise that the search draws from; the check draws from that of the next seed, evaluation from neither."""
+    inception: Path | None = None
+    """Weights of the Inception network (extra [eval]), as for `fewstep evaluate`."""
+    autoencoder: Path | None = None
+    """Where the autoencoder of latents lies now, as for `fewstep evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +169,8 @@ class ReportOptions:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run."""
+    autoencoder: Path | None = None
+    """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
 
 
 _STATISTICS = StatisticsConfig()
@@ -130,3 +209,11 @@ class CompareOptions:
     """Folders of at least two runs on the same data."""
     out: Path = Path("comparison")
     """Folder for comparison.html, comparison.png and comparison.json."""
+
+
+@dataclass(frozen=True)
+class ObjectivesOptions:
+    """What every training objective compares, trusts and costs."""
+
+    markdown: bool = False
+    """Print the table of docs/objectives.md."""

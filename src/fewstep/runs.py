@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,12 +13,21 @@ import torch
 from fewstep.config import RunConfig
 from fewstep.errors import CheckpointError
 from fewstep.flowmap import FlowMap
-from fewstep.measuring import Row, best_device, method_name, read_figures, reference_settings, sampler_settings
+from fewstep.measuring import (
+    Row,
+    best_device,
+    method_name,
+    read_figures,
+    reference_settings,
+    sampler_settings,
+    tuned_settings,
+)
 from fewstep.reporting import Grid, RunReport, save_grid, write_report
 from fewstep.sampling import generate
 from fewstep.students import read_alignments, teacher_name
 from fewstep.training.checkpoint import RunFolder, read_state
 from fewstep.training.loop import Watcher
+from fewstep.viewing import Viewer, preview, viewer
 
 REPORT_FILE = "report.html"
 STUDY_FILE = "study.json"
@@ -26,29 +36,37 @@ STUDY_FILE = "study.json"
 def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
     """Draws a grid of the averaged model at the first two step counts of the recipe: samples/step-N.png."""
 
+    views: list[Viewer] = []
+
     def watch(flow_map: FlowMap, step: int) -> None:
+        if not views:
+            views.append(preview(flow_map))
         rows = [
             generate(flow_map, count, settings).samples
             for settings in sampler_settings(config, config.evaluation.steps[:2])
         ]
-        config_range = None if flow_map.config is None else flow_map.config.data_range
-        save_grid(torch.cat(rows), run.samples / f"step-{step:08d}.png", columns=20, data_range=config_range)
+        images, file = views[0].thumbnails(torch.cat(rows)), run.samples / f"step-{step:08d}.png"
+        save_grid(images, file, columns=20, data_range=views[0].data_range)
 
     return watch
 
 
-def grids(run: RunFolder, count: int = 40) -> tuple[Grid, ...]:
-    """Grids at the recipe's first three step counts and by the reference, from the same noise."""
+def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
+    """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise."""
     config, flow_map = run.config(), run.flow_map().to(best_device())
     name = method_name(config)
-    plans = [(name, settings) for settings in sampler_settings(config, config.evaluation.steps[:3])]
-    plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    plans = []
+    for settings in sampler_settings(config, config.evaluation.steps[:3]):
+        tuned = tuned_settings(flow_map, settings)
+        plans.append((f"{name}, tuned times", tuned) if tuned else (name, settings))
+    if not config.objective.to_data_end:
+        plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(flow_map, count, settings)) for label, settings in plans]
     return tuple(
         Grid(
             f"{label}, {_calls(round(found.nfe))}",
             "Same noise and classes in every grid.",
-            found.samples,
+            view.thumbnails(found.samples),
             10,
         )
         for label, found in drawn
@@ -61,25 +79,29 @@ def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
     return tuple(each for each in found if each.config_file.is_file() and each.checkpoints())
 
 
-def report(run: RunFolder, title: str = "") -> Path:
-    """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run."""
+def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> Path:
+    """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run.
+
+    autoencoder: where the one that decodes latents lies now, if it was moved.
+    """
     run.record()
     others = baselines(run)
     config, record = run.config(), run.record()
     flow_map = run.flow_map()
+    view = viewer(flow_map.to(best_device()), autoencoder)
     rows, aligned = read_figures(run.root), read_alignments((run, *others))
     logs = {method_name(r.config()): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
-        summary=_summary(config, record["data"]),
+        summary="\n\n".join((_summary(config, record["data"]), *_tuning(flow_map))),
         facts=_facts(rows, method_name(config)),
-        grids=tuple(grid for r in (run, *others) for grid in grids(r)),
+        grids=tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
         rows=rows,
         cost=_cost(run, others),
         settings=record,
         links=study_links(run),
-        data_range=None if flow_map.config is None else flow_map.config.data_range,
+        data_range=view.data_range,
         alignments=tuple(each["jumps"] for each in aligned),
         trajectories=tuple(row for each in aligned for row in each["trajectories"]),
     )
@@ -111,6 +133,13 @@ def _summary(config: RunConfig, data: Any) -> str:
         f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
         f"{config.model.preconditioning} preconditioning."
     )
+
+
+def _tuning(flow_map: FlowMap) -> Iterator[str]:
+    """A paragraph on each number of steps whose times were tuned."""
+    for each in flow_map.step_times:
+        times = " ".join(f"{t:.4g}" for t in each.times)
+        yield f"{each.steps} steps are taken at the times {times}, tuned on {each.source}."
 
 
 def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:

@@ -20,13 +20,13 @@ from fewstep.conditions import Condition
 from fewstep.errors import ShapeError
 from fewstep.flowmap import FlowMap, at
 from fewstep.guidance import ClassifierFreeGuidance, sampling_condition
-from fewstep.paths import Path
+from fewstep.paths import EDM, Path
 from fewstep.randomness import Draws
+from fewstep.schedules import Purpose, SamplerName, StepTimes
 from fewstep.times import check_grid, edm_grid, uniform_grid
 
 STREAM_PRIOR, STREAM_RENOISE = 20, 1000
-SamplerName = Literal["map", "gamma", "euler", "heun"]
-Spacing = Literal["uniform", "edm"]
+Spacing = Literal["auto", "uniform", "edm"]
 
 
 class Model(Protocol):
@@ -97,7 +97,10 @@ def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample. times overrides steps; spacing: of steps on the path's unit clock, or EDM's (rho = 7).
+    """How to sample. times overrides steps.
+
+    spacing: uniform on the path's unit clock, or EDM's (rho = 7); auto takes the times tuned for the flow map where it
+    has them for this sampler, guidance and number of steps, else EDM's on the EDM path and uniform ones elsewhere.
 
     omega: guidance strength, on the unit times of interval. A network trained with drawn guidance takes it as an
     input; otherwise omega != 1 doubles the evaluations.
@@ -106,23 +109,42 @@ class SamplingSettings:
     sampler: SamplerName = "map"
     steps: int = 2
     times: tuple[float, ...] = ()
-    spacing: Spacing = "uniform"
+    spacing: Spacing = "auto"
     gamma: float = 0.0
     omega: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     batch_size: int = 512
 
-    def grid(self, path: Path) -> Tensor:
-        """The times to walk; raises ShapeError for fewer than one step or times that do not fall."""
-        if self.times:
-            times = check_grid(path, torch.tensor(self.times, dtype=torch.float64))
+    def grid(self, path: Path, known: tuple[StepTimes, ...] = ()) -> Tensor:
+        """The times to walk, of those `known` for the flow map if any are meant.
+
+        Raises ShapeError for fewer than one step or times that do not fall.
+        """
+        tuned = self.tuned(known)
+        own = self.times if tuned is None else tuned.times
+        if own:
+            times = check_grid(path, torch.tensor(own, dtype=torch.float64))
             if abs(float(times[0]) - path.t_max) > 1e-6 * path.t_max:
                 raise ShapeError(
                     f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
                 )
             return times
-        return uniform_grid(path, self.steps) if self.spacing == "uniform" else edm_grid(path, self.steps)
+        edm = self.spacing == "edm" or (self.spacing == "auto" and isinstance(path, EDM))
+        return edm_grid(path, self.steps) if edm else uniform_grid(path, self.steps)
+
+    def tuned(self, known: tuple[StepTimes, ...]) -> StepTimes | None:
+        """Those of the known times that these settings are sampled at; None where others are asked for."""
+        everywhere = self.omega == 1.0 or self.interval == (0.0, 1.0)
+        if self.times or self.spacing != "auto" or not everywhere:
+            return None
+        return next((each for each in known if each.purpose == self.purpose), None)
+
+    @property
+    def purpose(self) -> Purpose:
+        """What step times are tuned for (StepTimes.purpose): gamma counts for its sampler only, whose 0 is the map."""
+        gamma = self.gamma if self.sampler == "gamma" else 0.0
+        return "map" if self.sampler == "gamma" and gamma == 0 else self.sampler, gamma, self.omega, self.steps
 
     def function(self) -> Sampler:
         """The sampler itself."""
@@ -170,7 +192,7 @@ def generate(
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
     labels = _check_labels(labels, count, first, flow_map.num_classes)
-    times, sampler = settings.grid(flow_map.path), settings.function()
+    times, sampler = settings.grid(flow_map.path, flow_map.step_times), settings.function()
     model = _guided(flow_map, settings)
     device = next(flow_map.parameters()).device
     batches = []

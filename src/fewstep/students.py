@@ -91,7 +91,7 @@ def alignment_times(path: TimePath) -> Tensor:
 def measure_alignment(
     run: RunFolder, dataset: Dataset, method: str, place: Path | None = None, samples: int = SAMPLES
 ) -> Record:
-    """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps, against its teacher's ODE (math.md §4).
+    """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
 
     On at most `samples` held-out samples, their labels given where there are classes. place: of the teacher, as in
     `teacher_of`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.

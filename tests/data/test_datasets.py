@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import bytes_of, load, refused
 
-from fewstep.data import DataConfig, Dataset, Samples, batch_indices, load_dataset, random_flip
+from fewstep.data import DataConfig, Dataset, Samples, batch_indices, load_dataset, random_flips
 from fewstep.data.labels import split
 from fewstep.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from fewstep.randomness import Draws
@@ -230,14 +230,17 @@ def test_batches_that_do_not_exist_are_refused(count: int, start: int, size: int
 
 
 def test_flips_mirror_about_half_of_the_samples_whatever_the_batch() -> None:
-    x = torch.randn(400, 2, 3, 4)
-    draws = Draws(0, 7, torch.arange(400))
-    flipped = random_flip(x, draws, 3)
-    mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
-    assert ((flipped == x).flatten(1).all(1) ^ mirrored).all()
-    assert 160 < int(mirrored.sum()) < 240
-    parts = [random_flip(x[part], Draws(0, 7, part), 3) for part in torch.arange(400).split(150)]
-    assert torch.equal(torch.cat(parts), flipped)
-    for bad in (x[:5], x[:, 0]):
-        with pytest.raises(ShapeError, match="one draw per sample"):
-            random_flip(bad, draws, 3)
+    flips = random_flips(Draws(0, 7, torch.arange(400)), 3)
+    assert 160 < int(flips.sum()) < 240
+    parts = [random_flips(Draws(0, 7, part), 3) for part in torch.arange(400).split(150)]
+    assert torch.equal(torch.cat(parts), flips)
+
+
+def test_samples_are_fetched_as_mirror_images_where_asked() -> None:
+    samples = Samples(torch.randint(0, 256, (40, 2, 3, 4), dtype=torch.uint8), torch.arange(40))
+    rows, mirror = torch.tensor([7, 0, 7, 31]), torch.tensor([True, False, False, True])
+    plain, labels = samples.fetch(rows)
+    mirrored, same_labels = samples.fetch(rows, mirror)
+    assert torch.equal(mirrored[mirror], plain[mirror].flip(-1))
+    assert torch.equal(mirrored[~mirror], plain[~mirror])
+    assert torch.equal(labels, same_labels)

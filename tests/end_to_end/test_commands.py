@@ -229,3 +229,20 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
     quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
     assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
+
+
+def test_a_run_that_jumps_to_data_alone_is_sampled_by_new_noise(tmp_path: Path, command: Command) -> None:
+    """By itself, as evaluation samples it: the map's jumps between steps were never trained."""
+    run = tmp_path / "run"
+    small = ("--network.width", "16", "--network.depth", "1", "--training.images", "64", "--training.batch-size", "32")
+    command("train", "digits-ct", "--out", str(run), *small, "--training.sample-images", "0")
+
+    def drawn(*options: str) -> bytes:
+        out = tmp_path / "drawn.npz"
+        command("sample", str(run), "--steps", "2", "--count", "4", "--out", str(out), *options)
+        with np.load(out) as arrays:
+            return bytes(arrays["images"].tobytes())
+
+    own = drawn()
+    assert own == drawn("--sampler", "gamma", "--gamma", "1")
+    assert own != drawn("--sampler", "map")

@@ -107,6 +107,7 @@ def test_a_student_is_measured_beside_its_teacher(run: Path, archive: Path, comm
     stored = json.loads((student / "alignment.json").read_text())
     assert stored["jumps"]["times"] == pytest.approx([80, 12.9, 1.92, 0.585, 0.002], rel=0.01)
     assert [row["steps"] for row in stored["trajectories"]] == [1, 2, 4]
+    assert [len(row["stops"]) for row in stored["trajectories"]] == [1, 2, 4]
     assert stored["jumps"]["method"] == rows[0]["method"]
 
     assert command("report", student).code == 0

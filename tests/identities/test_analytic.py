@@ -157,6 +157,40 @@ def test_constant_statistics_have_closed_coefficients(l: float, s: float, log_ga
     assert float(f) == pytest.approx(math.exp(-(1 - l) * gap) - l * j, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("fall", "lost"), [(15.0, 1e-10), (30.0, 1e-5), (70.0, 0.99)])
+def test_no_digits_are_lost_where_the_integrand_falls_by_many_powers_of_e(fall: float, lost: float) -> None:
+    """A + S falls at an even rate: short jumps near the data end against (e^{rate D} - 1)/rate.
+
+    The difference of two values of one cumulative integral, whose peak is at the other end, loses what `lost` says.
+    """
+    lam = grid(60)
+    rate = fall / float(lam[-1] - lam[0])
+    preconditioning = AnalyticPreconditioning(constant(0.0, -1 - rate))
+    t, s = torch.exp(-lam[40:57]), torch.exp(-lam[43:60])
+    expected = torch.expm1(rate * (lam[43:60] - lam[40:57])) / rate
+    close(preconditioning.coefficients(t, s)[1], expected, rtol=1e-11, atol=0)
+    cumulative = -torch.expm1(-rate * (lam - lam[0])) / rate
+    difference = (cumulative[43:60] - cumulative[40:57]) * torch.exp(rate * (lam[43:60] - lam[0]))
+    assert float((difference / expected - 1).abs().max()) > lost
+
+
+@every_form
+def test_no_digits_are_lost_in_a_valley_between_two_peaks(form: Form) -> None:
+    """A + S = lambda + 2 lambda^2, 50 below its ends in the middle, against a fine quadrature: the integral from either
+    end is all peak there.
+    """
+    lam = torch.linspace(-5, 5, 81, dtype=F64)
+    zero = torch.zeros_like(lam)
+    valley = TrajectoryStatistics.closed_form(lam, zero, 4 * lam, torch.zeros(3, dtype=F64), SD)
+    ends = torch.tensor([[-1.03, 0.81], [-0.5, 0.5], [-5.0, 0.0], [0.0, 5.0], [-5.0, 5.0], [0.25, 0.3]], dtype=F64)
+    for t, s in ends.tolist():
+        points = torch.linspace(t, s, 200_001, dtype=F64)
+        frozen = t if form == "forward" else s
+        expected = torch.trapezoid(torch.exp(points - s + 2 * (points**2 - frozen**2)), points)
+        at_t, at_s = torch.exp(-torch.tensor([[t], [s]], dtype=F64))
+        close(AnalyticPreconditioning(valley, form).coefficients(at_t, at_s)[1], expected[None], rtol=1e-7, atol=0)
+
+
 def composed(jumps: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Jumps with the same N, one after another."""
     f, g = torch.ones(1, dtype=F64), torch.zeros(1, dtype=F64)
@@ -326,5 +360,5 @@ def test_statistics_beyond_exponentials_are_refused() -> None:
     lam = torch.linspace(-4.0, 6.0, 20, dtype=F64)
     s = 4000.0 * (lam < 0).double()
     wild = TrajectoryStatistics.closed_form(lam, torch.zeros_like(lam), s, torch.zeros(3, dtype=F64), 0.5)
-    with pytest.raises(ConfigError, match="more samples"):
+    with pytest.raises(ConfigError, match=r"from noise 19.1 to 11.3 .* more samples"):
         AnalyticPreconditioning(wild)

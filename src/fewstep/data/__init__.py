@@ -1,7 +1,7 @@
 """Data: sources, what is measured of them, the order of training, augmentation."""
 
-from fewstep.data.augment import random_flip
-from fewstep.data.base import Dataset, Samples
+from fewstep.data.augment import random_flips
+from fewstep.data.base import Dataset, Samples, SampleSet
 from fewstep.data.order import batch_indices
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.data.toys import MixtureParameters, mixture_parameters
@@ -10,9 +10,10 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "MixtureParameters",
+    "SampleSet",
     "Samples",
     "batch_indices",
     "load_dataset",
     "mixture_parameters",
-    "random_flip",
+    "random_flips",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,14 +12,59 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fewstep.autoencoders import Decoding
 from fewstep.errors import DataError
+from fewstep.shapes import expand
 
 _CHUNK_ELEMENTS = 1 << 22
 
 
+class SampleSet(ABC):
+    """Samples of one shape, fetched by their numbers. Subclasses are final frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Tensor | None:
+        """(N,) int64, or None."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    @abstractmethod
+    def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The samples at `indices` (n,) int64: float32 (n, C, H, W), images in [-1, 1], and labels (n,) or None.
+
+        mirror: (n,) bool, which of them to give as mirror images, left to right. Raises DataError where there are none.
+        """
+
+    @abstractmethod
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of all elements, as fetched, about that one mean."""
+
+    @property
+    @abstractmethod
+    def data_range(self) -> tuple[float, float] | None:
+        """(-1, 1) for images, as bytes or as floats within it; None for values without such a range (latents)."""
+
+    @property
+    @abstractmethod
+    def has_mirrors(self) -> bool:
+        """Whether mirror images can be fetched."""
+
+    @abstractmethod
+    def update(self, digest: hashlib.blake2b) -> None:
+        """Feed whatever the samples are to a digest."""
+
+
 @dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples kept as they are stored, turned into float32 only when fetched.
+class Samples(SampleSet):
+    """Samples in memory, kept as they are stored and turned into float32 only when fetched.
 
     values: (N, C, H, W), uint8 for images (0..255 stands for [-1, 1]) or float32 for anything else.
     labels: (N,) int64, or None. Raises DataError for other shapes or types.
@@ -47,15 +93,33 @@ class Samples:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
         _, channels, height, width = self.values.shape
         return channels, height, width
 
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The samples at `indices` (n,) int64: float32 (n, C, H, W), images in [-1, 1], and labels (n,) or None."""
+    def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         indices = indices.to(self.values.device)
         labels = None if self.labels is None else self.labels[indices]
-        return _as_floats(self.values[indices], torch.float32), labels
+        values = _as_floats(self.values[indices], torch.float32)
+        if mirror is not None:
+            values = torch.where(expand(mirror.to(values.device), values), values.flip(-1), values)
+        return values, labels
+
+    def moments(self) -> tuple[float, float]:
+        return _moments(self.values)
+
+    @cached_property
+    def data_range(self) -> tuple[float, float] | None:
+        bounded = not self.values.is_floating_point() or float(self.values.abs().max()) <= 1.0
+        return (-1.0, 1.0) if bounded else None
+
+    @property
+    def has_mirrors(self) -> bool:
+        return True
+
+    def update(self, digest: hashlib.blake2b) -> None:
+        _update(digest, self.values)
+        if self.labels is not None:
+            _update(digest, self.labels)
 
     def select(self, indices: Tensor) -> Samples:
         """The samples at `indices` (n,) int64, stored as here."""
@@ -68,14 +132,16 @@ class Dataset:
 
     num_classes: 0 when there are no labels; otherwise labels lie in [0, num_classes) and class_names has one name each.
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean.
+    decoding: how samples become images, where they are latents.
     Raises DataError when the parts do not fit each other, or when the training values are not finite or all equal.
     """
 
     name: str
-    train: Samples
-    heldout: Samples
+    train: SampleSet
+    heldout: SampleSet
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
+    decoding: Decoding | None = None
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 
@@ -94,7 +160,7 @@ class Dataset:
             raise DataError(f"'{self.name}' has {self.num_classes} classes but {len(self.class_names)} class names")
         self._check_labels(self.train, "training")
         self._check_labels(self.heldout, "held-out")
-        mean, sigma_data = _moments(self.train.values)
+        mean, sigma_data = self.train.moments()
         if not math.isfinite(sigma_data) or sigma_data == 0.0:
             raise DataError(
                 f"the training values of '{self.name}' have standard deviation {sigma_data}: "
@@ -103,7 +169,7 @@ class Dataset:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "sigma_data", sigma_data)
 
-    def _check_labels(self, samples: Samples, part: str) -> None:
+    def _check_labels(self, samples: SampleSet, part: str) -> None:
         labels = samples.labels
         if (labels is None) != (self.num_classes == 0):
             has = "no labels" if labels is None else "labels"
@@ -119,12 +185,10 @@ class Dataset:
         """A sample's shape (C, H, W)."""
         return self.train.shape
 
-    @cached_property
+    @property
     def data_range(self) -> tuple[float, float] | None:
-        """(-1, 1) for images, as bytes or as floats within it; None for values without such a range (latents)."""
-        values = self.train.values
-        bounded = not values.is_floating_point() or float(values.abs().max()) <= 1.0
-        return (-1.0, 1.0) if bounded else None
+        """The range of the training samples, None when they have none."""
+        return self.train.data_range
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,9 +196,7 @@ class Dataset:
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr(self.class_names).encode())
         for samples in (self.train, self.heldout):
-            _update(digest, samples.values)
-            if samples.labels is not None:
-                _update(digest, samples.labels)
+            samples.update(digest)
         return digest.hexdigest()
 
 

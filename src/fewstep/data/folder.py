@@ -70,7 +70,7 @@ def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -
     listing = list_images(root)
     pixels, kept, failures = _decode_all(listing.files, image_size)
     if failures:
-        _report(failures, listing, skip_unreadable)
+        report_unreadable(failures, listing, skip_unreadable)
     labels = None if listing.labels is None else torch.tensor(listing.labels)[kept]
     return Loaded(listing.root.name, Samples(torch.from_numpy(pixels), labels), None, listing.class_names)
 
@@ -188,18 +188,19 @@ def _decoded(files: tuple[Path, ...], image_size: int) -> Iterator[Pixels | str]
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(files), desc="reading images", disable=quiet) as bar:
         for start in range(0, len(files), _BATCH):
             batch = files[start : start + _BATCH]
-            yield from pool.map(partial(_decode_or_reason, image_size=image_size), batch)
+            yield from pool.map(partial(decode_or_reason, image_size=image_size), batch)
             bar.update(len(batch))
 
 
-def _decode_or_reason(path: Path, image_size: int) -> Pixels | str:
+def decode_or_reason(path: Path, image_size: int) -> Pixels | str:
+    """What `decode` gives, or why it gives nothing."""
     try:
         return decode(path, image_size)
     except _UNREADABLE as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _report(failures: list[tuple[Path, str]], listing: Listing, skip: bool) -> None:
+def report_unreadable(failures: list[tuple[Path, str]], listing: Listing, skip: bool) -> None:
     """Name the unreadable files in a warning; in a DataError unless they may be skipped and others are left."""
     named = "; ".join(f"'{path.relative_to(listing.root)}' ({why})" for path, why in failures[:_FAILURES_NAMED])
     more = f"; and {len(failures) - _FAILURES_NAMED} more" if len(failures) > _FAILURES_NAMED else ""

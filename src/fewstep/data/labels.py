@@ -31,19 +31,25 @@ def numbered_classes(where: str, *labels: Tensor | None) -> tuple[str, ...]:
 
 
 def split(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
-    """Training and held-out samples, each in the order they had: round(fraction * N) held out, at least 1, at most N-1.
+    """Training and held-out samples, each in the order they had, as `held_out` says; raises DataError as it does."""
+    held = held_out(len(samples), samples.labels, fraction, seed)
+    rank = torch.arange(len(samples))
+    return samples.select(rank[~held]), samples.select(rank[held])
+
+
+def held_out(count: int, labels: Tensor | None, fraction: float, seed: int) -> Tensor:
+    """Which of `count` samples are held out, (count,) bool: round(fraction * count), at least 1, at most count - 1.
 
     The samples are shuffled by `seed`, put in order of their labels, and held out at even steps, so that every class
     loses its share to within one sample. Raises DataError for fewer than two samples.
     """
-    count = len(samples)
     if count < 2:
         raise DataError(f"cannot split {count} samples: training and held-out parts need at least one each")
     size = min(max(round(fraction * count), 1), count - 1)
     order = permutation(seed, _BEFORE_TRAINING, count)
-    if samples.labels is not None:
-        order = order[torch.argsort(samples.labels[order], stable=True)]
+    if labels is not None:
+        order = order[torch.argsort(labels[order], stable=True)]
     rank = torch.arange(count)
     held = torch.zeros(count, dtype=torch.bool)
     held[order] = (rank + 1) * size // count > rank * size // count
-    return samples.select(rank[~held]), samples.select(rank[held])
+    return held

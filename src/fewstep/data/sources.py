@@ -12,6 +12,7 @@ from fewstep.data.base import Dataset, Loaded, Samples, chunks
 from fewstep.data.folder import load_folder
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import split
+from fewstep.data.latents import load_latents
 from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
 from fewstep.errors import ConfigError, DataError, MissingExtraError
@@ -28,9 +29,10 @@ _DRAWN_AT_ONCE = 256
 class DataConfig:
     """A data source and how to read it.
 
-    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive), mixture
-        (a mixture of Gaussians with a closed-form denoiser, fewstep.data.toys) or random (standard-normal latents with
-        uniform labels, to build large configurations without their data).
+    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive), latents
+        (a folder that `fewstep encode` wrote, split as it says), mixture (a mixture of Gaussians with a closed-form
+        denoiser, fewstep.data.toys) or random (standard-normal latents with uniform labels, to build large
+        configurations without their data).
     root: the folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST.
     image_size: side of the square that images are cut to; 0 keeps sizes. Other sources must already have it.
     heldout: fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own.
@@ -43,7 +45,7 @@ class DataConfig:
     Raises ConfigError for values outside these ranges.
     """
 
-    source: Literal["digits", "idx", "images", "mixture", "npz", "random"] = "digits"
+    source: Literal["digits", "idx", "images", "latents", "mixture", "npz", "random"] = "digits"
     root: str = ""
     image_size: int = 0
     heldout: float = 0.33
@@ -76,6 +78,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     Equal configurations and files give equal data sets. Raises DataError for data that are missing, corrupt, too few
     or of another shape than asked for, and MissingExtraError when a source needs a package that is absent.
     """
+    if config.source == "latents":
+        return _load_latents(config)
     loaded = _load(config)
     parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)
     train, heldout = (_convert(loaded.name, part, config) for part in parts)
@@ -97,7 +101,13 @@ def _load(config: DataConfig) -> Loaded:
         return load_mixture(config.seed)
     if config.source == "random":
         return _load_random(config)
-    raise ConfigError(f"source is '{config.source}': give digits, idx, images, mixture, npz or random")
+    raise ConfigError(f"source is '{config.source}': give digits, idx, images, latents, mixture, npz or random")
+
+
+def _load_latents(config: DataConfig) -> Dataset:
+    if config.image_size or config.channels:
+        raise ConfigError("latents keep the size and channels they were encoded to: leave image_size and channels at 0")
+    return load_latents(config.root, config.labels)
 
 
 def _load_digits() -> Loaded:

@@ -2,6 +2,7 @@
 
 from fewstep.evaluation.alignment import Alignment, TrajectoryAlignment, alignment, trajectory_alignment
 from fewstep.evaluation.curves import Speedup, common_target, speedup, targets_of, time_to
+from fewstep.evaluation.decoded import DecodedExtractor
 from fewstep.evaluation.features import (
     ClassifierExtractor,
     Extractor,
@@ -23,6 +24,7 @@ from fewstep.evaluation.measure import Measurement, ReferenceFeatures, measure, 
 __all__ = [
     "Alignment",
     "ClassifierExtractor",
+    "DecodedExtractor",
     "Extractor",
     "IdentityExtractor",
     "InceptionExtractor",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,12 @@ from fewstep.paths import Path
 from fewstep.randomness import Draws
 from fewstep.sampling import evaluating
 from fewstep.shapes import per_sample_mean
-from fewstep.solvers import Teacher, denoiser_on, reference_solution, trajectory
+from fewstep.solvers import Denoiser, Teacher, denoiser_on, reference_solution, trajectory
 from fewstep.times import check_grid
 
 STREAM_START = 2000
 _UNCONDITIONAL = Condition()
+_MEASURED = (1e-4, 1e3)  # noise levels beyond which a solution is a single step, whatever its length in log tau
 
 
 class Student(Protocol):
@@ -76,7 +78,9 @@ class TrajectoryAlignment:
     """Error of a student's samples in k steps against the teacher's ODE from the same noise.
 
     method: the student, as figures show it. steps: k. times: falling, (k + 1,). rmse: of the samples at the last time;
-    stderr: its standard error. samples: how many. teacher_steps: Runge-Kutta steps of the truth.
+    stderr: its standard error. stops, stops_stderr: the same after each of the k steps, where the student stops on its
+    way, against the teacher's solution at that time; the last is the samples'. samples: how many. teacher_steps:
+    Runge-Kutta steps of the truth.
     """
 
     method: str
@@ -86,6 +90,8 @@ class TrajectoryAlignment:
     stderr: float
     samples: int
     teacher_steps: int
+    stops: tuple[float, ...]
+    stops_stderr: tuple[float, ...]
 
     def row(self) -> dict[str, Any]:
         """The fields in order, ready for JSON."""
@@ -97,6 +103,8 @@ class TrajectoryAlignment:
             "stderr": self.stderr,
             "samples": self.samples,
             "teacher_steps": self.teacher_steps,
+            "stops": list(self.stops),
+            "stops_stderr": list(self.stops_stderr),
         }
 
 
@@ -144,10 +152,12 @@ def trajectory_alignment(
     teacher_steps: int = 64,
     batch_size: int = 512,
 ) -> tuple[TrajectoryAlignment, ...]:
-    """Errors of the student's samples by each of `grids` against the teacher's solution from the same noise.
+    """Errors of the student's samples by each of `grids`, and of their stops on the way, against the teacher's solution
+    from the same noise.
 
     eps: standard normal (n, ...), n at least 2, on the models' device; x = sigma eps at the first time. grids: each
-    (k + 1,) falling, all from the same first to the same last time. One result for each. Raises ShapeError on grids or
+    (k + 1,) falling, all from the same first to the same last time. One result for each. teacher_steps: of the truth,
+    spread over the intervals between the stops of all grids by their length in log tau. Raises ShapeError on grids or
     counts that do not fit.
     """
     _check_counts(eps, batch_size)
@@ -155,21 +165,18 @@ def trajectory_alignment(
     if len({(float(grid[0]), float(grid[-1])) for grid in grids}) != 1:
         raise ShapeError("give one or more grids of times that share their first and last time")
     errors: list[list[Tensor]] = [[] for _ in grids]
-    denoise = denoiser_on(student.path, teacher)
+    denoise, times = denoiser_on(student.path, teacher), torch.unique(torch.cat(grids)).flip(0)
     with _at_rest(student, teacher):
         for part in torch.arange(len(eps), device=eps.device).split(batch_size):
-            own, t, s = cond[part], *(at(float(grids[0][end]), eps[part]) for end in (0, -1))
-            x = student.path.values(t).over(eps[part]).sigma * eps[part]
-            truth = reference_solution(denoise, student.path, x, t, s, teacher_steps, own)
+            own, sigma = cond[part], student.path.values(at(float(times[0]), eps[part])).over(eps[part]).sigma
+            truth = _solutions(denoise, student.path, sigma * eps[part], times, teacher_steps, own)
             for found, grid in zip(errors, grids, strict=True):
-                found.append(_squared(_walk(student, x, grid, own), truth))
+                found.append(_errors_on_the_way(student, sigma * eps[part], grid, own, truth))
     results = []
     for found, grid in zip(errors, grids, strict=True):
-        rmse, stderr = _root_mean(torch.cat(found))
-        times = tuple(grid.tolist())
-        results.append(
-            TrajectoryAlignment(method, len(grid) - 1, times, float(rmse), float(stderr), len(eps), teacher_steps)
-        )
+        rmse, stderr = (tuple(values.tolist()) for values in _root_mean(torch.cat(found, dim=1)))
+        ends = (len(grid) - 1, tuple(grid.tolist()), rmse[-1], stderr[-1], len(eps), teacher_steps)
+        results.append(TrajectoryAlignment(method, *ends, rmse, stderr))
     return tuple(results)
 
 
@@ -188,10 +195,30 @@ def _squared_errors(
     return errors
 
 
-def _walk(student: Student, x: Tensor, grid: Tensor, cond: Condition) -> Tensor:
-    for t, s in zip(grid.tolist()[:-1], grid.tolist()[1:], strict=True):
+def _solutions(
+    denoise: Denoiser, path: Path, x: Tensor, times: Tensor, steps: int, cond: Condition
+) -> dict[float, Tensor]:
+    """The teacher's solution at each of `times`, from x at the first; about `steps` steps in all."""
+    if steps < 1:
+        raise ShapeError(f"{steps} steps of the teacher asked for: give at least 1")
+    lengths = -torch.log(path.tau(times).clamp(*_MEASURED)).diff()
+    counts = (steps * lengths / lengths.sum()).ceil().int().clamp(min=1).tolist()
+    found, ends = {float(times[0]): x}, times.tolist()
+    for t, s, count in zip(ends[:-1], ends[1:], counts, strict=True):
+        x = reference_solution(denoise, path, x, at(t, x), at(s, x), count, cond)
+        found[s] = x
+    return found
+
+
+def _errors_on_the_way(
+    student: Student, x: Tensor, grid: Tensor, cond: Condition, truth: dict[float, Tensor]
+) -> Tensor:
+    """Mean squared error of every sample after each step along `grid`, (k, B) float64 on the CPU."""
+    errors = []
+    for t, s in pairwise(grid.tolist()):
         x = student.jump(x, at(t, x), at(s, x), cond)
-    return x
+        errors.append(_squared(x, truth[s]))
+    return torch.stack(errors)
 
 
 def _squared(actual: Tensor, expected: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.data import Dataset, Samples, batch_indices
+from fewstep.data import Dataset, SampleSet, batch_indices
 from fewstep.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
 from fewstep.evaluation.perception import activations
 from fewstep.randomness import Draws
@@ -300,7 +300,7 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.enable_grad()
-def _train(network: nn.Sequential, samples: Samples, seed: int) -> None:
+def _train(network: nn.Sequential, samples: SampleSet, seed: int) -> None:
     """AdamW on cross-entropy over randomly shifted images, the rate rising over 5 % of the steps and falling to 0."""
     _, height, width = samples.shape
     batch = min(64 if height * width <= 256 else 128, len(samples))
@@ -321,7 +321,7 @@ def _train(network: nn.Sequential, samples: Samples, seed: int) -> None:
     network.eval()
 
 
-def _fetch(samples: Samples, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _fetch(samples: SampleSet, indices: Tensor) -> tuple[Tensor, Tensor]:
     images, labels = samples.fetch(indices)
     if labels is None:
         raise DataError("a classifier needs labels")
@@ -337,7 +337,7 @@ def _shift(images: Tensor, draws: Draws) -> Tensor:
     return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def _accuracy(network: nn.Sequential, samples: Samples) -> float:
+def _accuracy(network: nn.Sequential, samples: SampleSet) -> float:
     correct = 0
     for indices in torch.split(torch.arange(len(samples)), _BATCH):
         images, labels = _fetch(samples, indices)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fewstep.data import Samples
+from fewstep.data import SampleSet
 from fewstep.errors import DataError, ShapeError, UnsupportedError
 from fewstep.evaluation.features import Extractor
 from fewstep.evaluation.fidelity import class_accuracy, frechet_distance, kernel_distance, precision_recall
@@ -60,7 +60,7 @@ class Measurement:
         return asdict(self)
 
 
-def reference_features(samples: Samples, name: str, extractor: Extractor) -> ReferenceFeatures:
+def reference_features(samples: SampleSet, name: str, extractor: Extractor) -> ReferenceFeatures:
     """Features of every sample of a split. Raises DataError when it is empty."""
     if len(samples) == 0:
         raise DataError(f"{name} has no samples to measure against")

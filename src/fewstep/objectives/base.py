@@ -126,6 +126,11 @@ class Objective(ABC):
         return False
 
     @property
+    def to_data_end(self) -> bool:
+        """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
+        return False
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether a teacher must be given."""
         return False

@@ -59,6 +59,10 @@ class CT(Objective):
             check_decay(self.decay)
 
     @property
+    def to_data_end(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -108,6 +112,10 @@ class ECT(Objective):
             raise ConfigError(f"ECT needs q of at least 2 and k, b of at least 0, got {self}")
         if self.decay is not None:
             check_decay(self.decay)
+
+    @property
+    def to_data_end(self) -> bool:
+        return True
 
     @property
     def label_dropout(self) -> float:
@@ -220,6 +228,10 @@ class SCT(Objective):
         check_settings(self.dropout, 0.0)
 
     @property
+    def to_data_end(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -247,6 +259,10 @@ class SCD(Objective):
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0)
+
+    @property
+    def to_data_end(self) -> bool:
+        return True
 
     @property
     def label_dropout(self) -> float:

@@ -86,6 +86,10 @@ class CD(Objective):
         check_decay(self.decay)
 
     @property
+    def to_data_end(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 

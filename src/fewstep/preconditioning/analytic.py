@@ -27,25 +27,29 @@ _NODES = ((-_OUTER[0], _OUTER[1]), (-_INNER[0], _INNER[1]), (0.0, 128 / 225), _I
 
 
 class Tables(NamedTuple):
-    """What the coefficients look up: the curves of l and s, and the integral of exp(A + S - peak) up to each knot."""
+    """What the coefficients look up: the curves of l and s, and integrals of exp(A + S) over runs of whole cells.
+
+    runs: the k-th (cells - 2^k + 1,) holds the logarithms of the integrals over the 2^k cells from each cell on. Any
+    range is a sum of at most log2(cells) of them, all positive, so that no digits are lost where A + S falls or rises
+    by many powers of e; differences of one cumulative table would lose them.
+    """
 
     start: float
     end: float
     step: float
     l: Curve  # noqa: E741  (math.md §3.1)
     s: Curve
-    total: Tensor
-    peak: Tensor
     rule: Tensor
+    runs: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> Tables:
         """The same tables on another device."""
         l_curve, s_curve = (Curve(c.cells.to(device), c.area.to(device), c.step) for c in (self.l, self.s))
-        total, peak, rule = (each.to(device) for each in (self.total, self.peak, self.rule))
-        return self._replace(l=l_curve, s=s_curve, total=total, peak=peak, rule=rule)
+        runs = tuple(each.to(device) for each in self.runs)
+        return self._replace(l=l_curve, s=s_curve, rule=self.rule.to(device), runs=runs)
 
     def place(self, lam: Tensor) -> Place:
-        return locate(lam, self.start, self.step, len(self.total) - 1)
+        return locate(lam, self.start, self.step, len(self.l.cells))
 
     def a(self, place: Place) -> Tensor:
         """A = lambda - int l."""
@@ -58,13 +62,22 @@ class Tables(NamedTuple):
         height = torch.exp(self.a(place) + self.s.integral(place) - reference[..., None])
         return self.step * (high - low) * (height * self.rule[1]).sum(-1)
 
+    def whole(self, first: Tensor, stop: Tensor, reference: Tensor) -> Tensor:
+        """The integral of exp(A + S - reference) over the cells first .. stop - 1; 0 where there are none."""
+        left, total = (stop - first).clamp(min=0), torch.zeros_like(reference)
+        for k, run in enumerate(self.runs):
+            taken = (left >> k) % 2 == 1
+            log_part = run[first.clamp(max=len(run) - 1)] - reference
+            total = total + torch.exp(torch.where(taken, log_part, -torch.inf))
+            first = torch.where(taken, first + 2**k, first)
+        return total
+
     def between(self, t: Place, s: Place, reference: Tensor) -> Tensor:
-        """The integral of exp(A + S - reference) from t to s: without cancellation where they share a cell."""
+        """The integral of exp(A + S - reference) from t to s, relatively as exact as the curves are."""
         same, one = t.cell == s.cell, torch.ones_like(t.fraction)
         head = self.within(t.cell, t.fraction, torch.where(same, s.fraction, one), reference)
         tail = self.within(s.cell, torch.where(same, s.fraction, 0 * one), s.fraction, reference)
-        cells = torch.where(same, 0.0, self.total[s.cell] - self.total[t.cell + 1])
-        return head + tail + cells * torch.exp(self.peak - reference)
+        return head + tail + self.whole(t.cell + 1, s.cell, reference)
 
 
 def build_tables(statistics: TrajectoryStatistics) -> Tables:
@@ -73,13 +86,14 @@ def build_tables(statistics: TrajectoryStatistics) -> Tables:
     step = (float(statistics.lam[-1]) - start) / (points - 1)
     curve_l, curve_s = (Curve.through(values.cpu(), step) for values in (statistics.l, statistics.s))
     rule = torch.tensor([[(1 + x) / 2, w / 2] for x, w in _NODES], dtype=torch.float64).T
-    nothing = torch.zeros(points, dtype=torch.float64)
-    bare = Tables(start, float(statistics.lam[-1]), step, curve_l, curve_s, nothing, nothing[0], rule)
-    cell, left = torch.arange(points - 1), nothing[1:]
-    ends = Place(cell, left + 1)
-    peak = (bare.a(ends) + curve_s.integral(ends)).max()
-    whole = bare.within(cell, left, left + 1, peak.expand(points - 1))
-    return bare._replace(total=torch.cat([nothing[:1], whole.cumsum(0)]), peak=peak)
+    bare = Tables(start, float(statistics.lam[-1]), step, curve_l, curve_s, rule)
+    cell, left = torch.arange(points - 1), torch.zeros(points - 1, dtype=torch.float64)
+    middle = Place(cell, left + 0.5)
+    height = bare.a(middle) + curve_s.integral(middle)
+    runs = [height + torch.log(bare.within(cell, left, left + 1, height))]
+    while (reach := 2 ** (len(runs) - 1)) < len(runs[-1]):
+        runs.append(torch.logaddexp(runs[-1][:-reach], runs[-1][reach:]))
+    return bare._replace(runs=tuple(runs))
 
 
 @final
@@ -103,17 +117,8 @@ class AnalyticPreconditioning(Preconditioning):
     def __post_init__(self) -> None:
         if self.form not in ("backward", "forward"):
             raise ConfigError(f"analytic preconditioning: form is {self.form!r}; it must be 'backward' or 'forward'")
-        lam, tables = self.statistics.lam, build_tables(self.statistics)
-        few = torch.combinations(lam[:: max(1, len(lam) // 40)], 2)
-        ends = [(lam[:-1], lam[1:]), (lam[:1].expand(len(lam) - 1), lam[1:]), (lam[:-1], lam[-1:].expand(len(lam) - 1))]
-        starts, stops = (torch.cat([each[i] for each in ends] + [few[:, i]]) for i in (0, 1))
-        f, g = self._between(starts, stops, tables)
-        if not bool((f.isfinite() & g.isfinite() & (g > 0)).all()):
-            steepest = float(self.statistics.s.abs().max())
-            raise ConfigError(
-                f"the statistics give jumps that are not finite and positive (s reaches {steepest:.3g}): "
-                "train the teacher longer, or estimate with more samples"
-            )
+        tables = build_tables(self.statistics)
+        self._refuse_wild_jumps(tables)
         object.__setattr__(self, "_tables", {torch.device("cpu"): tables})
 
     @property
@@ -142,6 +147,23 @@ class AnalyticPreconditioning(Preconditioning):
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Euler's, for any l and s."""
         return EulerPreconditioning(self.path).diagonal(t)
+
+    def _refuse_wild_jumps(self, tables: Tables) -> None:
+        """Raise ConfigError where a jump between two levels of the statistics has no finite f or no positive g."""
+        lam = self.statistics.lam
+        few = torch.combinations(lam[:: max(1, len(lam) // 40)], 2)
+        ends = [(lam[:-1], lam[1:]), (lam[:1].expand(len(lam) - 1), lam[1:]), (lam[:-1], lam[-1:].expand(len(lam) - 1))]
+        starts, stops = (torch.cat([each[i] for each in ends] + [few[:, i]]) for i in (0, 1))
+        f, g = self._between(starts, stops, tables)
+        wild = torch.nonzero(~(f.isfinite() & g.isfinite() & (g > 0)))
+        if len(wild):
+            i, steepest = int(wild[0]), float(self.statistics.s.abs().max())
+            t, s = math.exp(-float(starts[i])), math.exp(-float(stops[i]))
+            raise ConfigError(
+                f"the statistics give the jump from noise {t:.3g} to {s:.3g} f = {float(f[i]):.3g}, g = "
+                f"{float(g[i]):.3g}, where f must be finite and g positive (s reaches {steepest:.3g}): "
+                "train the teacher longer, or estimate with more samples"
+            )
 
     def _clamped(self, t: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
         """(lambda held within the table, scale, scale - alpha) at times t.

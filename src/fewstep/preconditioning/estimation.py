@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.errors import ConfigError, ShapeError
 from fewstep.forward_mode import jvp
 from fewstep.paths import EDM, Path
-from fewstep.preconditioning.interpolation import slopes
+from fewstep.preconditioning.interpolation import derivative, widths
 from fewstep.preconditioning.statistics import HIGH_NOISE, TrajectoryStatistics
 from fewstep.randomness import Draws, shuffled_rows
 from fewstep.shapes import expand
@@ -74,11 +74,12 @@ class RateEstimate(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Everything that is solved for from the moments."""
+    """Everything that is solved for from the moments; coarse: s with an l' of lower order."""
 
     l: Tensor  # noqa: E741  (math.md §3.1)
     rate: RateEstimate
     plain: RateEstimate
+    coarse: Tensor
 
 
 def stein_trace(m: Moments) -> Tensor:
@@ -197,6 +198,8 @@ class StatisticsEstimator:
         """l and s with standard errors by leaving out one block at a time, not shrunk; raises ConfigError when fewer
         than two blocks have samples or a moment is not finite.
 
+        l' is taken by differences over the grid: how much s moves when they are of lower order is part of s_stderr.
+
         s_bias: with D_hat = D + e, the truth's regression on the residual, credit = E<x0 - m - l c, r>/E|r|^2, is 1 for
         the exact denoiser and the signal's share in r where e is uncorrelated with it. By Cauchy and Schwarz e moves s
         away from its high-noise limit by at most sqrt((1 - credit) drift). 1 - credit counts as far as it exceeds twice
@@ -219,7 +222,7 @@ class StatisticsEstimator:
             l=best.l,
             s=best.rate.s,
             l_stderr=error.l,
-            s_stderr=error.rate.s,
+            s_stderr=torch.hypot(error.rate.s, best.rate.s - best.coarse),
             s_bias=_bias(best.rate, error.rate.credit, high),
             s_without_l=best.plain.s,
             s_without_l_stderr=error.plain.s,
@@ -239,8 +242,10 @@ class StatisticsEstimator:
         step = float(self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
         floor = max((10 * torch.finfo(self.dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
         l = stein_trace(moments) if self.probes == 0 else moments.trace  # noqa: E741
-        rate = rate_estimate(moments, l, slopes(l, step), self.limit, floor)
-        return Estimate(l, rate, rate_estimate(moments, 0.0, 0.0, self.limit, floor))
+        rate, coarse = (
+            rate_estimate(moments, l, derivative(l, step, width), self.limit, floor) for width in widths(step)
+        )
+        return Estimate(l, rate, rate_estimate(moments, 0.0, 0.0, self.limit, floor), coarse.s)
 
     def _moments(self, x0: Tensor, eps: Tensor, tau: Tensor, probes: list[Tensor]) -> Tensor:
         """Moments of every sample at its noise level, (B, moments) float64."""
@@ -376,7 +381,7 @@ def _jackknife(left_out: Estimate) -> Estimate:
         return math.sqrt((len(values) - 1) ** 2 / len(values)) * values.std(0)
 
     rate, plain = (RateEstimate(*(error(each) for each in part)) for part in (left_out.rate, left_out.plain))
-    return Estimate(error(left_out.l), rate, plain)
+    return Estimate(error(left_out.l), rate, plain, error(left_out.coarse))
 
 
 def _bias(rate: RateEstimate, credit_stderr: Tensor, high: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ class TrajectoryStatistics:
     lam (points,): increasing and evenly spaced, from -log sigma_max to -log sigma_min. l, s and the fields named after
     them: (points,). All tensors but `mean` are float64 on the CPU.
 
-    s_bias: how far the denoiser's own error may have moved s at high noise, a bound
-    (`StatisticsEstimator.statistics` derives it).
+    s_stderr: of the samples, and of the differences over the grid that l' is taken by. s_bias: how far the denoiser's
+    own error may have moved s at high noise, a bound (`StatisticsEstimator.statistics` derives it).
     s_without_l, and its errors: s estimated afresh for l = 0. mean: of a sample's shape; zeros for raw data.
     sigma_data: the data's standard deviation. limit: of s at high noise. samples, seed, probes (None: exact trace, 0:
     Stein's identity): how they were estimated; samples = 0 for closed forms. seconds: what it took; not compared by ==.

@@ -13,12 +13,32 @@ from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
 from fewstep.recipes.distillation import cd_digits, ctm_digits, ctm_fashion_mnist, ctm_mixture
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 from fewstep.recipes.fashion_mnist import fashion_mnist_dit, fashion_mnist_unet
-from fewstep.recipes.imagenet import imagenet256_dit_b4, imagenet256_dit_xl1
+from fewstep.recipes.latents import AT_SCALE, celebahq256_dit_b4, imagenet256_dit_b4, imagenet256_dit_xl1
+from fewstep.recipes.objectives import (
+    digits_ct,
+    digits_ect,
+    digits_esd,
+    digits_lsd,
+    digits_meanflow,
+    digits_psd,
+    digits_scd,
+    digits_sct,
+    digits_shortcut,
+)
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
     "digits-flow-matching": digits_flow_matching,
     "digits-unet": digits_unet,
+    "digits-meanflow": digits_meanflow,
+    "digits-esd": digits_esd,
+    "digits-lsd": digits_lsd,
+    "digits-psd": digits_psd,
+    "digits-shortcut": digits_shortcut,
+    "digits-ct": digits_ct,
+    "digits-ect": digits_ect,
+    "digits-sct": digits_sct,
+    "digits-scd": digits_scd,
     "fashion-mnist-unet": fashion_mnist_unet,
     "fashion-mnist-dit": fashion_mnist_dit,
     "edm-digits": edm_digits,
@@ -30,6 +50,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cd-digits": cd_digits,
     "imagenet256-dit-b4": imagenet256_dit_b4,
     "imagenet256-dit-xl1": imagenet256_dit_xl1,
+    "celebahq256-dit-b4": celebahq256_dit_b4,
 }
 
 
@@ -40,4 +61,4 @@ def recipe(name: str) -> RunConfig:
     return RECIPES[name]()
 
 
-__all__ = ["RECIPES", "recipe"]
+__all__ = ["AT_SCALE", "RECIPES", "recipe"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,12 +110,14 @@ def save_each(images: Tensor, folder: Path, data_range: Range | None, first: int
     return files
 
 
-def save_npz(images: Tensor, labels: Tensor | None, file: Path) -> Path:
-    """Write the arrays `images`, as given, and `labels`, if any, to an .npz file. Raises CheckpointError as above."""
-    values = images.detach().cpu().numpy()
+def save_npz(images: Tensor, labels: Tensor | None, file: Path, name: str = "images") -> Path:
+    """Write images, as given, as the array `name`, and `labels`, if any, to an .npz file.
+
+    Raises CheckpointError as above.
+    """
+    arrays: dict[str, Any] = {name: images.detach().cpu().numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.detach().cpu().numpy()
     with replacing(file) as aside, aside.open("wb") as handle:
-        if labels is None:
-            np.savez(handle, images=values)
-        else:
-            np.savez(handle, images=values, labels=labels.detach().cpu().numpy())
+        np.savez(handle, **arrays)
     return file

@@ -19,7 +19,7 @@ from fewstep.reporting.figures import loss_curves, quality_curves
 from fewstep.reporting.heatmap import alignment_heatmap
 from fewstep.reporting.html import Pairs, document, embed, header, plot
 from fewstep.reporting.images import Range, image_grid, picture, png_bytes, to_uint8, visible_scale
-from fewstep.reporting.numbers import NOTHING, count, finite, number, with_error
+from fewstep.reporting.numbers import NOTHING, count, finite, number, tick, with_error
 
 Row = Mapping[str, object]
 
@@ -216,7 +216,8 @@ def _alignment(report: RunReport) -> str:
         f"root mean square per element over {samples} noised samples, on one logarithmic scale. Lower is better."
     )
     figure = plot(lambda columns, dark: alignment_heatmap(records, columns=columns, dark=dark), 2, alt, caption)
-    return f"<section>\n<h2>Alignment with the teacher</h2>\n{figure}{_walks(report.trajectories)}</section>"
+    tables = _walks(report.trajectories) + _stops(report.trajectories)
+    return f"<section>\n<h2>Alignment with the teacher</h2>\n{figure}{tables}</section>"
 
 
 def _walks(rows: Sequence[Row]) -> str:
@@ -238,12 +239,33 @@ def _walks(rows: Sequence[Row]) -> str:
     )
 
 
+def _stops(rows: Sequence[dict[str, Any]]) -> str:
+    """Errors where the samples of several steps stop on their way; rows stored without them are left out."""
+    shown = [row for row in rows if len(row.get("stops", ())) > 1]
+    if not shown:
+        return ""
+    lines = []
+    for row in shown:
+        stops = zip(row["times"][1:], row["stops"], row["stops_stderr"], strict=True)
+        cells = "; ".join(f"{with_error(value, error)} at {tick(time)}" for time, value, error in stops)
+        name = f"{row['method']}, {row['steps']} steps"
+        lines.append(f'<tr><th scope="row">{escape(name)}</th><td>{escape(cells)}</td></tr>')
+    return (
+        '<div class="scroll card"><table class="figures">\n<thead><tr><th scope="col">On the way</th>'
+        f'<th scope="col">error at each stop</th></tr></thead>\n<tbody>{"".join(lines)}</tbody>\n</table></div>\n'
+        '<p class="note">How far the same samples are from the teacher\'s ODE at each time where they stop.</p>\n'
+    )
+
+
 def _training(report: RunReport) -> str:
     logs = {name: log for name, log in report.logs.items() if any(finite(record, "loss") is not None for record in log)}
     if not logs:
         return ""
     alt = f"Loss, gradient norm and learning rate against images seen: {', '.join(logs)}"
-    caption = "Means since the previous line of the log, against the number of images seen."
+    caption = (
+        "Means since the previous line of the log, against the number of images seen. Quantiles of the gradient norm "
+        "are of the last 1,000 steps; what each term gives to it is measured at the last step of a line."
+    )
     figure = plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt, caption)
     return f"<section>\n<h2>Training</h2>\n{figure}</section>"
 

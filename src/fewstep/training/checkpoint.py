@@ -2,6 +2,7 @@
 
 RUN/config.json          the run's configuration and what the data measured
 RUN/log.jsonl            one JSON object per line
+RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.tuning)
 RUN/checkpoints/step-N/  config.json + model.safetensors (the first EMA: a saved FlowMap), weights.safetensors,
                          optimizer.safetensors, ema-NAME.safetensors, state.json
 """
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import RunConfig
-from fewstep.errors import CheckpointError, FewstepError
+from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
 from fewstep.files import guarded, write_atomically
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
+from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.serialization import JSON, differences, from_json, to_json
 from fewstep.training.adversary import Adversary
 from fewstep.training.ema import EMA
@@ -116,9 +119,31 @@ class RunFolder:
         return found[-1]
 
     def flow_map(self) -> FlowMap:
-        """The newest checkpoint's first EMA, ready to sample."""
+        """The newest checkpoint's first EMA, ready to sample, with the step times tuned for it."""
         self.record()
-        return load_flow_map(self.last_checkpoint())
+        flow_map, tuned = load_flow_map(self.last_checkpoint()), self.tuned_steps()
+        flow_map.step_times = () if tuned is None else tuned.step_times
+        return flow_map
+
+    def tuned_steps(self) -> TunedSteps | None:
+        """What was tuned for the newest checkpoint; None, with a FewstepWarning, for what was tuned for another.
+
+        None where nothing was. Raises CheckpointError when the file is damaged.
+        """
+        tuned = read_tuned_steps(self.root)
+        if tuned is None:
+            return None
+        step = read_state(self.last_checkpoint())["step"]
+        if tuned.step == step:
+            return tuned
+        if tuned.step_times:
+            warnings.warn(
+                f"{self.root / TIMES_FILE} was tuned at step {tuned.step}, but the model is now at step {step}: its "
+                f"times are not used; run fewstep tune-steps {self.root} anew",
+                FewstepWarning,
+                stacklevel=3,
+            )
+        return None
 
     def read_log(self) -> list[dict[str, Any]]:
         """The log's records; a torn last line is left out."""

@@ -7,7 +7,7 @@ import math
 import torch
 
 from fewstep.config import RunConfig, TrainingConfig, flow_map_config
-from fewstep.data import Dataset, batch_indices, random_flip
+from fewstep.data import Dataset, batch_indices, random_flips
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.networks import Network
@@ -42,8 +42,13 @@ def build(
 ) -> FlowMap:
     """The run's flow map with the weights that its seed, or the model it starts from, gives.
 
-    Leaves torch's global generator as it was.
+    Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
+    if config.training.flip and not dataset.train.has_mirrors:
+        raise ConfigError(
+            f"the latents of {dataset.name} were encoded without mirrored images: encode with --flip, or train with "
+            "--training.no-flip"
+        )
     settings = flow_map_config(
         config,
         dataset.shape,
@@ -56,6 +61,7 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
+    flow_map.decoding = dataset.decoding
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
@@ -84,9 +90,8 @@ def fetch_batch(
 ) -> Batch:
     """Samples first .. first + count - 1 of the global batch of step 0, 1, ..."""
     position = step * settings.batch_size + first
-    x0, labels = dataset.train.fetch(batch_indices(len(dataset.train), settings.seed, position, count))
     draws = Draws(settings.seed, step, torch.arange(first, first + count, device=device))
+    mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
+    x0, labels = dataset.train.fetch(batch_indices(len(dataset.train), settings.seed, position, count), mirror)
     x0 = x0.to(device)
-    if settings.flip:
-        x0 = random_flip(x0, draws, STREAM_FLIP)
     return Batch(x0, None if labels is None else labels.to(device), draws, step * settings.batch_size)

@@ -30,7 +30,7 @@ from fewstep.training.teacher import fingerprint
 Progress = Callable[[int, int], None]
 
 BATCH = 64
-_VERSION = 1  # raise with any change to the estimate: results of another version must not be found in a cache
+_VERSION = 2  # raise with any change to the estimate: results of another version must not be found in a cache
 _SAVE_SECONDS = 10.0
 
 

@@ -1,0 +1,102 @@
+"""8x8 digits by every objective of the family: the network, data and length of `digits`, another objective each.
+
+Objectives have their papers' settings; what they do here, over learning rates and seeds, is in docs/stability.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.config import ModelConfig, RunConfig, TrainingObjective
+from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, MeanFlow, Shortcut, Tangent
+from fewstep.recipes.digits import digits
+from fewstep.recipes.edm import EDM_MODEL, edm_digits
+
+_TEACHER = "runs/edm-digits"
+
+
+def digits_meanflow() -> RunConfig:
+    """MeanFlow on 8x8 digits: the conditional velocity drives the tangent, three quarters of the pairs on the diagonal.
+
+    About two minutes on two cores.
+    """
+    return _by("digits-meanflow", MeanFlow())
+
+
+def digits_esd() -> RunConfig:
+    """Eulerian self-distillation on 8x8 digits: the gradient flows through the derivative too.
+
+    About two minutes on two cores.
+    """
+    return _by("digits-esd", ESD())
+
+
+def digits_lsd() -> RunConfig:
+    """Lagrangian self-distillation on 8x8 digits. About two minutes on two cores."""
+    return _by("digits-lsd", LSD())
+
+
+def digits_psd() -> RunConfig:
+    """Progressive self-distillation on 8x8 digits, the middle of every jump as its stop.
+
+    About two minutes on two cores.
+    """
+    return _by("digits-psd", PSD(u="midpoint"))
+
+
+def digits_shortcut() -> RunConfig:
+    """A shortcut model on 8x8 digits, its short jumps taken by a slow average. About two minutes on two cores."""
+    return _by("digits-shortcut", Shortcut(decay=0.99))
+
+
+def digits_ct() -> RunConfig:
+    """Consistency training on 8x8 digits: EDM path, BCM preconditioning, the grid doubling over the run.
+
+    Jumps to the data end alone, re-noised between steps. About a minute and a half on two cores.
+    """
+    model = replace(EDM_MODEL, preconditioning="bcm")
+    return _to_the_end("digits-ct", CT(duration=digits().training.images), model)
+
+
+def digits_ect() -> RunConfig:
+    """Easy consistency tuning on 8x8 digits, unconditional: from the weights of `edm-digits`, which is trained first.
+
+    Jumps to the data end alone, re-noised between steps. About a minute and a half on two cores.
+    """
+    return replace(_tuned("digits-ect", ECT(stage_images=digits().training.images // 8)), initial=_TEACHER)
+
+
+def digits_sct() -> RunConfig:
+    """Continuous-time consistency training on 8x8 digits: trig path, tangent warmed up over a fifth of the run.
+
+    Jumps to the data end alone, re-noised between steps. About two minutes on two cores.
+    """
+    model = ModelConfig(path="trig", preconditioning="trig", scaling="unit")
+    return _to_the_end("digits-sct", SCT(tangent=_tangent()), model)
+
+
+def digits_scd() -> RunConfig:
+    """Continuous-time consistency distillation on 8x8 digits, unconditional, of `edm-digits`, which is trained first.
+
+    Jumps to the data end alone, re-noised between steps. About two minutes on two cores.
+    """
+    return replace(_tuned("digits-scd", SCD(tangent=_tangent())), teacher=_TEACHER, initial="teacher")
+
+
+def _by(name: str, objective: TrainingObjective) -> RunConfig:
+    return replace(digits(), recipe=name, objective=objective)
+
+
+def _to_the_end(name: str, objective: TrainingObjective, model: ModelConfig) -> RunConfig:
+    base = _by(name, objective)
+    return replace(base, model=model, evaluation=replace(base.evaluation, gamma=1.0))
+
+
+def _tuned(name: str, objective: TrainingObjective) -> RunConfig:
+    """From a diffusion model's weights: its path, inner scaling and data."""
+    base = _to_the_end(name, objective, replace(EDM_MODEL, preconditioning="euler"))
+    return replace(base, data=edm_digits().data, network=edm_digits().network)
+
+
+def _tangent() -> Tangent:
+    return Tangent(warm_up_images=digits().training.images // 5)

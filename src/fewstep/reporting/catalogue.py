@@ -1,0 +1,41 @@
+"""The catalogue of objectives as plain text and as the table of docs/objectives.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fewstep.objectives import Entry
+
+_HEADS = ("objective", "loss", "velocity", "gradient through", "evaluations of a sample", "teacher", "arXiv")
+
+
+def catalogue_text(entries: Sequence[Entry]) -> str:
+    """Four lines for each objective."""
+    return "\n\n".join(
+        f"{entry.name} ({entry.objective.__name__}; {entry.paper})\n    {entry.formula}\n"
+        f"    velocity: {entry.velocity}\n    gradient through: {entry.gradient}\n"
+        f"    evaluations of a sample: {_counts(entry)}"
+        for entry in entries
+    )
+
+
+def catalogue_table(entries: Sequence[Entry]) -> str:
+    """A row for each objective, in Markdown."""
+    lines = ["| " + " | ".join(_HEADS) + " |", "|" + " --- |" * len(_HEADS)]
+    for entry in entries:
+        cells = (
+            f"**{entry.name}** `{entry.objective.__name__}`",
+            f"`{entry.formula}`",
+            entry.velocity,
+            entry.gradient,
+            _counts(entry),
+            "needed" if entry.needs_teacher else "none",
+            entry.paper,
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _counts(entry: Entry) -> str:
+    own = f"{entry.forward} forward, {entry.frozen} frozen, {entry.tangents} with tangents, {entry.backward} backward"
+    return own + (f", {entry.teacher} of the teacher" if entry.needs_teacher else "")
