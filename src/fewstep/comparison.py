@@ -36,13 +36,11 @@ from fewstep.serialization import JSON, differences
 from fewstep.training import RunFolder
 
 Points = list[tuple[float, float]]
-Measure = tuple[str, int | None]
-"""What a curve shows: the name of the measure, and the network calls of a sample or None."""
+Measure = tuple[str, int | None]  # what a curve shows: its name, and the network calls of a sample or None
 
 PAGE_FILE, FIGURE_FILE, RECORD_FILE = "comparison.html", "comparison.png", "comparison.json"
 _TITLES = {"frechet": "Fréchet distance"}
-_MOST_NAMED = 2  # settings in a method's label; beyond, the recipe or the folder names it
-_FACTS = 4
+_MOST_NAMED, _FACTS = 2, 4  # settings in a method's label, beyond which the recipe or the folder names it; figures
 _SEED = "training.seed"
 _PASSIVE = {
     "recipe", _SEED, "training.log_images", "training.sample_images", "training.checkpoint_images", "training.keep",
