@@ -11,9 +11,9 @@ of the data and all random numbers. `cost` times a step of every objective in on
 Without either it writes benchmarks/results/stability.json, docs/figures/stability*.png and prints the tables.
 
 diverged: a loss, gradient or sample that is not finite. degenerate: finite, but one-step samples vary less than a
-quarter of what the data vary or more than four times (total variance of pixels), or a classifier finds the class that
-was asked for less than twice as often as by chance. Measured with the averaged weights against held-out data; settings
-are the papers' own, not tuned here.
+quarter of what the data vary, or more than four times (total variance of pixels). classless: a classifier finds the
+class that was asked for less than twice as often as by chance: failed, or not trained for long enough. Measured with
+the averaged weights against held-out data; settings are the papers' own, not tuned here.
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def verdict(
     found = {
         **asdict(cell), "steps": study.steps, "batch": study.batch, "samples": study.samples,
         "diverged": not sound, "diverged_at": diverged_at,
-        "degenerate": False,
+        "degenerate": False, "classless": False,
         "spread_1": spread if sound else None,
         **{f"frechet_{nfe}": last[nfe]["frechet"] if sound else None for nfe in (1, 2, 4)},
         "accuracy_1": last[1]["accuracy"] if sound else None,

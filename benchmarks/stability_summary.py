@@ -21,8 +21,8 @@ BEGIN, END = "<!-- tables: python benchmarks/stability.py -->", "<!-- end of tab
 Cell = dict[str, Any]
 COLUMNS = (
     "objective", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr", "seed", "dataset",
-    "diverged", "degenerate", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1", "grad_q50", "grad_q99",
-    "steps", "batch", "samples", "group",
+    "diverged", "degenerate", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1",
+    "grad_q50", "grad_q99", "steps", "batch", "samples", "group",
 )  # fmt: skip
 SETTING = ("dataset", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr")
 USUAL = {
@@ -30,6 +30,7 @@ USUAL = {
     "optimizer": "adamw", "initial": "random", "lr": 3e-3,
 }  # fmt: skip
 CLASSES = 10
+FAILURES = ("diverged", "degenerate", "classless")
 OWN = {"trig": "trig", "edm": "bcm"}
 """The preconditioning that is tried on another path than the linear."""
 TARGET = 12.0
@@ -37,10 +38,11 @@ TARGET = 12.0
 
 
 def judged(cell: Cell) -> Cell:
-    """The cell with what counts as degenerate today, whenever it was stored: see benchmarks/stability.py."""
+    """The cell with what counts as degenerate and as classless today, whenever it was stored: see stability.py."""
     if cell["diverged"]:
-        return cell
-    return cell | {"degenerate": not 0.25 <= cell["spread_1"] <= 4.0 or cell["accuracy_1"] < 2 / CLASSES}
+        return cell | {"degenerate": False, "classless": False}
+    degenerate = not 0.25 <= cell["spread_1"] <= 4.0
+    return cell | {"degenerate": degenerate, "classless": cell["accuracy_1"] < 2 / CLASSES}
 
 
 def summarise(cells: list[Cell], results: Path) -> None:
@@ -106,7 +108,7 @@ def grouped(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Ce
 def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> str:
     """One row an objective: failures, quality by calls, gradient norms, cost."""
     heads = (
-        "objective", "runs", "diverged", "degenerate", "1 call", "2 calls", "4 calls", "accuracy, 1 call",
+        "objective", "runs", "diverged", "degenerate", "classless", "1 call", "2 calls", "4 calls", "accuracy, 1 call",
         "gradient q50", "q99", "q99 / q50", "step cost", f"steps of flow matching to {TARGET:g} in 2 calls",
     )  # fmt: skip
     rows = []
@@ -115,7 +117,7 @@ def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> s
         cost = ratio(own[0])
         rows.append(
             (
-                name, str(len(own)), str(sum(c["diverged"] for c in own)), str(sum(c["degenerate"] for c in own)),
+                name, str(len(own)), *(str(sum(cell[kind] for cell in own)) for kind in FAILURES),
                 *(spread(own, f"frechet_{n}") for n in (1, 2, 4)), spread(own, "accuracy_1", 3),
                 f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}", "" if cost is None else f"{cost:.2f}",
                 cost_to(own, cost),
@@ -133,7 +135,7 @@ def rates_table(cells: list[Cell]) -> str:
         if sum(bool(found) for found in by_rate.values()) < 2:
             continue
         means = [typical(found, "frechet_2") for found in by_rate.values() if found]
-        failed = sum(cell["diverged"] or cell["degenerate"] for cell in own)
+        failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
         worst = f"{max(means) / min(means):.1f}" if all(map(math.isfinite, means)) else "diverges"
         rows.append(
             (name, *(spread(found, "frechet_2") for found in by_rate.values()), worst, f"{failed} / {len(own)}")
@@ -153,7 +155,7 @@ def paired_table(cells: list[Cell], changed: Mapping[str, str]) -> str:
             key = f"frechet_{nfe}"
             factors = [b[key] / a[key] for a, b in pairs if a[key] and b[key]]
             shown.append(interval(factors))
-        failed = sum(cell["diverged"] or cell["degenerate"] for cell in own)
+        failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
         rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
     heads = ("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed")
     return markdown(heads, rows)
@@ -163,9 +165,9 @@ def failures_table(cells: list[Cell]) -> str:
     """Over every cell of an objective, whatever its setting."""
     rows = []
     for (name,), own in sorted(grouped(cells, "objective").items()):
-        bad = [sum(cell[kind] for cell in own) for kind in ("diverged", "degenerate")]
+        bad = [sum(cell[kind] for cell in own) for kind in FAILURES]
         rows.append((name, str(len(own)), *(f"{count / len(own):.0%}" for count in bad)))
-    return markdown(("objective", "runs", "diverged", "degenerate"), rows)
+    return markdown(("objective", "runs", *FAILURES), rows)
 
 
 def typical(cells: list[Cell], key: str) -> float:

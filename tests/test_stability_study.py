@@ -74,19 +74,26 @@ def test_terms_apart_each_weigh_themselves(study: ModuleType) -> None:
 
 def row(study: ModuleType, **changes: Any) -> dict[str, Any]:
     cell = dict(study.Cell("base", "iSD").__dict__)
-    figures = {"diverged": False, "degenerate": False, "spread_1": 1.0, "accuracy_1": 0.9}
+    figures = {"diverged": False, "degenerate": False, "classless": False, "spread_1": 1.0, "accuracy_1": 0.9}
     figures |= {"frechet_1": 4.0, "frechet_2": 2.0, "frechet_4": 1.0, "grad_q50": 1.0, "grad_q99": 2.0}
     return cell | figures | {"steps": 8, "batch": 4, "samples": 16, "curve": []} | changes
 
 
 @pytest.mark.parametrize(
-    ("spread", "accuracy", "expected"),
-    [(1.0, 0.9, False), (0.2, 0.9, True), (4.5, 0.9, True), (1.0, 0.15, True), (0.3, 0.25, False)],
-)
-def test_what_counts_as_degenerate(study: ModuleType, spread: float, accuracy: float, expected: bool) -> None:
-    cell = row(study, spread_1=spread, accuracy_1=accuracy)
-    assert study.judged(cell)["degenerate"] is expected
-    assert study.judged(cell | {"diverged": True})["degenerate"] is False
+    ("spread", "accuracy", "degenerate", "classless"),
+    [
+        (1.0, 0.9, False, False), (0.2, 0.9, True, False), (4.5, 0.1, True, True), (1.0, 0.15, False, True),
+        (0.3, 0.25, False, False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_a_failure(
+    study: ModuleType, spread: float, accuracy: float, degenerate: bool, classless: bool
+) -> None:
+    found = study.judged(row(study, spread_1=spread, accuracy_1=accuracy))
+    assert (found["degenerate"], found["classless"]) == (degenerate, classless)
+    gone = study.judged(row(study, diverged=True, spread_1=None, accuracy_1=None))
+    assert not gone["degenerate"]
+    assert not gone["classless"]
 
 
 def test_changed_settings_are_compared_seed_by_seed(study: ModuleType) -> None:
