@@ -30,10 +30,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.conditions import Condition
+from fewstep.derivatives import OutputDerivative
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap, FlowMapConfig, load_flow_map, save_flow_map
 from fewstep.networks import MLPConfig
-from fewstep.objectives import ISD, distillation_error, eulerian_residual
+from fewstep.objectives import distillation_error, eulerian_residual
 from fewstep.paths import EDM, Path
 from fewstep.preconditioning import (
     AnalyticPreconditioning,
@@ -278,7 +279,7 @@ def test_the_residual_is_zero_at_exact_maps(
     s, t = (time.repeat(4) for time in clock(path, times[0], times[2]))
     x = path.interpolate(SD * noise(4, 3), noise(4, 3, seed=1), t)
     flow_map, v = data.flow_map(path, preconditioning), data.velocity(path, x, t)
-    output, d_output = ISD().total_derivative(flow_map, x, v, t, s, Condition())
+    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
     f, g, f_t, g_t = (c[:, None] for c in preconditioning.derivatives(t, s))
     scale = ((f_t * x).abs() + (f * v).abs() + (g_t * output).abs() + (g * d_output).abs()).clamp(min=1)
     for error in (eulerian_residual, distillation_error):

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.conditions import Condition
-from fewstep.derivatives import MIN_STEP, exact_derivative, finite_derivative, finite_difference_nodes
+from fewstep.derivatives import MIN_STEP, OutputDerivative, exact_derivative, finite_derivative, finite_difference_nodes
 from fewstep.flowmap import FlowMap
-from fewstep.objectives import ISD
 from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.preconditioning import EDMScaling, LinearPreconditioning
 
@@ -133,8 +132,8 @@ def test_step_follows_a_logarithmic_network_clock(path: Path) -> None:
     t = path.time_from_tau(torch.tensor([0.005, 0.02, 0.5], dtype=F64))
     s = torch.full_like(t, path.t_min)
     x, v = noise(3, 3, seed=0), noise(3, 3, seed=1)
-    found = ISD(derivative="finite-difference").total_derivative(flow_map, x, v, t, s, Condition())[1]
-    exact = ISD(derivative="exact").total_derivative(flow_map, x, v, t, s, Condition())[1]
+    found = OutputDerivative("finite-difference").along_flow(flow_map, x, v, t, s, Condition())[1]
+    exact = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())[1]
     assert float((found - exact).norm() / exact.norm()) < 1e-2
 
 
@@ -142,9 +141,10 @@ def test_a_difference_under_bf16_is_taken_in_full_precision() -> None:
     flow_map = FlowMap(Linear(), LinearPreconditioning(), random_network().float())
     t, s = torch.tensor([0.3, 0.5, 0.9], dtype=F64), torch.tensor([0.1, 0.2, 0.899], dtype=F64)
     x, v = noise(3, 3, seed=0).float(), noise(3, 3, seed=1).float()
-    objective = ISD(derivative="finite-difference")
-    exact = ISD(derivative="exact").total_derivative(flow_map, x, v, t, s, Condition())[1]
+    exact = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())[1]
     with torch.autocast("cpu", torch.bfloat16):
-        output, found = objective.total_derivative(flow_map, x, v, t, s, Condition())
+        output, found = OutputDerivative(objective.derivative, objective.step).along_flow(
+            flow_map, x, v, t, s, Condition()
+        )
     assert output.requires_grad
     assert float((found - exact).norm() / exact.norm()) < 2e-2
