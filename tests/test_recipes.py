@@ -17,7 +17,7 @@ from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import DataConfig, load_dataset
 from fewstep.errors import ConfigError
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import CD, CTM, SCD
+from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.paths import EDM
 from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.preconditioning.estimation import noise_grid
@@ -78,6 +78,12 @@ def test_every_recipe_says_what_it_trains(name: str) -> None:
 def test_an_unknown_recipe_lists_the_known() -> None:
     with pytest.raises(ConfigError, match=r"no recipe 'digit'.*digits, digits-flow-matching"):
         recipe("digit")
+
+
+@pytest.mark.parametrize("objective", [LSD(diagonal=0.0), PSD(diagonal=0.0), Shortcut(bootstrap=1.0)])
+def test_a_run_without_an_anchor_is_refused(objective: LSD | PSD | Shortcut) -> None:
+    with pytest.raises(ConfigError, match=r"learns nothing of the data.*degeneracy"):
+        replace(recipe("digits"), objective=objective)
 
 
 def small(config: RunConfig) -> RunConfig:

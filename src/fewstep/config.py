@@ -237,6 +237,22 @@ class RunConfig:
                 f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
                 "one network, which dropout makes different ones; set --network.dropout 0"
             )
+        if not _anchored(self.objective):
+            raise ConfigError(
+                f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that agrees "
+                "with itself would do (docs/degeneracy.md); give it a share of them"
+            )
+
+
+def _anchored(objective: TrainingObjective) -> bool:
+    """Whether anything in the objective ties the map to the data."""
+    match objective:
+        case LSD() | PSD():
+            return objective.diagonal > 0
+        case Shortcut():
+            return objective.bootstrap < 1
+        case _:
+            return True
 
 
 def flow_map_config(
