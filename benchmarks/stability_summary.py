@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from fewstep.evaluation import time_to
+from fewstep.files import write_atomically
 from fewstep.reporting.canvas import LIGHT, figure_style, make_panels, to_png
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,15 +25,12 @@ COLUMNS = (
     "diverged", "degenerate", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1",
     "grad_q50", "grad_q99", "steps", "batch", "samples", "group",
 )  # fmt: skip
-SETTING = ("dataset", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr")
 USUAL = {
     "dataset": "digits", "network": "mlp", "path": "linear", "preconditioning": "linear", "derivative": "exact",
     "optimizer": "adamw", "initial": "random", "lr": 3e-3,
 }  # fmt: skip
-CLASSES = 10
+CLASSES, RATES = 10, 4
 FAILURES = ("diverged", "degenerate", "classless")
-OWN = {"trig": "trig", "edm": "bcm"}
-"""The preconditioning that is tried on another path than the linear."""
 TARGET = 12.0
 """The Frechet distance in two calls whose cost is stated: flow matching takes four calls for it."""
 
@@ -45,8 +43,11 @@ def judged(cell: Cell) -> Cell:
     return cell | {"degenerate": degenerate, "classless": cell["accuracy_1"] < 2 / CLASSES}
 
 
-def summarise(cells: list[Cell], results: Path) -> None:
-    """Write results/stability.json, the figure, and the page's tables; print the tables."""
+def summarise(cells: list[Cell], results: Path, missing: int) -> None:
+    """Write results/stability.json, the figure, and the page's tables; print the tables.
+
+    missing: cells of the plan that are not there yet.
+    """
     file, cells = results / "cost.json", [judged(cell) for cell in cells]
     costs = {
         (row["dataset"], row["network"], row["objective"], row["derivative"]): row["ratio"]
@@ -58,13 +59,14 @@ def summarise(cells: list[Cell], results: Path) -> None:
         return costs.get((*key, cell["derivative"]), costs.get((*key, "exact")))
 
     rows = [{name: cell[name] for name in COLUMNS} | {"step_ratio": ratio(cell)} for cell in cells]
-    (results.parent / "stability.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    text = "\n\n".join(section for section in sections(cells, ratio) if section)
+    write_atomically(results.parent / "stability.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    state = f"{len(cells)} runs; {missing} of the plan are not there yet."
+    text = "\n\n".join([state, *(section for section in sections(cells, ratio) if section)])
     print(text)
     if PAGE.is_file() and BEGIN in PAGE.read_text():
         before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
-    FIGURE.write_bytes(figure(cells))
+        write_atomically(PAGE, f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    write_atomically(FIGURE, figure(cells))
 
 
 def sections(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> Iterable[str]:
@@ -77,15 +79,20 @@ def sections(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> Iterab
     found = at(cells, dataset="fashion", network="unet", lr=1e-3)
     yield titled("Fashion-MNIST, U-Net, learning rate 0.001", quality_table(found, ratio))
     for name, value in (
-        ("path", "trig"), ("path", "edm"), ("derivative", "finite-difference"), ("initial", "flow matching"),
+        ("path", "trig"), ("derivative", "finite-difference"), ("initial", "flow matching"),
         ("optimizer", "no clip"), ("optimizer", "beta2 0.999"), ("optimizer", "muon"),
     ):  # fmt: skip
-        changed = {name: value} | ({"preconditioning": OWN[value]} if name == "path" else {})
-        yield titled(f"{name}: {value}, against {USUAL[name]}", paired_table(cells, changed))
+        changed = {name: value} | ({"preconditioning": "trig"} if name == "path" else {})
+        note = " (after a flow-matching run of the same length)" if name == "initial" else ""
+        yield titled(f"{name}: {value}{note}, against {USUAL[name]}", paired_table(cells, changed))
     for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
         changed = {"path": path, "preconditioning": own}
         yield titled(f"{own} preconditioning, {path} path, against linear on linear", paired_table(cells, changed))
-    yield titled("Share of runs that fail, over all settings tried", failures_table(cells))
+    trig = at(cells, path="trig", preconditioning="trig")
+    wrong = [cell | {"objective": "iSD"} for cell in trig if cell["objective"] == "iSD, time unit"]
+    right = [cell for cell in trig if cell["objective"] == "iSD"]
+    yield titled("Trig: the published code's time unit, against the right one", pairs_table(right, wrong))
+    yield titled("Runs that fail, over the settings tried (not the same for all rows)", failures_table(cells))
 
 
 def titled(title: str, table: str) -> str:
@@ -93,9 +100,13 @@ def titled(title: str, table: str) -> str:
 
 
 def at(cells: Iterable[Cell], **settings: object) -> list[Cell]:
-    """Cells at the usual setting but for these; None for any value."""
-    wanted = USUAL | settings
-    return [cell for cell in cells if all(v is None or cell[k] == v for k, v in wanted.items())]
+    """Cells at the usual setting but for these; None for any value. CT's and ECT's usual path is EDM's."""
+    found = []
+    for cell in cells:
+        own = {"path": "edm", "preconditioning": "bcm"} if cell["objective"] in ("CT", "ECT") else {}
+        wanted = USUAL | own | settings
+        found += [cell] if all(value is None or cell[key] == value for key, value in wanted.items()) else []
+    return found
 
 
 def grouped(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Cell]]:
@@ -132,31 +143,35 @@ def rates_table(cells: list[Cell]) -> str:
     rows = []
     for (name,), own in sorted(grouped(cells, "objective").items()):
         by_rate = {lr: [cell for cell in own if cell["lr"] == lr] for lr in rates}
-        if sum(bool(found) for found in by_rate.values()) < 2:
-            continue
-        means = [typical(found, "frechet_2") for found in by_rate.values() if found]
+        means = [typical(found, "frechet_2") for found in by_rate.values()]
         failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
-        worst = f"{max(means) / min(means):.1f}" if all(map(math.isfinite, means)) else "diverges"
+        whole = len(rates) == RATES and all(map(math.isfinite, means)) and len({*map(len, by_rate.values())}) == 1
+        worst = f"{max(means) / min(means):.1f}" if whole else ""
         rows.append(
             (name, *(spread(found, "frechet_2") for found in by_rate.values()), worst, f"{failed} / {len(own)}")
         )
     heads = ("objective, 2 calls", *(f"{lr:g}" for lr in rates), "worst / best", "failed")
-    return markdown(heads, sorted(rows, key=lambda row: row[-2] == "diverges"))
+    return markdown(heads, rows)
 
 
 def paired_table(cells: list[Cell], changed: Mapping[str, str]) -> str:
     """Cells with one setting changed against those of the same objective and seed without."""
+    return pairs_table(at(cells), at(cells, **changed))
+
+
+def pairs_table(before: list[Cell], after: list[Cell]) -> str:
+    """A row for each objective: `after`, and its distances over those of the same objective and seed `before`."""
     rows = []
-    for (name,), own in sorted(grouped(at(cells, **changed), "objective").items()):
-        usual = {cell["seed"]: cell for cell in at(cells) if cell["objective"] == name}
+    for (name,), own in sorted(grouped(after, "objective").items()):
+        usual = {cell["seed"]: cell for cell in before if cell["objective"] == name}
         pairs = [(usual[cell["seed"]], cell) for cell in own if cell["seed"] in usual]
         shown = []
         for nfe in (1, 2, 4):
             key = f"frechet_{nfe}"
-            factors = [b[key] / a[key] for a, b in pairs if a[key] and b[key]]
-            shown.append(interval(factors))
+            shown.append(interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]]))
         failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
-        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
+        if pairs:
+            rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
     heads = ("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed")
     return markdown(heads, rows)
 

@@ -351,3 +351,19 @@ def test_settings_out_of_range(change: dict[str, Any]) -> None:
 
 def test_the_manifest_survives_its_file(whole: Path) -> None:
     assert to_json(read_manifest(whole)) == json.loads((whole / "latents.json").read_text())
+
+
+def test_a_shard_of_nothing_but_unreadable_images_is_empty(images: Path, autoencoder: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(images, folder)
+    work, settings = replace(WORK, skip_unreadable=True), replace(SETTINGS, shard_size=COUNT - 1)
+    last = sorted(folder.rglob("*.png"))[-1]
+    last.write_bytes(b"no image")
+    with pytest.warns(FewstepWarning, match=rf"1 of {COUNT} images.*{last.name}"):
+        manifest = encode_folder(folder, autoencoder, out, settings, work=work)
+    assert [shard.count for shard in manifest.shards] == [COUNT - 1, 0]
+    assert all(math.isfinite(value) for value in (*manifest.mean, *manifest.std, *manifest.posterior_std))
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=rf"{COUNT} of {COUNT} images.*no image is left"):
+        encode_folder(folder, autoencoder, tmp_path / "other", settings, work=work)

@@ -138,7 +138,9 @@ def sample_command(args: Sequence[str]) -> None:
     if torch.cuda.is_available() and not options.cpu:
         flow_map = flow_map.cuda()
     view = None if options.latents else viewer(flow_map, options.autoencoder)
-    sampler, gamma = own_sampler(options.run)
+    sampler, gamma = own_sampler(options.run, flow_map, options.steps)
+    if options.gamma is not None and (options.sampler or sampler) != "gamma":
+        raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
     settings = SamplingSettings(
         sampler=options.sampler or sampler,
         steps=options.steps,

@@ -63,6 +63,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
+        if self.preconditioning == "bcm" and self.scaling == "edm":
+            raise ConfigError(
+                "bcm preconditioning holds EDM's c_skip and c_out itself: take the inner scaling edm-input with it"
+            )
 
     @property
     def analytic(self) -> bool:
@@ -239,8 +243,8 @@ class RunConfig:
             )
         if not _anchored(self.objective):
             raise ConfigError(
-                f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that agrees "
-                "with itself would do (docs/degeneracy.md); give it a share of them"
+                f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
+                "agrees with itself would do (docs/degeneracy.md); give it a share of them"
             )
 
 

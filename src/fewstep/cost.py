@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fewstep.config import DIFFERENTIATED, RunConfig
+from fewstep.config import RunConfig
 from fewstep.errors import ConfigError
 from fewstep.networks import DiTConfig
 from fewstep.networks.dit import gated_width
-from fewstep.objectives import CATALOGUE, ISD, Objective
+from fewstep.objectives import CATALOGUE, ISD, DiagonalMatching, Objective
 
 UTILISATION = 0.4
 """Assumed share of a device's peak that training reaches."""
@@ -59,14 +59,13 @@ def training_cost(config: RunConfig, shape: tuple[int, int, int], num_classes: i
 def passes(objective: Objective) -> float:
     """Evaluations of a sample in forward passes, from the catalogue: one with a tangent is 2, one backward 2.
 
-    Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. Only
-    iSD's guidance and diagonal share are counted: raises ConfigError for other objectives that differentiate.
+    Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. Raises
+    ConfigError for objectives other than iSD and matching on the diagonal: their shares and teachers are not counted.
     """
+    if isinstance(objective, DiagonalMatching):
+        return 3.0
     if not isinstance(objective, ISD):
-        if isinstance(objective, DIFFERENTIATED):
-            raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
-        entry = next(each for each in CATALOGUE if each.objective is type(objective))
-        return float(entry.forward + entry.frozen + 2 * entry.backward)
+        raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
     entry = next(each for each in CATALOGUE if each.name == "iSD")
     null = (1 - objective.dropout) if objective.guidance.active else 0.0
     derivative = entry.tangents if objective.derivative == "exact" else 2

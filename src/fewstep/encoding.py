@@ -144,7 +144,7 @@ def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: Encoding
 def _read_record(file: Path) -> JSON:
     try:
         return _without_path(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): delete its folder and encode anew") from error
 
 
@@ -193,6 +193,8 @@ class Encoder:
         kept = [map_shard(file) for file in files]
         counts = [len(tensors["indices"]) for tensors in kept]
         labels = torch.cat([tensors["labels"] for tensors in kept]) if self.listing.labels is not None else None
+        if sum(counts) == 0:
+            raise DataError(f"none of the {len(self.listing.files)} images in '{self.listing.root}' could be read")
         training = ~held_out(sum(counts), labels, self.settings.heldout, self.settings.seed)
         earlier = self._earlier()
         moments, shards = ChannelMoments(), []
@@ -251,7 +253,7 @@ class Encoder:
         return str(self.listing.files[position].relative_to(self.listing.root))
 
     def _content(self, positions: range) -> str:
-        """Sixteen hex digits of the images' names, sizes in bytes, and classes."""
+        """Sixteen hex digits of the images' names, sizes in bytes, and classes; other pixels in as many bytes pass."""
         digest = hashlib.blake2b(digest_size=8)
         for position in positions:
             file = self.listing.files[position]
@@ -272,8 +274,10 @@ class Encoder:
             if kept and (skip or not failures):
                 parts.append(self._encode([i for i, _ in kept], torch.stack([pixels for _, pixels in kept])))
             bar.update(len(batch))
-        if failures and not (skip and parts):
+        if failures and not skip:
             report_unreadable(failures, self.listing, skip=False)
+        if not parts:
+            parts.append(self._nothing())
         named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
         header = json.dumps({"images": images, "failures": named})
         return safetensors.torch.save(self._joined(parts), {_HEADER: header}), failures
@@ -283,8 +287,15 @@ class Encoder:
         tensors = {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
         if self.listing.labels is not None:
             tensors["labels"] = torch.tensor(self.listing.labels)[tensors["indices"]]
-        tensors["posterior_variance"] = tensors["posterior_variance"].mean(0)
+        count = max(len(tensors["indices"]), 1)
+        tensors["posterior_variance"] = tensors["posterior_variance"].sum(0) / count
         return tensors
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """What is stored of no image at all, in the right shapes: a shard of which none could be read."""
+        side = self.settings.image_size
+        blank = torch.zeros(1, self.model.image_channels, side, side, dtype=torch.uint8)
+        return {key: value[:0] for key, value in self._encode([0], blank).items()}
 
     def _encode(self, numbers: list[int], pixels: Tensor) -> dict[str, Tensor]:
         """What is stored of images (n, C, H, W), uint8, with these numbers in the listing."""

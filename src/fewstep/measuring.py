@@ -57,16 +57,18 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     return [replace(base, steps=count) for count in steps]
 
 
-def own_sampler(folder: Path) -> tuple[SamplerName, float]:
-    """(sampler, gamma) that a run is measured by; the map for a saved model, which does not say how it was trained.
+def own_sampler(folder: Path, flow_map: FlowMap, steps: int) -> tuple[SamplerName, float]:
+    """(sampler, gamma) that a run is measured by; gamma is 0.5 where that has none.
 
-    gamma is 0.5 where the run's own sampler has none.
+    A saved model does not say how it was trained: the sampler that its times for so many steps were tuned for, else the
+    map.
     """
     run = RunFolder(folder)
-    if not run.config_file.is_file() or not run.checkpoints():
-        return "map", 0.5
-    settings = sampler_settings(run.config(), (1,))[0]
-    return settings.sampler, settings.gamma or 0.5
+    if run.config_file.is_file() and run.checkpoints():
+        settings = sampler_settings(run.config(), (1,))[0]
+        return settings.sampler, settings.gamma or 0.5
+    tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
+    return ("map", 0.5) if tuned is None else (tuned.sampler, tuned.gamma or 0.5)
 
 
 def spacing(config: RunConfig) -> Spacing:

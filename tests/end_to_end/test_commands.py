@@ -246,3 +246,6 @@ def test_a_run_that_jumps_to_data_alone_is_sampled_by_new_noise(tmp_path: Path, 
     own = drawn()
     assert own == drawn("--sampler", "gamma", "--gamma", "1")
     assert own != drawn("--sampler", "map")
+    refused = command("sample", str(run), "--sampler", "map", "--gamma", "1")
+    assert refused.code == 2
+    assert "--gamma 1 is for the gamma sampler" in refused.err

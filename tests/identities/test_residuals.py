@@ -28,7 +28,7 @@ from torch import Tensor
 from fewstep.conditions import Condition
 from fewstep.derivatives import OutputDerivative
 from fewstep.flowmap import FlowMap
-from fewstep.objectives import ISD, distillation_error, eulerian_residual
+from fewstep.objectives import ESD, ISD, distillation_error, eulerian_residual
 from fewstep.oracles import GaussianData, GaussianOutput
 from fewstep.paths import Linear, Path, Trig
 from fewstep.preconditioning import LinearPreconditioning, TrigPreconditioning
@@ -165,3 +165,22 @@ def test_distillation_has_gradient_through_the_output_alone(path_name: str, name
     close(loss, residual.square().mean(1))
     for one, other in zip(actual, expected, strict=True):
         close(one, other, rtol=1e-8, atol=1e-8 * float(1 + other.abs().max()))
+
+
+@every_pair
+def test_logged_sizes_are_those_of_the_target(path_name: str, name: str) -> None:
+    """N_target = N + R, or (X_target - x)/(t - s) with X_target = X - (t - s) R, whatever the objective's gradient."""
+    path, preconditioning = pair(path_name, name)
+    flow_map = FlowMap(path, preconditioning, random_network(), scalings(path)["edm"])
+    x, s, t = points(path, 0.2, 0.7)
+    v = flow_map.velocity(x, t).detach()
+    output, d_output = (each.detach() for each in OutputDerivative().along_flow(flow_map, x, v, t, s, Condition()))
+    residual = eulerian_residual(flow_map, x, v, output, d_output, t, s)
+    target = output + residual
+    close(ESD().compare(flow_map, x, v, t, s, Condition()).sizes()["target_rms"], target.square().mean(1).sqrt())
+    if not preconditioning.target_in_network:
+        gap = (t - s)[:, None]
+        target = (flow_map.jump(x, t, s) - gap * residual - x) / gap
+    sizes = ISD().compare(flow_map, x, v, t, s, Condition()).sizes()
+    close(sizes["target_rms"], target.detach().square().mean(1).sqrt())
+    close(sizes["derivative_rms"], d_output.square().mean(1).sqrt())

@@ -73,6 +73,17 @@ def distillation_error(
     return expand(slope, x).to(x.dtype) * (output - frozen) + residual
 
 
+def self_distilled(
+    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+) -> Comparison:
+    """`distillation_error` with its sides: N and its target, or (X - x)/(t - s) where the step is taken in the map."""
+    error = distillation_error(flow_map, x, v, output, d_output, t, s)
+    if flow_map.preconditioning.target_in_network:
+        return Comparison(error, output, d_output)
+    gap = expand(torch.where(t > s, t - s, 1.0), x).to(x.dtype)
+    return Comparison(error, (flow_map.apply_jump(x, output.detach(), t, s) - x) / gap, d_output)
+
+
 @final
 @dataclass(frozen=True)
 class ISD(Objective):
@@ -128,7 +139,7 @@ class ISD(Objective):
         if len(x) == 0:
             return Comparison(x, x, x)
         output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
-        return Comparison(distillation_error(flow_map, x, v, output, d_output, t, s), output, d_output)
+        return self_distilled(flow_map, x, v, output, d_output, t, s)
 
 
 @final
@@ -181,7 +192,7 @@ class MeanFlow(Objective):
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         v = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)
         output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
-        return Comparison(distillation_error(flow_map, x, v, output, d_output, t, s), output, d_output)
+        return self_distilled(flow_map, x, v, output, d_output, t, s)
 
 
 @final
@@ -230,9 +241,9 @@ class ESD(Objective):
         return joint_losses(t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
-        """R for samples with s < t, with gradient through all of it: N + R is what N is compared with."""
+        """N against N + R for samples with s < t, with gradient through all of it."""
         if len(x) == 0:
             return Comparison(x, x, x)
         derivative = OutputDerivative(self.derivative, self.step, attached=True)
         output, d_output = derivative.along_flow(flow_map, x, v, t, s, cond)
-        return Comparison(eulerian_residual(flow_map, x, v, output, d_output, t, s), output, d_output)
+        return Comparison(-eulerian_residual(flow_map, x, v, output, d_output, t, s), output, d_output)

@@ -264,7 +264,8 @@ def _training(report: RunReport) -> str:
     alt = f"Loss, gradient norm and learning rate against images seen: {', '.join(logs)}"
     caption = (
         "Means since the previous line of the log, against the number of images seen. Quantiles of the gradient norm "
-        "are of the last 1,000 steps; what each term gives to it is measured at the last step of a line."
+        "are of the last 1,000 steps; what each term gives to it is measured at the last step of a line, on the "
+        "part of the batch that the first process takes first."
     )
     figure = plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt, caption)
     return f"<section>\n<h2>Training</h2>\n{figure}</section>"

@@ -19,7 +19,9 @@ QUANTILES = (0.5, 0.9, 0.99)
 def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
     """|gradient of each term| for terms () that are parts of one loss; their graphs are kept.
 
-    A term that no parameter reaches has norm 0. Costs a backward pass for each term.
+    A term that no parameter reaches has norm 0. Costs a backward pass for each term, so that the training loop asks
+    once a line of the log, of the first process's first part of the batch: with accumulation or several processes
+    these norms are of fewer samples than the whole gradient's.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     found = {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.config import RunConfig
 from fewstep.data import Dataset
-from fewstep.errors import ConfigError
+from fewstep.errors import ConfigError, TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
 from fewstep.serialization import JSON
@@ -32,7 +32,7 @@ from fewstep.training.ema import EMA, make_emas
 from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
-from fewstep.training.setup import build, data_record, fetch_batch, split_batch
+from fewstep.training.setup import build, data_record, fetch_batch, leave_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 
@@ -128,7 +128,7 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=machine.cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
         )
-        atexit.register(_leave_processes)
+        atexit.register(leave_processes)
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
         )
@@ -236,7 +236,11 @@ class Trainer:
         with ProgressBar(self.config, self.hidden) as bar:
             while not self.finished:
                 start = time.perf_counter()
-                self.take_step()
+                try:
+                    self.take_step()
+                except TrainingDivergedError:
+                    self.write_log()
+                    raise
                 self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
                 bar.show(self.progress, self.images, self.seconds, self.window.last_loss)
                 if self.due(settings.log_images) or self.finished:
@@ -331,7 +335,9 @@ class Trainer:
         return self.config.optimizer.clip or math.inf
 
     def write_log(self) -> None:
-        """One line of log.jsonl: means over the steps since the last."""
+        """One line of log.jsonl: means over the steps since the last, if there were any."""
+        if not self.window.steps:
+            return
         record = self.window.flush(self.config.training.batch_size, self.step, self.images, self.seconds)
         if self.accelerator.is_main_process:
             self.run.append_log(record)
@@ -375,12 +381,6 @@ class Trainer:
     def hidden(self) -> bool:
         """Whether this process shows no progress."""
         return self.machine.quiet or not self.accelerator.is_main_process
-
-
-def _leave_processes() -> None:
-    """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 __all__ = [

@@ -95,3 +95,9 @@ def fetch_batch(
     x0, labels = dataset.train.fetch(batch_indices(len(dataset.train), settings.seed, position, count), mirror)
     x0 = x0.to(device)
     return Batch(x0, None if labels is None else labels.to(device), draws, step * settings.batch_size)
+
+
+def leave_processes() -> None:
+    """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
