@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fewstep.evaluation import time_to
 from fewstep.files import write_atomically
@@ -143,6 +145,8 @@ def rates_table(cells: list[Cell]) -> str:
     rows = []
     for (name,), own in sorted(grouped(cells, "objective").items()):
         by_rate = {lr: [cell for cell in own if cell["lr"] == lr] for lr in rates}
+        if sum(map(bool, by_rate.values())) < 2:
+            continue
         means = [typical(found, "frechet_2") for found in by_rate.values()]
         failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
         whole = len(rates) == RATES and all(map(math.isfinite, means)) and len({*map(len, by_rate.values())}) == 1
@@ -243,7 +247,8 @@ def draw_quality(axis: Axes, groups: list[list[Cell]], names: list[str]) -> None
         shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
         axis.plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
     axis.set_xscale("log")
-    axis.set_title("Frechet distance, every seed")
+    ticks(axis.xaxis)
+    axis.set_title("Frechet distance")
     axis.legend(fontsize=7)
     name_rows(axis, names)
 
@@ -253,8 +258,15 @@ def draw_norms(axis: Axes, groups: list[list[Cell]], names: list[str]) -> None:
         for cell in own:
             axis.plot([cell["grad_q50"], cell["grad_q99"]], [y, y], color=LIGHT.colour(0), alpha=0.6, marker="|")
     axis.set_xscale("log")
-    axis.set_title("Gradient norm, median to 99 % quantile")
+    axis.set_title("Gradient norm, q50 to q99")
     name_rows(axis, names)
+
+
+def ticks(axis: Axis) -> None:
+    """Plain numbers at powers of 2."""
+    axis.set_major_locator(FixedLocator([2.0**k for k in range(1, 7)]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def name_rows(axis: Axes, names: list[str]) -> None:
@@ -269,10 +281,12 @@ def draw_rates(axis: Axes, cells: list[Cell]) -> None:
         points = sorted((lr, typical(own, "frechet_2")) for (lr,), own in by_rate.items())
         sound = [(lr, value) for lr, value in points if math.isfinite(value)]
         if sound:
-            style = ("-", "--", ":")[i // 7 % 3]
-            axis.plot(*zip(*sound, strict=True), style, color=LIGHT.colour(i % 7), marker="o", markersize=3, label=name)
+            style, colour = ("-", "--", ":")[i // 6 % 3], LIGHT.colour(i % 6)
+            axis.plot(*zip(*sound, strict=True), style, color=colour, marker="o", markersize=3, label=name)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_title("2 calls against learning rate")
+    axis.set_ylim(bottom=1.5)  # room for the legend
+    ticks(axis.yaxis)
+    axis.set_title("2 calls, by learning rate")
     if kept:
         axis.legend(fontsize=6, ncols=2)

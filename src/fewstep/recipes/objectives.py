@@ -66,7 +66,7 @@ def digits_ct() -> RunConfig:
 
 
 def digits_ect() -> RunConfig:
-    """Easy consistency tuning on 8x8 digits, unconditional: from the weights of `edm-digits`, which is trained first.
+    """Easy consistency tuning on 8x8 digits, unconditional: from the weights of `edm-digits`, trained first.
 
     Jumps to the data end alone, re-noised between steps. No figure of it is measured yet.
     """
@@ -85,7 +85,7 @@ def digits_sct() -> RunConfig:
 
 
 def digits_scd() -> RunConfig:
-    """Continuous-time consistency distillation on 8x8 digits, unconditional, of `edm-digits`, which is trained first.
+    """Continuous-time consistency distillation on 8x8 digits, unconditional, of `edm-digits`, trained first.
 
     Jumps to the data end alone, re-noised between steps. No figure of it is measured yet.
     """
