@@ -1,0 +1,297 @@
+"""Why is the Frechet distance of two calls worse with the computed preconditioning, at equal error? An anatomy.
+
+    python benchmarks/acceleration_anatomy.py --teacher runs/edm-digits --models runs/anatomy
+
+Trains students of the digits' teacher that differ in one thing, as benchmarks/acceleration.py does, keeps their
+averaged weights in `--models` (a student that is there is not trained again), and takes 2-call samples apart:
+
+  jump      the first jump 80 -> MIDDLE against the teacher's ODE, by principal components of the data: the variance of
+            its ends over that of the teacher's, its gain (regression of the one on the other), its error; and the
+            deviation of the network's output that gives it, beside the perfect one's
+  two calls every student's last jump from every student's first, the teacher's ODE among both: Frechet distance to
+            held-out data with its mean and covariance terms, variance of features over the data's, variance of pixels
+            over that of the teacher's samples, error against those
+  exchange  the leading components of one student's first jump put into the other's, before one and the same last jump
+  corrected ends of the first jump stretched to the teacher's variance along the leading components
+  weights   g of both forms, and the gradients of jumps that stop above the data end beside those of jumps that do not
+
+Two students are interventions. "reweighted": the computed preconditioning, its consistency loss weighted by (g of
+Euler's/g)^2, so that an error of the network weighs as much as with Euler's. "exchanged": f and the origin computed, g
+Euler's. Rows go to benchmarks/results/acceleration_anatomy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from acceleration import NOISE_SEED, methods
+from fewstep.config import RunConfig
+from fewstep.data import Dataset, load_dataset
+from fewstep.evaluation import Extractor, default_extractor, frechet_distance
+from fewstep.flowmap import FlowMap, at, load_flow_map, save_flow_map
+from fewstep.objectives import Batch, Companions, Losses, Objective
+from fewstep.preconditioning import EulerPreconditioning, Preconditioning
+from fewstep.randomness import Draws
+from fewstep.recipes import recipe
+from fewstep.solvers import trajectory
+from fewstep.training import Attendants, Machine, RunFolder, load
+from fewstep.training.loop import Trainer
+
+RESULTS = Path(__file__).parent / "results" / "acceleration_anatomy.json"
+STUDENTS = ("euler", "analytic", "reweighted", "exchanged")
+MOMENTS = (0, 25, 200, 600)
+HIGHEST, MIDDLE, LOWEST = 80.0, 0.9, 0.002
+SAMPLES = 1180
+COMPONENTS = ((0, 4), (4, 10), (10, 20), (20, 35), (35, 64))
+LEADING = 10
+LEVELS = (80.0, 12.9, 1.9, 0.9, 0.59, 0.02, 0.01, 0.002)
+Row = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True)
+class Exchanged(Preconditioning):
+    """f and the origin of the computed preconditioning, g of Euler's: of one diagonal, so that N is the denoiser's."""
+
+    computed: Preconditioning
+
+    @property
+    def origin(self) -> Tensor | None:
+        return self.computed.origin
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return self.computed.coefficients(t, s)[0], EulerPreconditioning().coefficients(t, s)[1]
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.computed.diagonal(t)
+
+
+def reweighted(objective: Objective, flow_map: FlowMap, batch: Batch, companions: Companions) -> Losses:
+    """CTM's losses with the consistency of each jump times (g of Euler's/g)^2."""
+    losses = objective(flow_map, batch, companions)
+    g, of_euler = (
+        each.coefficients(losses.t, losses.s)[1] for each in (flow_map.preconditioning, EulerPreconditioning())
+    )
+    terms = dict(losses.terms)
+    terms["consistency"] = (of_euler / g).square().to(losses.loss.dtype) * terms["consistency"]
+    return replace(losses, loss=torch.stack(list(terms.values())).sum(0), terms=terms)
+
+
+def trainer_of(name: str, base: RunConfig, dataset: Dataset, seed: int, folder: Path) -> Trainer:
+    """A student of the study before its first step."""
+    chosen = methods(base)["euler" if name == "euler" else "analytic"]
+    images = MOMENTS[-1] * base.training.batch_size
+    chosen = replace(chosen, training=replace(base.training, images=images, seed=seed))
+    trainer = Trainer(chosen, dataset, RunFolder(folder), Machine(cpu=True, quiet=True), Attendants())
+    if name == "reweighted":
+        trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
+    if name == "exchanged" and trainer.target is not None:
+        for model in (trainer.flow_map, trainer.target.flow_map):
+            model.preconditioning = Exchanged(model.preconditioning)
+    trainer.flow_map.train()
+    return trainer
+
+
+def train(trainer: Trainer, name: str, models: Path) -> None:
+    """Keep the student's averaged weights of every moment."""
+    for moment in MOMENTS:
+        while trainer.step < moment:
+            trainer.take_step()
+        trainer.show(lambda model, step: save_flow_map(model, models / f"{name}-{step}"))
+
+
+def kept(models: Path, name: str, step: int) -> FlowMap:
+    """The averaged model of a moment; stored as one of the computed preconditioning, whatever g it was trained with."""
+    model = load_flow_map(models / f"{name}-{step}").eval()
+    if name == "exchanged":
+        model.preconditioning = Exchanged(model.preconditioning)
+    return model
+
+
+def gradient_share(trainer: Trainer, model: FlowMap) -> float:
+    """|gradient of the consistency loss of jumps that stop above the data end|/|that of the others|, at the weights of
+    `model`, on the first batch of the run.
+    """
+    assert trainer.target is not None
+    for each in (trainer.flow_map, trainer.target.flow_map):
+        each.network.load_state_dict(model.network.state_dict())
+    losses = trainer.loss.objective(trainer.flow_map, trainer.batch(0, trainer.share), trainer.companions())
+    ends, weights = losses.s == losses.s.min(), list(trainer.flow_map.network.parameters())
+    norms = []
+    for rows in (~ends, ends):
+        part = (losses.terms["consistency"] * rows).mean()
+        found = torch.autograd.grad(part, weights, retain_graph=True, allow_unused=True)
+        norms.append(float(torch.stack([each.norm() for each in found if each is not None]).norm()))
+    return norms[0] / norms[1]
+
+
+def student_rows(base: RunConfig, dataset: Dataset, seed: int, models: Path) -> list[Row]:
+    """Train the students that are not there; the shares of their gradients."""
+    rows: list[Row] = []
+    for name in STUDENTS:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(name, base, dataset, seed, Path(folder) / "run")
+            if not (models / f"{name}-{MOMENTS[-1]}").exists():
+                train(trainer, name, models)
+            for step in MOMENTS:
+                share = gradient_share(trainer, kept(models, name, step))
+                rows.append({"kind": "weights", "student": name, "step": step, "gradient_share": share})
+    return rows
+
+
+class Scene:
+    """The teacher, noise, the data's principal components, and what samples are measured against."""
+
+    def __init__(self, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+        self.teacher, self.dataset, self.extractor = teacher, dataset, extractor
+        indices = torch.arange(SAMPLES)
+        self.noise = teacher.path.prior(Draws(NOISE_SEED, 1, indices).normal(0, dataset.shape))
+        data = dataset.train.fetch(torch.arange(len(dataset.train)))[0].double().flatten(1)
+        self.mean = data.mean(0)
+        self.axes = torch.linalg.svd(data - self.mean, full_matrices=False).Vh
+        self.real = extractor.features(dataset.heldout.fetch(torch.arange(len(dataset.heldout)))[0])
+        self.middle = self.solution(self.noise, HIGHEST, MIDDLE)
+        self.ends = self.solution(self.middle, MIDDLE, LOWEST)
+
+    @torch.no_grad()
+    def solution(self, x: Tensor, t: float, s: float) -> Tensor:
+        """The teacher's ODE."""
+        grid = torch.tensor([t, s], dtype=torch.float64)
+        return trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=24)[-1]
+
+    def components(self, x: Tensor) -> Tensor:
+        """Coordinates along the data's principal components, (B, d) float64."""
+        return (x.double().flatten(1) - self.mean) @ self.axes.T
+
+    def samples(self, components: Tensor) -> Tensor:
+        """The inverse of `components`."""
+        return (components @ self.axes + self.mean).reshape(self.noise.shape).to(self.noise.dtype)
+
+    def measured(self, samples: Tensor) -> Row:
+        """What there is to say of final samples."""
+        shown = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
+        found = self.extractor.features(shown).double()
+        distance = frechet_distance(found, self.real)
+        off = float((found.mean(0) - self.real.double().mean(0)).square().sum())
+        return {
+            "frechet": distance, "mean_term": off, "covariance_term": distance - off,
+            "feature_variance": float(found.var(0).sum() / self.real.double().var(0).sum()),
+            "pixel_variance": float(samples.var(0).sum() / self.ends.var(0).sum()),
+            "rmse": float((samples - self.ends).square().mean().sqrt()),
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def jump(scene: Scene, model: FlowMap | None, x: Tensor, t: float, s: float) -> Tensor:
+    """The model's jump; the teacher's ODE for none."""
+    return scene.solution(x, t, s) if model is None else model.jump(x, at(t, x), at(s, x))
+
+
+def first_jump_rows(scene: Scene, name: str, model: FlowMap) -> list[Row]:
+    """The first jump along the data's components; N by X - m = f (x - m) + g (N - m)."""
+    ends = jump(scene, model, scene.noise, HIGHEST, MIDDLE)
+    start, found, truth = (scene.components(x) for x in (scene.noise, ends, scene.middle))
+    f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[HIGHEST], [MIDDLE]]).double()))
+    output, needed = (found - f * start) / g, (truth - f * start) / g
+    rows: list[Row] = []
+    for first, stop in (*COMPONENTS, (0, truth.shape[1])):
+        p, q, n, best = (x[:, first:stop] for x in (found, truth, output, needed))
+        varied, aim = p - p.mean(0), q - q.mean(0)
+        rows.append(
+            {
+                "kind": "jump", "student": name, "components": f"{first + 1}-{stop}",
+                "variance": float(varied.square().sum() / aim.square().sum()),
+                "gain": float((varied * aim).sum() / aim.square().sum()),
+                "rmse": float((p - q).square().mean().sqrt()), "bias": float((p - q).mean(0).square().mean().sqrt()),
+                "output": float(n.var(0).mean().sqrt()), "needed": float(best.var(0).mean().sqrt()),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def two_call_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict[str, Tensor]) -> list[Row]:
+    """Every last jump from every first."""
+    return [
+        {"kind": "two calls", "first": first, "last": last, **scene.measured(jump(scene, model, x, MIDDLE, LOWEST))}
+        for last, model in models.items()
+        for first, x in middles.items()
+    ]
+
+
+def exchange_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict[str, Tensor]) -> list[Row]:
+    """The leading components of one first jump with the rest of another; and either stretched to the right variance."""
+    parts = {name: scene.components(middles[name]) for name in ("euler", "analytic")}
+    truth, rows = scene.components(scene.middle), []
+    for last in parts:
+        for leading, head in parts.items():
+            stretch = truth.std(0) / head.std(0)
+            stretch[LEADING:] = 1.0
+            mixed = {rest: torch.cat([head[:, :LEADING], tail[:, LEADING:]], 1) for rest, tail in parts.items()}
+            mixed["stretched"] = (head - head.mean(0)) * stretch + head.mean(0)
+            for rest, middle in mixed.items():
+                ends = jump(scene, models[last], scene.samples(middle), MIDDLE, LOWEST)
+                kind = "corrected" if rest == "stretched" else "exchange"
+                where = {"kind": kind, "leading": leading, "rest": leading if kind == "corrected" else rest}
+                rows.append({**where, "last": last, **scene.measured(ends)})
+    return rows
+
+
+def weight_rows(model: FlowMap) -> list[Row]:
+    """f and g of both forms."""
+    t, s = torch.combinations(torch.tensor(LEVELS, dtype=torch.float64)).T
+    (f, g), (euler_f, euler_g) = (each.coefficients(t, s) for each in (model.preconditioning, EulerPreconditioning()))
+    table = zip(*(each.tolist() for each in (t, s, f, g, euler_f, euler_g)), strict=True)
+    return [
+        dict(zip(("from", "to", "f", "g", "euler_f", "euler_g"), row, strict=True)) | {"kind": "weights"}
+        for row in table
+    ]
+
+
+def anatomy(scene: Scene, models: Path, step: int) -> list[Row]:
+    """All rows of one moment; before the last two only those of the first jump."""
+    students = {name: kept(models, name, step) for name in STUDENTS}
+    rows = [row for name, model in students.items() for row in first_jump_rows(scene, name, model)]
+    if step in MOMENTS[-2:]:
+        walkers: dict[str, FlowMap | None] = {"teacher": None, **students}
+        middles = {name: jump(scene, model, scene.noise, HIGHEST, MIDDLE) for name, model in walkers.items()}
+        rows += two_call_rows(scene, walkers, middles) + exchange_rows(scene, walkers, middles)
+    return [{"step": step, **row} for row in rows]
+
+
+def show(rows: list[Row]) -> None:
+    """One line a row."""
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="run folder of edm-digits")
+    parser.add_argument("--models", type=Path, required=True, help="folder for the students' weights")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=None, help="folder of trained feature extractors")
+    options = parser.parse_args()
+    base = replace(recipe("ctm-digits"), teacher=str(options.teacher))
+    dataset = load_dataset(base.data)
+    models = options.models / f"seed-{options.seed}"
+    rows = student_rows(base, dataset, options.seed, models)
+    rows += weight_rows(load_flow_map(models / "analytic-0"))
+    labelled = load_dataset(replace(base.data, labels=True))
+    scene = Scene(load(options.teacher), dataset, default_extractor(labelled, cache=options.cache))
+    for step in MOMENTS:
+        rows += anatomy(scene, models, step)
+    show(rows)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
