@@ -206,7 +206,7 @@ def make_run(
 ) -> Path:
     """A run folder without weights: settings, and a curve 8 exp(-speed x)."""
     base = recipe("digits-flow-matching")
-    model = replace(base.model, path="edm", preconditioning=preconditioning, scaling="edm")
+    model = replace(base.model, path="edm", preconditioning=preconditioning, scaling="edm-input")
     config = replace(base, model=model, training=replace(base.training, seed=seed))
     root.mkdir(parents=True)
     data = {"name": "digits", "fingerprint": "0123", "train": 1204, "heldout": 593}

@@ -213,3 +213,9 @@ def test_dropout_is_refused_where_evaluations_are_compared() -> None:
     with pytest.raises(ConfigError, match=r"dropout 0\.1 with ISD"):
         replace(recipe("digits-unet"), network=network)
     assert replace(recipe("digits-flow-matching"), network=network).network == network
+
+
+def test_bcm_takes_the_input_scaling_alone() -> None:
+    """Its f and g are EDM's c_skip and c_out: with EDM's scaling they would be counted twice."""
+    with pytest.raises(ConfigError, match="edm-input"):
+        replace(recipe("digits-ct").model, scaling="edm")
