@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "latents.json", ROOT / "docs" / "figures" / "latents.png"
 SIDE, CROP = 256, 64
 COLUMNS, SHOWN = 8, 128
+KEPT = ("method", "nfe", "frechet", "samples", "extractor", "reference")
 LARGEST = 16_000_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -207,6 +208,18 @@ def draw(strips: list[tuple[str, Tensor]], file: Path) -> None:
     page.quantize(128).save(file, optimize=True)
 
 
+def encoding_record(manifest: Manifest, seconds: float) -> dict[str, Any]:
+    """What encoding took and found; both an image and its mirror image count."""
+    return {
+        "seconds": round(seconds, 1),
+        "images_per_second": round(2 * manifest.count / seconds, 2),
+        "megabytes": round(sum(shard.size for shard in manifest.shards) / 1e6, 1),
+        "mean": manifest.mean,
+        "std": manifest.std,
+        "posterior_std": manifest.posterior_std,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="a folder with a subfolder of images for every class")
@@ -247,25 +260,14 @@ def main() -> None:
         (title, viewer(flow_map).images(drawn.samples)),
     ]
     draw(strips, options.figure)
+    network = sum(p.numel() for p in flow_map.parameters())
+    training = {"images": result.images, "seconds": round(result.seconds, 1), "parameters": network}
     record = {
         "images": {"count": manifest.count, "classes": list(dataset.class_names), "side": SIDE},
         "autoencoder": trained | {"psnr_db": round(psnr, 2), "latents": list(manifest.shape)},
-        "encoding": {
-            "seconds": round(encoding_seconds, 1),
-            "images_per_second": round(2 * manifest.count / encoding_seconds, 2),
-            "megabytes": round(sum(shard.size for shard in manifest.shards) / 1e6, 1),
-            "mean": manifest.mean,
-            "std": manifest.std,
-            "posterior_std": manifest.posterior_std,
-        },
-        "training": {
-            "images": result.images,
-            "seconds": round(result.seconds, 1),
-            "parameters": sum(p.numel() for p in flow_map.parameters()),
-        },
-        "rows": [
-            {key: row[key] for key in ("method", "nfe", "frechet", "samples", "extractor", "reference")} for row in rows
-        ],
+        "encoding": encoding_record(manifest, encoding_seconds),
+        "training": training,
+        "rows": [{key: row[key] for key in KEPT} for row in rows],
     }
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(record, indent=1) + "\n")

@@ -18,6 +18,18 @@ from fewstep.objectives.inputs import guided_condition, guided_velocity, noised,
 from fewstep.weights import adaptive_weight, error_norm
 
 
+def on_the_diagonal(
+    base: ISD, flow_map: FlowMap, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition, Tensor]:
+    """(x_t, v, t, s, condition, anchor's loss) of iSD, before anything is weighted."""
+    t, s = base.draw_times(flow_map, batch)
+    x, conditional = noised(flow_map.path, batch, t)
+    cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
+    target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
+    v = flow_map.velocity(x, t, cond)
+    return x, v, t, s, cond, error_norm(v - target, base.norm, base.huber)
+
+
 @final
 @dataclass(frozen=True)
 class ISDApart(Objective):
@@ -31,12 +43,7 @@ class ISDApart(Objective):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         base = self.base
-        t, s = base.draw_times(flow_map, batch)
-        x, conditional = noised(flow_map.path, batch, t)
-        cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
-        target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
-        v = flow_map.velocity(x, t, cond)
-        anchor = error_norm(v - target, base.norm, base.huber)
+        x, v, t, s, cond, anchor = on_the_diagonal(base, flow_map, batch)
         rows = rows_on_and_off(t, s)[1]
         compared = base.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
         distill = error_norm(compared.error, base.norm, base.huber)
@@ -63,12 +70,7 @@ class ISDTimeUnit(Objective):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         base = self.base
-        t, s = base.draw_times(flow_map, batch)
-        x, conditional = noised(flow_map.path, batch, t)
-        cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
-        target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
-        v = flow_map.velocity(x, t, cond)
-        anchor = error_norm(v - target, base.norm, base.huber)
+        x, v, t, s, cond, anchor = on_the_diagonal(base, flow_map, batch)
         rows = rows_on_and_off(t, s)[1]
         error = self.error(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
         total = anchor.index_add(0, rows, error_norm(error, base.norm, base.huber))
