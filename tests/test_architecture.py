@@ -27,6 +27,7 @@ ANYWHERE = {
 }
 LAYERS = [
     {"autoencoders"},
+    {"control"},
     {"data"},
     {"encoding"},
     {"paths"},
@@ -45,9 +46,11 @@ LAYERS = [
     {"evaluation"},
     {"reporting"},
     {"viewing"},
+    {"policies"},
     {"recipes"},
     {"students"},
     {"measuring"},
+    {"robots"},
     {"tuning"},
     {"runs"},
     {"comparison"},

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError, ShapeError
-from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, Network, NetworkConfig, UNetConfig
+from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
 from fewstep.networks.layers import (
     ConditionEmbedding,
     GroupNorm,
@@ -33,6 +33,7 @@ SMALL: dict[str, tuple[NetworkConfig, tuple[int, ...]]] = {
         (2, 8, 8),
     ),
     "dit": (DiTConfig(width=16, depth=2, heads=2, patch=2), (2, 8, 8)),
+    "unet1d": (UNet1dConfig(width=8, multipliers=(1, 2), blocks=1, kernel=3, embedding_width=16), (8, 3)),
     "dit-checkpoint": (DiTConfig(width=16, depth=2, heads=2, patch=2, checkpoint=True), (2, 8, 8)),
 }
 BATCH = 3

@@ -15,8 +15,9 @@ import torch
 from fewstep.cli import TrainOptions, parse
 from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import DataConfig, load_dataset
+from fewstep.data.demonstrations import Demonstrations, save_demonstrations
 from fewstep.errors import ConfigError
-from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
+from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.paths import EDM
 from fewstep.preconditioning import TrajectoryStatistics
@@ -25,7 +26,12 @@ from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.serialization import from_json, to_json
 from fewstep.training import Machine, RunFolder, train
 
-SHAPES = {"digits": ((1, 8, 8), 10), "idx": ((1, 28, 28), 10), "mixture": ((1, 4, 4), 0)}
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "digits": ((1, 8, 8), 10),
+    "idx": ((1, 28, 28), 10),
+    "mixture": ((1, 4, 4), 0),
+    "demonstrations": ((16, 4), 0),
+}
 
 
 def shape_and_classes(config: RunConfig) -> tuple[tuple[int, ...], int]:
@@ -86,13 +92,23 @@ def test_a_run_without_an_anchor_is_refused(objective: LSD | PSD | Shortcut) -> 
         replace(recipe("digits"), objective=objective)
 
 
-def small(config: RunConfig) -> RunConfig:
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three episodes of random actions."""
+    steps = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    found = Demonstrations(steps, steps[:, :4], torch.tensor([10, 18, 30]))
+    return str(save_demonstrations(found, tmp_path_factory.mktemp("demos") / "toy.safetensors"))
+
+
+def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
     """A recipe's method on a network and a run of the smallest size."""
     network = config.network
     if isinstance(network, DiTConfig):
         network = replace(network, width=32, depth=1, heads=2)
     elif isinstance(network, UNetConfig):
         network = replace(network, width=8, head_width=8, embedding_width=16)
+    elif isinstance(network, UNet1dConfig):
+        network = replace(network, width=8, embedding_width=16)
     else:
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
@@ -100,15 +116,15 @@ def small(config: RunConfig) -> RunConfig:
     if data.source in ("idx", "latents"):  # shapes and labels without the files
         shape, classes = shape_and_classes(config)
         data = DataConfig(source="random", random_shape=shape, random_classes=classes, labels=data.labels)
-    data = replace(data, random_count=8)
+    data = replace(data, random_count=8, root=demonstrations if data.source == "demonstrations" else "")
     statistics = replace(config.statistics, points=16, samples=8)
     return replace(config, network=network, training=training, data=data, statistics=statistics)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_training_steps(name: str, tmp_path: Path) -> None:
+def test_every_recipe_takes_training_steps(name: str, tmp_path: Path, demonstrations: str) -> None:
     """Those that distil, or start from a model, do so from the recipe that its folder is named after."""
-    config, machine = small(recipe(name)), Machine(cpu=True, threads=1, quiet=True)
+    config, machine = small(recipe(name), demonstrations), Machine(cpu=True, threads=1, quiet=True)
     dataset = load_dataset(config.data)
     for folder in {config.teacher, config.initial} - {"", "teacher"}:
         other = small(recipe(Path(folder).name))

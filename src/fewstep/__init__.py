@@ -7,7 +7,7 @@ from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.errors import FewstepError
 from fewstep.flowmap import FlowMap, FlowMapConfig
 from fewstep.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
-from fewstep.networks import DiTConfig, MLPConfig, Network, UNetConfig
+from fewstep.networks import DiTConfig, MLPConfig, Network, UNet1dConfig, UNetConfig
 from fewstep.objectives import (
     CATALOGUE,
     CD,
@@ -26,6 +26,7 @@ from fewstep.objectives import (
     Losses,
     MeanFlow,
     Objective,
+    Regression,
     Shortcut,
     TeacherSteps,
 )
@@ -99,6 +100,7 @@ __all__ = [
     "Objective",
     "Path",
     "Preconditioning",
+    "Regression",
     "RunConfig",
     "RunFolder",
     "SamplingSettings",
@@ -108,6 +110,7 @@ __all__ = [
     "TrajectoryStatistics",
     "Trig",
     "TrigPreconditioning",
+    "UNet1dConfig",
     "UNetConfig",
     "UnitScaling",
     "__version__",

@@ -20,11 +20,13 @@ from fewstep.config import StatisticsConfig
 from fewstep.errors import ConfigError, FewstepError, FewstepWarning
 from fewstep.options import (
     CompareOptions,
+    DemosOptions,
     EncodeOptions,
     EvaluateOptions,
     ObjectivesOptions,
     QuickstartOptions,
     ReportOptions,
+    RolloutOptions,
     SampleOptions,
     StatisticsOptions,
     TrainOptions,
@@ -46,6 +48,8 @@ OVERVIEW = f"""fewstep {__version__}: generative models that need one to four ne
   fewstep report RUN           write RUN/report.html, one self-contained page
   fewstep encode FOLDER        turn a folder of images into latents to train on, with an autoencoder of yours
   fewstep statistics RUN       what an analytic preconditioning computes from a teacher: estimated, drawn, its cost
+  fewstep demos TASK           record demonstrations of a robot's task, to train a policy on
+  fewstep rollout RUN          let a policy act: success, episode length, time per decision
   fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
 
 A RUN is the folder that `train` wrote, or a saved model. Add --help to a command for its options,
@@ -90,12 +94,14 @@ def train_command(args: Sequence[str]) -> None:
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
     features = perception(config, dataset, cache)
-    attendants = Attendants(watcher(run, config), curve_watcher(run, config, dataset, cache), features)
+    pictures = None if dataset.control is not None else watcher(run, config)
+    attendants = Attendants(pictures, curve_watcher(run, config, dataset, cache), features)
     result = train(config, dataset, run, options.machine, attendants)
     if not result.main_process:
         return
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
-    print(f"Next: fewstep sample {run.root}   fewstep evaluate {run.root}   fewstep report {run.root}")
+    following = ("rollout", "report") if dataset.control is not None else ("sample", "evaluate", "report")
+    print("Next: " + "   ".join(f"fewstep {command} {run.root}" for command in following))
 
 
 def encode_command(args: Sequence[str]) -> None:
@@ -135,6 +141,8 @@ def sample_command(args: Sequence[str]) -> None:
     if options.latents and out.suffix != ".npz":
         raise ConfigError(f"{out}: latents are written to FILE.npz")
     flow_map = load(options.run)
+    if flow_map.control is not None:
+        raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
     if torch.cuda.is_available() and not options.cpu:
         flow_map = flow_map.cuda()
     view = None if options.latents else viewer(flow_map, options.autoencoder)
@@ -231,6 +239,39 @@ def report_command(args: Sequence[str]) -> None:
     print(f"Report: {report(RunFolder(options.run), autoencoder=options.autoencoder)}")
 
 
+def demos_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep demos TASK`."""
+    from fewstep.policies.tasks import TASKS
+    from fewstep.robots import import_demonstrations, record_demonstrations, shown_on_terminal
+
+    options = parse(DemosOptions, args, "demos")
+    minari, robomimic = options.from_minari, options.from_robomimic
+    if minari is not None or robomimic is not None:
+        print(import_demonstrations(options.task, minari, robomimic, options.keys, options.out))
+        return
+    if not options.task:
+        raise ConfigError(f"demos needs a task: fewstep demos TASK; tasks: {', '.join(TASKS)}")
+    progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
+    told = record_demonstrations(options.task, options.count, options.out, options.first_seed, progress)
+    print(f"\n{told}" if progress else told)
+
+
+def rollout_command(args: Sequence[str]) -> None:
+    """Parse and run `fewstep rollout RUN`."""
+    from fewstep.robots import draw_film, expert_row, measure_rollouts, rollout_table, shown_on_terminal, write_rollouts
+
+    options = parse(RolloutOptions, args, "rollout")
+    starts = options.episodes, options.seed, options.first_seed, options.at_once
+    progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
+    rows, task, policy = measure_rollouts(options.run, options.steps, options.task, *starts, progress)
+    if options.expert:
+        rows.append(expert_row(task, options.episodes, options.first_seed))
+    print(f"\n{rollout_table(rows)}" if progress else rollout_table(rows))
+    print(f"Stored: {write_rollouts(rows, options.run)}")
+    if options.film:
+        print(f"Film: {draw_film(policy, task, options.first_seed, options.run)}")
+
+
 def statistics_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep statistics RUN`."""
     from fewstep.students import survey
@@ -282,6 +323,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": report_command,
     "encode": encode_command,
     "statistics": statistics_command,
+    "demos": demos_command,
+    "rollout": rollout_command,
     "compare": compare_command,
     "recipes": recipes_command,
     "objectives": objectives_command,

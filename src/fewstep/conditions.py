@@ -1,4 +1,4 @@
-"""What a network is conditioned on besides the two times: a class label and, for drawn guidance, its strength."""
+"""What a network is conditioned on besides the two times: a class label, an observation, a strength of guidance."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class Condition:
     labels: (B,) int64 in [0, num_classes), or NULL_LABEL (-1) for "no class"; None means no class for the whole batch.
     guidance: (B, 3) float: log omega, and the ends t_lo, t_hi of the guidance interval as fractions in [0, 1] of the
         path's range (Path.time_from_unit); only for networks built with guided=True, where None means omega = 1.
+    observation: (B, To, Do) normalised, what a policy saw last; for networks built to take it, which must have it.
     """
 
     labels: Tensor | None = None
     guidance: Tensor | None = None
+    observation: Tensor | None = None
 
     def without_labels(self) -> Condition:
         """The same conditions with every label replaced by NULL_LABEL."""
@@ -30,12 +32,17 @@ class Condition:
         return Condition(
             None if self.labels is None else self.labels[index],
             None if self.guidance is None else self.guidance[index],
+            None if self.observation is None else self.observation[index],
         )
 
     @staticmethod
     def cat(first: Condition, second: Condition) -> Condition:
         """Concatenate two batches of conditions of the same kind."""
-        return Condition(_cat(first.labels, second.labels), _cat(first.guidance, second.guidance))
+        return Condition(
+            _cat(first.labels, second.labels),
+            _cat(first.guidance, second.guidance),
+            _cat(first.observation, second.observation),
+        )
 
 
 def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:

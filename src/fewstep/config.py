@@ -9,7 +9,7 @@ from typing import Literal
 from fewstep.data import DataConfig
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMapConfig
-from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, UNetConfig
+from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import (
     CD,
     CT,
@@ -23,6 +23,7 @@ from fewstep.objectives import (
     SCT,
     DiagonalMatching,
     MeanFlow,
+    Regression,
     Shortcut,
 )
 from fewstep.paths import EDM, VP, Linear, Path, Trig
@@ -43,7 +44,9 @@ from fewstep.preconditioning import (
 
 PathName = Literal["linear", "trig", "edm", "vp"]
 PreconditioningName = Literal["linear", "trig", "euler", "bcm", "analytic", "analytic-forward"]
-TrainingObjective = ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM
+TrainingObjective = (
+    ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM | Regression
+)
 DIFFERENTIATED = (ISD, MeanFlow, ESD, LSD, SCT, SCD)
 """Objectives that compare evaluations of one network at neighbouring times."""
 
@@ -223,7 +226,7 @@ class RunConfig:
     recipe: str
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    network: MLPConfig | UNetConfig | DiTConfig = field(default_factory=MLPConfig)
+    network: MLPConfig | UNetConfig | DiTConfig | UNet1dConfig = field(default_factory=MLPConfig)
     objective: TrainingObjective = field(default_factory=ISD)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

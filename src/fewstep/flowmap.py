@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.autoencoders import Decoding
 from fewstep.conditions import Condition
+from fewstep.control import Control
 from fewstep.errors import CheckpointError, ShapeError
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.paths import Path
@@ -33,6 +34,7 @@ class FlowMapConfig:
     """All that is needed to rebuild a flow map but its weights.
 
     data_range: the values that samples are clipped to when shown, None when the data has no such range (latents).
+    observation: shape (To, Do) of what a policy sees; () for anything else.
     """
 
     path: Path
@@ -45,10 +47,11 @@ class FlowMapConfig:
     sigma_data: float = 1.0
     class_names: tuple[str, ...] = ()
     data_range: tuple[float, float] | None = None
+    observation: tuple[int, ...] = ()
 
     def build(self) -> FlowMap:
         """A flow map with freshly initialised weights."""
-        network = self.network.build(self.shape, self.num_classes, self.guided)
+        network = self.network.build(self.shape, self.num_classes, self.guided, self.observation)
         return FlowMap(self.path, self.preconditioning, network, self.scaling, self)
 
 
@@ -60,7 +63,8 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
     Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
     computed in the dtype of the times and applied in that of the samples.
     step_times: where its samples are best drawn at, found for these weights (fewstep.tuning) and saved with them.
-    decoding: how its samples become images, where they are latents; saved with the weights too.
+    decoding: how its samples become images, where they are latents; control: how they are acted on, where they are
+    chunks of actions; saved with the weights too.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         self.config = config
         self.step_times: tuple[StepTimes, ...] = ()
         self.decoding: Decoding | None = None
+        self.control: Control | None = None
 
     def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """N(x, t, s): the network with its inner scaling."""
@@ -165,6 +170,8 @@ def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor
         record["step_times"] = to_json(flow_map.step_times)
     if flow_map.decoding is not None:
         record["decoding"] = to_json(flow_map.decoding)
+    if flow_map.control is not None:
+        record["control"] = to_json(flow_map.control)
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -199,25 +206,37 @@ def fit_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> N
 
 def read_config(folder: FilePath | str) -> FlowMapConfig:
     """The configuration of a saved flow map; raises CheckpointError when it is missing or is none."""
-    return _read_config(FilePath(folder) / CONFIG_FILE)[0]
+    return _read_config(FilePath(folder) / CONFIG_FILE).flow_map
 
 
-def _read_config(file: FilePath) -> tuple[FlowMapConfig, tuple[StepTimes, ...], Decoding | None]:
+class _Stored(NamedTuple):
+    flow_map: FlowMapConfig
+    step_times: tuple[StepTimes, ...]
+    decoding: Decoding | None
+    control: Control | None
+
+
+def _read_config(file: FilePath) -> _Stored:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
     try:
         record = json.loads(file.read_text())
-        stored, tuned, decoding = record["flow_map"], record.get("step_times", []), record.get("decoding")
+        stored, tuned = record["flow_map"], record.get("step_times", [])
+        decoding, control = record.get("decoding"), record.get("control")
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
-    decoded = None if decoding is None else from_json(Decoding, decoding, f"{file}: decoding")
-    return from_json(FlowMapConfig, stored, str(file)), decode_step_times(tuned, str(file)), decoded
+    return _Stored(
+        from_json(FlowMapConfig, stored, str(file)),
+        decode_step_times(tuned, str(file)),
+        None if decoding is None else from_json(Decoding, decoding, f"{file}: decoding"),
+        None if control is None else from_json(Control, control, f"{file}: control"),
+    )
 
 
 def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
-    config, step_times, decoding = _read_config(config_file)
-    flow_map = config.build()
-    flow_map.step_times, flow_map.decoding = step_times, decoding
+    stored = _read_config(config_file)
+    flow_map = stored.flow_map.build()
+    flow_map.step_times, flow_map.decoding, flow_map.control = stored.step_times, stored.decoding, stored.control
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return flow_map.eval()
 

@@ -31,7 +31,7 @@ from fewstep.evaluation import (
 )
 from fewstep.files import write_atomically
 from fewstep.flowmap import FlowMap
-from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching
+from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
 from fewstep.sampling import Generated, SamplingSettings, Spacing, generate
 from fewstep.schedules import SamplerName
 from fewstep.students import with_labels
@@ -83,6 +83,8 @@ def method_name(config: RunConfig) -> str:
             return "flow matching"
         case DiagonalMatching():
             return "denoising"
+        case Regression():
+            return "regression"
         case ISD():
             return "iSD-T" if config.objective.guidance.active else "iSD"
         case CD():
@@ -109,6 +111,10 @@ def yardstick(
     Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
     on those: without Inception their features are random convolutions.
     """
+    if dataset.control is not None:
+        raise ConfigError(
+            f"{dataset.name} is a robot's actions, which no features measure: let the policy act, with fewstep rollout"
+        )
     if dataset.decoding is not None:
         decoder = load_decoder(dataset.decoding, autoencoder, best_device())
         random = RandomConvExtractor(dataset.decoding.image_shape)
@@ -127,7 +133,8 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     """
     settings = config.evaluation
     sticks: list[Yardstick] = []
-    if settings.curve_images and dataset.decoding is not None:  # a missing autoencoder is said before the training
+    foreign = dataset.decoding is not None or dataset.control is not None
+    if settings.curve_images and foreign:  # what they lack is said before the training
         sticks.append(yardstick(dataset, cache))
 
     def watch(flow_map: FlowMap, step: int) -> None:

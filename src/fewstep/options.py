@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from fewstep.config import RunConfig, StatisticsConfig
+from fewstep.control import FIRST_TEST_SEED
 from fewstep.data.latents import EncodingSettings, Posterior, StoredType
 from fewstep.sampling import Spacing
 from fewstep.schedules import SamplerName
@@ -114,6 +115,59 @@ class SampleOptions:
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
     cpu: bool = False
+
+
+@dataclass(frozen=True)
+class DemosOptions:
+    """Record demonstrations of a task's expert, or import them: episodes of observations and actions in one file.
+
+    The same command records the same demonstrations. Starts from 100000 on are kept for `fewstep rollout`.
+    """
+
+    task: Annotated[str, tyro.conf.Positional] = ""
+    """Task to record; a name of your own when importing."""
+    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 100
+    """Demonstrations to keep; episodes that miss the goal are dropped and counted."""
+    out: Path | None = None
+    """FILE.safetensors; demos/TASK.safetensors when not given."""
+    first_seed: int = 0
+    """Start of the first episode."""
+    from_minari: Path | None = None
+    """Folder or HDF5 file of a Minari data set to import."""
+    from_robomimic: Path | None = None
+    """HDF5 file of robomimic to import."""
+    keys: tuple[str, ...] = ()
+    """Which observations to take of an imported file, in this order, where it has several."""
+    quiet: bool = False
+    """No progress line."""
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """Let a policy act in its task: success with its Wilson interval, mean length, time per decision.
+
+    Simulations go in lockstep, one batched network call a chunk. The starts are none that demonstrations had.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a saved model."""
+    episodes: int = 50
+    steps: tuple[int, ...] = ()
+    """Network calls a decision; several are measured in turn. Not given: the recipe's."""
+    task: str = ""
+    """Task to act in; the one that the demonstrations are of when not given."""
+    seed: int = 0
+    """Of the policy's noise."""
+    first_seed: int = FIRST_TEST_SEED
+    """Start of the first episode; the others follow."""
+    expert: bool = False
+    """Also measure the task's expert at the same starts."""
+    film: bool = False
+    """Also draw the first episode, with the first step count: film.gif and filmstrip.png in the run's folder."""
+    at_once: int = 25
+    """Simulations held at the same time."""
+    quiet: bool = False
+    """No progress line."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fewstep.measuring import (
     sampler_settings,
     tuned_settings,
 )
+from fewstep.policies.figures import read_rollouts, read_strip
 from fewstep.reporting import Grid, RunReport, save_grid, write_report
 from fewstep.sampling import generate
 from fewstep.students import read_alignments, teacher_name
@@ -88,24 +89,36 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     others = baselines(run)
     config, record = run.config(), run.record()
     flow_map = run.flow_map()
-    view = viewer(flow_map.to(best_device()), autoencoder)
+    acts = flow_map.control is not None
+    view = None if acts else viewer(flow_map.to(best_device()), autoencoder)
     rows, aligned = read_figures(run.root), read_alignments((run, *others))
     logs = {method_name(r.config()): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
         summary="\n\n".join((_summary(config, record["data"]), *_tuning(flow_map))),
-        facts=_facts(rows, method_name(config)),
-        grids=tuple(grid for r in (run, *others) for grid in grids(r, view)),
+        facts=_policy_facts(run) if acts else _facts(rows, method_name(config)),
+        grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
         rows=rows,
         cost=_cost(run, others),
         settings=record,
         links=study_links(run),
-        data_range=view.data_range,
+        data_range=None if view is None else view.data_range,
         alignments=tuple(each["jumps"] for each in aligned),
         trajectories=tuple(row for each in aligned for row in each["trajectories"]),
+        episodes=tuple(row for each in (run, *others) for row in read_rollouts(each.root)),
+        films=tuple(film for each in (run, *others) for film in films(each)),
     )
     return write_report(found, run.root / REPORT_FILE)
+
+
+def films(run: RunFolder) -> tuple[Grid, ...]:
+    """The pictures of the episode that `fewstep rollout --film` drew, if it did."""
+    pictures = read_strip(run.root)
+    if pictures is None:
+        return ()
+    title, note = f"{method_name(run.config())}, one episode", "From left to right, evenly spaced in time."
+    return (Grid(title, note, pictures, len(pictures)),)
 
 
 def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
@@ -147,6 +160,13 @@ def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
     real = [row for row in rows if row["nfe"] == 0]
     cards = [(f"Frechet distance, {_calls(row['nfe'])}", f"{row['frechet']:.2f}") for row in own]
     return tuple(cards + [("real training data", f"{row['frechet']:.2f}") for row in real])
+
+
+def _policy_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
+    rows = sorted((row for row in read_rollouts(run.root) if row["steps"]), key=lambda row: int(row["steps"]))
+    cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
+    times = [(f"Time per decision, {_calls(rows[0]['steps'])}", f"{rows[0]['latency_ms']:.2f} ms")] if rows else []
+    return tuple(cards + times)
 
 
 def _calls(nfe: int) -> str:

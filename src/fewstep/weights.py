@@ -24,9 +24,12 @@ def error_norm(error: Tensor, norm: LossNorm, huber: float) -> Tensor:
     return distance / math.sqrt(flat.shape[1])
 
 
-def normalised(tangent: Tensor, constant: float) -> Tensor:
-    """g / (rms(g) + constant), per sample (B, ...): the root mean square of a sample's numbers (sCM, 2410.11081)."""
-    size = tangent.flatten(1).square().mean(1).sqrt()
+def normalised(tangent: Tensor, constant: float, counted: Tensor | None = None) -> Tensor:
+    """g / (rms(g) + constant), per sample (B, ...): the root mean square of a sample's numbers (sCM, 2410.11081).
+
+    counted: g as a loss counts it, whose rms is taken instead (Batch.count).
+    """
+    size = (tangent if counted is None else counted).flatten(1).square().mean(1).sqrt()
     return tangent / (size + constant).reshape(-1, *[1] * (tangent.ndim - 1))
 
 

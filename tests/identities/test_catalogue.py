@@ -33,6 +33,7 @@ from fewstep.objectives import (
     Entry,
     MeanFlow,
     Objective,
+    Regression,
     Shortcut,
     Tangent,
     TeacherSteps,
@@ -43,6 +44,7 @@ from fewstep.randomness import Draws
 
 EXAMPLES: dict[str, Objective] = {
     "flow matching, denoising": DiagonalMatching(),
+    "regression": Regression(),
     "CD": CD(),
     "CTM": CTM(TeacherSteps(u="adjacent"), balance=False, sigma_data=0.5),
     "CT": CT(),

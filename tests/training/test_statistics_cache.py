@@ -26,7 +26,7 @@ from fewstep.preconditioning import EulerPreconditioning, StatisticsEstimator, T
 from fewstep.preconditioning.estimation import Moments
 from fewstep.training import statistics
 from fewstep.training.statistics import (
-    LabelledDenoiser,
+    ConditionedDenoiser,
     Team,
     cache_file,
     estimate_together,
@@ -248,7 +248,7 @@ def test_a_labelled_teacher_sees_each_samples_own_label() -> None:
 
 def test_every_sample_is_fetched_once_an_epoch() -> None:
     dataset, model = classes()
-    denoiser = LabelledDenoiser(model, dataset, seed=3)
+    denoiser = ConditionedDenoiser(model, dataset, seed=3)
     orders = []
     for epoch in range(2):
         x0 = denoiser.fetch(torch.arange(epoch * 101, (epoch + 1) * 101))

@@ -13,10 +13,23 @@ import torch
 from torch import Tensor
 
 from fewstep.autoencoders import Decoding
+from fewstep.control import Control
 from fewstep.errors import DataError
 from fewstep.shapes import expand
 
 _CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Context:
+    """What samples come with besides a label.
+
+    observation: (n, To, Do) float32, normalised, what they are conditioned on. counted: (n, ...) bool, over their
+    numbers or broadcasting to them: which of them a loss may count; None for all.
+    """
+
+    observation: Tensor | None = None
+    counted: Tensor | None = None
 
 
 class SampleSet(ABC):
@@ -33,15 +46,19 @@ class SampleSet(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, H, W) for images and latents, (steps, Da) for chunks of actions."""
 
     @abstractmethod
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The samples at `indices` (n,) int64: float32 (n, C, H, W), images in [-1, 1], and labels (n,) or None.
+        """The samples at `indices` (n,) int64: float32 (n, *shape), images in [-1, 1], and labels (n,) or None.
 
         mirror: (n,) bool, which of them to give as mirror images, left to right. Raises DataError where there are none.
         """
+
+    def context(self, indices: Tensor) -> Context:
+        """What the samples at `indices` (n,) come with; nothing unless a subclass says so."""
+        return Context()
 
     @abstractmethod
     def moments(self) -> tuple[float, float]:
@@ -92,7 +109,7 @@ class Samples(SampleSet):
         return len(self.values)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         _, channels, height, width = self.values.shape
         return channels, height, width
 
@@ -132,8 +149,9 @@ class Dataset:
 
     num_classes: 0 when there are no labels; otherwise labels lie in [0, num_classes) and class_names has one name each.
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean.
-    decoding: how samples become images, where they are latents.
-    Raises DataError when the parts do not fit each other, or when the training values are not finite or all equal.
+    decoding: how samples become images, where they are latents. control: how they are acted on, where they are chunks
+    of actions. Raises DataError when the parts do not fit each other, or when the training values are not finite or all
+    equal.
     """
 
     name: str
@@ -142,6 +160,7 @@ class Dataset:
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
     decoding: Decoding | None = None
+    control: Control | None = None
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 
@@ -154,7 +173,7 @@ class Dataset:
         if self.train.shape != self.heldout.shape:
             raise DataError(
                 f"'{self.name}' has training samples of shape {self.train.shape} but held-out samples of shape "
-                f"{self.heldout.shape}: bring both to one shape (C, H, W)"
+                f"{self.heldout.shape}: bring both to one shape"
             )
         if len(self.class_names) != self.num_classes:
             raise DataError(f"'{self.name}' has {self.num_classes} classes but {len(self.class_names)} class names")
@@ -181,9 +200,17 @@ class Dataset:
             )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """A sample's shape (C, H, W)."""
+    def shape(self) -> tuple[int, ...]:
+        """A sample's shape, (C, H, W) for images."""
         return self.train.shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W); raises DataError where samples are no images."""
+        if len(self.shape) != 3:
+            raise DataError(f"the samples of '{self.name}' have shape {self.shape}: they are no images")
+        channels, height, width = self.shape
+        return channels, height, width
 
     @property
     def data_range(self) -> tuple[float, float] | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fewstep.control import ChunkConfig
 from fewstep.data.base import Dataset, Loaded, Samples, chunks
+from fewstep.data.chunks import load_chunks
 from fewstep.data.folder import load_folder
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import split
@@ -30,10 +32,12 @@ class DataConfig:
     """A data source and how to read it.
 
     source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive), latents
-        (a folder that `fewstep encode` wrote, split as it says), mixture (a mixture of Gaussians with a closed-form
+        (a folder that `fewstep encode` wrote, split as it says), demonstrations (a robot's episodes in a file that
+        `fewstep demos` wrote, held out by whole episodes), mixture (a mixture of Gaussians with a closed-form
         denoiser, fewstep.data.toys) or random (standard-normal latents with uniform labels, to build large
         configurations without their data).
     root: the folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST.
+    chunks: how demonstrations are cut.
     image_size: side of the square that images are cut to; 0 keeps sizes. Other sources must already have it.
     heldout: fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own.
     labels: whether to keep the classes; without them models are unconditional.
@@ -45,7 +49,7 @@ class DataConfig:
     Raises ConfigError for values outside these ranges.
     """
 
-    source: Literal["digits", "idx", "images", "latents", "mixture", "npz", "random"] = "digits"
+    source: Literal["digits", "idx", "images", "latents", "demonstrations", "mixture", "npz", "random"] = "digits"
     root: str = ""
     image_size: int = 0
     heldout: float = 0.33
@@ -57,6 +61,7 @@ class DataConfig:
     random_shape: tuple[int, int, int] = (4, 32, 32)
     random_classes: int = 1000
     random_count: int = 1024
+    chunks: ChunkConfig = field(default_factory=ChunkConfig)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.heldout < 1.0:
@@ -80,6 +85,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     """
     if config.source == "latents":
         return _load_latents(config)
+    if config.source == "demonstrations":
+        return load_chunks(config.root, config.chunks, config.heldout, config.seed)
     loaded = _load(config)
     parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)
     train, heldout = (_convert(loaded.name, part, config) for part in parts)
@@ -101,7 +108,9 @@ def _load(config: DataConfig) -> Loaded:
         return load_mixture(config.seed)
     if config.source == "random":
         return _load_random(config)
-    raise ConfigError(f"source is '{config.source}': give digits, idx, images, latents, mixture, npz or random")
+    raise ConfigError(
+        f"source is '{config.source}': give digits, idx, images, latents, demonstrations, mixture, npz or random"
+    )
 
 
 def _load_latents(config: DataConfig) -> Dataset:

@@ -214,10 +214,10 @@ def default_extractor(
 
     Without labels the values themselves, where a sample has at most 64 of them; random convolutions otherwise.
     """
-    if dataset.num_classes == 0 and math.prod(dataset.shape) <= _FEW_VALUES:
-        return IdentityExtractor(dataset.shape)
+    if dataset.num_classes == 0 and math.prod(dataset.image_shape) <= _FEW_VALUES:
+        return IdentityExtractor(dataset.image_shape)
     if dataset.num_classes < 2:
-        return RandomConvExtractor(dataset.shape, seed, device)
+        return RandomConvExtractor(dataset.image_shape, seed, device)
     return train_extractor(dataset, seed, cache, device)
 
 
@@ -237,19 +237,19 @@ def train_extractor(
         )
     identity = _identity(dataset, seed)
     path = None if cache is None else cache / f"{identity['name']}.safetensors"
-    network = _build(dataset.shape, dataset.num_classes, seed)
+    network = _build(dataset.image_shape, dataset.num_classes, seed)
     if path is not None and path.exists():
         try:
             accuracy = _load(path, network, identity)
-            return ClassifierExtractor(str(identity["name"]), network, dataset.shape, accuracy, device)
+            return ClassifierExtractor(str(identity["name"]), network, dataset.image_shape, accuracy, device)
         except DataError as error:
             warnings.warn(f"{error}; training it again", FewstepWarning, stacklevel=2)
-            network = _build(dataset.shape, dataset.num_classes, seed)
+            network = _build(dataset.image_shape, dataset.num_classes, seed)
     _train(network, dataset.train, seed)
     accuracy = _accuracy(network, dataset.heldout)
     if path is not None:
         _save(path, network, {**identity, "heldout_accuracy": accuracy})
-    return ClassifierExtractor(str(identity["name"]), network, dataset.shape, accuracy, device)
+    return ClassifierExtractor(str(identity["name"]), network, dataset.image_shape, accuracy, device)
 
 
 def _identity(dataset: Dataset, seed: int) -> dict[str, object]:
@@ -257,7 +257,7 @@ def _identity(dataset: Dataset, seed: int) -> dict[str, object]:
     title = re.sub(r"[^A-Za-z0-9_.]+", "-", dataset.name).strip("-.") or "data"
     return {
         "name": f"{title}-classifier-{dataset.fingerprint}-v{_RECIPE}-seed{seed}",
-        "shape": list(dataset.shape),
+        "shape": list(dataset.image_shape),
         "num_classes": dataset.num_classes,
     }
 

@@ -5,6 +5,7 @@ from fewstep.networks.critic import Critic, CriticConfig
 from fewstep.networks.dit import DiT, DiTConfig
 from fewstep.networks.mlp import MLP, MLPConfig
 from fewstep.networks.unet import UNet, UNetConfig
+from fewstep.networks.unet1d import UNet1d, UNet1dConfig
 
 __all__ = [
     "MLP",
@@ -16,5 +17,7 @@ __all__ = [
     "Network",
     "NetworkConfig",
     "UNet",
+    "UNet1d",
+    "UNet1dConfig",
     "UNetConfig",
 ]

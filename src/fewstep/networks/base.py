@@ -14,14 +14,18 @@ class Network(nn.Module, ABC):
     """A raw network F of two times.
 
     shape: a sample's shape without the batch. num_classes: 0 when there are no labels. guided: whether the
-    guidance (log omega, t_lo, t_hi) is an input. Times arrive as the inner scaling's c_noise gives them.
+    guidance (log omega, t_lo, t_hi) is an input. observation: shape (To, Do) of the observations that are, () for none.
+    Times arrive as the inner scaling's c_noise gives them.
     """
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.num_classes = num_classes
         self.guided = guided
+        self.observation = tuple(observation)
 
     @property
     def last_layer(self) -> Tensor:
@@ -40,8 +44,10 @@ class Network(nn.Module, ABC):
 
 
 class NetworkConfig(ABC):
-    """Settings of a network; the data's shape and classes are given when it is built."""
+    """Settings of a network; the data's shape and conditions are given when it is built."""
 
     @abstractmethod
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> Network:
+    def build(
+        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
+    ) -> Network:
         """Make the network; raises ConfigError when it cannot take this shape."""

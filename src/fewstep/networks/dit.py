@@ -61,8 +61,8 @@ class DiTConfig(NetworkConfig):
         layers = published_depth if depth is None else depth
         return DiTConfig(width=width, depth=layers, heads=heads, patch=patch, checkpoint=checkpoint)
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> DiT:
-        return DiT(self, shape, num_classes, guided)
+    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> DiT:
+        return DiT(self, shape, num_classes, guided, observation)
 
 
 class DiT(Network):
@@ -72,15 +72,22 @@ class DiT(Network):
     Raises ConfigError unless H and W are divisible by `patch`, and `width` by four times `heads`.
     """
 
-    def __init__(self, config: DiTConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
-        super().__init__(shape, num_classes, guided)
+    def __init__(
+        self,
+        config: DiTConfig,
+        shape: tuple[int, ...],
+        num_classes: int,
+        guided: bool,
+        observation: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(shape, num_classes, guided, observation)
         _check(config, self.shape)
         channels, height, width = self.shape
         self.patch = config.patch
         self.grid = (height // config.patch, width // config.patch)
         self.checkpoint = config.checkpoint
         size = channels * config.patch**2
-        self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency)
+        self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency, observation)
         self.input = nn.Linear(size, config.width)
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], config.width))
         self.rotary = RotaryEmbedding2d(config.width // config.heads, self.grid)

@@ -200,14 +200,21 @@ class TimeEmbedding(nn.Module):
 
 
 class ConditionEmbedding(nn.Module):
-    """The sum of the embeddings of t, s, the label and the guidance: (B,), (B,), cond -> (B, width).
+    """The sum of the embeddings of t, s, the label, the guidance and the observation: (B,), (B,), cond -> (B, width).
 
     The branches of s and of the guidance end in a zero layer. A network therefore starts independent of both, and
     one that takes over the other weights of a teacher, which knows t alone, starts as that teacher.
     Labels have a table of num_classes + 1 rows; the last one stands for "no class".
     """
 
-    def __init__(self, width: int, num_classes: int, guided: bool, max_frequency: float = 64.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        guided: bool,
+        max_frequency: float = 64.0,
+        observation: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         if width < 1 or num_classes < 0:
             raise ConfigError(f"embedding width {width} must be at least 1 and num_classes {num_classes} at least 0")
@@ -216,6 +223,7 @@ class ConditionEmbedding(nn.Module):
         self.s_branch = TimeEmbedding(width, max_frequency=max_frequency, zero_init=True)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.guidance = GuidanceEmbedding(width) if guided else None
+        self.observation = ObservationEmbedding(width, observation) if observation else None
         if self.labels is not None:
             nn.init.normal_(self.labels.weight, std=0.02)
 
@@ -230,6 +238,10 @@ class ConditionEmbedding(nn.Module):
             embedded = embedded + self.guidance(_guidance(cond.guidance, t))
         elif cond.guidance is not None:
             raise ConfigError("guidance was given to a network that was built with guided=False")
+        if self.observation is not None:
+            embedded = embedded + self.observation(cond.observation)
+        elif cond.observation is not None:
+            raise ConfigError("an observation was given to a network that was built without")
         return embedded
 
     def _rows(self, labels: Tensor | None, t: Tensor) -> Tensor:
@@ -239,6 +251,23 @@ class ConditionEmbedding(nn.Module):
         if labels.shape != t.shape:
             raise ShapeError(f"labels of shape {tuple(labels.shape)} for times of shape {tuple(t.shape)}: pass (B,)")
         return torch.where(labels < 0, self.num_classes, labels.long())
+
+
+class ObservationEmbedding(nn.Module):
+    """Linear-SiLU-Linear of the last observations, flat: (B, To, Do) -> (B, width)."""
+
+    def __init__(self, width: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.first = nn.Linear(math.prod(shape), width)
+        self.last = nn.Linear(width, width)
+
+    def forward(self, observation: Tensor | None) -> Tensor:
+        if observation is None or tuple(observation.shape[1:]) != self.shape:
+            found = "none" if observation is None else f"shape {tuple(observation.shape)}"
+            raise ShapeError(f"observations of shape (B, {', '.join(map(str, self.shape))}) are needed, not {found}")
+        embedded: Tensor = self.last(silu(self.first(observation.flatten(1).to(self.first.weight.dtype))))
+        return embedded
 
 
 class GuidanceEmbedding(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.conditions import Condition
@@ -28,23 +29,34 @@ class MLPConfig(NetworkConfig):
     embedding_width: int = 128
     max_frequency: float = 64.0
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> MLP:
-        return MLP(self, shape, num_classes, guided)
+    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> MLP:
+        return MLP(self, shape, num_classes, guided, observation)
 
 
 class MLP(Network):
     """Flatten, embed, `depth` residual blocks, and a linear layer that starts at zero: (B, *shape) -> (B, *shape)."""
 
-    def __init__(self, config: MLPConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
-        super().__init__(shape, num_classes, guided)
+    def __init__(
+        self,
+        config: MLPConfig,
+        shape: tuple[int, ...],
+        num_classes: int,
+        guided: bool,
+        observation: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(shape, num_classes, guided, observation)
         hidden = round(config.width * config.expansion)
         if min(config.width, hidden) < 1 or config.depth < 1:
             raise ConfigError(f"an MLP needs width, hidden width and depth of at least 1: {config}")
         size = math.prod(self.shape)
-        self.embedding = ConditionEmbedding(config.embedding_width, num_classes, guided, config.max_frequency)
+        self.embedding = ConditionEmbedding(
+            config.embedding_width, num_classes, guided, config.max_frequency, observation
+        )
         # One product yields the modulations of all blocks: many narrow ones would cost more in overhead than in work.
         self.modulation = nn.Linear(config.embedding_width, config.depth * 2 * hidden)
-        self.input = nn.Linear(size, config.width)
+        # Observations enter beside the sample too: the embedding, which holds them, is narrower than many of them.
+        seen = math.prod(observation) if observation else 0
+        self.input = nn.Linear(size + seen, config.width)
         self.blocks = nn.ModuleList([ResidualBlock(config.width, hidden) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, affine=False)
         self.output = zeroed(nn.Linear(config.width, size))
@@ -60,11 +72,15 @@ class MLP(Network):
         check_inputs(x, t, s, self.shape)
         modulation = self.modulation(silu(self.embedding(t, s, cond)))
         scales, shifts = modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1)
-        h = self.input(x.reshape(len(x), -1))
+        h = self.input(torch.cat([x.reshape(len(x), -1), *self._seen(x, cond)], 1))
         for index, block in enumerate(self.blocks):
             h = block(h, scales[:, index], shifts[:, index])
         out: Tensor = self.output(self.norm(h))
         return out.reshape(x.shape)
+
+    def _seen(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
+        """The observations, flat; the embedding has checked that they are there."""
+        return [] if cond is None or cond.observation is None else [cond.observation.flatten(1).to(x.dtype)]
 
 
 class ResidualBlock(nn.Module):

@@ -37,8 +37,8 @@ class UNetConfig(NetworkConfig):
     max_frequency: float = 64.0
     patch: int = 1
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool) -> UNet:
-        return UNet(self, shape, num_classes, guided)
+    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> UNet:
+        return UNet(self, shape, num_classes, guided, observation)
 
 
 class UNet(Network):
@@ -48,15 +48,24 @@ class UNet(Network):
     `network.to(memory_format=torch.channels_last)` is often faster.
     """
 
-    def __init__(self, config: UNetConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> None:
-        super().__init__(shape, num_classes, guided)
+    def __init__(
+        self,
+        config: UNetConfig,
+        shape: tuple[int, ...],
+        num_classes: int,
+        guided: bool,
+        observation: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(shape, num_classes, guided, observation)
         _check(config, self.shape)
         channels = [config.width * multiplier for multiplier in config.multipliers]
         levels = range(len(channels))
         height = self.shape[1] // config.patch
         self.patch = config.patch
         folded = self.shape[0] * config.patch**2
-        self.embedding = ConditionEmbedding(config.embedding_width, num_classes, guided, config.max_frequency)
+        self.embedding = ConditionEmbedding(
+            config.embedding_width, num_classes, guided, config.max_frequency, observation
+        )
         self.input = _convolution(folded, channels[0])
         self.down = nn.ModuleList()
         for level in levels:

@@ -5,7 +5,7 @@ from fewstep.objectives.catalogue import CATALOGUE, Entry
 from fewstep.objectives.consistency import CT, ECT, SCD, SCT, Tangent
 from fewstep.objectives.distillation import CD, CTM, TeacherSteps
 from fewstep.objectives.eulerian import ESD, ISD, MeanFlow, distillation_error, eulerian_residual
-from fewstep.objectives.matching import DiagonalMatching
+from fewstep.objectives.matching import DiagonalMatching, Regression
 from fewstep.objectives.selfdistillation import LSD, PSD, Shortcut
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Losses",
     "MeanFlow",
     "Objective",
+    "Regression",
     "Shortcut",
     "Tangent",
     "TeacherSteps",

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.randomness import Draws
+from fewstep.shapes import expand
 
 STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
 
@@ -20,21 +21,39 @@ STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
 class Batch:
     """Data x0 (B, ...), labels (B,) int64 or None, and the random numbers of these samples.
 
-    images: seen in training before this batch, which curricula are functions of.
+    images: seen in training before this batch, which curricula are functions of. observation: (B, To, Do) that
+    the samples are conditioned on. counted: (B, ...) bool, broadcasting to x0: the numbers that a loss may count; None
+    for all.
     """
 
     x0: Tensor
     labels: Tensor | None
     draws: Draws
     images: int = 0
+    observation: Tensor | None = None
+    counted: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        labels = None if self.labels is None else self.labels[rows]
-        return Batch(self.x0[rows], labels, replace(self.draws, indices=self.draws.indices[rows]), self.images)
+        labels, observation, counted = (
+            None if each is None else each[rows] for each in (self.labels, self.observation, self.counted)
+        )
+        draws = replace(self.draws, indices=self.draws.indices[rows])
+        return Batch(self.x0[rows], labels, draws, self.images, observation, counted)
 
     def noise(self) -> Tensor:
         """Standard normal, shape and dtype of x0."""
         return self.draws.normal(STREAM_NOISE, tuple(self.x0.shape[1:]), self.x0.dtype)
+
+    def count(self, error: Tensor, rows: Tensor | None = None) -> Tensor:
+        """An error (B, ...), or that of some rows, with zeros for the numbers that do not count, the others scaled up.
+
+        The mean square over all numbers is then the mean square over those that count.
+        """
+        if self.counted is None:
+            return error
+        counted = (self.counted if rows is None else self.counted[rows]).expand_as(error)
+        share = counted.flatten(1).to(error.dtype).mean(1)
+        return error * counted * expand(share.clamp(min=1e-12).rsqrt(), error)
 
 
 class Generated(NamedTuple):

@@ -8,7 +8,7 @@ from fewstep.objectives.base import Objective
 from fewstep.objectives.consistency import CT, ECT, SCD, SCT
 from fewstep.objectives.distillation import CD, CTM
 from fewstep.objectives.eulerian import ESD, ISD, MeanFlow
-from fewstep.objectives.matching import DiagonalMatching
+from fewstep.objectives.matching import DiagonalMatching, Regression
 from fewstep.objectives.selfdistillation import LSD, PSD, Shortcut
 
 
@@ -58,6 +58,19 @@ CATALOGUE = (
         backward=1,
         teacher=0,
         paper="2210.02747, 2206.00364",
+    ),
+    Entry(
+        name="regression",
+        objective=Regression,
+        formula="|X(0, t_max, t_min) - x0|^2",
+        velocity="none",
+        gradient="the jump",
+        forward=1,
+        frozen=0,
+        tangents=0,
+        backward=1,
+        teacher=0,
+        paper="none: least squares",
     ),
     Entry(
         name="CD",

@@ -150,14 +150,14 @@ def adjacent_losses(
     """d( X(x_t, t, t_min), sg X_target(x_u, u, t_min) ) / (t - u) with one noise for both; 0 where t = u = t_min."""
     check_end(flow_map)
     (t, u), path, eps = times, flow_map.path, batch.noise()
-    s, cond = torch.full_like(t, path.t_min), conditioned(batch.labels, dropout, batch)
+    s, cond = torch.full_like(t, path.t_min), conditioned(batch, dropout)
     x, x_u = path.interpolate(batch.x0, eps, t), path.interpolate(batch.x0, eps, u)
     devices = [x.device] if x.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # both evaluations see the same dropout
         goal = target.jump(x_u, u, s, cond)
     reached = flow_map.jump(x, t, s, cond)
     compared = Comparison(reached - goal, reached)
-    error = error_norm(compared.error, norm, huber)
+    error = error_norm(batch.count(compared.error), norm, huber)
     weight = torch.where(t > u, 1 / torch.where(t > u, t - u, 1.0), 0.0).to(error.dtype)
     return Losses(weight * error, t, s, compared.sizes() | {"consistency": error.detach()})
 
@@ -187,7 +187,7 @@ class Tangent:
         if self.warm_up_images < 0:
             raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
 
-    def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, cond: Condition, images: int) -> Comparison:
+    def compare(self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, t: Tensor, cond: Condition) -> Comparison:
         """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
         own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
         output, d_output = OutputDerivative(self.derivative, self.step).along_flow(flow_map, x, v, t, s, cond)
@@ -196,18 +196,19 @@ class Tangent:
         f, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
         share = f + g * expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
         straight = share * (v - flow_map.velocity_from_output(x, frozen, t))
-        residual = straight + warm_up(images, self.warm_up_images) * (residual - straight)
+        residual = straight + warm_up(batch.images, self.warm_up_images) * (residual - straight)
         scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
-        step = normalised(scale * residual, self.constant) if self.normalise else scale * residual
+        step = scale * residual
+        step = normalised(step, self.constant, batch.count(step)) if self.normalise else step
         moved = output - frozen
         if own.target_in_network:
             return Comparison(moved - step, output, d_output)
         return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s), d_output)
 
 
-def continuous_losses(flow_map: FlowMap, compared: Comparison, t: Tensor) -> Losses:
+def continuous_losses(flow_map: FlowMap, batch: Batch, compared: Comparison, t: Tensor) -> Losses:
     """The mean square of the error, at s = t_min."""
-    loss = error_norm(compared.error, "l2", 0.0)
+    loss = error_norm(batch.count(compared.error), "l2", 0.0)
     logs = compared.sizes() | {"consistency": loss.detach()}
     return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), logs)
 
@@ -239,8 +240,8 @@ class SCT(Objective):
         check_end(flow_map, continuous=True)
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
         x, v = noised(flow_map.path, batch, t)
-        cond = conditioned(batch.labels, self.dropout, batch)
-        return continuous_losses(flow_map, self.tangent.compare(flow_map, x, v, t, cond, batch.images), t)
+        cond = conditioned(batch, self.dropout)
+        return continuous_losses(flow_map, batch, self.tangent.compare(flow_map, batch, x, v, t, cond), t)
 
 
 @final
@@ -283,7 +284,7 @@ class SCD(Objective):
         x = noised(flow_map.path, batch, t)[0]
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         v = guided_velocity(teacher, x, t, cond, teacher.velocity(x, t, cond), self.guidance, batch)
-        return continuous_losses(flow_map, self.tangent.compare(flow_map, x, v, t, cond, batch.images), t)
+        return continuous_losses(flow_map, batch, self.tangent.compare(flow_map, batch, x, v, t, cond), t)
 
 
 @final

@@ -106,7 +106,7 @@ class CD(Objective):
         return self.distance == "features"
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        target, cond = companions.slow(), conditioned(batch.labels, self.dropout, batch)
+        target, cond = companions.slow(), conditioned(batch, self.dropout)
         n, k, j = self.steps.draw(batch, to_end=True)
         grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
         t, u, s = grid[n], grid[k], grid[j]
@@ -114,7 +114,8 @@ class CD(Objective):
         x_u = self.steps.walk(flow_map, x, n, k, cond, companions.master())
         with torch.no_grad():
             goal = jump_where_apart(target, x_u, u, s, cond)
-        error = distance(flow_map.jump(x, t, s, cond), goal, self.distance, self.huber, companions)
+        reached = flow_map.jump(x, t, s, cond)
+        error = distance(batch, reached, goal, self.distance, self.huber, companions)
         return Losses(error, t, s, {"consistency": error.detach()})
 
 
@@ -175,7 +176,7 @@ class CTM(Objective):
         return self.adversarial > 0
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        target, cond = companions.slow(), conditioned(batch.labels, self.dropout, batch)
+        target, cond = companions.slow(), conditioned(batch, self.dropout)
         n, k, j = self.steps.draw(batch, self.to_end)
         grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
         t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
@@ -184,7 +185,7 @@ class CTM(Objective):
         with torch.no_grad():
             goal = jump_where_apart(target, jump_where_apart(target, x_u, u, s, cond), s, end, cond)
         reached = jump_where_apart(target, flow_map.jump(x, t, s, cond), s, end, cond)
-        consistency = distance(reached, goal, self.distance, self.huber, companions)
+        consistency = distance(batch, reached, goal, self.distance, self.huber, companions)
         terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
             denoising = self.denoising_loss(flow_map, batch, cond)
@@ -211,7 +212,7 @@ class CTM(Objective):
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_DIAGONAL))
         eps = batch.draws.normal(STREAM_DIAGONAL_NOISE, tuple(batch.x0.shape[1:]), batch.x0.dtype)
         deviation = deviation_of(flow_map) if self.sigma_data is None else self.sigma_data
-        return denoising_loss(flow_map, batch.x0, eps, t, cond, deviation)
+        return denoising_loss(flow_map, batch, eps, t, cond, deviation)
 
 
 def jump_where_apart(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
@@ -224,12 +225,12 @@ def jump_where_apart(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Cond
     return x.index_copy(0, rows, model.jump(x[rows], t[rows], s[rows], cond[rows]).to(x.dtype))
 
 
-def distance(a: Tensor, b: Tensor, kind: Distance, huber: float, companions: Companions) -> Tensor:
+def distance(batch: Batch, a: Tensor, b: Tensor, kind: Distance, huber: float, companions: Companions) -> Tensor:
     """(B, ...), (B, ...) -> (B,): between samples, or between their features."""
     if kind == "features":
         features = companions.perception()
         return error_norm(features(a) - features(b), "l2", huber)
-    return error_norm(a - b, kind, huber)
+    return error_norm(batch.count(a - b), kind, huber)
 
 
 def last_layer(flow_map: FlowMap) -> Tensor:

@@ -128,7 +128,7 @@ class ISD(Objective):
         v = flow_map.velocity(x, t, cond)
         rows = rows_on_and_off(t, s)[1]
         compared = self.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        return joint_losses(t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return joint_losses(batch, t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), s = t for the diagonal share; float64."""
@@ -182,7 +182,7 @@ class MeanFlow(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         """N against N_target, with gradient through N alone."""
@@ -238,7 +238,7 @@ class ESD(Objective):
         v = flow_map.velocity(x, t, cond)
         rows = rows_on_and_off(t, s)[1]
         compared = self.compare(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
-        return joint_losses(t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return joint_losses(batch, t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
         """N against N + R for samples with s < t, with gradient through all of it."""

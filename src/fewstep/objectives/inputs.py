@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
-from fewstep.guidance import TrainingGuidance, drop_labels, guide, omega_at
+from fewstep.guidance import TrainingGuidance, guide, omega_at
 from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses
-from fewstep.objectives.matching import check_dropout
+from fewstep.objectives.matching import check_dropout, conditioned
 from fewstep.paths import Path
 from fewstep.times import TimeDistribution, ordered_pair
 from fewstep.weights import LossNorm, adaptive_weight, error_norm
@@ -51,9 +51,8 @@ def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
 
 def guided_condition(flow_map: FlowMap, batch: Batch, dropout: float, guidance: TrainingGuidance) -> Condition:
     """Labels with dropout, and the drawn guidance for networks that take it."""
-    labels = None if batch.labels is None else drop_labels(batch.labels, dropout, batch.draws)
-    cond = Condition(labels)
-    if guidance.conditions_network and labels is not None and not flow_map.guided:
+    cond = conditioned(batch, dropout)
+    if guidance.conditions_network and cond.labels is not None and not flow_map.guided:
         raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
     return replace(cond, guidance=guidance.draw(batch.draws)) if flow_map.guided else cond
 
@@ -135,18 +134,19 @@ class Measure:
         return error_norm(error, self.norm, self.huber)
 
 
-def split_losses(t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
+def split_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
     """The anchor's errors of the samples with s = t and the comparison of the others, weighted adaptively."""
     on, off = rows_on_and_off(t, s)
-    anchored, distilled = spread(measure(anchor), on, len(t), 0.0), spread(measure(compared.error), off, len(t), 0.0)
+    anchored = spread(measure(batch.count(anchor, on)), on, len(t), 0.0)
+    distilled = spread(measure(batch.count(compared.error, off)), off, len(t), 0.0)
     return weighted_losses(t, s, (anchored, distilled), (on, off), compared, measure)
 
 
-def joint_losses(t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
+def joint_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
     """The anchor's errors of all samples and, added to them, the comparison of those with s < t, weighted together."""
     off = rows_on_and_off(t, s)[1]
     every = torch.arange(len(t), device=off.device)
-    terms = measure(anchor), spread(measure(compared.error), off, len(t), 0.0)
+    terms = measure(batch.count(anchor)), spread(measure(batch.count(compared.error, off)), off, len(t), 0.0)
     return weighted_losses(t, s, terms, (every, off), compared, measure)
 
 

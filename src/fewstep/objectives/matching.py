@@ -5,20 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+import torch
 from torch import Tensor
 
 from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
+from fewstep.flowmap import FlowMap, at
 from fewstep.guidance import drop_labels
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.shapes import expand, per_sample_mean
 from fewstep.times import LogitNormalTimes, TimeDistribution
 
 
-def conditioned(labels: Tensor | None, dropout: float, batch: Batch) -> Condition:
-    """The batch's labels with dropout as a condition."""
-    return Condition(None if labels is None else drop_labels(labels, dropout, batch.draws))
+def conditioned(batch: Batch, dropout: float) -> Condition:
+    """The batch's labels with dropout, and its observations, as a condition."""
+    labels = None if batch.labels is None else drop_labels(batch.labels, dropout, batch.draws)
+    return Condition(labels, observation=batch.observation)
 
 
 @final
@@ -53,15 +55,45 @@ class DiagonalMatching(Objective):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         path, x0 = flow_map.path, batch.x0
-        cond = conditioned(batch.labels, self.dropout, batch)
+        cond = conditioned(batch, self.dropout)
         t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
         eps = batch.noise()
         if self.measure == "velocity":
             velocity = flow_map.velocity(path.interpolate(x0, eps, t), t, cond)
-            loss = per_sample_mean((velocity - path.conditional_velocity(x0, eps, t)).square())
+            loss = per_sample_mean(batch.count(velocity - path.conditional_velocity(x0, eps, t)).square())
         else:
-            loss = denoising_loss(flow_map, x0, eps, t, cond, self.deviation(flow_map))
+            loss = denoising_loss(flow_map, batch, eps, t, cond, self.deviation(flow_map))
         return Losses(loss, t, t, {"matching": loss.detach()})
+
+
+@final
+@dataclass(frozen=True)
+class Regression(Objective):
+    """|X(0, t_max, t_min) - x0|^2: one jump from no noise at all, which learns E[x0 | condition].
+
+    What a policy cloned by least squares does, with the network and the loop of the others: the baseline that has no
+    answer where demonstrations differ. A policy of it starts from zero in place of noise.
+    """
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_dropout(self.dropout)
+
+    @property
+    def label_dropout(self) -> float:
+        return self.dropout
+
+    @property
+    def to_data_end(self) -> bool:
+        return True
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        x0, path = batch.x0, flow_map.path
+        t, s = at(path.t_max, x0), at(path.t_min, x0)
+        mean = flow_map.jump(torch.zeros_like(x0), t, s, conditioned(batch, self.dropout))
+        loss = per_sample_mean(batch.count(mean - x0).square())
+        return Losses(loss, t, s, {"regression": loss.detach()})
 
 
 def deviation_of(flow_map: FlowMap) -> float:
@@ -71,12 +103,14 @@ def deviation_of(flow_map: FlowMap) -> float:
     return flow_map.config.sigma_data
 
 
-def denoising_loss(flow_map: FlowMap, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float) -> Tensor:
+def denoising_loss(
+    flow_map: FlowMap, batch: Batch, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float
+) -> Tensor:
     """EDM's weighted denoising loss (2206.00364), (B,): (alpha^2 sd^2 + sigma^2)/(sigma sd)^2 |D(x_t, t) - x0|^2."""
-    p, x = flow_map.path.values(t), flow_map.path.interpolate(x0, eps, t)
+    p, x = flow_map.path.values(t), flow_map.path.interpolate(batch.x0, eps, t)
     weight = (p.alpha**2 * sigma_data**2 + p.sigma**2).sqrt() / (p.sigma * sigma_data)
-    error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - x0)
-    return per_sample_mean(error.square())
+    error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - batch.x0)
+    return per_sample_mean(batch.count(error).square())
 
 
 def check_dropout(probability: float) -> None:

@@ -81,7 +81,7 @@ class LSD(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         """d_s X against sg v(X, s); its derivative is dN/ds."""
@@ -153,7 +153,7 @@ class PSD(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def between(self, path: Path, batch: Batch) -> Tensor:
         """u of the samples with s < t, (B,): a draw, or the middle, between the quantiles of s and t."""
@@ -221,7 +221,7 @@ class Shortcut(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], (t[off], u[off], s[off]), short)
-        return split_losses(t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""

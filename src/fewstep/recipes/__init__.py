@@ -25,6 +25,7 @@ from fewstep.recipes.objectives import (
     digits_sct,
     digits_shortcut,
 )
+from fewstep.recipes.policies import policy_flow_matching, policy_mlp, policy_regression, policy_unet
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
@@ -48,6 +49,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits-ect": digits_ect,
     "digits-sct": digits_sct,
     "digits-scd": digits_scd,
+    "policy-mlp": policy_mlp,
+    "policy-unet": policy_unet,
+    "policy-flow-matching": policy_flow_matching,
+    "policy-regression": policy_regression,
     "imagenet256-dit-b4": imagenet256_dit_b4,
     "imagenet256-dit-xl1": imagenet256_dit_xl1,
     "celebahq256-dit-b4": celebahq256_dit_b4,

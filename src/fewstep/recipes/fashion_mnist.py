@@ -21,12 +21,16 @@ def fashion_mnist_unet() -> RunConfig:
         recipe="fashion-mnist-unet",
         data=DataConfig(source="idx"),
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
-        network=UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2),
-        objective=ISD(diagonal=0.75, guidance=FixedGuidance(omega=1.3)),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_images=12_800, decay="cosine"),
+        network=UNetConfig(
+            width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0
+        ),
+        objective=ISD(
+            diagonal=0.75, guidance=FixedGuidance(omega=1.3), derivative="finite-difference", power=1.0, offset=1.0
+        ),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_images=12_800, decay="cosine"),
         training=TrainingConfig(
-            images=384_000,
-            batch_size=128,
+            images=360_000,
+            batch_size=64,
             ema_power=(0.1,),
             log_images=6_400,
             checkpoint_images=32_000,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.files import write_atomically
+from fewstep.reporting.episodes import episode_section
 from fewstep.reporting.figures import loss_curves, quality_curves
 from fewstep.reporting.heatmap import alignment_heatmap
 from fewstep.reporting.html import Pairs, document, embed, header, plot
@@ -42,7 +43,8 @@ class RunReport:
     the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Measurement.row()`,
     nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
     data_range: the values that black and white stand for; None for each grid's own minimum and maximum. alignments: of
-    `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`.
+    `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`. episodes:
+    of a policy's rollouts (fewstep.policies.figures). films: pictures of its episodes, one after the other.
     """
 
     title: str
@@ -57,6 +59,8 @@ class RunReport:
     data_range: Range | None = None
     alignments: tuple[dict[str, Any], ...] = ()
     trajectories: tuple[dict[str, Any], ...] = ()
+    episodes: tuple[dict[str, Any], ...] = ()
+    films: tuple[Grid, ...] = ()
 
 
 def write_report(report: RunReport, file: Path) -> Path:
@@ -67,7 +71,7 @@ def write_report(report: RunReport, file: Path) -> Path:
 
 def render(report: RunReport) -> str:
     """The page as HTML: no scripts, no addresses to load from, all text escaped."""
-    sections = (_samples, _quality, _alignment, _training, _cost, _settings)
+    sections = (_samples, _films, _episodes, _quality, _alignment, _training, _cost, _settings)
     body = [header(report.title, report.summary, report.facts, report.links)]
     body += [part for section in sections if (part := section(report))]
     return document(report.title, "\n".join(body))
@@ -83,6 +87,18 @@ def _samples(report: RunReport) -> str:
         f'<section>\n<h2>Samples</h2>\n<div class="grids{" wide" if widest > 8 else ""}" '
         f'style="--columns: {min(beside, len(report.grids))}">\n{figures}\n</div>\n</section>'
     )
+
+
+def _films(report: RunReport) -> str:
+    """Each film over the whole width: its pictures are to be read from left to right."""
+    if not report.films:
+        return ""
+    figures = "\n".join(_grid(film, None) for film in report.films)
+    return f'<section>\n<h2>Episodes</h2>\n<div class="grids wide" style="--columns: 1">\n{figures}\n</div>\n</section>'
+
+
+def _episodes(report: RunReport) -> str:
+    return episode_section(report.episodes)
 
 
 def _grid(grid: Grid, data_range: Range | None) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from fewstep.config import RunConfig, TrainingConfig, flow_map_config
+from fewstep.control import ActingName
 from fewstep.data import Dataset, batch_indices, random_flips
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.networks import Network
-from fewstep.objectives import Batch
+from fewstep.objectives import Batch, Objective, Regression
 from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.randomness import Draws
 from fewstep.serialization import JSON
@@ -58,14 +60,28 @@ def build(
         dataset.data_range,
         statistics,
     )
+    if dataset.control is not None:
+        control = dataset.control
+        settings = replace(settings, observation=(control.chunks.n_obs_steps, len(control.observations.low)))
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
     flow_map.decoding = dataset.decoding
+    if dataset.control is not None:
+        flow_map.control = replace(dataset.control, sampler=acting(config.objective))
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
     return flow_map
+
+
+def acting(objective: Objective) -> ActingName:
+    """The sampler that a policy trained by an objective acts with."""
+    if isinstance(objective, Regression):
+        return "mean"
+    if objective.on_diagonal:
+        return "euler"
+    return "gamma" if objective.to_data_end else "map"
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
@@ -92,9 +108,13 @@ def fetch_batch(
     position = step * settings.batch_size + first
     draws = Draws(settings.seed, step, torch.arange(first, first + count, device=device))
     mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
-    x0, labels = dataset.train.fetch(batch_indices(len(dataset.train), settings.seed, position, count), mirror)
-    x0 = x0.to(device)
-    return Batch(x0, None if labels is None else labels.to(device), draws, step * settings.batch_size)
+    rows = batch_indices(len(dataset.train), settings.seed, position, count)
+    x0, labels = dataset.train.fetch(rows, mirror)
+    context = dataset.train.context(rows)
+    labels, observation, counted = (
+        None if each is None else each.to(device) for each in (labels, context.observation, context.counted)
+    )
+    return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, counted)
 
 
 def leave_processes() -> None:

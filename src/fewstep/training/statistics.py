@@ -47,8 +47,9 @@ class Team:
     total: Callable[[Tensor], Tensor] = _alone
 
 
-class LabelledDenoiser:
-    """The model's denoiser at the classes of the samples fetched last: a callable (x, t) that knows their labels."""
+class ConditionedDenoiser:
+    """The model's denoiser under the conditions of the samples fetched last: a callable (x, t) that knows their labels
+    and observations."""
 
     def __init__(self, model: FlowMap, dataset: Dataset, seed: int) -> None:
         self.model, self.samples, self.seed = model, dataset.train, seed
@@ -56,10 +57,12 @@ class LabelledDenoiser:
         self.cond = Condition()
 
     def fetch(self, numbers: Tensor) -> Tensor:
-        """Training samples number 0, 1, ... in a shuffled order, (B, ...); their labels serve the calls that follow."""
+        """Training samples number 0, 1, ... in a shuffled order, (B, ...); what follows is under their conditions."""
         rows = shuffled_rows(self.seed, numbers, len(self.samples))
         x0, labels = self.samples.fetch(rows)
-        self.cond = Condition(None if labels is None else labels.to(self.device))
+        seen = self.samples.context(rows).observation
+        labels, seen = (None if each is None else each.to(self.device) for each in (labels, seen))
+        self.cond = Condition(labels, observation=seen)
         return x0.to(self.device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def data_mean(dataset: Dataset) -> Tensor:
 
 def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig) -> StatisticsEstimator:
     """An estimator of the model's statistics on the training data, in the model's own path."""
-    denoiser = LabelledDenoiser(model, dataset, settings.seed)
+    denoiser = ConditionedDenoiser(model, dataset, settings.seed)
     return StatisticsEstimator(
         denoiser,
         denoiser.fetch,
@@ -95,10 +98,11 @@ def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig)
 def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: Dataset) -> TrajectoryStatistics:
     """Shrunk and ablated as the settings say.
 
-    Never shrunk for data with classes: a class-conditional denoiser tends to its class's mean at high noise, so that
-    the residual about the mean of all data has no limit to be drawn to.
+    Never shrunk for data with classes or observations: a conditional denoiser tends to its condition's mean at high
+    noise, so that the residual about the mean of all data has no limit to be drawn to.
     """
-    found = found.shrunk() if settings.shrink and not dataset.num_classes else found
+    conditional = dataset.num_classes > 0 or dataset.control is not None
+    found = found.shrunk() if settings.shrink and not conditional else found
     return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
 
 

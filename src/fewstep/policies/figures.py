@@ -1,0 +1,147 @@
+"""What is kept of a policy's episodes: rows of figures in its run's folder, a film of one of them, a table to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import CheckpointError
+from fewstep.files import replacing, write_atomically
+from fewstep.policies.policy import Policy
+from fewstep.policies.rollout import Rollout, wilson
+from fewstep.policies.simulation import Picture, Task
+
+Row = dict[str, Any]
+ROLLOUTS_FILE = "rollouts.json"
+FILM_FILE, STRIP_FILE = "film.gif", "filmstrip.png"
+_IDENTITY = ("method", "task", "sampler", "steps", "seed", "first_seed", "episodes")
+
+
+def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy: Policy | None = None) -> Row:
+    """Figures of some episodes; `policy` is None for an expert's, which makes no network calls (steps 0).
+
+    success is a share of the episodes, low and high the ends of its Wilson interval at 95 %; mean_steps is the mean
+    length of all episodes; score the mean over episodes of the task's own measure at its best.
+    """
+    count = len(found.episodes)
+    low, high = wilson(found.successes, count)
+    return {
+        "method": method,
+        "task": task.name,
+        "sampler": "" if policy is None else policy.control.sampler,
+        "steps": 0 if policy is None else policy.steps,
+        "seed": 0 if policy is None else policy.seed,
+        "first_seed": first_seed,
+        "episodes": count,
+        "successes": found.successes,
+        "success": found.successes / count,
+        "low": low,
+        "high": high,
+        "mean_steps": float(np.mean([episode.steps for episode in found.episodes])),
+        "score": float(np.mean([episode.score for episode in found.episodes])),
+        "routes": found.routes,
+        "errors": [f"start {episode.seed}: {episode.error}" for episode in found.errors],
+        "latency_ms": None if policy is None else found.single_ms,
+        "batch_latency_ms": None if policy is None else found.latency_ms,
+    }
+
+
+def write_rollouts(rows: list[Row], folder: Path) -> Path:
+    """Store rows in rollouts.json beside those stored earlier; a row measured anew replaces its older self."""
+    fresh = {tuple(row[key] for key in _IDENTITY) for row in rows}
+    kept = [row for row in read_rollouts(folder) if tuple(row.get(key) for key in _IDENTITY) not in fresh]
+    file = folder / ROLLOUTS_FILE
+    write_atomically(file, json.dumps([*kept, *rows], indent=2) + "\n")
+    return file
+
+
+def read_rollouts(folder: Path) -> list[Row]:
+    """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
+    file = folder / ROLLOUTS_FILE
+    try:
+        rows = json.loads(file.read_text()) if file.is_file() else []
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("not a list of rows")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}): delete it, and run fewstep rollout {folder} anew"
+        ) from error
+    return rows
+
+
+def rollout_table(rows: list[Row]) -> str:
+    """Rows as aligned text, errors by name below."""
+    lines = [f"{'method':24} {'steps':>5} {'success':>9} {'95 %':>13} {'length':>7} {'score':>6} {'ms/decision':>12}"]
+    for row in rows:
+        interval = f"{row['low']:.2f} - {row['high']:.2f}"
+        latency = "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
+        share = f"{row['successes']}/{row['episodes']}"
+        lines.append(
+            f"{row['method'][:24]:24} {row['steps'] or '':>5} {share:>9} {interval:>13} {row['mean_steps']:>7.1f} "
+            f"{row['score']:>6.2f} {latency:>12}"
+        )
+        if row["routes"]:
+            shares = ", ".join(f"{name} {count}" for name, count in row["routes"].items())
+            lines.append(f"{'':24} routes: {shares}")
+        lines += [f"{'':24} error, {error}" for error in row["errors"]]
+    return "\n".join(lines)
+
+
+def save_film(pictures: list[Picture], folder: Path, frames_per_second: int = 25, longest: int = 300) -> Path:
+    """An episode as film.gif, and eight of its pictures side by side as filmstrip.png.
+
+    Long episodes are thinned out to `longest` pictures. Raises CheckpointError when it cannot write.
+    """
+    every = max(1, -(-len(pictures) // longest))
+    shown = [Image.fromarray(picture) for picture in pictures[::every]]
+    file = folder / FILM_FILE
+    with replacing(file) as aside:
+        shown[0].save(
+            aside,
+            format="GIF",
+            save_all=True,
+            append_images=[*shown[1:], *[shown[-1]] * frames_per_second],
+            duration=1000 // frames_per_second,
+            loop=0,
+        )
+    with replacing(folder / STRIP_FILE) as aside:
+        Image.fromarray(np.concatenate(strip(pictures), axis=1)).save(aside, format="PNG")
+    return file
+
+
+def strip(pictures: list[Picture], count: int = 8) -> list[Picture]:
+    """`count` pictures spread evenly over an episode, the first and the last among them."""
+    places = np.linspace(0, len(pictures) - 1, count).round().astype(int)
+    return [pictures[int(place)] for place in places]
+
+
+def read_strip(folder: Path, count: int = 8) -> Tensor | None:
+    """The pictures of filmstrip.png, (count, 3, H, W) uint8; None where there is none that can be read."""
+    file = folder / STRIP_FILE
+    if not file.is_file():
+        return None
+    try:
+        with Image.open(file) as opened:
+            whole = np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): delete it") from error
+    height, width, _ = whole.shape
+    pictures = torch.from_numpy(whole.copy()).reshape(height, count, width // count, 3)
+    return pictures.permute(1, 3, 0, 2)
+
+
+__all__ = [
+    "read_rollouts",
+    "read_strip",
+    "rollout_row",
+    "rollout_table",
+    "save_film",
+    "strip",
+    "write_rollouts",
+]

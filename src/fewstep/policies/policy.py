@@ -1,0 +1,120 @@
+"""A policy: a flow map over chunks of actions, given what was seen last."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.conditions import Condition
+from fewstep.errors import CheckpointError, ConfigError, ShapeError
+from fewstep.flowmap import FlowMap
+from fewstep.randomness import Draws
+from fewstep.sampling import Sampler, SamplingSettings, evaluating, prior_noise
+from fewstep.schedules import SamplerName
+from fewstep.training import load
+
+DEFAULT_STEPS = 1
+
+
+class Policy:
+    """Observations in, chunks of actions out, both in the robot's own units.
+
+    flow_map: of chunks (horizon, Da), with its Control. steps: of its sampler, one network call each.
+    seed: of the noise, a function of (seed, decision, episode), whatever else is in the batch.
+    Raises CheckpointError for a flow map that is no policy, ConfigError for fewer steps than one, or more than a
+    regression takes.
+    """
+
+    def __init__(self, flow_map: FlowMap, steps: int = DEFAULT_STEPS, seed: int = 0) -> None:
+        if flow_map.control is None or flow_map.config is None:
+            raise CheckpointError("this model holds no policy: train one with `fewstep train policy-mlp`")
+        self.control = flow_map.control
+        if steps < 1 or (self.control.sampler == "mean" and steps > 1):
+            least = "a regression takes 1" if self.control.sampler == "mean" else "take at least 1"
+            raise ConfigError(f"a policy of {steps} steps: {least}")
+        self.flow_map, self.steps, self.seed = flow_map.eval(), steps, seed
+        self.times, self.sampler = self._schedule()
+        self.reset()
+
+    @property
+    def observation_shape(self) -> tuple[int, int]:
+        """(To, Do)."""
+        return self.control.chunks.n_obs_steps, len(self.control.observations.low)
+
+    @property
+    def action_shape(self) -> tuple[int, int]:
+        """(Ta, Da)."""
+        return self.control.chunks.n_action_steps, len(self.control.actions.low)
+
+    def _schedule(self) -> tuple[Tensor, Sampler]:
+        names: dict[str, SamplerName] = {"map": "map", "mean": "map", "gamma": "gamma", "euler": "euler"}
+        settings = SamplingSettings(sampler=names[self.control.sampler], steps=self.steps, gamma=1.0)
+        return settings.grid(self.flow_map.path, self.flow_map.step_times), settings.function()
+
+    @torch.no_grad()
+    def predict_chunk(self, obs: Tensor, decision: int = 0, episodes: Tensor | None = None) -> Tensor:
+        """The next actions (B, Ta, Da), within the bounds, after the last observations (B, To, Do), oldest first.
+
+        decision, episodes (B,): which noise is drawn; 0 and 0 .. B - 1 when not given. Raises ShapeError for
+        observations of another shape or that are not finite.
+        """
+        normalised = self._normalised(obs)
+        index = torch.arange(len(obs)) if episodes is None else episodes.cpu()
+        draws = Draws(self.seed, decision, index.to(normalised.device))
+        noise = prior_noise(self.flow_map, draws)
+        x = torch.zeros_like(noise) if self.control.sampler == "mean" else noise
+        with evaluating(self.flow_map):
+            chunk = self.sampler(self.flow_map, x, self.times, Condition(observation=normalised), draws)
+        taken = chunk[:, : self.control.chunks.n_action_steps]
+        return self.control.bounded(self.control.actions.decode(taken.cpu()))
+
+    def _normalised(self, obs: Tensor) -> Tensor:
+        if obs.ndim != 3 or tuple(obs.shape[1:]) != self.observation_shape or not len(obs):
+            wanted = ", ".join(map(str, self.observation_shape))
+            raise ShapeError(f"observations of shape {tuple(obs.shape)}: this policy sees (B, {wanted})")
+        if not bool(obs.isfinite().all()):
+            row, _, number = torch.nonzero(~obs.isfinite())[0].tolist()
+            raise ShapeError(f"observation {row} is not finite (its number {number}): check the sensor that gives it")
+        device = next(self.flow_map.parameters()).device
+        return self.control.observations.encode(obs.float()).to(device)
+
+    def reset(self) -> None:
+        """Forget what was seen and planned: an episode begins."""
+        self._seen: deque[Tensor] = deque(maxlen=self.control.chunks.n_obs_steps)
+        self._planned: deque[Tensor] = deque()
+        self._decision = 0
+
+    def select_action(self, obs: Tensor) -> Tensor:
+        """The next action (Da,) after an observation (Do,); asks the network once every Ta actions.
+
+        Raises ShapeError as `predict_chunk` does.
+        """
+        if tuple(obs.shape) != self.observation_shape[1:]:
+            raise ShapeError(
+                f"an observation of shape {tuple(obs.shape)}: this policy sees {self.observation_shape[1:]}"
+            )
+        if not bool(obs.isfinite().all()):
+            number = int(torch.nonzero(~obs.isfinite())[0, 0])
+            raise ShapeError(f"the observation is not finite (its number {number}): check the sensor that gives it")
+        self._seen.append(obs.float())
+        if not self._planned:
+            history = stacked(list(self._seen), self.control.chunks.n_obs_steps)
+            self._planned.extend(self.predict_chunk(history[None], self._decision)[0])
+            self._decision += 1
+        return self._planned.popleft()
+
+
+def stacked(seen: list[Tensor], count: int) -> Tensor:
+    """The last `count` of some observations, oldest first, (count, Do); the first repeated where there are fewer."""
+    return torch.stack([seen[0]] * (count - len(seen)) + seen[-count:])
+
+
+def load_policy(folder: Path | str, steps: int = DEFAULT_STEPS, seed: int = 0) -> Policy:
+    """The policy of a run or a saved model; raises CheckpointError when it is missing or is none."""
+    flow_map = load(Path(folder))
+    if flow_map.control is None:
+        raise CheckpointError(f"{folder} holds no policy: train one with `fewstep train policy-mlp`")
+    return Policy(flow_map, steps, seed)

@@ -1,0 +1,57 @@
+"""Robot policies from demonstrations: the same data, network and budget for every objective."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.data import DataConfig
+from fewstep.networks import MLPConfig, UNet1dConfig
+from fewstep.objectives import ISD, DiagonalMatching, Regression
+from fewstep.times import BetaTimes
+
+
+def policy_mlp() -> RunConfig:
+    """iSD on chunks of actions with an MLP: a policy that acts after one network call, without a pretrained model.
+
+    Needs demonstrations: `fewstep demos TASK`, then --data.root FILE.
+    """
+    return RunConfig(
+        recipe="policy-mlp",
+        data=DataConfig(source="demonstrations", heldout=0.05),
+        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
+        network=MLPConfig(width=256, depth=4, expansion=1.0, embedding_width=64, max_frequency=16.0),
+        objective=ISD(diagonal=0.75, derivative="finite-difference", power=1.0, offset=1.0, dropout=0.0),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_images=25_600, decay="cosine"),
+        training=TrainingConfig(
+            images=1_024_000, batch_size=256, ema_power=(0.1,), checkpoint_images=256_000, sample_images=0
+        ),
+        evaluation=EvaluationConfig(steps=(1, 2)),
+    )
+
+
+def policy_flow_matching() -> RunConfig:
+    """Flow matching with the network and settings of `policy-mlp`, sampled by Euler's method: the baseline."""
+    base = policy_mlp()
+    return replace(
+        base,
+        recipe="policy-flow-matching",
+        objective=DiagonalMatching(times=BetaTimes(), dropout=0.0),
+        evaluation=replace(base.evaluation, steps=(1, 2, 4, 16)),
+    )
+
+
+def policy_regression() -> RunConfig:
+    """Least squares with the network and settings of `policy-mlp`: one answer where demonstrations may have several."""
+    base = policy_mlp()
+    return replace(
+        base,
+        recipe="policy-regression",
+        objective=Regression(),
+        evaluation=replace(base.evaluation, steps=(1,)),
+    )
+
+
+def policy_unet() -> RunConfig:
+    """iSD with a U-Net along time, conditioned by FiLM, in place of the MLP of `policy-mlp`: slower on a CPU."""
+    return replace(policy_mlp(), recipe="policy-unet", network=UNet1dConfig())

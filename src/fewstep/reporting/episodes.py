@@ -1,0 +1,56 @@
+"""A policy's rollouts on the report page: who reached the goal, how often, how fast, by which way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from fewstep.reporting.numbers import NOTHING, finite, number
+
+Row = Mapping[str, Any]
+
+
+def episode_section(rows: Sequence[Row]) -> str:
+    """A table for each task and set of starts, a line for each row of rollouts.json; empty without rows."""
+    if not rows:
+        return ""
+    groups = dict.fromkeys((row["task"], row["first_seed"], row["episodes"]) for row in rows)
+    parts = [
+        _table([row for row in rows if (row["task"], row["first_seed"], row["episodes"]) == group]) for group in groups
+    ]
+    return "<section>\n<h2>Success in the task</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    routes = sorted({name for row in rows for name in row["routes"]})
+    heads = ["Method", "Network calls", "Success", "95 % interval", "Mean length", "Score"]
+    heads += [f"Route: {name}" for name in routes] + ["Time per decision (ms)"]
+    first = rows[0]
+    lines = "\n".join(_line(row, routes) for row in sorted(rows, key=lambda row: (row["method"], row["steps"])))
+    errors = [f"{row['method']}: {error}" for row in rows for error in row["errors"]]
+    note = (
+        f"{escape(str(first['task']))}: {first['episodes']} episodes from the starts {first['first_seed']} on, which "
+        "no demonstration had. Success with Wilson's interval; length in actions, over all episodes; score is the "
+        "task's own measure at its best; a decision for one episode alone gives several actions."
+    )
+    failed = "".join(f'<p class="note">Simulation failed, {escape(error)}</p>\n' for error in errors)
+    columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    return (
+        f'<div class="scroll card"><table class="figures">\n<thead><tr>{columns}</tr></thead>\n'
+        f'<tbody>{lines}</tbody>\n</table></div>\n<p class="note">{note}</p>\n{failed}'
+    )
+
+
+def _line(row: Row, routes: Sequence[str]) -> str:
+    cells = [
+        str(row["steps"] or NOTHING),
+        f"{row['successes']} of {row['episodes']}",
+        f"{row['low']:.2f} to {row['high']:.2f}",
+        number(finite(row, "mean_steps")),
+        number(finite(row, "score")),
+        *(str(row["routes"].get(name, 0)) for name in routes),
+        number(finite(row, "latency_ms")),
+    ]
+    shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    return f'<tr><th scope="row">{escape(str(row["method"]))}</th>{shown}</tr>'

@@ -1,0 +1,138 @@
+"""Policies at work: demonstrations recorded or imported, policies let loose in their task, figures kept."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fewstep.data.demonstrations import Demonstrations, save_demonstrations
+from fewstep.data.importers import ROBOMIMIC_KEYS, import_minari, import_robomimic
+from fewstep.errors import CheckpointError, ConfigError
+from fewstep.measuring import method_name
+from fewstep.policies.figures import Row, rollout_row, rollout_table, save_film, write_rollouts
+from fewstep.policies.policy import Policy, load_policy
+from fewstep.policies.rollout import expert_rollout, film, record, roll_out
+from fewstep.policies.simulation import Task
+from fewstep.policies.tasks import find_task
+from fewstep.training.checkpoint import RunFolder
+
+Progress = Callable[[str], None]
+
+
+def record_demonstrations(name: str, count: int, out: Path | None, first_seed: int, progress: Progress | None) -> str:
+    """Record the expert of a task into a file; what there is to say of it. ConfigError for a file that exists."""
+    task = find_task(name)
+    file = _new_file(out, task.name)
+    found = record(task, count, first_seed, progress=progress)
+    save_demonstrations(found.demonstrations, file)
+    raised = f", {found.errors} of them by an error of the simulation" if found.errors else ""
+    return (
+        f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
+        + described(file, found.demonstrations)
+    )
+
+
+def import_demonstrations(
+    name: str, minari: Path | None, robomimic: Path | None, keys: tuple[str, ...], out: Path | None
+) -> str:
+    """Turn another format's file into demonstrations; what there is to say of it. Raises ConfigError as above."""
+    if minari is not None and robomimic is not None:
+        raise ConfigError("--from-minari and --from-robomimic are given: import one at a time")
+    source = minari or robomimic
+    assert source is not None
+    file = _new_file(out, name or source.stem)
+    if minari is not None:
+        found = import_minari(minari, keys, name)
+    else:
+        found = import_robomimic(source, keys or ROBOMIMIC_KEYS, task=name)
+    save_demonstrations(found, file)
+    return described(file, found)
+
+
+def described(file: Path, found: Demonstrations) -> str:
+    """Where demonstrations are, how large, and what to do next."""
+    return (
+        f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
+        f"numbers, actions of {found.actions.shape[1]}\nNext: fewstep train policy-mlp --data.root {file}"
+    )
+
+
+def _new_file(out: Path | None, name: str) -> Path:
+    file = out or Path("demos") / f"{name}.safetensors"
+    if file.suffix != ".safetensors":
+        raise ConfigError(f"{file}: give FILE.safetensors")
+    if file.exists():
+        raise ConfigError(f"{file} exists: give another file with --out, or remove it first")
+    return file
+
+
+def measure_rollouts(
+    folder: Path,
+    steps: tuple[int, ...],
+    name: str,
+    episodes: int,
+    seed: int,
+    first_seed: int,
+    at_once: int,
+    progress: Progress | None,
+) -> tuple[list[Row], Task, Policy]:
+    """A row for each number of steps, those of the recipe when none is given; the task, and the policy of the first."""
+    method, usual = _of_run(folder)
+    counts = steps or usual
+    policies = [load_policy(folder, count, seed) for count in counts]
+    trained_for = policies[0].control.task
+    if not (name or trained_for):
+        raise ConfigError(f"{folder} does not say which task it was trained for: name one with --task")
+    task = find_task(name or trained_for)
+    rows = []
+    for policy in policies:
+        label = f"{method}, {policy.steps} step{'s' if policy.steps > 1 else ''}: "
+        told = None if progress is None else _labelled(progress, label)
+        found = roll_out(policy, task, episodes, first_seed, at_once, told)
+        rows.append(rollout_row(found, task, method, first_seed, policy))
+    return rows, task, policies[0]
+
+
+def _of_run(folder: Path) -> tuple[str, tuple[int, ...]]:
+    """(method, step counts) of a run; of a saved model, which does not say, a name and one step."""
+    run = RunFolder(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (run.config_file.is_file() and run.checkpoints()):
+        return "saved policy", (1,)
+    config = run.config()
+    return method_name(config), config.evaluation.steps
+
+
+def _labelled(progress: Progress, label: str) -> Progress:
+    return lambda text: progress(label + text)
+
+
+def expert_row(task: Task, episodes: int, first_seed: int) -> Row:
+    """The expert's figures at the same starts."""
+    return rollout_row(expert_rollout(task, episodes, first_seed), task, "expert", first_seed)
+
+
+def draw_film(policy: Policy, task: Task, seed: int, folder: Path) -> Path:
+    """One episode as pictures in the run's folder; raises UnsupportedError where they cannot be drawn."""
+    os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when a MuJoCo task first draws; needs no display
+    return save_film(film(policy, task, seed)[1], folder)
+
+
+def shown_on_terminal(text: str) -> None:
+    """Progress on one line of standard error."""
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+__all__ = [
+    "draw_film",
+    "expert_row",
+    "import_demonstrations",
+    "measure_rollouts",
+    "record_demonstrations",
+    "rollout_table",
+    "shown_on_terminal",
+    "write_rollouts",
+]

@@ -1,0 +1,118 @@
+"""The commands of policies, on a task made for the test: demonstrations, training, rollout, film, report, bad input."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from commands import SMALL, Command
+
+from fewstep.policies.tasks import TASKS
+
+sys.path.append(str(Path(__file__).parent.parent / "policies"))
+from pointtask import point_task
+
+TRAIN = (
+    *SMALL, "--training.batch-size", "64", "--training.images", "6400", "--training.checkpoint-images", "6400",
+    "--optimizer.warmup-images", "640",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _known_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "point", point_task().task)
+
+
+@pytest.fixture
+def demos(command: Command) -> str:
+    assert command("demos", "point", "-n", 12, "--quiet").code == 0
+    return "demos/point.safetensors"
+
+
+def test_from_demonstrations_to_the_page(command: Command, demos: str, tmp_path: Path) -> None:
+    trained = command("train", "policy-mlp", "--data.root", demos, *TRAIN)
+    assert trained.code == 0, trained.err
+    assert "fewstep rollout runs/policy-mlp" in trained.out
+    rolled = command("rollout", "runs/policy-mlp", "--episodes", 6, "--expert", "--film", "--quiet")
+    assert rolled.code == 0, rolled.err
+    lines = rolled.out.splitlines()
+    assert lines[0].split()[:2] == ["method", "steps"]
+    assert [line.split()[:2] for line in lines if line.startswith("iSD")] == [["iSD", "1"], ["iSD", "2"]]
+    assert any(line.startswith("expert") and "6/6" in line for line in lines)
+    assert (tmp_path / "runs/policy-mlp/film.gif").is_file()
+    assert command("report", "runs/policy-mlp").code == 0
+    page = (tmp_path / "runs/policy-mlp/report.html").read_text()
+    assert "Success in the task" in page
+    assert "one episode" in page
+    assert "Wilson" in page
+
+
+@pytest.mark.parametrize("name", ["policy-regression", "policy-flow-matching"])
+def test_the_baselines_run_too(command: Command, demos: str, name: str) -> None:
+    assert command("train", name, "--data.root", demos, *TRAIN).code == 0
+    rolled = command("rollout", f"runs/{name}", "--episodes", 2, "--steps", 1, "--quiet")
+    assert rolled.code == 0, rolled.err
+    refused = command("rollout", f"runs/{name}", "--episodes", 2, "--steps", 0, "--quiet")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+
+
+def test_nothing_recorded_is_overwritten(command: Command, demos: str, tmp_path: Path) -> None:
+    before = (tmp_path / demos).read_bytes()
+    refused = command("demos", "point", "-n", 2)
+    assert refused.code == 2
+    assert "demos/point.safetensors exists" in refused.err
+    assert (tmp_path / demos).read_bytes() == before
+
+
+def test_the_same_command_records_the_same(command: Command, demos: str, tmp_path: Path) -> None:
+    assert command("demos", "point", "-n", 12, "--quiet", "--out", "again.safetensors").code == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / demos).read_bytes()
+
+
+def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
+    assert command("train", "policy-mlp", "--data.root", demos, *TRAIN).code == 0
+    for words in (("sample", "runs/policy-mlp"), ("evaluate", "runs/policy-mlp"), ("tune-steps", "runs/policy-mlp")):
+        refused = command(*words)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "fewstep rollout" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("demos",), "needs a task"),
+        (("demos", "pont"), "did you mean point?"),
+        (("demos", "point", "-n", 0), "0 demonstrations"),
+        (("demos", "point", "--out", "file.npz"), "FILE.safetensors"),
+        (("demos", "point", "--first-seed", 100_000), "kept for rollouts"),
+        (("demos", "own", "--from-robomimic", "none.hdf5"), "none.hdf5"),
+        (("demos", "own", "--from-robomimic", "a", "--from-minari", "b"), "one at a time"),
+        (("train", "policy-mlp", "--data.root", "none.safetensors"), "none.safetensors: no such file"),
+        (("train", "policy-mlp"), "fewstep demos TASK"),
+        (("rollout", "runs/none"), "runs/none: no such folder"),
+    ],
+)
+def test_bad_input_gets_one_line(command: Command, words: tuple[object, ...], said: str) -> None:
+    refused = command(*words)
+    assert refused.code == 2
+    assert said in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_settings_that_do_not_fit_are_refused(command: Command, demos: str) -> None:
+    for words, said in (
+        (("--data.chunks.horizon", 4), "no more actions than the horizon"),
+        (("--training.flip",), "mirror"),
+        (("--evaluation.curve-images", 640), "no features measure"),
+    ):
+        refused = command("train", "policy-mlp", "--data.root", demos, *TRAIN, *words)
+        assert refused.code == 2
+        assert said in refused.err
+
+
+def test_a_task_of_other_sizes_is_refused(command: Command, demos: str) -> None:
+    assert command("train", "policy-mlp", "--data.root", demos, *TRAIN).code == 0
+    refused = command("rollout", "runs/policy-mlp", "--task", "pointmaze-ring", "--quiet")
+    assert refused.code == 2
+    assert "it was trained for point" in refused.err

@@ -1,0 +1,29 @@
+"""One small policy for all tests of this folder, trained on a point's demonstrations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pointtask import point_task, run_config
+
+from fewstep.data import load_dataset
+from fewstep.data.demonstrations import save_demonstrations
+from fewstep.policies.rollout import record
+from fewstep.training import Machine, RunFolder, train
+
+
+@pytest.fixture(scope="session")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 episodes of the expert."""
+    file = tmp_path_factory.mktemp("demos") / "point.safetensors"
+    return save_demonstrations(record(point_task().task, 60).demonstrations, file)
+
+
+@pytest.fixture(scope="session")
+def point_run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run."""
+    root = tmp_path_factory.mktemp("policies") / "run"
+    config = run_config(str(demonstrations))
+    train(config, load_dataset(config.data), RunFolder(root), Machine(cpu=True, quiet=True, threads=1))
+    return root
