@@ -1,15 +1,20 @@
 # Two commands: `make quickstart` runs the main job, `make test` passes the tests. Both set up .venv by themselves.
+# A third, for robots: `make policy-quickstart`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+POLICY_STAMP := $(VENV)/.installed-policy
 
-.PHONY: quickstart test clean
+.PHONY: quickstart policy-quickstart test clean
 
 quickstart: $(STAMP)
 	$(BIN)/fewstep quickstart
 
-test: $(STAMP)
+policy-quickstart: $(POLICY_STAMP)
+	$(BIN)/fewstep policy-quickstart
+
+test: $(POLICY_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -23,6 +28,10 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
+
+$(POLICY_STAMP): $(STAMP) requirements-policy.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-policy.txt
+	@touch $(POLICY_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

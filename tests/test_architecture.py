@@ -56,6 +56,8 @@ LAYERS = [
     {"comparison"},
     {"quickstart"},
     {"options"},
+    {"parsing"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.cli import TrainOptions, parse
 from fewstep.config import RunConfig, flow_map_config
 from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations import Demonstrations, save_demonstrations
 from fewstep.errors import ConfigError
 from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
+from fewstep.options import TrainOptions
+from fewstep.parsing import parse
 from fewstep.paths import EDM
 from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.preconditioning.estimation import noise_grid

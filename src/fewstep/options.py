@@ -28,6 +28,17 @@ class QuickstartOptions:
 
 
 @dataclass(frozen=True)
+class PolicyQuickstartOptions:
+    """Record demonstrations of a maze with two ways, train iSD, flow matching and regression, let them act, report."""
+
+    out: Path = Path("runs/policy-quickstart")
+    """Folder of the run; started again on it, the command goes on where it stopped."""
+    seconds: float = 80.0
+    """Longest training time of iSD and of flow matching; regression gets half."""
+    machine: Machine = field(default_factory=Machine)
+
+
+@dataclass(frozen=True)
 class TrainOptions:
     """Train a recipe, or go on where it stopped."""
 

@@ -1,4 +1,4 @@
-"""The main job: train iSD-T and its baseline on real digits for the same seconds, measure both, show them."""
+"""The main jobs: train iSD and its baselines for the same seconds, on real digits or a robot's task; measure, show."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from fewstep.config import RunConfig
+from fewstep.control import FIRST_TEST_SEED
 from fewstep.data import Dataset, load_dataset
 from fewstep.errors import ConfigError
 from fewstep.measuring import Row, measure_real, measure_run, table, training_seconds, write_figures, yardstick
 from fewstep.recipes import recipe
+from fewstep.robots import draw_film, expert_row, measure_rollouts, record_demonstrations, rollout_table, write_rollouts
 from fewstep.runs import report, watcher
 from fewstep.training import Attendants, Machine, RunFolder, train
 
 SECONDS = 85.0
+POLICY_SECONDS = 80.0
+POLICY_TASK = "pointmaze-ring"
+POLICY_RUNS = {"policy-mlp": ".", "policy-flow-matching": "flow-matching", "policy-regression": "regression"}
+"""Recipes of the second quickstart, and where in its folder each trains."""
 
 
 def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECONDS) -> Path:
@@ -60,3 +66,34 @@ def _limited(config: RunConfig, seconds: float) -> RunConfig:
 def _train(config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine) -> None:
     result = train(config, dataset, run, machine, Attendants(watcher(run, config)))
     print(f"     {result.images:,} images in {result.seconds:.0f} s", flush=True)
+
+
+def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECONDS) -> Path:
+    """The same for a robot's policy: demonstrations of the ring maze, iSD, flow matching and regression, report.html.
+
+    iSD and flow matching train for `seconds` each, regression for half of that. Started again on the same folder it
+    goes on where it stopped. Raises what `record_demonstrations`, `train` and `roll_out` raise.
+    """
+    if seconds <= 0:
+        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
+    demonstrations = root.with_name(f"{root.name}-demos") / f"{POLICY_TASK}.safetensors"
+    if not demonstrations.is_file():
+        print(f"1/4  demonstrations of {POLICY_TASK}", flush=True)
+        print(record_demonstrations(POLICY_TASK, 100, demonstrations, 0, None).splitlines()[0], flush=True)
+    runs = {name: RunFolder(root / folder) for name, folder in POLICY_RUNS.items()}
+    rows: list[Row] = []
+    for part, (name, run) in enumerate(runs.items(), 2):
+        share = 0.5 if name == "policy-regression" else 1.0
+        config = _limited(recipe(name), seconds * share)
+        config = replace(config, data=replace(config.data, root=str(demonstrations)))
+        print(f"{part}/4  {name}: at most {seconds * share:.0f} s", flush=True)
+        result = train(config, load_dataset(config.data), run, machine)
+        print(f"     {result.images:,} chunks of actions in {result.seconds:.0f} s", flush=True)
+        found, task, policy = measure_rollouts(run.root, (), "", 50, 0, FIRST_TEST_SEED, 25, None)
+        if run.root == root:
+            found.append(expert_row(task, 50, FIRST_TEST_SEED))
+        write_rollouts(found, run.root)
+        draw_film(policy, task, FIRST_TEST_SEED, run.root)
+        rows += found
+    print(rollout_table(rows))
+    return report(runs["policy-mlp"], title="fewstep: a robot's policy in one network call")

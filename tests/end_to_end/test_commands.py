@@ -13,7 +13,8 @@ from commands import SMALL, STEPS, Command, contents
 from PIL import Image
 
 import fewstep
-from fewstep.cli import COMMANDS, OVERVIEW
+from fewstep.cli import OVERVIEW
+from fewstep.commands import COMMANDS
 from fewstep.config import RunConfig
 from fewstep.measuring import read_figures, write_figures
 from fewstep.objectives import CATALOGUE

@@ -13,7 +13,7 @@ import pytest
 from commands import SMALL, STEPS, Command, contents
 
 import fewstep
-from fewstep.cli import COMMANDS
+from fewstep.commands import COMMANDS
 from fewstep.errors import FewstepWarning
 from fewstep.schedules import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training import RunFolder

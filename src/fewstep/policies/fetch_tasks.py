@@ -55,8 +55,8 @@ class FetchSimulation(Simulation):
     def _mark(self, goal: Any) -> None:
         """Put the red marker at the goal.
 
-        The environment does so whenever it draws, with a call that changes the solver's starting point and so the
-        episode; this changes nothing that moves.
+        The environment does so whenever it draws, and thereby refreshes the positions that the next action starts from:
+        episodes that are watched would differ from others. Here it is done once, whether drawn or not.
         """
         from mujoco import mj_kinematics
 
