@@ -1,13 +1,13 @@
 """Robot policies: regression, flow matching and iSD on the same demonstrations, network and budget, task by task.
 
-    python benchmarks/policies.py run [--tasks metaworld-pick-place ...] [--seeds 0 1 2] [--methods iSD ...] [--work FOLDER]
+    python benchmarks/policies.py run [--tasks pointmaze-ring ...] [--seeds 0 1 2] [--methods iSD ...] [--work FOLDER]
     python benchmarks/policies.py
 
-`run` records the demonstrations of every task that has none in FOLDER yet (100 episodes of its expert), trains every cell
-that has no result, lets it act from 50 starts that no demonstration had, and adds one line to
-benchmarks/results/policies/cells.jsonl. A cell is a task, a method and a training seed; all cells have the same network,
-batch, steps and learning rate, cells of one seed the same initial weights and order of the data. Without `run` it writes
-benchmarks/results/policies.json and docs/figures/policies.png and puts the tables into docs/policies.md.
+`run` records the demonstrations of every task that has none in FOLDER yet (100 episodes of its expert), trains every
+cell that has no result, lets it act from 50 starts that no demonstration had, and adds one line to
+benchmarks/results/policies/cells.jsonl. A cell is a task, a method and a training seed; all cells of a task have the
+same network, batch, steps and learning rate, those of one seed the same initial weights and order of the data. Without
+`run` it writes benchmarks/results/policies.json, docs/figures/policies.png and the tables of docs/policies.md.
 
 Methods: regression (least squares), flow matching (by Euler's method in 16, 4, 2 and 1 calls), iSD (2 calls and 1), and
 iSD from the weights of the flow-matching policy of the same seed, which has then seen twice the samples.
@@ -47,15 +47,16 @@ METHODS: dict[str, tuple[str, tuple[int, ...]]] = {
     "iSD": ("policy-mlp", (2, 1)),
     "iSD from flow matching": ("policy-mlp", (2, 1)),
 }
-DEMONSTRATIONS, EPISODES, STEPS = 100, 50, 2000
+DEMONSTRATIONS, EPISODES = 100, 50
+STEPS = {"pointmaze-ring": 4000, "pusht": 4000}
+"""Training steps of 256 samples; 2,000 for a task that is not named."""
 
 
-def configuration(method: str, demonstrations: Path, seed: int, initial: str) -> RunConfig:
-    """The recipe, shortened to the study's steps."""
+def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> RunConfig:
+    """The recipe, as long as the study's."""
     config = recipe(METHODS[method][0])
-    training = replace(
-        config.training, seed=seed, images=STEPS * config.training.batch_size, checkpoint_images=STEPS * 256
-    )
+    images = STEPS.get(task, 2000) * config.training.batch_size
+    training = replace(config.training, seed=seed, images=images, checkpoint_images=images)
     data = replace(config.data, root=str(demonstrations))
     return replace(config, data=data, training=training, initial=initial)
 
@@ -76,7 +77,8 @@ def expert_cell(task: str, work: Path) -> dict[str, Any]:
     recorded = json.loads((work / f"{task}.json").read_text())
     found = expert_rollout(find_task(task), EPISODES)
     row = rollout_row(found, find_task(task), "expert", FIRST_TEST_SEED) | {"seed": 0, "seconds": 0.0}
-    return row | {"demonstrations": len(demonstrations), "steps_shown": len(demonstrations.actions), **recorded, **by_start(found)}
+    shown = {"demonstrations": len(demonstrations), "steps_shown": len(demonstrations.actions)}
+    return row | shown | recorded | by_start(found)
 
 
 def by_start(found: Rollout) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def by_start(found: Rollout) -> dict[str, Any]:
 def cell(task: str, method: str, seed: int, work: Path, models: Path) -> list[dict[str, Any]]:
     """Train, and a row for each number of calls."""
     initial = str(models / f"{task}-flow matching-{seed}") if method == "iSD from flow matching" else ""
-    config = configuration(method, demonstrations_of(task, work), seed, initial)
+    config = configuration(task, method, demonstrations_of(task, work), seed, initial)
     folder = models / f"{task}-{method}-{seed}"
     result = train(config, load_dataset(config.data), RunFolder(folder), Machine(cpu=True, quiet=True, threads=1))
     rows = []
@@ -128,10 +130,12 @@ def run(options: argparse.Namespace) -> None:
         for task, method, seed in plan(options.tasks, options.methods, options.seeds):
             if any((row["task"], row["method"], row["seed"]) == (task, method, seed) for row in read_cells()):
                 continue
-            rows = [expert_cell(task, options.work)] if method == "expert" else cell(task, method, seed, options.work, models)
+            expert = method == "expert"
+            rows = [expert_cell(task, options.work)] if expert else cell(task, method, seed, options.work, models)
             with CELLS.open("a") as file:
                 file.write(json.dumps(rows) + "\n")
-            print("; ".join(f"{row['task']} {row['method']} {row['steps']}: {row['successes']}" for row in rows), flush=True)
+            told = ", ".join(f"{row['successes']} at {row['steps']}" for row in rows)
+            print(f"{task}, {method}, seed {seed}: {told}", flush=True)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def policy_mlp() -> RunConfig:
         recipe="policy-mlp",
         data=DataConfig(source="demonstrations", heldout=0.05),
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
-        network=MLPConfig(width=256, depth=4, expansion=1.0, embedding_width=64, max_frequency=16.0),
+        network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=64, max_frequency=16.0),
         objective=ISD(diagonal=0.75, derivative="finite-difference", power=1.0, offset=1.0, dropout=0.0),
         optimizer=OptimizerConfig(lr=1e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
