@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,13 @@ from fewstep.config import RunConfig
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.data import load_dataset
 from fewstep.data.demonstrations import load_demonstrations, save_demonstrations
+from fewstep.measuring import training_seconds
 from fewstep.policies.figures import rollout_row
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
 from fewstep.policies.tasks import find_task
 from fewstep.recipes import recipe
+from fewstep.serialization import to_json
 from fewstep.training import Machine, RunFolder, train
 from policies_summary import summarise
 
@@ -66,8 +68,8 @@ def demonstrations_of(task: str, work: Path) -> Path:
     file = work / f"{task}.safetensors"
     if not file.is_file():
         found = record(find_task(task), DEMONSTRATIONS)
+        (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "expert_errors": len(found.errors)}))
         save_demonstrations(found.demonstrations, file)
-        (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "errors": found.errors}))
     return file
 
 
@@ -89,17 +91,33 @@ def by_start(found: Rollout) -> dict[str, Any]:
 
 def cell(task: str, method: str, seed: int, work: Path, models: Path) -> list[dict[str, Any]]:
     """Train, and a row for each number of calls."""
-    initial = str(models / f"{task}-flow matching-{seed}") if method == "iSD from flow matching" else ""
-    config = configuration(task, method, demonstrations_of(task, work), seed, initial)
-    folder = models / f"{task}-{method}-{seed}"
-    result = train(config, load_dataset(config.data), RunFolder(folder), Machine(cpu=True, quiet=True, threads=1))
+    starts = method == "iSD from flow matching"
+    initial = trained(task, "flow matching", seed, work, models) if starts else None
+    folder = trained(task, method, seed, work, models, initial)
+    seconds = training_seconds(RunFolder(folder))
     rows = []
     for steps in METHODS[method][1]:
         policy = load_policy(folder, steps, seed)
         found = roll_out(policy, find_task(task), EPISODES)
         row = rollout_row(found, find_task(task), method, FIRST_TEST_SEED, policy)
-        rows.append(row | {"seed": seed, "seconds": round(result.seconds, 1), **by_start(found)})
+        rows.append(row | {"seed": seed, "seconds": round(seconds, 1), "settings": settings(method), **by_start(found)})
     return rows
+
+
+def trained(task: str, method: str, seed: int, work: Path, models: Path, initial: Path | None = None) -> Path:
+    """The run of a cell, trained to its end, or taken as it is where it was before."""
+    start = "" if initial is None else str(initial)
+    config = configuration(task, method, demonstrations_of(task, work), seed, start)
+    run = RunFolder(models / f"{task}-{method}-{seed}")
+    train(config, load_dataset(config.data), run, Machine(cpu=True, quiet=True, threads=1))
+    return run.root
+
+
+def settings(method: str) -> str:
+    """Eight hex digits of what a method trains, whatever the task: cells of other settings are not this study's."""
+    config = recipe(METHODS[method][0])
+    record = json.dumps([to_json(config), STEPS, DEMONSTRATIONS, EPISODES])
+    return hashlib.blake2b(record.encode(), digest_size=4).hexdigest()
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
@@ -112,12 +130,12 @@ def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> Iterator[tup
 
 
 def read_cells() -> list[dict[str, Any]]:
-    """Every stored row; a line that was cut off is left out."""
+    """Every stored row of today's settings; a line that was cut off is left out."""
     found: list[dict[str, Any]] = []
     for line in CELLS.read_text().splitlines() if CELLS.is_file() else []:
         with contextlib.suppress(ValueError):
             found += json.loads(line)
-    return found
+    return [row for row in found if row["method"] == "expert" or row["settings"] == settings(row["method"])]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -125,17 +143,16 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # faster than two for networks this small
     RESULTS.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as aside:
-        models = options.models or Path(aside)
-        for task, method, seed in plan(options.tasks, options.methods, options.seeds):
-            if any((row["task"], row["method"], row["seed"]) == (task, method, seed) for row in read_cells()):
-                continue
-            expert = method == "expert"
-            rows = [expert_cell(task, options.work)] if expert else cell(task, method, seed, options.work, models)
-            with CELLS.open("a") as file:
-                file.write(json.dumps(rows) + "\n")
-            told = ", ".join(f"{row['successes']} at {row['steps']}" for row in rows)
-            print(f"{task}, {method}, seed {seed}: {told}", flush=True)
+    models = options.models or options.work / "models"
+    for task, method, seed in plan(options.tasks, options.methods, options.seeds):
+        if any((row["task"], row["method"], row["seed"]) == (task, method, seed) for row in read_cells()):
+            continue
+        expert = method == "expert"
+        rows = [expert_cell(task, options.work)] if expert else cell(task, method, seed, options.work, models)
+        with CELLS.open("a") as file:
+            file.write(json.dumps(rows) + "\n")
+        told = ", ".join(f"{row['successes']} at {row['steps']}" for row in rows)
+        print(f"{task}, {method}, seed {seed}: {told}", flush=True)
 
 
 def main() -> None:
@@ -145,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--work", type=Path, default=Path("demos"), help="where demonstrations are kept")
-    parser.add_argument("--models", type=Path, help="where trained policies are kept; nowhere when not given")
+    parser.add_argument("--models", type=Path, help="where trained policies are kept; WORK/models when not given")
     options = parser.parse_args()
     if options.command == "run":
         run(options)

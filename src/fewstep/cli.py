@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fewstep: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("fewstep: interrupted; the same command goes on from what was saved, or begins anew", file=sys.stderr)
         return 130
     return 0
 

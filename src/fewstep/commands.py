@@ -229,6 +229,8 @@ def demos_command(args: Sequence[str]) -> None:
     if minari is not None or robomimic is not None:
         print(import_demonstrations(options.task, minari, robomimic, options.keys, options.out))
         return
+    if options.keys:
+        raise ConfigError("--keys chooses among an imported file's observations: add --from-minari or --from-robomimic")
     if not options.task:
         raise ConfigError(f"demos needs a task: fewstep demos TASK; tasks: {', '.join(TASKS)}")
     progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
@@ -238,9 +240,22 @@ def demos_command(args: Sequence[str]) -> None:
 
 def rollout_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep rollout RUN`."""
-    from fewstep.robots import draw_film, expert_row, measure_rollouts, rollout_table, shown_on_terminal, write_rollouts
+    import torch
+
+    from fewstep.robots import (
+        choose_drawing,
+        draw_film,
+        expert_row,
+        measure_rollouts,
+        rollout_table,
+        shown_on_terminal,
+        write_rollouts,
+    )
 
     options = parse(RolloutOptions, args, "rollout")
+    torch.set_num_threads(max(1, options.threads))
+    if options.film:
+        choose_drawing()
     starts = options.episodes, options.seed, options.first_seed, options.at_once
     progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
     rows, task, policy = measure_rollouts(options.run, options.steps, options.task, *starts, progress)

@@ -40,7 +40,8 @@ class ChunkConfig:
 class Normaliser:
     """u = 2 (x - low)/(high - low) - 1 per number: what lies within [low, high] comes to [-1, 1].
 
-    A number that never varied, low = high, becomes x - low: zero where it stays what it was.
+    A number that hardly varied, high - low at most 1e-4, or 1e-6 of its size, is not stretched: it becomes x - low,
+    near zero where it stays what it was. Rounding, or a joint that nothing moves, would enter as large as the rest.
     """
 
     low: tuple[float, ...]
@@ -66,7 +67,7 @@ class Normaliser:
         if like.ndim == 0 or like.shape[-1] != len(self.low):
             raise ShapeError(f"values of shape {tuple(like.shape)} for a normaliser of {len(self.low)} numbers")
         low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))
-        varied = high > low
+        varied = high - low > torch.maximum(torch.tensor(1e-4, dtype=torch.float64), 1e-6 * high.abs())
         centre = torch.where(varied, (low + high) / 2, low)
         scale = torch.where(varied, (high - low) / 2, 1.0)
         return centre.to(like), scale.to(like)

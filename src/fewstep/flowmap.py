@@ -22,7 +22,7 @@ from fewstep.paths import Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.preconditioning.scaling import IdentityScaling, Scaling
 from fewstep.schedules import StepTimes, decode_step_times
-from fewstep.serialization import differences, from_json, to_json
+from fewstep.serialization import differences, from_json, later, to_json
 from fewstep.shapes import check_batch, expand
 
 CONFIG_FILE = "config.json"
@@ -47,7 +47,7 @@ class FlowMapConfig:
     sigma_data: float = 1.0
     class_names: tuple[str, ...] = ()
     data_range: tuple[float, float] | None = None
-    observation: tuple[int, ...] = ()
+    observation: tuple[int, ...] = later(tuple)
 
     def build(self) -> FlowMap:
         """A flow map with freshly initialised weights."""

@@ -177,6 +177,8 @@ class RolloutOptions:
     """Also draw the first episode, with the first step count: film.gif and filmstrip.png in the run's folder."""
     at_once: int = 25
     """Simulations held at the same time."""
+    threads: int = 1
+    """CPU threads of the network; one is the fastest for a policy's small one."""
     quiet: bool = False
     """No progress line."""
 

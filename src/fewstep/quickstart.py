@@ -28,10 +28,7 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
 
     Started again on the same folder it goes on where it stopped. Raises what `train` raises.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the quickstart is one process: start it without torchrun, or train recipes with it")
-    if seconds <= 0:
-        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
+    _check(seconds)
     config = _limited(recipe("digits"), seconds)
     dataset = load_dataset(config.data)
     run = RunFolder(root)
@@ -59,6 +56,13 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
     return report(run, title="fewstep quickstart: digits in one and two network calls")
 
 
+def _check(seconds: float) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("the quickstart is one process: start it without torchrun, or train recipes with it")
+    if seconds <= 0:
+        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
+
+
 def _limited(config: RunConfig, seconds: float) -> RunConfig:
     return replace(config, training=replace(config.training, seconds=seconds))
 
@@ -74,8 +78,8 @@ def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECO
     iSD and flow matching train for `seconds` each, regression for half of that. Started again on the same folder it
     goes on where it stopped. Raises what `record_demonstrations`, `train` and `roll_out` raise.
     """
-    if seconds <= 0:
-        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
+    _check(seconds)
+    root = root.resolve()
     demonstrations = root.with_name(f"{root.name}-demos") / f"{POLICY_TASK}.safetensors"
     if not demonstrations.is_file():
         print(f"1/4  demonstrations of {POLICY_TASK}", flush=True)

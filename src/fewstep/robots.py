@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import sys
 from collections.abc import Callable
@@ -25,9 +26,9 @@ def record_demonstrations(name: str, count: int, out: Path | None, first_seed: i
     """Record the expert of a task into a file; what there is to say of it. ConfigError for a file that exists."""
     task = find_task(name)
     file = _new_file(out, task.name)
-    found = record(task, count, first_seed, progress=progress)
+    found = record(task, count, first_seed, progress)
     save_demonstrations(found.demonstrations, file)
-    raised = f", {found.errors} of them by an error of the simulation" if found.errors else ""
+    raised = f", {len(found.errors)} of them by an error ({found.errors[0]})" if found.errors else ""
     return (
         f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
         + described(file, found.demonstrations)
@@ -41,7 +42,7 @@ def import_demonstrations(
     if minari is not None and robomimic is not None:
         raise ConfigError("--from-minari and --from-robomimic are given: import one at a time")
     source = minari or robomimic
-    assert source is not None
+    assert source is not None  # the caller has looked
     file = _new_file(out, name or source.stem)
     if minari is not None:
         found = import_minari(minari, keys, name)
@@ -117,8 +118,16 @@ def expert_row(task: Task, episodes: int, first_seed: int) -> Row:
 
 def draw_film(policy: Policy, task: Task, seed: int, folder: Path) -> Path:
     """One episode as pictures in the run's folder; raises UnsupportedError where they cannot be drawn."""
-    os.environ.setdefault("MUJOCO_GL", "osmesa")  # read when a MuJoCo task first draws; needs no display
     return save_film(film(policy, task, seed)[1], folder)
+
+
+def choose_drawing() -> None:
+    """Let MuJoCo draw in memory by OSMesa, where that is installed and nothing else was chosen.
+
+    MuJoCo reads its variable when it is first imported: call this before any task is made.
+    """
+    if "MUJOCO_GL" not in os.environ and ctypes.util.find_library("OSMesa"):
+        os.environ["MUJOCO_GL"] = "osmesa"
 
 
 def shown_on_terminal(text: str) -> None:
@@ -127,6 +136,7 @@ def shown_on_terminal(text: str) -> None:
 
 
 __all__ = [
+    "choose_drawing",
     "draw_film",
     "expert_row",
     "import_demonstrations",

@@ -163,7 +163,10 @@ def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
 
 
 def _policy_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    rows = sorted((row for row in read_rollouts(run.root) if row["steps"]), key=lambda row: int(row["steps"]))
+    rows = [row for row in read_rollouts(run.root) if row["steps"]]
+    last = tuple(rows[-1][key] for key in ("task", "first_seed", "seed", "episodes")) if rows else ()
+    rows = [row for row in rows if tuple(row[key] for key in ("task", "first_seed", "seed", "episodes")) == last]
+    rows.sort(key=lambda row: int(row["steps"]))
     cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
     times = [(f"Time per decision, {_calls(rows[0]['steps'])}", f"{rows[0]['latency_ms']:.2f} ms")] if rows else []
     return tuple(cards + times)

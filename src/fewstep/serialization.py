@@ -1,5 +1,7 @@
 """Frozen dataclasses to JSON and back, strictly: unknown keys, missing keys and wrong types are errors.
 
+A field added after files were written is declared with `later(...)`: a file that lacks it means its default.
+
 A value whose annotation admits several dataclasses (a union, or an abstract base) is stored with a `type` key that
 names its class; on loading, only classes that the annotation admits are candidates. Nothing is imported by name.
 A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list.
@@ -11,6 +13,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Union
 
 import torch
@@ -23,6 +26,14 @@ JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # no
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _SHOWN = 120
+
+
+_LATER = "later"
+
+
+def later(make: Callable[[], T]) -> T:
+    """A dataclass field that older files lack, which then meant what `make` returns; that must never change."""
+    return dataclasses.field(default_factory=make, metadata={_LATER: True})
 
 
 def to_json(value: Any) -> JSON:
@@ -133,10 +144,10 @@ def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
     unknown = sorted(set(data) - set(fields) - {"type"})
     if unknown:
         raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; known keys: {', '.join(fields)}")
-    missing = sorted(set(fields) - set(data))
+    missing = sorted(key for key in set(fields) - set(data) if not fields[key].metadata.get(_LATER))
     if missing:
         raise ConfigError(f"{where}: missing key {', '.join(missing)}")
-    return cls(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in fields})
+    return cls(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in fields if key in data})
 
 
 def differences(old: JSON, new: JSON, where: str = "") -> list[str]:

@@ -162,6 +162,12 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, file: Path) -> None:
     np.savez(other, observations=np.zeros((3, 2)))
     with pytest.raises(DataError, match=r"other\.npz lacks actions, episode_ends"):
         load_demonstrations(other)
+    np.savez(other, observations=np.zeros((30, 2)), actions=np.zeros((30, 2)), episode_ends=np.array([30]))
+    whole = other.read_bytes()
+    for cut_at in (60, 300, len(whole) - 30):
+        other.write_bytes(whole[:cut_at])
+        with pytest.raises(DataError, match=r"other\.npz is damaged"):
+            load_demonstrations(other)
     other.write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"other\.npz is damaged"):
         load_demonstrations(other)
@@ -174,6 +180,26 @@ def test_bad_files_are_refused_by_name(tmp_path: Path, file: Path) -> None:
         load_chunks(str(single), ChunkConfig(), 0.1, 0)
 
 
-def test_bounds_must_fit() -> None:
-    with pytest.raises(DataError, match="bounds"):
-        Demonstrations(torch.zeros(3, 1), torch.zeros(3, 2), torch.tensor([3]), action_low=(0.0,), action_high=(1.0,))
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        ((0.0,), (1.0,), "1 and 1 numbers for actions of 2"),
+        ((0.0, 0.0), (), "2 and 0 numbers"),
+        ((), (1.0, 1.0), "0 and 2 numbers"),
+        ((1.0, 0.0), (0.0, 1.0), "the first below the second"),
+        ((float("nan"), 0.0), (1.0, 1.0), "must be finite"),
+        ((-1.0, -1.0), (1.0, 0.4), r"action 0\.5 of step 2 lies outside its bounds \[-1, 0\.4\]"),
+    ],
+)
+def test_bounds_must_fit(low: tuple[float, ...], high: tuple[float, ...], said: str) -> None:
+    actions = torch.zeros(3, 2)
+    actions[2, 1] = 0.5
+    with pytest.raises(DataError, match=said):
+        Demonstrations(torch.zeros(3, 1), actions, torch.tensor([3]), action_low=low, action_high=high)
+
+
+def test_what_hardly_varies_is_not_stretched() -> None:
+    values = torch.tensor([[0.0, 1e4, 0.0], [9e-5, 1e4 + 5e-3, 1e-3]], dtype=torch.float64)
+    encoded = Normaliser.fit(values).encode(values)
+    torch.testing.assert_close(encoded[:, :2], values[:, :2] - values[0, :2], rtol=1e-9, atol=1e-12)
+    assert encoded[:, 2].tolist() == [-1.0, 1.0]

@@ -103,7 +103,9 @@ def test_bad_input_gets_one_line(command: Command, words: tuple[object, ...], sa
 def test_settings_that_do_not_fit_are_refused(command: Command, demos: str) -> None:
     for words, said in (
         (("--data.chunks.horizon", 4), "no more actions than the horizon"),
-        (("--training.flip",), "mirror"),
+        (("--training.flip",), "chunks of actions have no mirror images"),
+        (("--data.image-size", 32), "image_size"),
+        (("--network.embedding-width", 0), "embedding width 0"),
         (("--evaluation.curve-images", 640), "no features measure"),
     ):
         refused = command("train", "policy-mlp", "--data.root", demos, *TRAIN, *words)

@@ -61,6 +61,8 @@ def test_observations_of_another_shape_are_refused(name: str, shape: tuple[int, 
         (UNet1dConfig(), (3, 8, 8), r"not samples of shape \(3, 8, 8\)"),
         (UNet1dConfig(multipliers=(1, 2, 2)), (6, 2), "divisible by 4"),
         (UNet1dConfig(kernel=4), (8, 2), "odd kernel"),
+        (UNet1dConfig(kernel=-3), (8, 2), "odd kernel"),
+        (UNet1dConfig(multipliers=()), (8, 2), "multipliers"),
     ],
 )
 def test_chunks_that_do_not_fit_are_refused(config: UNet1dConfig, shape: tuple[int, ...], said: str) -> None:

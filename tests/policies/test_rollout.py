@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pointtask import point_task
+from PIL import Image
+from pointtask import PointExpert, PointSimulation, point_task
 
 from fewstep.control import FIRST_TEST_SEED
-from fewstep.errors import ConfigError, DataError
+from fewstep.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from fewstep.policies.figures import read_rollouts, read_strip, rollout_row, rollout_table, save_film, write_rollouts
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Episode, Rollout, expert_rollout, film, record, roll_out, wilson
+from fewstep.policies.simulation import Outcome, Picture, Vector
 
 
 def test_the_policy_reaches_the_goal(point_run: Path) -> None:
@@ -52,8 +57,6 @@ def test_a_simulation_that_fails_is_an_error_by_name_and_the_others_finish(point
 
 
 def test_another_task_is_refused(point_run: Path) -> None:
-    from dataclasses import replace
-
     task = replace(point_task().task, observation_size=5)
     with pytest.raises(ConfigError, match="sees 4 numbers and moves 2; point shows 5 and takes 2"):
         roll_out(load_policy(point_run), task, 1)
@@ -92,12 +95,13 @@ def test_recorded_steps_are_those_of_the_episodes() -> None:
 def test_failed_demonstrations_are_dropped_and_counted() -> None:
     found = record(point_task(lazy=True, raises_at={1: 2}).task, 6)
     assert len(found.demonstrations) == 6
-    assert (found.tried, found.failed, found.errors) == (11, 5, 1)
+    assert (found.tried, found.failed) == (11, 5)
+    assert found.errors == ("start 1: RuntimeError: the arm fell off",)
 
 
 def test_an_expert_that_mostly_fails_is_refused() -> None:
     blind = point_task(raises_at=dict.fromkeys(range(200), 1))
-    with pytest.raises(DataError, match="0 of 10 episodes"):
+    with pytest.raises(DataError, match=r"0 of 10 episodes.*the arm fell off"):
         record(blind.task, 3)
     with pytest.raises(ConfigError, match="kept for rollouts"):
         record(point_task().task, 3, first_seed=FIRST_TEST_SEED - 1)
@@ -133,3 +137,136 @@ def test_a_film_shows_the_episode_from_start_to_end(point_run: Path, tmp_path: P
     assert (shown[0].permute(1, 2, 0).numpy() == pictures[0]).all()
     assert (shown[-1].permute(1, 2, 0).numpy() == pictures[-1]).all()
     assert (tmp_path / "film.gif").stat().st_size > 0
+
+
+class Broken(PointSimulation):
+    """Fails where it is told to, and from then on for good."""
+
+    def __init__(self, where: str, seed: int) -> None:
+        super().__init__()
+        self.where, self.at, self.dead = where, seed, False
+
+    def fail(self, where: str) -> None:
+        if self.dead or (where == self.where and self.seed == self.at):
+            self.dead = True
+            raise RuntimeError(f"lost in {where}")
+
+    def reset(self, seed: int) -> Vector:
+        seen = super().reset(seed)
+        self.fail("reset")
+        return seen
+
+    def step(self, action: Vector) -> Outcome:
+        self.fail("step")
+        outcome = super().step(action)
+        if self.where == "size" and self.seed == self.at:
+            return replace(outcome, observation=outcome.observation[:3])
+        if self.where == "huge" and self.seed == self.at:
+            return replace(outcome, observation=np.full(4, 3e38, np.float32))
+        if self.where == "infinite" and self.seed == self.at:
+            return replace(outcome, observation=np.full(4, 1e39))
+        return outcome
+
+    def route(self) -> str:
+        self.fail("route")
+        return super().route()
+
+    def render(self) -> Picture:
+        self.fail("render")
+        return super().render()
+
+    def close(self) -> None:
+        raise RuntimeError("no way out")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("reset", "lost in reset"),
+        ("step", "lost in step"),
+        ("route", "lost in route"),
+        ("size", r"shape \(3,\): point has \(4,\)"),
+        ("huge", "actions after observation 0 are not finite"),
+        ("infinite", "an observation is not finite"),
+    ],
+)
+def test_one_episode_fails_alone_and_its_simulation_is_replaced(point_run: Path, where: str, said: str) -> None:
+    bad = FIRST_TEST_SEED + 1
+    task = replace(point_task().task, make=lambda _: Broken(where, bad))
+    found = roll_out(load_policy(point_run), task, 6, at_once=2)
+    usual = roll_out(load_policy(point_run), point_task().task, 6, at_once=2)
+    assert [episode.seed for episode in found.errors] == [bad]
+    assert re.search(said, found.errors[0].error)
+    assert found.episodes[2:] == usual.episodes[2:]
+    if where != "route":
+        with pytest.raises(UnsupportedError, match="no film of point"):
+            film(load_policy(point_run), task, bad)
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line(point_run: Path) -> None:
+    task = replace(point_task().task, make=lambda _: Broken("render", FIRST_TEST_SEED))
+    with pytest.raises(UnsupportedError, match="no film of point: RuntimeError: lost in render"):
+        film(load_policy(point_run), task)
+
+
+def test_the_film_is_of_the_measured_episode(point_run: Path) -> None:
+    policy, task = load_policy(point_run), point_task().task
+    measured = roll_out(policy, task, 3, first_seed=40).episodes
+    assert film(policy, task, 42)[0] == measured[2]
+    with pytest.raises(ConfigError, match="from start -5"):
+        roll_out(policy, task, 1, first_seed=-5)
+
+
+class Stumbling(PointExpert):
+    """Raises at the start 2, and has no number to offer at the start 4."""
+
+    def begin(self, seed: int) -> None:
+        super().begin(seed)
+        self.seed = seed
+        if seed == 2:
+            raise ValueError("no plan")
+
+    def act(self, observation: Vector) -> Vector:
+        return np.full(2, np.nan, np.float32) if self.seed == 4 else super().act(observation)
+
+
+def test_an_expert_that_stumbles_costs_its_episode_alone() -> None:
+    found = record(replace(point_task().task, expert=Stumbling), 5)
+    assert found.errors == ("start 2: ValueError: no plan", "start 4: an action is not finite")
+    assert (found.tried, len(found.demonstrations)) == (7, 5)
+
+
+class Ending(PointSimulation):
+    """Cannot go on after three steps."""
+
+    def step(self, action: Vector) -> Outcome:
+        assert self.steps < 3
+        return replace(super().step(0 * action), ended=self.steps == 3)
+
+
+def test_an_ended_simulation_is_not_stepped(point_run: Path) -> None:
+    task = replace(point_task().task, make=lambda _: Ending())
+    assert expert_rollout(task, 2).episodes == tuple(
+        Episode(FIRST_TEST_SEED + k, False, 0.0, 3, ending_route(FIRST_TEST_SEED + k)) for k in range(2)
+    )
+    assert all(
+        (episode.steps, episode.error) == (3, "") for episode in roll_out(load_policy(point_run), task, 3).episodes
+    )
+
+
+def ending_route(seed: int) -> str:
+    simulation = Ending()
+    simulation.reset(seed)
+    return simulation.route()
+
+
+def test_damaged_rows_and_strips_are_named(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.json").write_text("[{}]")
+    with pytest.raises(CheckpointError, match=r"rollouts\.json is damaged"):
+        read_rollouts(tmp_path)
+    Image.new("RGB", (13, 4)).save(tmp_path / "filmstrip.png")
+    with pytest.raises(CheckpointError, match="no strip of 8"):
+        read_strip(tmp_path)
+    (tmp_path / "filmstrip.png").write_bytes(b"no picture")
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_strip(tmp_path)

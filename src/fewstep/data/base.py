@@ -148,7 +148,8 @@ class Dataset:
     """Training and held-out samples of one shape, with what is measured of the training part.
 
     num_classes: 0 when there are no labels; otherwise labels lie in [0, num_classes) and class_names has one name each.
-    mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean.
+    mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
+    of chunks of actions, of each action once.
     decoding: how samples become images, where they are latents. control: how they are acted on, where they are chunks
     of actions. Raises DataError when the parts do not fit each other, or when the training values are not finite or all
     equal.

@@ -62,7 +62,7 @@ class ChunkSet(SampleSet):
 
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if mirror is not None:
-            raise DataError("chunks of actions have no mirror images: train with --training.no-flip")
+            raise DataError("chunks of actions have no mirror images")
         step, _, last = self._steps[indices.cpu()].unbind(1)
         ahead = step[:, None] + torch.arange(self.control.chunks.horizon)
         return self._actions[torch.minimum(ahead, last[:, None])], None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +56,7 @@ class Demonstrations:
         starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if ends.ndim == 1 and len(ends) else ends
         if ends.ndim != 1 or not len(ends) or int(ends[-1]) != len(actions) or bool((ends <= starts).any()):
             raise DataError(f"episode ends must rise from at least 1 to the {len(actions)} steps, one per episode")
-        if len({len(self.action_low), len(self.action_high)} - {0}) > 1 or len(self.action_low) not in (
-            0,
-            actions.shape[1],
-        ):
-            raise DataError(
-                f"action bounds of {len(self.action_low)} and {len(self.action_high)} numbers for actions of "
-                f"{actions.shape[1]}: give one of each per number, or none"
-            )
+        check_bounds(actions, self.action_low, self.action_high)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -69,6 +65,27 @@ class Demonstrations:
     def starts(self) -> Tensor:
         """First step of every episode, (E,)."""
         return torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+
+
+def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...]) -> None:
+    """Raise DataError unless there are no bounds, or finite ones low < high (Da,) that hold all actions (N, Da)."""
+    if not low and not high:
+        return
+    if len(low) != actions.shape[1] or len(high) != actions.shape[1]:
+        raise DataError(
+            f"action bounds of {len(low)} and {len(high)} numbers for actions of {actions.shape[1]}: give one of each "
+            "per number, or none"
+        )
+    if not all(math.isfinite(a) and math.isfinite(b) and a < b for a, b in zip(low, high, strict=True)):
+        raise DataError(f"action bounds {low} and {high} must be finite, the first below the second")
+    slack = 1e-4 * (torch.tensor(high) - torch.tensor(low))
+    outside = (actions < torch.tensor(low) - slack) | (actions > torch.tensor(high) + slack)
+    if bool(outside.any()):
+        step, number = torch.nonzero(outside)[0].tolist()
+        raise DataError(
+            f"action {actions[step, number]:g} of step {step} lies outside its bounds [{low[number]:g}, "
+            f"{high[number]:g}]: clip the actions as they were carried out, or leave out the bounds"
+        )
 
 
 def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
@@ -130,7 +147,7 @@ def _read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with np.load(file, allow_pickle=False) as opened:
             found = {name: opened[name] for name in opened.files}
         arrays = {name: torch.from_numpy(found[name]) for name in found if found[name].dtype.kind in "fiu"}
-    except (OSError, ValueError, EOFError, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file} is damaged or not an .npz archive ({error})") from error
     about = {key: found[key].tolist() for key in ("task", "action_low", "action_high") if key in found}
     return arrays, about

@@ -65,8 +65,8 @@ def import_robomimic(
     def read(name: str, group: Any) -> tuple[_Rows, _Rows]:
         where = f"{file}: data/{name}"
         actions = _rows(_member(group, "actions", where), f"{where}/actions", floats=True)
-        promised = int(group.attrs.get("num_samples", len(actions)))
-        if promised != len(actions):
+        promised = np.asarray(group.attrs.get("num_samples", len(actions)))
+        if promised.shape != () or promised != len(actions):
             raise DataError(f"{where} has {len(actions)} actions but num_samples says {promised}: drop the episode")
         observations = _observations(_member(group, "obs", where), keys, f"{where}/obs")
         _check_length(observations, len(actions), len(actions), f"{where}/obs", "")
@@ -134,6 +134,8 @@ def _episodes(
         absent = sorted(set(chosen) - set(names))
         if absent:
             raise DataError(f"{file} lists {absent[0]} in its split but has no such episode")
+        if not chosen:
+            raise DataError(f"{file} lists no episodes in its split: name another, or take all")
         names = list(chosen)
     if not names:
         raise DataError(f"{file} has no groups {prefix}0, {prefix}1, ...; there are: {_listed(group)}")
@@ -157,6 +159,12 @@ def _is_group(node: Any) -> bool:
     import h5py
 
     return isinstance(node, h5py.Group)
+
+
+def _is_array(node: Any) -> bool:
+    import h5py
+
+    return isinstance(node, h5py.Dataset)
 
 
 def _listed(group: Any) -> str:
@@ -190,6 +198,8 @@ def _rows(node: Any, where: str, floats: bool = False) -> _Rows:
     """An array (T,) or (T, D) as (T, D) float32. Unsigned bytes are pictures; whole numbers as actions are choices."""
     if _is_group(node):
         raise DataError(f"{where} is a group of {_listed(node)}: name one of its arrays")
+    if not _is_array(node):
+        raise DataError(f"{where} is no array: name one of the arrays beside it")
     kinds = "f" if floats else "fib"
     if node.dtype.kind not in kinds or len(node.shape) not in (1, 2) or 0 in node.shape:
         raise DataError(
@@ -219,4 +229,7 @@ def _joined(file: Path, episodes: list[tuple[_Rows, _Rows]], task: str, low: _Bo
         low, high = (), ()
     observations, actions = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*episodes, strict=True))
     ends = torch.tensor([len(part) for _, part in episodes]).cumsum(0)
-    return Demonstrations(observations, actions, ends, task, low, high)
+    try:
+        return Demonstrations(observations, actions, ends, task, low, high)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error

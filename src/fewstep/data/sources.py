@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
 from fewstep.errors import ConfigError, DataError, MissingExtraError
 from fewstep.randomness import Draws
+from fewstep.serialization import later
 
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
 _LUMA = (19595, 38470, 7471)
@@ -61,7 +62,7 @@ class DataConfig:
     random_shape: tuple[int, int, int] = (4, 32, 32)
     random_classes: int = 1000
     random_count: int = 1024
-    chunks: ChunkConfig = field(default_factory=ChunkConfig)
+    chunks: ChunkConfig = later(ChunkConfig)
 
     def __post_init__(self) -> None:
         if not 0.0 < self.heldout < 1.0:
@@ -86,6 +87,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.source == "latents":
         return _load_latents(config)
     if config.source == "demonstrations":
+        if config.image_size or config.channels:
+            raise ConfigError("demonstrations are no images: leave image_size and channels at 0")
         return load_chunks(config.root, config.chunks, config.heldout, config.seed)
     loaded = _load(config)
     parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)

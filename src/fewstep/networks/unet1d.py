@@ -141,7 +141,8 @@ def _check(config: UNet1dConfig, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where the settings make no network for this shape."""
     if len(shape) != 2:
         raise ConfigError(f"a U-Net along time takes chunks (steps, channels), not samples of shape {shape}")
-    if not config.multipliers or min(config.width, config.blocks, *config.multipliers) < 1 or config.kernel % 2 == 0:
+    least = min(config.width, config.blocks, config.kernel, *config.multipliers) if config.multipliers else 0
+    if least < 1 or config.kernel % 2 == 0:
         raise ConfigError(f"a U-Net needs width, blocks and multipliers of at least 1 and an odd kernel: {config}")
     factor = 2 ** (len(config.multipliers) - 1)
     if shape[0] % factor:

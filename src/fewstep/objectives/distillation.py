@@ -172,6 +172,10 @@ class CTM(Objective):
         return self.distance == "features"
 
     @property
+    def to_data_end(self) -> bool:
+        return self.to_end
+
+    @property
     def needs_critic(self) -> bool:
         return self.adversarial > 0
 

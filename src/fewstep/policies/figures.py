@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ Row = dict[str, Any]
 ROLLOUTS_FILE = "rollouts.json"
 FILM_FILE, STRIP_FILE = "film.gif", "filmstrip.png"
 _IDENTITY = ("method", "task", "sampler", "steps", "seed", "first_seed", "episodes")
+_SHOWN = ("successes", "success", "low", "high", "mean_steps", "score", "routes", "errors", "latency_ms")
 
 
 def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy: Policy | None = None) -> Row:
@@ -48,7 +50,7 @@ def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy
         "routes": found.routes,
         "errors": [f"start {episode.seed}: {episode.error}" for episode in found.errors],
         "latency_ms": None if policy is None else found.single_ms,
-        "batch_latency_ms": None if policy is None else found.latency_ms,
+        "batch_latency_ms": found.latency_ms if math.isfinite(found.latency_ms) else None,
     }
 
 
@@ -66,8 +68,10 @@ def read_rollouts(folder: Path) -> list[Row]:
     file = folder / ROLLOUTS_FILE
     try:
         rows = json.loads(file.read_text()) if file.is_file() else []
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError("not a list of rows")
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and set(row).issuperset(_IDENTITY + _SHOWN) for row in rows
+        ):
+            raise ValueError("not a list of rows, each with every figure")
     except ValueError as error:
         raise CheckpointError(
             f"{file} is damaged ({error}): delete it, and run fewstep rollout {folder} anew"
@@ -122,7 +126,10 @@ def strip(pictures: list[Picture], count: int = 8) -> list[Picture]:
 
 
 def read_strip(folder: Path, count: int = 8) -> Tensor | None:
-    """The pictures of filmstrip.png, (count, 3, H, W) uint8; None where there is none that can be read."""
+    """The pictures of filmstrip.png, (count, 3, H, W) uint8; None where there is none.
+
+    Raises CheckpointError for a file that is damaged, or no such strip.
+    """
     file = folder / STRIP_FILE
     if not file.is_file():
         return None
@@ -132,6 +139,8 @@ def read_strip(folder: Path, count: int = 8) -> Tensor | None:
     except OSError as error:
         raise CheckpointError(f"{file} is damaged ({error}): delete it") from error
     height, width, _ = whole.shape
+    if width % count:
+        raise CheckpointError(f"{file} is no strip of {count} pictures: delete it")
     pictures = torch.from_numpy(whole.copy()).reshape(height, count, width // count, 3)
     return pictures.permute(1, 3, 0, 2)
 

@@ -12,7 +12,7 @@ from fewstep.conditions import Condition
 from fewstep.errors import CheckpointError, ConfigError, ShapeError
 from fewstep.flowmap import FlowMap
 from fewstep.randomness import Draws
-from fewstep.sampling import Sampler, SamplingSettings, evaluating, prior_noise
+from fewstep.sampling import Sampler, SamplingSettings, prior_noise
 from fewstep.schedules import SamplerName
 from fewstep.training import load
 
@@ -23,7 +23,8 @@ class Policy:
     """Observations in, chunks of actions out, both in the robot's own units.
 
     flow_map: of chunks (horizon, Da), with its Control. steps: of its sampler, one network call each.
-    seed: of the noise, a function of (seed, decision, episode), whatever else is in the batch.
+    seed: of the noise, a function of (seed, decision, episode), whatever else is in the batch; `reset` begins the next
+    episode.
     Raises CheckpointError for a flow map that is no policy, ConfigError for fewer steps than one, or more than a
     regression takes.
     """
@@ -37,6 +38,7 @@ class Policy:
             raise ConfigError(f"a policy of {steps} steps: {least}")
         self.flow_map, self.steps, self.seed = flow_map.eval(), steps, seed
         self.times, self.sampler = self._schedule()
+        self._episode = -1
         self.reset()
 
     @property
@@ -59,17 +61,19 @@ class Policy:
         """The next actions (B, Ta, Da), within the bounds, after the last observations (B, To, Do), oldest first.
 
         decision, episodes (B,): which noise is drawn; 0 and 0 .. B - 1 when not given. Raises ShapeError for
-        observations of another shape or that are not finite.
+        observations of another shape or that are not finite, or so far off that the actions are not.
         """
         normalised = self._normalised(obs)
         index = torch.arange(len(obs)) if episodes is None else episodes.cpu()
         draws = Draws(self.seed, decision, index.to(normalised.device))
         noise = prior_noise(self.flow_map, draws)
         x = torch.zeros_like(noise) if self.control.sampler == "mean" else noise
-        with evaluating(self.flow_map):
-            chunk = self.sampler(self.flow_map, x, self.times, Condition(observation=normalised), draws)
-        taken = chunk[:, : self.control.chunks.n_action_steps]
-        return self.control.bounded(self.control.actions.decode(taken.cpu()))
+        chunk = self.sampler(self.flow_map, x, self.times, Condition(observation=normalised), draws)
+        taken = chunk[:, : self.control.chunks.n_action_steps].cpu()
+        if not bool(taken.isfinite().all()):
+            row = int(torch.nonzero(~taken.isfinite())[0, 0])
+            raise ShapeError(f"the actions after observation {row} are not finite: it is far from all demonstrations")
+        return self.control.bounded(self.control.actions.decode(taken))
 
     def _normalised(self, obs: Tensor) -> Tensor:
         if obs.ndim != 3 or tuple(obs.shape[1:]) != self.observation_shape or not len(obs):
@@ -79,13 +83,14 @@ class Policy:
             row, _, number = torch.nonzero(~obs.isfinite())[0].tolist()
             raise ShapeError(f"observation {row} is not finite (its number {number}): check the sensor that gives it")
         device = next(self.flow_map.parameters()).device
-        return self.control.observations.encode(obs.float()).to(device)
+        return self.control.observations.encode(obs).float().to(device)
 
     def reset(self) -> None:
         """Forget what was seen and planned: an episode begins."""
         self._seen: deque[Tensor] = deque(maxlen=self.control.chunks.n_obs_steps)
         self._planned: deque[Tensor] = deque()
         self._decision = 0
+        self._episode += 1
 
     def select_action(self, obs: Tensor) -> Tensor:
         """The next action (Da,) after an observation (Do,); asks the network once every Ta actions.
@@ -99,10 +104,10 @@ class Policy:
         if not bool(obs.isfinite().all()):
             number = int(torch.nonzero(~obs.isfinite())[0, 0])
             raise ShapeError(f"the observation is not finite (its number {number}): check the sensor that gives it")
-        self._seen.append(obs.float())
+        self._seen.append(obs)
         if not self._planned:
             history = stacked(list(self._seen), self.control.chunks.n_obs_steps)
-            self._planned.extend(self.predict_chunk(history[None], self._decision)[0])
+            self._planned.extend(self.predict_chunk(history[None], self._decision, torch.tensor([self._episode]))[0])
             self._decision += 1
         return self._planned.popleft()
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.data.demonstrations import Demonstrations
-from fewstep.errors import ConfigError, DataError, FewstepError
+from fewstep.errors import ConfigError, DataError, FewstepError, UnsupportedError
 from fewstep.policies.policy import Policy, stacked
 from fewstep.policies.simulation import Expert, Outcome, Picture, Simulation, Task, Vector
 
@@ -84,10 +87,10 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 @dataclass
-class _Running:
-    """An episode under way."""
+class Running:
+    """An episode under way in a simulation of its task. Whatever that raises ends it, as an error by name."""
 
-    index: int
+    task: Task
     seed: int
     simulation: Simulation
     seen: list[Tensor] = field(default_factory=list)
@@ -100,40 +103,86 @@ class _Running:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Whatever the simulation raises ends this episode, as an error; the others go on."""
+        """Inside, an exception of foreign code becomes this episode's error; the others go on."""
         try:
             yield
         except FewstepError as error:
             self.error, self.over = str(error), True
-        except Exception as error:  # foreign code
+        except Exception as error:
             self.error, self.over = f"{type(error).__name__}: {error}", True
 
-    def begin(self, picture: bool) -> None:
+    def begin(self, picture: bool = False) -> None:
+        """The first observation, and the first picture."""
         with self.guarded():
             self.look(self.simulation.reset(self.seed))
             if picture:
                 self.pictures.append(self.simulation.render())
 
     def look(self, observation: Vector) -> None:
-        """Take in an observation; raises DataError for numbers that are not finite."""
-        if not np.isfinite(observation).all():
-            number = int(np.flatnonzero(~np.isfinite(observation))[0])
-            raise DataError(f"the simulation's observation is not finite (its number {number})")
-        self.seen.append(torch.from_numpy(np.asarray(observation, dtype=np.float32)))
+        """Take in an observation; raises DataError for another size or numbers that are not finite."""
+        found = np.asarray(observation, dtype=np.float32)
+        if found.shape != (self.task.observation_size,):
+            raise DataError(
+                f"an observation of shape {found.shape}: {self.task.name} has ({self.task.observation_size},)"
+            )
+        if not np.isfinite(found).all():
+            raise DataError(f"an observation is not finite (its number {int(np.flatnonzero(~np.isfinite(found))[0])})")
+        self.seen.append(torch.from_numpy(found.copy()))
 
-    def act(self, action: Vector, limit: int, picture: bool) -> None:
+    def act(self, action: Vector, picture: bool = False) -> None:
+        """One action, brought within the bounds."""
         with self.guarded():
-            outcome: Outcome = self.simulation.step(action)
+            if not np.isfinite(action).all():
+                raise DataError("an action is not finite")
+            outcome: Outcome = self.simulation.step(self.task.clip(action))
             self.steps += 1
             self.score, self.success = max(self.score, outcome.score), self.success or outcome.success
+            self.over = self.success or outcome.ended or self.steps >= self.task.max_steps
             self.look(outcome.observation)
             if picture:
                 self.pictures.append(self.simulation.render())
-            self.over = self.success or outcome.ended or self.steps >= limit
 
     def finished(self) -> Episode:
-        route = "" if self.error else self.simulation.route()
+        """How it went."""
+        route = ""
+        if not self.error:  # a simulation that failed has nothing more to say
+            with self.guarded():
+                route = self.simulation.route()
         return Episode(self.seed, self.success and not self.error, self.score, self.steps, route, self.error)
+
+
+class Simulations:
+    """Simulations of a task, made as needed and closed at the end; one that failed is replaced."""
+
+    def __init__(self, task: Task, pictures: bool = False) -> None:
+        self.task, self.pictures = task, pictures
+        self._kept: list[Simulation] = []
+
+    def __enter__(self) -> Simulations:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for simulation in self._kept:
+            close(simulation)
+
+    def running(self, seeds: Sequence[int]) -> list[Running]:
+        """Episodes at these starts, each in a simulation of its own."""
+        while len(self._kept) < len(seeds):
+            self._kept.append(self.task.make(self.pictures))
+        return [Running(self.task, seed, simulation) for seed, simulation in zip(seeds, self._kept, strict=False)]
+
+    def mend(self, episodes: Sequence[Running]) -> None:
+        """Replace the simulations of episodes that ended in an error: they may be broken."""
+        for place, episode in enumerate(episodes):
+            if episode.error:
+                close(self._kept[place])
+                self._kept[place] = self.task.make(self.pictures)
+
+
+def close(simulation: Simulation) -> None:
+    """Close a simulation; one that cannot even do that costs nothing that was measured."""
+    with contextlib.suppress(Exception):
+        simulation.close()
 
 
 def roll_out(
@@ -147,61 +196,74 @@ def roll_out(
     """Episodes from the starts first_seed, first_seed + 1, ..., in lockstep: one batched network call a chunk.
 
     at_once: simulations held at the same time. An episode ends at its goal, at the task's limit, or with an error of
-    its simulation; the others finish. Raises ConfigError for no episodes, or a task of other sizes than the policy's.
+    its simulation; the others finish. Raises ConfigError for no episodes, a negative seed, or a task of other sizes
+    than the policy's.
     """
-    if episodes < 1 or at_once < 1:
-        raise ConfigError(f"{episodes} episodes, {at_once} at once: both must be at least 1")
+    if episodes < 1 or at_once < 1 or first_seed < 0:
+        raise ConfigError(
+            f"{episodes} episodes, {at_once} at once, from start {first_seed}: needs at least 1, 1 and 0 of them"
+        )
     check_fit(policy, task)
     found: list[Episode] = []
     spent: list[float] = []
-    simulations: list[Simulation] = []
-    try:
-        for first in range(0, episodes, at_once):
-            count = min(at_once, episodes - first)
-            simulations += [task.make(False) for _ in range(count - len(simulations))]
-            running = [_Running(first + k, first_seed + first + k, simulations[k]) for k in range(count)]
-            spent += run_lockstep(policy, task, running)
+    with Simulations(task) as simulations:
+        for first in range(first_seed, first_seed + episodes, at_once):
+            running = simulations.running(range(first, min(first + at_once, first_seed + episodes)))
+            spent += run_lockstep(policy, running)
             found += [each.finished() for each in running]
+            simulations.mend(running)
             if progress is not None:
                 progress(f"{len(found)} of {episodes} episodes, {sum(e.success for e in found)} at the goal")
-    finally:
-        for simulation in simulations:
-            simulation.close()
     return Rollout(tuple(found), median(spent), single_latency(policy), len(spent))
 
 
 def film(policy: Policy, task: Task, seed: int = FIRST_TEST_SEED) -> tuple[Episode, list[Picture]]:
-    """One episode with its pictures, the start's first; raises UnsupportedError where the task draws none."""
+    """One episode with its pictures, the start's first: the one that `roll_out` has at that start.
+
+    Raises UnsupportedError where the task draws none, or where its simulation fails.
+    """
     check_fit(policy, task)
-    simulation = task.make(True)
-    try:
-        simulation.reset(seed)
-        simulation.render()  # says why where it cannot
-        running = _Running(seed - FIRST_TEST_SEED, seed, simulation)
-        run_lockstep(policy, task, [running], pictures=True)
-        return running.finished(), running.pictures
-    finally:
-        simulation.close()
+    with Simulations(task, pictures=True) as simulations:
+        (running,) = simulations.running([seed])
+        run_lockstep(policy, [running], pictures=True)
+        episode = running.finished()
+    if episode.error:
+        raise UnsupportedError(f"no film of {task.name}: {episode.error}")
+    return episode, running.pictures
 
 
-def run_lockstep(policy: Policy, task: Task, running: list[_Running], pictures: bool = False) -> list[float]:
-    """Carry episodes to their ends; milliseconds of every decision."""
+def run_lockstep(policy: Policy, running: Sequence[Running], pictures: bool = False) -> list[float]:
+    """Carry episodes to their ends; milliseconds of every decision. The noise follows from the start, not the place."""
     spent = []
     for each in running:
         each.begin(pictures)
-    for decision in range(math.ceil(task.max_steps / policy.control.chunks.n_action_steps)):
+    limit = max(each.task.max_steps for each in running)
+    for decision in range(math.ceil(limit / policy.control.chunks.n_action_steps)):
         going = [each for each in running if not each.over]
         if not going:
             break
-        history = torch.stack([stacked(each.seen, policy.control.chunks.n_obs_steps) for each in going])
         started = time.perf_counter()
-        chunk = policy.predict_chunk(history, decision, torch.tensor([each.index for each in going]))
+        chunks = decide(policy, going, decision)
         spent.append(1000 * (time.perf_counter() - started))
-        for each, actions in zip(going, chunk.numpy(), strict=True):
+        for each, actions in zip(going, chunks, strict=True):
             for action in actions:
                 if not each.over:
-                    each.act(task.clip(action), task.max_steps, pictures)
+                    each.act(action, pictures)
     return spent
+
+
+def decide(policy: Policy, going: Sequence[Running], decision: int) -> list[NDArray[np.float32]]:
+    """A chunk (Ta, Da) for every episode by one call; one that has none to offer ends by itself, as an error."""
+    history = torch.stack([stacked(each.seen, policy.control.chunks.n_obs_steps) for each in going])
+    numbers = torch.tensor([each.seed for each in going])
+    try:
+        return list(policy.predict_chunk(history, decision, numbers).numpy())
+    except FewstepError:
+        chunks = [np.empty((0, 0), dtype=np.float32)] * len(going)
+        for place, each in enumerate(going):
+            with each.guarded():
+                chunks[place] = policy.predict_chunk(history[place : place + 1], decision, numbers[[place]])[0].numpy()
+        return chunks
 
 
 def check_fit(policy: Policy, task: Task) -> None:
@@ -233,77 +295,82 @@ def median(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Recording:
-    """Demonstrations of an expert, how many episodes it tried for them, and how many of those failed or raised."""
+    """Demonstrations of an expert, how many episodes it tried for them, how many failed, and the errors among those."""
 
     demonstrations: Demonstrations
     tried: int
     failed: int
-    errors: int
+    errors: tuple[str, ...]
 
 
-def record(
-    task: Task, count: int, first_seed: int = 0, steps_after: int = 0, progress: Progress | None = None
-) -> Recording:
+def record(task: Task, count: int, first_seed: int = 0, progress: Progress | None = None) -> Recording:
     """`count` successful episodes of the task's expert, from starts first_seed, first_seed + 1, ...; failures dropped.
 
-    An episode's last step is the one that reached the goal, or `steps_after` later. Raises ConfigError for a task
-    without an expert or starts that are kept for rollouts, DataError when most episodes fail.
+    An episode's last step is the one that reached the goal. Raises ConfigError for a task without an expert or starts
+    that are kept for rollouts, DataError when most episodes fail.
     """
     if task.expert is None:
         raise ConfigError(f"{task.name} has no expert: train on demonstrations from a file")
     if count < 1 or first_seed < 0:
         raise ConfigError(f"{count} demonstrations from seed {first_seed}: needs at least 1, from a seed of at least 0")
-    simulation, expert = task.make(False), task.expert()
-    kept: list[tuple[list[Vector], list[Vector]]] = []
-    tried = errors = 0
-    try:
+    expert = task.expert()
+    kept: list[Demonstrated] = []
+    errors: list[str] = []
+    tried = 0
+    with Simulations(task) as simulations:
         while len(kept) < count:
             if tried >= 10 and len(kept) < tried / 3:
-                raise DataError(f"{task.name}: the expert reached the goal in {len(kept)} of {tried} episodes: too few")
+                first = f"; the first error: {errors[0]}" if errors else ""
+                raise DataError(f"{task.name}: {len(kept)} of {tried} episodes reached the goal, too few{first}")
             if first_seed + tried >= FIRST_TEST_SEED:
                 raise ConfigError(f"starts from {FIRST_TEST_SEED} on are kept for rollouts: begin at an earlier seed")
-            episode, observations, actions = demonstrate(task, simulation, expert, first_seed + tried, steps_after)
+            found = demonstrate(simulations, expert, first_seed + tried)
             tried += 1
-            errors += bool(episode.error)
-            if episode.success:
-                kept.append((observations, actions))
+            kept += [found] if found.episode.success else []
+            errors += [f"start {found.episode.seed}: {found.episode.error}"] if found.episode.error else []
             if progress is not None:
                 progress(f"{len(kept)} of {count} demonstrations, {tried - len(kept)} episodes dropped")
-    finally:
-        simulation.close()
-    seen, taken = (
-        torch.from_numpy(np.concatenate([episode[part] for episode in kept]).astype(np.float32)) for part in (0, 1)
-    )
-    ends = torch.tensor([len(episode[1]) for episode in kept]).cumsum(0)
-    found = Demonstrations(seen, taken, ends, task.name, task.action_low, task.action_high)
-    return Recording(found, tried, tried - count, errors)
+    seen, taken = torch.cat([each.observations for each in kept]), torch.cat([each.actions for each in kept])
+    ends = torch.tensor([len(each.actions) for each in kept]).cumsum(0)
+    demonstrations = Demonstrations(seen, taken, ends, task.name, task.action_low, task.action_high)
+    return Recording(demonstrations, tried, tried - count, tuple(errors))
 
 
-def demonstrate(
-    task: Task, simulation: Simulation, expert: Expert, seed: int, steps_after: int = 0
-) -> tuple[Episode, list[Vector], list[Vector]]:
-    """One episode of an expert: how it went, its observations and the actions taken at them, as many of each."""
-    running, actions, left = _Running(0, seed, simulation), list[Vector](), steps_after
-    expert.begin(seed)
-    running.begin(False)
-    while not running.error and running.steps < task.max_steps and (not running.success or left > 0):
-        left -= running.success
-        action = task.clip(expert.act(running.seen[-1].numpy()))
-        actions.append(action)
-        running.act(action, task.max_steps, False)
-    observations = [seen.numpy() for seen in running.seen[: len(actions)]]
-    return running.finished(), observations, actions
+class Demonstrated(NamedTuple):
+    """An expert's episode: how it went, what it saw and did, (steps, Do) and (steps, Da)."""
+
+    episode: Episode
+    observations: Tensor
+    actions: Tensor
+
+
+def demonstrate(simulations: Simulations, expert: Expert, seed: int) -> Demonstrated:
+    """One episode of an expert, in the first of the simulations; what the expert raises is an error of the episode."""
+    (running,), actions = simulations.running([seed]), list[Tensor]()
+    with running.guarded():
+        expert.begin(seed)
+    if not running.over:
+        running.begin()
+    while not running.over:
+        with running.guarded():
+            action = running.task.clip(expert.act(running.seen[-1].numpy()))
+            running.act(action)
+            actions.append(torch.from_numpy(np.asarray(action, dtype=np.float32)))
+    episode = running.finished()
+    simulations.mend([running])
+    count = min(len(actions), len(running.seen))
+    if not count:
+        return Demonstrated(episode, torch.empty(0), torch.empty(0))
+    return Demonstrated(episode, torch.stack(running.seen[:count]), torch.stack(actions[:count]))
 
 
 def expert_rollout(task: Task, episodes: int, first_seed: int = FIRST_TEST_SEED) -> Rollout:
     """The expert's own episodes from the starts that policies are measured at; raises ConfigError without an expert."""
     if task.expert is None:
         raise ConfigError(f"{task.name} has no expert")
-    simulation, expert = task.make(False), task.expert()
-    try:
-        found = [demonstrate(task, simulation, expert, first_seed + k)[0] for k in range(episodes)]
-    finally:
-        simulation.close()
+    expert = task.expert()
+    with Simulations(task) as simulations:
+        found = [demonstrate(simulations, expert, first_seed + k).episode for k in range(episodes)]
     return Rollout(tuple(found))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from fewstep.control import FIRST_TEST_SEED
 from fewstep.reporting.numbers import NOTHING, finite, number
 
 Row = Mapping[str, Any]
@@ -29,10 +30,11 @@ def _table(rows: Sequence[Row]) -> str:
     first = rows[0]
     lines = "\n".join(_line(row, routes) for row in sorted(rows, key=lambda row: (row["method"], row["steps"])))
     errors = [f"{row['method']}: {error}" for row in rows for error in row["errors"]]
+    unseen = ", which no demonstration had" if first["first_seed"] >= FIRST_TEST_SEED else ""
     note = (
-        f"{escape(str(first['task']))}: {first['episodes']} episodes from the starts {first['first_seed']} on, which "
-        "no demonstration had. Success with Wilson's interval; length in actions, over all episodes; score is the "
-        "task's own measure at its best; a decision for one episode alone gives several actions."
+        f"{escape(str(first['task']))}: {first['episodes']} episodes from the starts {first['first_seed']} on{unseen}. "
+        "Success with Wilson's interval; length in actions, over all episodes; score is the task's own measure at its "
+        "best; a decision for one episode alone gives several actions."
     )
     failed = "".join(f'<p class="note">Simulation failed, {escape(error)}</p>\n' for error in errors)
     columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)

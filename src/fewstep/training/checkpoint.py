@@ -75,7 +75,8 @@ class RunFolder:
             if self.root.exists() and any(not path.name.startswith(".config.json.") for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             return
-        lines = differences(_identity(self.record()), _identity(_record(config, data, teacher)))
+        today = {"run": to_json(self.config())}  # with what keys that came later mean to an older file
+        lines = differences(_identity(self.record() | today), _identity(_record(config, data, teacher)))
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
             raise CheckpointError(

@@ -13,7 +13,7 @@ from fewstep.data import Dataset, batch_indices, random_flips
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.networks import Network
-from fewstep.objectives import Batch, Objective, Regression
+from fewstep.objectives import Batch, Regression
 from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.randomness import Draws
 from fewstep.serialization import JSON
@@ -46,6 +46,8 @@ def build(
 
     Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
+    if config.training.flip and dataset.control is not None:
+        raise ConfigError("chunks of actions have no mirror images: train with --training.no-flip")
     if config.training.flip and not dataset.train.has_mirrors:
         raise ConfigError(
             f"the latents of {dataset.name} were encoded without mirrored images: encode with --flip, or train with "
@@ -68,20 +70,20 @@ def build(
         flow_map = settings.build()
     flow_map.decoding = dataset.decoding
     if dataset.control is not None:
-        flow_map.control = replace(dataset.control, sampler=acting(config.objective))
+        flow_map.control = replace(dataset.control, sampler=acting(config))
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
     return flow_map
 
 
-def acting(objective: Objective) -> ActingName:
-    """The sampler that a policy trained by an objective acts with."""
-    if isinstance(objective, Regression):
+def acting(config: RunConfig) -> ActingName:
+    """The sampler that a run's policy acts with."""
+    if isinstance(config.objective, Regression):
         return "mean"
-    if objective.on_diagonal:
+    if config.objective.on_diagonal:
         return "euler"
-    return "gamma" if objective.to_data_end else "map"
+    return "gamma" if config.objective.to_data_end else "map"
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:

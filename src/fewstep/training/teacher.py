@@ -8,6 +8,7 @@ import hashlib
 from torch import nn
 
 from fewstep.config import RunConfig
+from fewstep.control import Control
 from fewstep.data import Dataset
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.flowmap import FlowMap, fit_weights
@@ -30,7 +31,31 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
             f"classes, but the data {dataset.name} has shape {dataset.shape} and {dataset.num_classes} classes"
         )
+    check_control(config.teacher, teacher.control, dataset.control)
     return teacher
+
+
+def check_control(name: str, teacher: Control | None, data: Control | None) -> None:
+    """Raise ConfigError unless neither is of a policy, or both of policies that see and move the same numbers."""
+    if teacher is None and data is None:
+        return
+    if teacher is None or data is None:
+        raise ConfigError(
+            f"the teacher {name} is {'no' if teacher is None else 'a'} policy, unlike the data: name another"
+        )
+    if teacher.sampler == "mean":
+        raise ConfigError(f"the teacher {name} is a regression, which has no velocity to distil: train flow matching")
+    same = {
+        "chunks": teacher.chunks == data.chunks,
+        "observations": teacher.observations == data.observations,
+        "actions": teacher.actions == data.actions,
+    }
+    other = [part for part, fits in same.items() if not fits]
+    if other:
+        raise ConfigError(
+            f"the teacher {name} was trained with other {', '.join(other)} (windows, or what normalises them): train both "
+            "on the same demonstrations with the same --data.chunks"
+        )
 
 
 def _named(folder: str, role: str, option: str) -> FlowMap:
