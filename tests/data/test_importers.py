@@ -67,14 +67,20 @@ def box(low: list[float], high: list[float]) -> dict[str, object]:
 
 
 def test_minari_episodes_follow_each_other_without_their_last_observations(tmp_path: Path) -> None:
-    write_minari(tmp_path, space=box([-1.0, -2.0], [1.0, 2.0]))
+    write_minari(tmp_path, space=box([-1.0, -2.0], [300.0, 301.0]))
     found = import_minari(tmp_path, task="pointmaze-ring")
     assert found.ends.tolist() == [3, 8, 10]
     positions = np.concatenate([episode(number, steps, 2) for number, steps in enumerate((3, 5, 2))])
     expected = np.concatenate([-positions[:, :1], positions], axis=1).astype(np.float32)
     assert np.array_equal(found.observations.numpy(), expected)
     assert np.array_equal(found.actions.numpy(), positions.astype(np.float32))
-    assert (found.task, found.action_low, found.action_high) == ("pointmaze-ring", (-1.0, -2.0), (1.0, 2.0))
+    assert (found.task, found.action_low, found.action_high) == ("pointmaze-ring", (-1.0, -2.0), (300.0, 301.0))
+
+
+def test_minari_actions_outside_their_own_bounds_are_refused(tmp_path: Path) -> None:
+    file = write_minari(tmp_path, space=box([-1.0, -2.0], [1.0, 2.0]))
+    with pytest.raises(DataError, match=rf"{file.name}: action 2 of step 2 lies outside its bounds \[-1, 1\]"):
+        import_minari(tmp_path)
 
 
 def test_minari_keys_choose_and_order_the_observations(tmp_path: Path) -> None:
@@ -149,12 +155,12 @@ def test_what_minari_itself_writes_is_read(tmp_path: Path, monkeypatch: pytest.M
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it misses an environment, an author, a permalink
         minari.create_dataset_from_buffers(
-            "ring/own-v0", buffers, observation_space=spaces.Dict(observed), action_space=spaces.Box(-2, 2, (3,))
+            "ring/own-v0", buffers, observation_space=spaces.Dict(observed), action_space=spaces.Box(-200, 200, (3,))
         )
     found = import_minari("ring/own-v0")
     assert found.ends.tolist() == [3, 8]
     assert found.observations[3].tolist() == pytest.approx([100.0, 100.0, 100.1])
-    assert (found.action_low, found.action_high) == ((-2.0,) * 3, (2.0,) * 3)
+    assert (found.action_low, found.action_high) == ((-200.0,) * 3, (200.0,) * 3)
 
 
 def test_robomimic_keys_are_set_side_by_side_in_their_order(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def check_control(name: str, teacher: Control | None, data: Control | None) -> N
     other = [part for part, fits in same.items() if not fits]
     if other:
         raise ConfigError(
-            f"the teacher {name} was trained with other {', '.join(other)} (windows, or what normalises them): train both "
-            "on the same demonstrations with the same --data.chunks"
+            f"the teacher {name} was trained with other {', '.join(other)} (windows, or what normalises them): train "
+            "both on the same demonstrations with the same --data.chunks"
         )
 
 
