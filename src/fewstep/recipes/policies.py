@@ -22,7 +22,7 @@ def policy_mlp() -> RunConfig:
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=64, max_frequency=16.0),
         objective=ISD(diagonal=0.75, derivative="finite-difference", power=1.0, offset=1.0, dropout=0.0),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_images=25_600, decay="cosine"),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
             images=1_024_000, batch_size=256, ema_power=(0.1,), checkpoint_images=256_000, sample_images=0
         ),
