@@ -51,13 +51,13 @@ METHODS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 DEMONSTRATIONS, EPISODES = 100, 50
 STEPS = {"pointmaze-ring": 4000, "pusht": 4000}
-"""Training steps of 256 samples; 2,000 for a task that is not named."""
+"""Training steps of 256 samples; 1,000 for a task that is not named."""
 
 
 def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> RunConfig:
     """The recipe, as long as the study's."""
     config = recipe(METHODS[method][0])
-    images = STEPS.get(task, 2000) * config.training.batch_size
+    images = STEPS.get(task, 1000) * config.training.batch_size
     training = replace(config.training, seed=seed, images=images, checkpoint_images=images)
     data = replace(config.data, root=str(demonstrations))
     return replace(config, data=data, training=training, initial=initial)
