@@ -4,6 +4,7 @@ from fewstep._version import __version__
 from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
 from fewstep.errors import FewstepError
 from fewstep.flowmap import FlowMap, FlowMapConfig
 from fewstep.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
@@ -32,6 +33,7 @@ from fewstep.objectives import (
 )
 from fewstep.oracles import GaussianData, MixtureData
 from fewstep.paths import EDM, VP, Linear, Path, Trig
+from fewstep.policies import Policy, Simulation, Task, load_policy, roll_out
 from fewstep.preconditioning import (
     AnalyticPreconditioning,
     BCMPreconditioning,
@@ -76,6 +78,7 @@ __all__ = [
     "Condition",
     "DataConfig",
     "Dataset",
+    "Demonstrations",
     "DiTConfig",
     "DiagonalMatching",
     "DrawnGuidance",
@@ -99,6 +102,7 @@ __all__ = [
     "NoGuidance",
     "Objective",
     "Path",
+    "Policy",
     "Preconditioning",
     "Regression",
     "RunConfig",
@@ -106,6 +110,8 @@ __all__ = [
     "SamplingSettings",
     "Scaling",
     "Shortcut",
+    "Simulation",
+    "Task",
     "TeacherSteps",
     "TrajectoryStatistics",
     "Trig",
@@ -119,5 +125,9 @@ __all__ = [
     "generate",
     "load",
     "load_dataset",
+    "load_demonstrations",
+    "load_policy",
+    "roll_out",
+    "save_demonstrations",
     "train",
 ]

@@ -1,1 +1,22 @@
 """Robot policies: observations in, chunks of actions out, on the same flow maps as images."""
+
+from fewstep.policies.policy import Policy, load_policy
+from fewstep.policies.rollout import Episode, Rollout, record, roll_out, wilson
+from fewstep.policies.simulation import Expert, Outcome, Simulation, Task
+from fewstep.policies.tasks import TASKS, find_task
+
+__all__ = [
+    "TASKS",
+    "Episode",
+    "Expert",
+    "Outcome",
+    "Policy",
+    "Rollout",
+    "Simulation",
+    "Task",
+    "find_task",
+    "load_policy",
+    "record",
+    "roll_out",
+    "wilson",
+]
