@@ -48,6 +48,7 @@ class RingMaze(Simulation):
         self._maze = _make_maze()
         self._position = np.zeros(2)
         self._travelled = 0.0
+        self._trail: list[Any] = []
 
     def reset(self, seed: int) -> Vector:
         offset = np.random.default_rng((seed, 0)).uniform(-1.0, 1.0, 2)
@@ -55,6 +56,7 @@ class RingMaze(Simulation):
         self._maze.goal = np.array(_GOAL)
         self._maze.point_env.set_state(np.array(_START_MIDDLE) + offset * _START_REACH, np.zeros(2))
         self._position, self._travelled = self._maze.data.qpos.copy(), 0.0
+        self._trail = [self._position]
         return self._observe()
 
     def step(self, action: Vector) -> Outcome:
@@ -62,6 +64,7 @@ class RingMaze(Simulation):
         for _ in range(_HOLD):
             self._maze.step(force)
             self._follow(self._maze.data.qpos)
+        self._trail.append(self._position)
         success = math.dist(self._position, _GOAL) <= _GOAL_RADIUS
         return Outcome(self._observe(), success, float(success))
 
@@ -72,11 +75,13 @@ class RingMaze(Simulation):
         return "counterclockwise" if self._travelled > 0 else "clockwise"
 
     def render(self) -> Picture:
-        """The map from above, drawn without a graphics library: (288, 288, 3)."""
+        """The map from above with the way travelled, drawn without a graphics library: (288, 288, 3)."""
         rows = np.repeat(np.repeat(_walls(), _CELL_PIXELS, 0), _CELL_PIXELS, 1)
         picture = np.where(rows[..., None], np.uint8(96), np.full((*rows.shape, 3), 255, dtype=np.uint8))
         _disc(picture, np.array(_GOAL), _GOAL_RADIUS, (144, 224, 144))
-        _disc(picture, self._position, 0.1, (48, 80, 208))
+        for place in self._trail:
+            _disc(picture, place, 0.08, (168, 184, 240))
+        _disc(picture, self._position, 0.2, (48, 80, 208))
         return picture
 
     def close(self) -> None:

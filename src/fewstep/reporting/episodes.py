@@ -25,16 +25,19 @@ def episode_section(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     routes = sorted({name for row in rows for name in row["routes"]})
-    heads = ["Method", "Network calls", "Success", "95 % interval", "Mean length", "Score"]
-    heads += [f"Route: {name}" for name in routes] + ["Time per decision (ms)"]
+    scored = any(abs(row["score"] - row["success"]) > 1e-9 for row in rows)
+    heads = ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"]
     first = rows[0]
-    lines = "\n".join(_line(row, routes) for row in sorted(rows, key=lambda row: (row["method"], row["steps"])))
+    lines = "\n".join(_line(row, routes, scored) for row in sorted(rows, key=lambda row: (row["method"], row["steps"])))
     errors = [f"{row['method']}: {error}" for row in rows for error in row["errors"]]
     unseen = ", which no demonstration had" if first["first_seed"] >= FIRST_TEST_SEED else ""
     note = (
         f"{escape(str(first['task']))}: {first['episodes']} episodes from the starts {first['first_seed']} on{unseen}. "
-        "Success with Wilson's interval; length in actions, over all episodes; score is the task's own measure at its "
-        "best; a decision for one episode alone gives several actions."
+        "Network calls for each decision, which gives several actions; success with Wilson's interval; mean length of "
+        "all episodes in actions; "
+        + ("score: the task's own measure at its best; " if scored else "")
+        + ("which way episodes went; " if routes else "")
+        + "median time of a decision for one episode alone."
     )
     failed = "".join(f'<p class="note">Simulation failed, {escape(error)}</p>\n' for error in errors)
     columns = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
@@ -44,13 +47,13 @@ def _table(rows: Sequence[Row]) -> str:
     )
 
 
-def _line(row: Row, routes: Sequence[str]) -> str:
+def _line(row: Row, routes: Sequence[str], scored: bool) -> str:
     cells = [
         str(row["steps"] or NOTHING),
         f"{row['successes']} of {row['episodes']}",
         f"{row['low']:.2f} to {row['high']:.2f}",
         number(finite(row, "mean_steps")),
-        number(finite(row, "score")),
+        *([number(finite(row, "score"))] if scored else []),
         *(str(row["routes"].get(name, 0)) for name in routes),
         number(finite(row, "latency_ms")),
     ]
