@@ -63,7 +63,10 @@ def summarise(cells: list[Cell], results: Path, missing: int) -> None:
     rows = [{name: cell[name] for name in COLUMNS} | {"step_ratio": ratio(cell)} for cell in cells]
     write_atomically(results.parent / "stability.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     state = f"{len(cells)} runs; {missing} of the plan are not there yet."
-    text = "\n\n".join([state, *(section for section in sections(cells, ratio) if section)])
+    steps = titled(
+        "A step's time and memory by derivative (python benchmarks/step.py)", derivative_table(results.parent)
+    )
+    text = "\n\n".join([state, *(section for section in [*sections(cells, ratio), steps] if section)])
     print(text)
     if PAGE.is_file() and BEGIN in PAGE.read_text():
         before, rest = PAGE.read_text().split(BEGIN)
@@ -187,6 +190,28 @@ def failures_table(cells: list[Cell]) -> str:
         bad = [sum(cell[kind] for cell in own) for kind in FAILURES]
         rows.append((name, str(len(own)), *(f"{count / len(own):.0%}" for count in bad)))
     return markdown(("objective", "runs", *FAILURES), rows)
+
+
+def derivative_table(results: Path) -> str:
+    """Of benchmarks/step.py, networks and batches of its own: steps of flow matching, and the most memory held."""
+    file = results / "step.json"
+    rows = json.loads(file.read_text()) if file.is_file() else []
+    found = {(row["network"], row["objective"], row["derivative"]): row for row in rows}
+    pairs = [key[:2] for key in found if key[2] == "exact" and (*key[:2], "finite-difference") in found]
+    kinds = ("exact", "finite-difference")
+    heads = ("network", "objective", "exact: steps", "finite difference: steps", "exact: MiB", "finite difference: MiB")
+    table = [
+        (
+            *pair,
+            *(
+                f"{found[(*pair, kind)][key]:{form}}"
+                for key, form in (("ratio", ".2f"), ("peak_mib", ".0f"))
+                for kind in kinds
+            ),
+        )
+        for pair in pairs
+    ]
+    return markdown(heads, table) if table else ""
 
 
 def typical(cells: list[Cell], key: str) -> float:
