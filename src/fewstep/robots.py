@@ -31,6 +31,7 @@ def record_demonstrations(name: str, count: int, out: Path | None, first_seed: i
     raised = f", {len(found.errors)} of them by an error ({found.errors[0]})" if found.errors else ""
     return (
         f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
+        + (f"Routes: {', '.join(f'{name} {n}' for name, n in found.routes.items())}\n" if found.routes else "")
         + described(file, found.demonstrations)
     )
 

@@ -83,6 +83,8 @@ def test_recorded_steps_are_those_of_the_episodes() -> None:
     found = record(point_task().task, 5, first_seed=3)
     demos = found.demonstrations
     assert (found.tried, found.failed, len(demos)) == (5, 0, 5)
+    left = sum(bool(goal < 0) for goal in demos.observations[demos.starts, 2])
+    assert found.routes == {name: n for name, n in (("left", left), ("right", 5 - left)) if n}
     for start, end in zip(demos.starts.tolist(), demos.ends.tolist(), strict=True):
         x, goal = demos.observations[start:end, :2], demos.observations[start:end, 2:]
         moved = (x[:-1] + 0.1 * demos.actions[start : end - 1]).clamp(-1, 1)

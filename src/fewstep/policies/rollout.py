@@ -67,8 +67,13 @@ class Rollout:
     @property
     def routes(self) -> dict[str, int]:
         """How many episodes took which way, of those that took one."""
-        names = sorted({episode.route for episode in self.episodes if episode.route})
-        return {name: sum(episode.route == name for episode in self.episodes) for name in names}
+        return counted(self.episodes)
+
+
+def counted(episodes: Sequence[Episode]) -> dict[str, int]:
+    """How many episodes took which way, of those that took one."""
+    names = sorted({episode.route for episode in episodes if episode.route})
+    return {name: sum(episode.route == name for episode in episodes) for name in names}
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -295,12 +300,16 @@ def median(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Recording:
-    """Demonstrations of an expert, how many episodes it tried for them, how many failed, and the errors among those."""
+    """Demonstrations of an expert, how many episodes it tried for them, how many failed, and the errors among those.
+
+    routes: how many of the demonstrations took which way.
+    """
 
     demonstrations: Demonstrations
     tried: int
     failed: int
     errors: tuple[str, ...]
+    routes: dict[str, int]
 
 
 def record(task: Task, count: int, first_seed: int = 0, progress: Progress | None = None) -> Recording:
@@ -333,7 +342,7 @@ def record(task: Task, count: int, first_seed: int = 0, progress: Progress | Non
     seen, taken = torch.cat([each.observations for each in kept]), torch.cat([each.actions for each in kept])
     ends = torch.tensor([len(each.actions) for each in kept]).cumsum(0)
     demonstrations = Demonstrations(seen, taken, ends, task.name, task.action_low, task.action_high)
-    return Recording(demonstrations, tried, tried - count, tuple(errors))
+    return Recording(demonstrations, tried, tried - count, tuple(errors), counted([each.episode for each in kept]))
 
 
 class Demonstrated(NamedTuple):
