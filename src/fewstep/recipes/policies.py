@@ -14,7 +14,8 @@ from fewstep.times import BetaTimes
 def policy_mlp() -> RunConfig:
     """iSD on chunks of actions with an MLP: a policy that acts after one network call, without a pretrained model.
 
-    Needs demonstrations: `fewstep demos TASK`, then --data.root FILE.
+    Needs demonstrations: `fewstep demos TASK`, then --data.root FILE. Measured on 100 of pointmaze-ring: 116 of 150
+    episodes at the goal with 1 call a decision, 130 with 2 (docs/policies.md). Four to five minutes on one shared core.
     """
     return RunConfig(
         recipe="policy-mlp",
@@ -31,7 +32,11 @@ def policy_mlp() -> RunConfig:
 
 
 def policy_flow_matching() -> RunConfig:
-    """Flow matching with the network and settings of `policy-mlp`, sampled by Euler's method: the baseline."""
+    """Flow matching with the network and settings of `policy-mlp`, sampled by Euler's method: the baseline.
+
+    Measured on 100 demonstrations of pointmaze-ring: 85 / 106 / 133 / 138 of 150 episodes at the goal with 1 / 2 / 4 /
+    16 calls a decision. Three to four minutes on one shared core.
+    """
     base = policy_mlp()
     return replace(
         base,
@@ -42,7 +47,11 @@ def policy_flow_matching() -> RunConfig:
 
 
 def policy_regression() -> RunConfig:
-    """Least squares with the network and settings of `policy-mlp`: one answer where demonstrations may have several."""
+    """Least squares with the network and settings of `policy-mlp`: one answer where demonstrations may have several.
+
+    Measured on 100 demonstrations of pointmaze-ring: 85 of 150 episodes at the goal. Three to four minutes on one shared
+    core.
+    """
     base = policy_mlp()
     return replace(
         base,
@@ -53,5 +62,8 @@ def policy_regression() -> RunConfig:
 
 
 def policy_unet() -> RunConfig:
-    """iSD with a U-Net along time, conditioned by FiLM, in place of the MLP of `policy-mlp`: slower on a CPU."""
+    """iSD with a U-Net along time, conditioned by FiLM, in place of the MLP of `policy-mlp`: slower on a CPU.
+
+    No figure measured yet.
+    """
     return replace(policy_mlp(), recipe="policy-unet", network=UNet1dConfig())
