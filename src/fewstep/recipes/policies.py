@@ -49,8 +49,8 @@ def policy_flow_matching() -> RunConfig:
 def policy_regression() -> RunConfig:
     """Least squares with the network and settings of `policy-mlp`: one answer where demonstrations may have several.
 
-    Measured on 100 demonstrations of pointmaze-ring: 85 of 150 episodes at the goal. Three to four minutes on one shared
-    core.
+    Measured on 100 demonstrations of pointmaze-ring: 85 of 150 episodes at the goal. Three to four minutes on one
+    shared core.
     """
     base = policy_mlp()
     return replace(
