@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import tempfile
@@ -43,6 +44,7 @@ from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
 from fewstep.objectives.base import Objective
 from fewstep.sampling import SamplerName, SamplingSettings, generate
+from fewstep.serialization import to_json
 from fewstep.times import BetaTimes, UniformTimes
 from fewstep.training import Attendants, Machine, RunFolder
 from fewstep.training.loop import Trainer
@@ -75,15 +77,19 @@ STUDIES = {
         DIGITS, MLPConfig(width=256, depth=3, expansion=0.5, embedding_width=64, max_frequency=16.0), 800, 256, 1204
     ),
     ("digits", "unet"): Study(
-        DIGITS, UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head_width=16), 400, 64, 1204
+        DIGITS,
+        UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head_width=16, max_frequency=16.0),
+        400,
+        64,
+        1204,
     ),
-    ("digits", "dit"): Study(DIGITS, DiTConfig(width=64, depth=3, heads=2, patch=2), 400, 64, 1204),
+    ("digits", "dit"): Study(DIGITS, DiTConfig(width=64, depth=3, heads=2, patch=2, max_frequency=16.0), 800, 64, 1204),
     ("digits", "mlp-large"): Study(
         DIGITS, MLPConfig(width=400, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0), 1500, 256, 1204
     ),
     ("fashion", "unet"): Study(
         DataConfig(source="idx"),
-        UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2),
+        UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0),
         400,
         128,
         2000,
@@ -223,23 +229,28 @@ class Stick:
 
     def __init__(self, dataset: Dataset, cache: Path) -> None:
         self.dataset, self.extractor = dataset, default_extractor(dataset, cache=cache)
-        held = dataset.heldout.fetch(torch.arange(min(len(dataset.heldout), 5000)))[0]
+        held, labels = dataset.heldout.fetch(torch.arange(min(len(dataset.heldout), 5000)))[:2]
+        assert labels is not None
         self.reference, self.variance = features(self.extractor, held), total_variance(held)
+        self.within = variance_within(held, labels)
 
     def measure(self, model: FlowMap, config: RunConfig, steps: int, count: int) -> dict[str, float]:
-        """Frechet distance, class accuracy and variance ratio of samples in `steps` calls; NaN where not finite."""
+        """Frechet distance, class accuracy, and the ratio of the samples' variance to the data's, in all and within
+        classes, in `steps` calls; NaN where not finite."""
         sampler: SamplerName = "euler" if isinstance(config.objective, DiagonalMatching) else "map"
         sampler = "gamma" if config.evaluation.gamma else sampler
         settings = SamplingSettings(sampler=sampler, steps=steps, gamma=config.evaluation.gamma, seed=SAMPLE_SEED)
         drawn = generate(model, count, settings)
         spread = total_variance(drawn.samples) / self.variance
         if not math.isfinite(spread):
-            return {"frechet": math.nan, "accuracy": math.nan, "spread": math.nan}
+            return dict.fromkeys(("frechet", "accuracy", "spread", "within"), math.nan)
         shown = drawn.samples.clamp(-1, 1)
         found = features(self.extractor, shown)
         assert drawn.labels is not None
         accuracy = class_accuracy(self.extractor.classify(shown), drawn.labels)
-        return {"frechet": frechet_distance(found, self.reference), "accuracy": float(accuracy), "spread": spread}
+        within = variance_within(drawn.samples, drawn.labels) / self.within
+        frechet = frechet_distance(found, self.reference)
+        return {"frechet": frechet, "accuracy": float(accuracy), "spread": spread, "within": within}
 
 
 def features(extractor: Extractor, images: Tensor) -> Tensor:
@@ -249,6 +260,12 @@ def features(extractor: Extractor, images: Tensor) -> Tensor:
 def total_variance(images: Tensor) -> float:
     """Sum of the variances of all pixels."""
     return float(images.flatten(1).double().var(0).sum())
+
+
+def variance_within(images: Tensor, labels: Tensor) -> float:
+    """total_variance of each class, meaned over its images."""
+    classes = labels.unique().tolist()
+    return sum(total_variance(images[labels == c]) * float((labels == c).float().mean()) for c in classes)
 
 
 def train_cell(cell: Cell, config: RunConfig, stick: Stick, folder: Path) -> dict[str, Any]:
@@ -293,7 +310,7 @@ def verdict(
         **asdict(cell), "steps": study.steps, "batch": study.batch, "samples": study.samples,
         "diverged": not sound, "diverged_at": diverged_at,
         "degenerate": False, "classless": False,
-        "spread_1": spread if sound else None,
+        "spread_1": spread if sound else None, "within_1": last[1]["within"] if sound else None,
         **{f"frechet_{nfe}": last[nfe]["frechet"] if sound else None for nfe in (1, 2, 4)},
         "accuracy_1": last[1]["accuracy"] if sound else None,
         "grad_q50": float(after.nanquantile(0.5)), "grad_q99": float(after.nanquantile(0.99)),
@@ -321,6 +338,13 @@ def read_cells() -> list[dict[str, Any]]:
     return found
 
 
+def settings(cell: Cell) -> str:
+    """Eight hex digits of all that a cell trains; a stored cell of other settings is not this study's."""
+    study, config = STUDIES[cell.dataset, cell.network], configuration(cell, "")
+    record = json.dumps([study.steps, study.batch, study.samples, to_json(config)])
+    return hashlib.blake2b(record.encode(), digest_size=4).hexdigest()
+
+
 def key_of(row: dict[str, Any]) -> tuple[object, ...]:
     """The key of the cell that a row holds."""
     return Cell(**{name: row[name] for name in Cell.__dataclass_fields__}).key
@@ -343,7 +367,7 @@ def run(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             initial = "" if cell.initial == "random" else str(flow_matching_model(cell, stick, options.models))
             found = train_cell(cell, configuration(cell, initial), stick, Path(folder) / "run")
-        line = json.dumps(rounded([found])[0]) + "\n"
+        line = json.dumps(rounded([found | {"settings": settings(cell)}])[0]) + "\n"
         with CELLS.open("a") as file:
             file.write(line)
         shown = {k: found[k] for k in ("frechet_1", "frechet_2", "frechet_4", "diverged", "degenerate", "grad_q99")}

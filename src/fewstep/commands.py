@@ -109,7 +109,7 @@ def sample_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep sample RUN`."""
     import torch
 
-    from fewstep.measuring import own_sampler
+    from fewstep.measuring import own_settings
     from fewstep.sampling import SamplingSettings, generate
     from fewstep.training import load
     from fewstep.viewing import save_latents, viewer
@@ -126,16 +126,16 @@ def sample_command(args: Sequence[str]) -> None:
     if torch.cuda.is_available() and not options.cpu:
         flow_map = flow_map.cuda()
     view = None if options.latents else viewer(flow_map, options.autoencoder)
-    sampler, gamma = own_sampler(options.run, flow_map, options.steps)
-    if options.gamma is not None and (options.sampler or sampler) != "gamma":
+    own = own_settings(options.run, flow_map, options.steps)
+    if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
         raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
     settings = SamplingSettings(
-        sampler=options.sampler or sampler,
+        sampler=options.sampler or own.sampler,
         steps=options.steps,
         times=options.times,
         spacing=options.spacing,
-        gamma=gamma if options.gamma is None else options.gamma,
-        omega=options.omega,
+        gamma=own.gamma if options.gamma is None else options.gamma,
+        omega=own.omega if options.omega is None else options.omega,
         interval=options.interval,
         seed=options.seed,
         batch_size=options.batch_size,
@@ -157,7 +157,7 @@ def sample_command(args: Sequence[str]) -> None:
 def evaluate_command(args: Sequence[str]) -> None:
     """Parse and run `fewstep evaluate RUN`."""
     from fewstep.data import load_dataset
-    from fewstep.measuring import measure_real, measure_run, method_name, table, write_figures, yardstick
+    from fewstep.measuring import measure_real, measure_run, method_of, table, write_figures, yardstick
     from fewstep.students import align, teacher_of, with_labels
     from fewstep.training import RunFolder
 
@@ -183,7 +183,7 @@ def evaluate_command(args: Sequence[str]) -> None:
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
     if config.teacher and not config.objective.on_diagonal:
-        print(align(run, dataset, method_name(config), options.teacher))
+        print(align(run, dataset, method_of(run), options.teacher))
 
 
 def tune_steps_command(args: Sequence[str]) -> None:
@@ -227,6 +227,8 @@ def demos_command(args: Sequence[str]) -> None:
     options = parse(DemosOptions, args, "demos")
     minari, robomimic = options.from_minari, options.from_robomimic
     if minari is not None or robomimic is not None:
+        if (options.count, options.first_seed) != (DemosOptions.count, DemosOptions.first_seed):
+            raise ConfigError("--count and --first-seed are for recording: an imported file is taken whole")
         print(import_demonstrations(options.task, minari, robomimic, options.keys, options.out))
         return
     if options.keys:
@@ -253,7 +255,9 @@ def rollout_command(args: Sequence[str]) -> None:
     )
 
     options = parse(RolloutOptions, args, "rollout")
-    torch.set_num_threads(max(1, options.threads))
+    if options.threads < 1:
+        raise ConfigError(f"{options.threads} threads asked for: give at least 1")
+    torch.set_num_threads(options.threads)
     if options.film:
         choose_drawing()
     starts = options.episodes, options.seed, options.first_seed, options.at_once

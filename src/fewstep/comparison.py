@@ -150,7 +150,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
 def read_curves(run: RunFolder) -> dict[Measure, Points]:
     """The curves in RUN/curve.jsonl by measure, images rising; a last line that is still being written is left out.
 
-    Raises CheckpointError when there is none, or a line is damaged.
+    Raises CheckpointError when there is none, or a line is damaged; ConfigError for a policy.
     """
     file = run.root / CURVE_FILE
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
@@ -165,6 +165,11 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
                 f"{file}, line {number_of_line} is damaged ({type(error).__name__}: {error}): delete that line"
             ) from error
         curves.setdefault(measure, {})[images] = value
+    if not curves and run.config().data.source == "demonstrations":
+        raise ConfigError(
+            f"{run.root} holds a policy, which has no learning curve of samples: compare policies by how they act, "
+            f"fewstep rollout {run.root}"
+        )
     if not curves:
         raise CheckpointError(
             f"{run.root} has no learning curve ({CURVE_FILE}): train it with --evaluation.curve-images N, "

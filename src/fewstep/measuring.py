@@ -57,18 +57,19 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     return [replace(base, steps=count) for count in steps]
 
 
-def own_sampler(folder: Path, flow_map: FlowMap, steps: int) -> tuple[SamplerName, float]:
-    """(sampler, gamma) that a run is measured by; gamma is 0.5 where that has none.
+def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSettings:
+    """The sampler, gamma and guidance that a run is measured by; gamma is 0.5 where that has none.
 
-    A saved model does not say how it was trained: the sampler that its times for so many steps were tuned for, else the
-    map.
+    A saved model does not say how it was trained: what its times for so many steps were tuned for, else the map.
     """
     run = RunFolder(folder)
     if run.config_file.is_file() and run.checkpoints():
-        settings = sampler_settings(run.config(), (1,))[0]
-        return settings.sampler, settings.gamma or 0.5
+        own = sampler_settings(run.config(), (1,))[0]
+        return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega)
     tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
-    return ("map", 0.5) if tuned is None else (tuned.sampler, tuned.gamma or 0.5)
+    if tuned is None:
+        return SamplingSettings(sampler="map", gamma=0.5)
+    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=tuned.omega)
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -76,8 +77,14 @@ def spacing(config: RunConfig) -> Spacing:
     return "edm" if config.model.path == "edm" else "uniform"
 
 
-def method_name(config: RunConfig) -> str:
-    """The objective as figures name it."""
+def method_of(run: RunFolder) -> str:
+    """The run's objective as figures name it."""
+    classes: Any = run.record()["data"]
+    return method_name(run.config(), classes["classes"])
+
+
+def method_name(config: RunConfig, classes: int) -> str:
+    """The objective as figures name it; classes: of the data, for guidance is none without."""
     match config.objective:
         case DiagonalMatching(measure="velocity"):
             return "flow matching"
@@ -86,7 +93,7 @@ def method_name(config: RunConfig) -> str:
         case Regression():
             return "regression"
         case ISD():
-            return "iSD-T" if config.objective.guidance.active else "iSD"
+            return "iSD-T" if config.objective.guidance.active and classes else "iSD"
         case CD():
             return f"CD, {config.model.preconditioning}"
         case CTM():
@@ -211,7 +218,7 @@ def measure_run(run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig |
     config, flow_map = run.config(), run.flow_map().to(best_device())
     config = config if evaluation is None else replace(config, evaluation=evaluation)
     settings = config.evaluation
-    name = method_name(config) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
+    name = method_of(run) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(flow_map, each))]
     if not (config.objective.on_diagonal or config.objective.to_data_end):

@@ -113,8 +113,9 @@ class SampleOptions:
     """The times to walk through in the path's clock, falling; overrides steps and spacing."""
     label: tuple[int, ...] = ()
     """Class of each image, repeated as needed; all classes in turn when not given."""
-    omega: float = 1.0
-    """Guidance strength. A model trained with drawn guidance takes it as an input; any other pays a second call."""
+    omega: float | None = None
+    """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
+    given: the one that the run is measured by; for a saved model the one that its times were tuned for, else 1."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Where guidance acts, as fractions of the path's range."""
     seed: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from fewstep.data.demonstrations import Demonstrations, save_demonstrations
 from fewstep.data.importers import ROBOMIMIC_KEYS, import_minari, import_robomimic
 from fewstep.errors import CheckpointError, ConfigError
-from fewstep.measuring import method_name
+from fewstep.measuring import method_of
 from fewstep.policies.figures import Row, rollout_row, rollout_table, save_film, write_rollouts
 from fewstep.policies.policy import Policy, load_policy
 from fewstep.policies.rollout import expert_rollout, film, record, roll_out
@@ -105,7 +105,7 @@ def _of_run(folder: Path) -> tuple[str, tuple[int, ...]]:
     if not (run.config_file.is_file() and run.checkpoints()):
         return "saved policy", (1,)
     config = run.config()
-    return method_name(config), config.evaluation.steps
+    return method_of(run), config.evaluation.steps
 
 
 def _labelled(progress: Progress, label: str) -> Progress:

@@ -17,6 +17,7 @@ from fewstep.measuring import (
     Row,
     best_device,
     method_name,
+    method_of,
     read_figures,
     reference_settings,
     sampler_settings,
@@ -55,7 +56,7 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
 def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
     """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise."""
     config, flow_map = run.config(), run.flow_map().to(best_device())
-    name = method_name(config)
+    name = method_of(run)
     plans = []
     for settings in sampler_settings(config, config.evaluation.steps[:3]):
         tuned = tuned_settings(flow_map, settings)
@@ -92,11 +93,11 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     acts = flow_map.control is not None
     view = None if acts else viewer(flow_map.to(best_device()), autoencoder)
     rows, aligned = read_figures(run.root), read_alignments((run, *others))
-    logs = {method_name(r.config()): r.read_log() for r in (run, *others)}
+    logs = {method_of(r): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
         summary="\n\n".join((_summary(config, record["data"]), *_tuning(flow_map))),
-        facts=_policy_facts(run) if acts else _facts(rows, method_name(config)),
+        facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
         rows=rows,
@@ -117,7 +118,7 @@ def films(run: RunFolder) -> tuple[Grid, ...]:
     pictures = read_strip(run.root)
     if pictures is None:
         return ()
-    title, note = f"{method_name(run.config())}, one episode", "From left to right, evenly spaced in time."
+    title, note = f"{method_of(run)}, one episode", "From left to right, evenly spaced in time."
     return (Grid(title, note, pictures, len(pictures)),)
 
 
@@ -142,7 +143,7 @@ def _summary(config: RunConfig, data: Any) -> str:
     distilled = config.objective.needs_teacher
     origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
     return (
-        f"{method_name(config)}, {origin} on {data['train']} samples of {data['name']} "
+        f"{method_name(config, data['classes'])}, {origin} on {data['train']} samples of {data['name']} "
         f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
         f"{config.model.preconditioning} preconditioning."
     )
@@ -179,12 +180,12 @@ def _calls(nfe: int) -> str:
 def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
     lines = []
     for each in (run, *others):
-        config, flow_map = each.config(), each.flow_map()
+        flow_map = each.flow_map()
         state = read_state(each.last_checkpoint())
         parameters = sum(p.numel() for p in flow_map.parameters())
         lines.append(
             (
-                method_name(config),
+                method_of(each),
                 f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
                 f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters",
             )

@@ -16,6 +16,7 @@ import fewstep
 from fewstep.cli import OVERVIEW
 from fewstep.commands import COMMANDS
 from fewstep.config import RunConfig
+from fewstep.errors import FewstepWarning
 from fewstep.measuring import read_figures, write_figures
 from fewstep.objectives import CATALOGUE
 from fewstep.quickstart import quickstart
@@ -230,6 +231,16 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
     quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
     assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
+
+
+def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command: Command) -> None:
+    words = ("train", "digits", "--data.source", "npz", "--data.root", archive, "--data.no-labels", "--out", "plain")
+    with pytest.warns(FewstepWarning, match=r"no classes to guide to: .*--objective\.guidance\.omega 1"):
+        assert command(*words, *SMALL, *STEPS).code == 0
+    assert command("report", "plain").code == 0
+    assert "iSD-T" not in Path("plain/report.html").read_text()
+    unguided = ("--objective.guidance.omega", 1, "--out", "off")
+    assert command(*words, *SMALL, *STEPS, *unguided).code == 0
 
 
 def test_a_run_that_jumps_to_data_alone_is_sampled_by_new_noise(tmp_path: Path, command: Command) -> None:

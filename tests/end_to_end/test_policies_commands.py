@@ -76,6 +76,9 @@ def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
         refused = command(*words)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert "fewstep rollout" in refused.err
+    refused = command("compare", "runs/policy-mlp", "runs/policy-mlp")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "fewstep rollout runs/policy-mlp" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,8 @@ def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
         (("demos", "point", "--first-seed", 100_000), "kept for rollouts"),
         (("demos", "own", "--from-robomimic", "none.hdf5"), "none.hdf5"),
         (("demos", "own", "--from-robomimic", "a", "--from-minari", "b"), "one at a time"),
+        (("demos", "own", "--from-robomimic", "a", "--count", 5), "--count and --first-seed are for recording"),
+        (("rollout", "runs/none", "--threads", 0), "0 threads"),
         (("train", "policy-mlp", "--data.root", "none.safetensors"), "none.safetensors: no such file"),
         (("train", "policy-mlp"), "fewstep demos TASK"),
         (("rollout", "runs/none"), "runs/none: no such folder"),

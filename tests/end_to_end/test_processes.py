@@ -16,6 +16,7 @@ from commands import ENVIRONMENT, SMALL, Command
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.data.demonstrations import Demonstrations, save_demonstrations
 from fewstep.training import RunFolder
 
 
@@ -63,6 +64,14 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, tmp_path: 
     assert [path.name for path in run.rglob(".*")] == []
 
 
+def short_episodes() -> Demonstrations:
+    """Twelve episodes of 3 to 14 steps: most chunks of 16 run beyond their episode's end."""
+    ends = torch.arange(3, 15).cumsum(0)
+    generator = torch.Generator().manual_seed(0)
+    observations = torch.rand(int(ends[-1]), 3, generator=generator)
+    return Demonstrations(observations, torch.rand(int(ends[-1]), 2, generator=generator), ends)
+
+
 def largest_difference(one: Path, two: Path) -> float:
     """Between the newest checkpoints' weights: raw, averaged, the critic's; not the optimisers' state."""
     first, second = stored(one), stored(two)
@@ -72,7 +81,8 @@ def largest_difference(one: Path, two: Path) -> float:
 
 def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
-    statistics, balanced losses, a critic. Then, in the same pair, a NaN in one process and a time limit.
+    statistics, balanced losses, a critic; ten of a policy, whose padded steps are masked. Then, in the same pair, a NaN
+    in one process and a time limit.
     """
     batch = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
     words = [
@@ -91,8 +101,12 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
         "--adversary.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
         "--evaluation.curve-images", "0",
     ]  # fmt: skip
+    shown_once = tmp_path / "demos.safetensors"
+    save_demonstrations(short_episodes(), shown_once)
+    policy = ["train", "policy-mlp", "--data.root", str(shown_once), *SMALL, *batch, "--training.images", "320"]
     pair = [
         [*words, "--out", str(tmp_path / "two")],
+        [*policy, "--out", str(tmp_path / "policy-two")],
         [*student, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
     ]
     script = Path(__file__).with_name("two_processes.py")
@@ -113,6 +127,9 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     ]
     assert len(kept[0]) == 1
     assert kept[0] == kept[1]
+
+    assert command(*policy, "--out", tmp_path / "policy-one").code == 0
+    assert largest_difference(tmp_path / "policy-one", tmp_path / "policy-two") < 1e-5
 
     for rank in (0, 1):
         diverged = (tmp_path / f"diverged-{rank}.txt").read_text()

@@ -148,6 +148,23 @@ def test_a_model_of_the_diagonal_is_placed_for_its_solver(archive: Path, command
     tuned = read_tuned_steps(Path("flow"))
     assert tuned is not None
     assert tuned.found[0].step_times.purpose == ("euler", 0.0, 1.5, 2)
+    TunedSteps(2, (Tuned(tuned.found[0].step_times, True, {}),)).write(Path("flow"))  # in use, better or not
+    assert "Times tuned" not in command("sample", "flow").out  # the run is measured without guidance
+    fewstep.load("flow").save_pretrained("model")
+    shown = command("sample", "model")
+    assert "4 network calls" in shown.out
+    assert "Times tuned for 2 steps" in shown.out
+    plain = command("sample", "model", "--omega", 1)
+    assert "2 network calls" in plain.out
+    assert "Times tuned" not in plain.out
+
+
+def test_samples_are_guided_as_the_run_is_measured(archive: Path, command: Command) -> None:
+    words = ("train", "digits-flow-matching", "--data.source", "npz", "--data.root", archive, "--out", "flow")
+    few = ("--training.images", 64, "--training.sample-images", 0, "--evaluation.omega", 1.5)
+    assert command(*words, *SMALL, *STEPS, *few).code == 0
+    assert "4 network calls" in command("sample", "flow").out  # two steps, each with and without the label
+    assert "2 network calls" in command("sample", "flow", "--omega", 1).out
 
 
 @pytest.mark.parametrize(

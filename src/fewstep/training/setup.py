@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import torch
@@ -10,8 +11,9 @@ import torch
 from fewstep.config import RunConfig, TrainingConfig, flow_map_config
 from fewstep.control import ActingName
 from fewstep.data import Dataset, batch_indices, random_flips
-from fewstep.errors import ConfigError
+from fewstep.errors import ConfigError, FewstepWarning
 from fewstep.flowmap import FlowMap
+from fewstep.guidance import FixedGuidance, TrainingGuidance
 from fewstep.networks import Network
 from fewstep.objectives import Batch, Regression
 from fewstep.preconditioning import TrajectoryStatistics
@@ -44,7 +46,8 @@ def build(
 ) -> FlowMap:
     """The run's flow map with the weights that its seed, or the model it starts from, gives.
 
-    Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
+    Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images. Gives a
+    FewstepWarning for training guidance on data without classes, where it has no effect.
     """
     if config.training.flip and dataset.control is not None:
         raise ConfigError("chunks of actions have no mirror images: train with --training.no-flip")
@@ -74,7 +77,19 @@ def build(
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
+    _warn_of_guidance(config, dataset)
     return flow_map
+
+
+def _warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
+    guidance = getattr(config.objective, "guidance", None)
+    if isinstance(guidance, TrainingGuidance) and guidance.active and not dataset.num_classes:
+        off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
+        warnings.warn(
+            f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
+            FewstepWarning,
+            stacklevel=4,
+        )
 
 
 def acting(config: RunConfig) -> ActingName:
