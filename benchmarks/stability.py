@@ -330,12 +330,12 @@ def rounded(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_cells() -> list[dict[str, Any]]:
-    """Every stored cell; a line that was cut off is left out, and its cell trained again."""
-    found = []
+    """Every stored cell of today's settings; others and a line that was cut off are left out, and trained again."""
+    found: list[dict[str, Any]] = []
     for line in CELLS.read_text().splitlines() if CELLS.is_file() else []:
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [row for row in found if row["settings"] == settings(cell_of(row))]
 
 
 def settings(cell: Cell) -> str:
@@ -347,7 +347,11 @@ def settings(cell: Cell) -> str:
 
 def key_of(row: dict[str, Any]) -> tuple[object, ...]:
     """The key of the cell that a row holds."""
-    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__}).key
+    return cell_of(row).key
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,6 +114,19 @@ def test_cost_to_a_quality_counts_runs_that_never_reach_it(study: ModuleType) ->
     cells = [row(study, curve=reaching), row(study, seed=1, curve=[reaching[0]])]
     assert 4 * 2.5 < float(summary.cost_to(cells[:1], 2.5)) <= 8 * 2.5
     assert summary.cost_to(cells, 2.5) == "not in 1 runs"
+
+
+def test_cells_of_other_settings_are_not_counted(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cells.jsonl"
+    monkeypatch.setattr(study, "CELLS", file)
+    today = row(study) | {"settings": study.settings(study.Cell("base", "iSD"))}
+    file.write_text("".join(json.dumps(r) + "\n" for r in (today, today | {"settings": "0" * 8})) + '{"cut')
+    assert study.read_cells() == [today]
+    shorter = replace(study.STUDIES["digits", "mlp"], steps=10)
+    monkeypatch.setitem(study.STUDIES, ("digits", "mlp"), shorter)
+    assert study.read_cells() == []
 
 
 def test_stored_cells_are_found_again(study: ModuleType) -> None:
