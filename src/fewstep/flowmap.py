@@ -22,7 +22,7 @@ from fewstep.paths import Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
 from fewstep.preconditioning.scaling import IdentityScaling, Scaling
 from fewstep.schedules import StepTimes, decode_step_times
-from fewstep.serialization import differences, from_json, later, to_json
+from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, later, to_json
 from fewstep.shapes import check_batch, expand
 
 CONFIG_FILE = "config.json"
@@ -165,7 +165,7 @@ def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     state = flow_map.network.state_dict() if weights is None else weights
     save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
-    record = {"flow_map": to_json(flow_map.config)}
+    record: dict[str, JSON] = {"format": FORMAT, "flow_map": to_json(flow_map.config)}
     if flow_map.step_times:
         record["step_times"] = to_json(flow_map.step_times)
     if flow_map.decoding is not None:
@@ -223,6 +223,7 @@ def _read_config(file: FilePath) -> _Stored:
         record = json.loads(file.read_text())
         stored, tuned = record["flow_map"], record.get("step_times", [])
         decoding, control = record.get("decoding"), record.get("control")
+        check_format(record, str(file))
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
     return _Stored(

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from torch import Tensor
 
-from fewstep.errors import ConfigError
+from fewstep.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
@@ -28,12 +28,23 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _SHOWN = 120
 
 
+FORMAT = 1
+"""Of the files config.json: raised when an older fewstep would misread a newer file."""
 _LATER = "later"
 
 
 def later(make: Callable[[], T]) -> T:
     """A dataclass field that older files lack, which then meant what `make` returns; that must never change."""
     return dataclasses.field(default_factory=make, metadata={_LATER: True})
+
+
+def check_format(record: dict[str, Any], source: str) -> None:
+    """Raise CheckpointError for a file of a later format than this one; a file without the number is of the first."""
+    found = record.get("format", 1)
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise CheckpointError(
+            f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
+        )
 
 
 def to_json(value: Any) -> JSON:

@@ -255,6 +255,20 @@ def test_a_truncated_checkpoint(
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("part", [".", "checkpoints"])
+def test_a_file_of_a_later_format(part: str, run: Path, command: Command) -> None:
+    file = (RunFolder(run).last_checkpoint() if part == "checkpoints" else run) / "config.json"
+    record = json.loads(file.read_text())
+    assert record["format"] == 1
+    file.write_text(json.dumps(record | {"format": 2, "unheard_of": {}}))
+    before = contents(run)
+    assert_refused(command("sample", run), r"config\.json has format 2, .* formats up to 1: install a newer fewstep")
+    assert contents(run) == before
+    del record["format"]  # as files were before they said so
+    file.write_text(json.dumps(record))
+    assert command("sample", run).code == 0
+
+
 def test_weights_of_another_architecture(run: Path, command: Command) -> None:
     file = RunFolder(run).last_checkpoint() / "config.json"
     record = json.loads(file.read_text())

@@ -29,7 +29,7 @@ from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
 from fewstep.files import guarded, write_atomically
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
-from fewstep.serialization import JSON, differences, from_json, to_json
+from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
 from fewstep.training.adversary import Adversary
 from fewstep.training.ema import EMA
 from fewstep.training.optimizers import Optimizers
@@ -92,14 +92,16 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def record(self) -> dict[str, JSON]:
-        """The stored configuration and data; raises CheckpointError when this is no run."""
+        """The stored configuration and data; raises CheckpointError when this is no run, or one of a later format."""
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.root} is not a run: it has no config.json")
         try:
             record = json.loads(self.config_file.read_text())
         except ValueError as error:
             raise CheckpointError(f"{self.config_file} is damaged ({error})") from error
-        if not isinstance(record, dict) or not {"run", "data"} <= set(record) <= {"run", "data", "teacher"}:
+        if isinstance(record, dict):
+            check_format(record, str(self.config_file))
+        if not isinstance(record, dict) or not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
             raise CheckpointError(f"{self.config_file} is not a run's configuration")
         return record
 
@@ -169,7 +171,7 @@ class RunFolder:
 
 
 def _record(config: RunConfig, data: dict[str, JSON], teacher: str | None) -> dict[str, JSON]:
-    return {"run": to_json(config), "data": data, "teacher": teacher}
+    return {"format": FORMAT, "run": to_json(config), "data": data, "teacher": teacher}
 
 
 def _identity(record: dict[str, Any]) -> JSON:
