@@ -10,20 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional
 
 from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError, ShapeError
-from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
+from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
 from fewstep.networks.layers import (
     ConditionEmbedding,
-    GroupNorm,
-    LayerNorm,
-    RMSNorm,
-    RotaryEmbedding2d,
-    TimeEmbedding,
-    attention,
-    default_groups,
 )
 
 SMALL: dict[str, tuple[NetworkConfig, tuple[int, ...]]] = {
@@ -352,93 +344,3 @@ def test_published_size_with_another_depth() -> None:
 def test_default_mlp_is_small() -> None:
     count = sum(parameter.numel() for parameter in MLPConfig().build((1, 8, 8), 10, False).parameters())
     assert 0.9e6 < count < 1.5e6
-
-
-@pytest.mark.parametrize("shape", [(4, 12, 5, 7), (2, 12, 9), (2, 12, 1, 1)])
-def test_group_norm_is_the_usual_one(shape: tuple[int, ...]) -> None:
-    norm = GroupNorm(12, groups=3).double()
-    nn.init.normal_(norm.scale)
-    nn.init.normal_(norm.shift)
-    x = 5 + torch.randn(shape, dtype=torch.float64)
-    usual = functional.group_norm(x, 3, norm.scale, norm.shift, norm.eps)
-    torch.testing.assert_close(norm(x), usual)
-    scale, shift = torch.randn(2, shape[0], 12, dtype=torch.float64)
-    ones = (1,) * (len(shape) - 2)
-    modulated = usual * (1 + scale.reshape(-1, 12, *ones)) + shift.reshape(-1, 12, *ones)
-    torch.testing.assert_close(norm(x, scale, shift), modulated)
-
-
-def test_token_norms_are_the_usual_ones() -> None:
-    x = 3 + torch.randn(4, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(LayerNorm(8, affine=False)(x), functional.layer_norm(x, (8,), eps=1e-6))
-    torch.testing.assert_close(LayerNorm(8).double()(x), functional.layer_norm(x, (8,), eps=1e-6))
-    torch.testing.assert_close(RMSNorm(8).double()(x), functional.rms_norm(x, (8,), eps=1e-6))
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(32, 8), (128, 32), (100, 25), (256, 32), (132, 22), (3, 1), (7, 1)])
-def test_groups_divide_the_channels(channels: int, groups: int) -> None:
-    assert default_groups(channels) == groups
-
-
-def test_attention_is_the_usual_one() -> None:
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(attention(q, k, v), functional.scaled_dot_product_attention(q, k, v))
-
-
-def test_rotated_products_depend_on_displacement_only() -> None:
-    rotary = RotaryEmbedding2d(8, (4, 5)).double()
-    q, k = torch.randn(2, 8, dtype=torch.float64)
-    turned_q, turned_k = (rotary(value.expand(20, 8)).reshape(4, 5, 8) for value in (q, k))
-    products = torch.einsum("ijd,kld->ijkl", turned_q, turned_k)
-    torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1])
-    torch.testing.assert_close(products[0, 0, 0, 0], q @ k)
-    assert not torch.isclose(products[0, 0, 0, 1], products[0, 0, 1, 0])
-
-
-def test_time_embedding_spans_its_frequencies() -> None:
-    frequencies = TimeEmbedding(4, features=8, min_frequency=0.5, max_frequency=4.0).frequencies
-    torch.testing.assert_close(frequencies, torch.tensor([0.5, 1.0, 2.0, 4.0]))
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 5, 9), (1, 1, 1)])
-@pytest.mark.parametrize("num_classes", [0, 4])
-def test_a_critic_scores_samples_of_any_shape(shape: tuple[int, ...], num_classes: int) -> None:
-    torch.manual_seed(0)
-    critic = CriticConfig(width=4).build(shape, num_classes)
-    x = torch.randn(BATCH, *shape, requires_grad=True)
-    scores = critic(x, torch.arange(BATCH) if num_classes else None)
-    assert scores.shape == (BATCH,)
-    scores.sum().backward()
-    assert x.grad is not None
-    assert bool(x.grad.flatten(1).any(1).all())
-    idle = [key for key, p in critic.named_parameters() if p.grad is None or not p.grad.count_nonzero()]
-    assert idle == []
-
-
-def test_a_critic_scores_each_sample_by_itself_and_by_its_class() -> None:
-    torch.manual_seed(0)
-    critic = CriticConfig(width=4).build((1, 8, 8), 4)
-    x, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, NULL_LABEL, 0])
-    scores = critic(x, labels)
-    alone = torch.cat([critic(x[i : i + 1], labels[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(alone, scores)
-    changed = critic(x, (labels + 1) % 4)
-    assert float((changed - scores).detach().abs().min()) > 0
-
-
-def test_a_critic_keeps_a_row_for_no_class() -> None:
-    torch.manual_seed(0)
-    critic = CriticConfig(width=4).build((1, 8, 8), 4)
-    x, missing = torch.randn(BATCH, 1, 8, 8), torch.full((BATCH,), NULL_LABEL)
-    assert torch.equal(critic(x, missing), critic(x, None))
-    assert torch.equal(missing, torch.full((BATCH,), NULL_LABEL))
-    critic(x, missing).sum().backward()
-    assert critic.labels is not None
-    assert critic.labels.weight.grad is not None
-    assert critic.labels.weight.grad.any(1).tolist() == [False] * 4 + [True]
-
-
-@pytest.mark.parametrize(("width", "shape"), [(0, (1, 8, 8)), (4, (8, 8)), (4, ())])
-def test_a_critic_refuses_what_it_cannot_read(width: int, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="a critic"):
-        CriticConfig(width=width).build(shape, 0)

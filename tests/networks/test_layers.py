@@ -1,0 +1,64 @@
+"""What networks are built of: norms, attention, rotations and the embedding of times, against the usual ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fewstep.networks.layers import (
+    GroupNorm,
+    LayerNorm,
+    RMSNorm,
+    RotaryEmbedding2d,
+    TimeEmbedding,
+    attention,
+    default_groups,
+)
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 5, 7), (2, 12, 9), (2, 12, 1, 1)])
+def test_group_norm_is_the_usual_one(shape: tuple[int, ...]) -> None:
+    norm = GroupNorm(12, groups=3).double()
+    nn.init.normal_(norm.scale)
+    nn.init.normal_(norm.shift)
+    x = 5 + torch.randn(shape, dtype=torch.float64)
+    usual = functional.group_norm(x, 3, norm.scale, norm.shift, norm.eps)
+    torch.testing.assert_close(norm(x), usual)
+    scale, shift = torch.randn(2, shape[0], 12, dtype=torch.float64)
+    ones = (1,) * (len(shape) - 2)
+    modulated = usual * (1 + scale.reshape(-1, 12, *ones)) + shift.reshape(-1, 12, *ones)
+    torch.testing.assert_close(norm(x, scale, shift), modulated)
+
+
+def test_token_norms_are_the_usual_ones() -> None:
+    x = 3 + torch.randn(4, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(LayerNorm(8, affine=False)(x), functional.layer_norm(x, (8,), eps=1e-6))
+    torch.testing.assert_close(LayerNorm(8).double()(x), functional.layer_norm(x, (8,), eps=1e-6))
+    torch.testing.assert_close(RMSNorm(8).double()(x), functional.rms_norm(x, (8,), eps=1e-6))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 8), (128, 32), (100, 25), (256, 32), (132, 22), (3, 1), (7, 1)])
+def test_groups_divide_the_channels(channels: int, groups: int) -> None:
+    assert default_groups(channels) == groups
+
+
+def test_attention_is_the_usual_one() -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(attention(q, k, v), functional.scaled_dot_product_attention(q, k, v))
+
+
+def test_rotated_products_depend_on_displacement_only() -> None:
+    rotary = RotaryEmbedding2d(8, (4, 5)).double()
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    turned_q, turned_k = (rotary(value.expand(20, 8)).reshape(4, 5, 8) for value in (q, k))
+    products = torch.einsum("ijd,kld->ijkl", turned_q, turned_k)
+    torch.testing.assert_close(products[1:, 1:, 1:, 1:], products[:-1, :-1, :-1, :-1])
+    torch.testing.assert_close(products[0, 0, 0, 0], q @ k)
+    assert not torch.isclose(products[0, 0, 0, 1], products[0, 0, 1, 0])
+
+
+def test_time_embedding_spans_its_frequencies() -> None:
+    frequencies = TimeEmbedding(4, features=8, min_frequency=0.5, max_frequency=4.0).frequencies
+    torch.testing.assert_close(frequencies, torch.tensor([0.5, 1.0, 2.0, 4.0]))
