@@ -89,7 +89,7 @@ STUDIES = {
     ),
     ("fashion", "unet"): Study(
         DataConfig(source="idx"),
-        UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0),
+        UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(7,), head_width=16, patch=2, max_frequency=16.0),
         400,
         128,
         2000,
@@ -202,7 +202,7 @@ def plan() -> Iterator[Cell]:
         yield from (Cell("preconditioning", n, path=path, preconditioning=own) for n in ("iSD", "MeanFlow", "ESD"))
     yield from (replace(usual(name), group="lr", lr=1e-3) for name in RATED)
     for name in ("flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD"):
-        yield Cell("fashion", name, dataset="fashion", network="unet", lr=1e-3)
+        yield Cell("fashion", name, dataset="fashion", network="unet")
 
 
 def configuration(cell: Cell, initial: str) -> RunConfig:

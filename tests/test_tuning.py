@@ -315,7 +315,7 @@ def small_map() -> FlowMap:
 def test_times_travel_with_the_model(tmp_path: FilePath) -> None:
     flow_map = small_map()
     save_flow_map(flow_map, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()).keys() == {"flow_map"}
+    assert json.loads((tmp_path / "config.json").read_text()).keys() == {"format", "flow_map"}
     flow_map.step_times = KNOWN
     flow_map.save_pretrained(tmp_path / "saved")
     loaded = FlowMap.from_pretrained(tmp_path / "saved")

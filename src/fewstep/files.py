@@ -7,8 +7,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from fewstep.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None  # type: ignore[assignment]
 
 
 class guarded:
@@ -50,3 +56,32 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         file_aside.write(content.encode() if isinstance(content, str) else content)
         file_aside.flush()
         os.fsync(file_aside.fileno())
+
+
+class Lock:
+    """An existing file held by one holder at a time, until `release`, or until the process ends in whatever way.
+
+    Raises CheckpointError with `message` when another holds it. Does nothing where the system knows no such locks.
+    """
+
+    def __init__(self, file: Path, message: str) -> None:
+        self._handle: BinaryIO | None = None
+        if fcntl is None:
+            return
+        with guarded(file):
+            handle = file.open("rb")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise CheckpointError(message) from error
+        except OSError:  # a file system without locks
+            handle.close()
+        else:
+            self._handle = handle
+
+    def release(self) -> None:
+        """Let others have it; again does nothing."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None

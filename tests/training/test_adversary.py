@@ -207,6 +207,7 @@ def test_the_critic_is_stored_and_damage_is_named(
     trainer = Trainer(config, digits, run, MACHINE, Attendants())
     trainer.take_step()
     trainer.save()
+    trainer.release()
     file = run.last_checkpoint() / "critic.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "hidden" not in key}, file)
     with pytest.raises(CheckpointError, match=r"critic\.safetensors is of another architecture: hidden"):

@@ -134,6 +134,7 @@ def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -
         for key, value in trainer.flow_map.network.state_dict().items():
             average[key] = beta * average[key] + (1 - beta) * value.double()
     trainer.save()
+    trainer.release()
     folder = RunFolder(tmp_path).last_checkpoint()
     stored = load_file(folder / "ema-constant-0.5.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())

@@ -27,9 +27,9 @@ from tiny import (
 import fewstep
 from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, ConfigError
 from fewstep.objectives import DiagonalMatching
-from fewstep.training import RunFolder, build, checkpoint, train
+from fewstep.training import Attendants, RunFolder, build, checkpoint, train
 from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers
 
@@ -263,6 +263,30 @@ def test_a_file_in_the_place_of_the_folder(digits: Dataset, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
         train(TINY, digits, RunFolder(tmp_path / "file" / "below"), MACHINE)
     assert (tmp_path / "file").read_text() == "dear"
+
+
+def test_a_folder_has_one_trainer_at_a_time(digits: Dataset, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    first = Trainer(TINY, digits, run, MACHINE, Attendants())
+    first.take_step()
+    unfinished = run.root / "checkpoints" / ".step-1.aside"
+    unfinished.mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"another process is training in .*run: wait for it, or .* --out"):
+        train(TINY, digits, run, MACHINE)
+    assert unfinished.is_dir()  # what the first is writing is left alone
+    first.release()
+    assert train(TINY, digits, run, MACHINE).images == TINY.training.images
+    assert not unfinished.exists()
+    train(TINY, digits, run, MACHINE)  # the lock went with the run's end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "take_up", raising)
+        with pytest.raises(ConfigError):
+            train(TINY, digits, run, MACHINE)
+    train(TINY, digits, run, MACHINE)
+
+
+def raising(self: Trainer) -> None:
+    raise ConfigError("as a damaged checkpoint does")
 
 
 def test_what_is_only_logged_or_measured_may_change(unbroken: Callable[[str], Path]) -> None:

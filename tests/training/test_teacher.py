@@ -207,6 +207,7 @@ def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: 
         for key, value in trainer.flow_map.network.state_dict().items():
             average[key] = 0.9 * average[key] + 0.1 * value.double()
     trainer.save()
+    trainer.release()
     stored = load_file(RunFolder(tmp_path).last_checkpoint() / "ema-target-0.9.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
     again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())

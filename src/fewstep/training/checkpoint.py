@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewstep.config import RunConfig
 from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
-from fewstep.files import guarded, write_atomically
+from fewstep.files import Lock, guarded, write_atomically
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
@@ -56,16 +56,19 @@ class RunFolder:
     def samples(self) -> Path:
         return self.root / "samples"
 
-    def open(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
-        """Start the run, or check that it is the same one.
+    def open(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> Lock:
+        """Start the run, or check that it is the same one; the lock keeps other processes from training in it.
 
         teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
-        `check` does, or when the folder cannot be written.
+        `check` does, when another process trains here, or when the folder cannot be written.
         """
         self.check(config, data, teacher)
-        self.remove_leftovers()
         if not self.config_file.exists():
             write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
+        message = f"another process is training in {self.root}: wait for it, or give another folder with --out"
+        lock = Lock(self.config_file, message)
+        self.remove_leftovers()
+        return lock
 
     def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
         """Raise CheckpointError, showing every difference, when the folder holds anything else; nothing is written."""

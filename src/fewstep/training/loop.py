@@ -108,12 +108,16 @@ def train(
     """Train, or go on from the newest checkpoint, until the recipe's images are seen.
 
     Raises ConfigError for a batch that does not split over the processes, CheckpointError for a folder that holds
-    another run or cannot be written, TrainingDivergedError for a loss or gradient that is not finite.
+    another run, cannot be written or is being trained in by another process, TrainingDivergedError for a loss or
+    gradient that is not finite.
     """
     if machine.threads:
         torch.set_num_threads(machine.threads)
     trainer = Trainer(config, dataset, run, machine, attendants)
-    return trainer.run_to_end()
+    try:
+        return trainer.run_to_end()
+    finally:
+        trainer.release()
 
 
 class Trainer:
@@ -151,18 +155,29 @@ class Trainer:
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
         self.module = self.accelerator.prepare(self.loss)
         self.step, self.seconds = 0, 0.0
-        if self.accelerator.is_main_process:
-            run.open(config, data_record(dataset), identity)
-        self.accelerator.wait_for_everyone()
-        if run.checkpoints():
-            state = load_checkpoint(
-                run.last_checkpoint(), self.flow_map, self.optimizers, self.averages, self.adversary
-            )
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
-        if self.accelerator.is_main_process:
-            run.truncate_log(self.step)
+        self.lock = run.open(config, data_record(dataset), identity) if self.accelerator.is_main_process else None
+        try:
+            self.take_up()
+        except BaseException:
+            self.release()
+            raise
         self.window = Window(self.clip)
         self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
+
+    def take_up(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        self.accelerator.wait_for_everyone()
+        if self.run.checkpoints():
+            newest = self.run.last_checkpoint()
+            state = load_checkpoint(newest, self.flow_map, self.optimizers, self.averages, self.adversary)
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        if self.accelerator.is_main_process:
+            self.run.truncate_log(self.step)
+
+    def release(self) -> None:
+        """Let others train in the run's folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     def companions(self) -> Companions:
         """What the objective may consult at this step."""
