@@ -84,9 +84,6 @@ STUDIES = {
         1204,
     ),
     ("digits", "dit"): Study(DIGITS, DiTConfig(width=64, depth=3, heads=2, patch=2, max_frequency=16.0), 800, 64, 1204),
-    ("digits", "mlp-large"): Study(
-        DIGITS, MLPConfig(width=400, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0), 1500, 256, 1204
-    ),
     ("fashion", "unet"): Study(
         DataConfig(source="idx"),
         UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(7,), head_width=16, patch=2, max_frequency=16.0),
@@ -189,8 +186,7 @@ def plan() -> Iterator[Cell]:
     yield from (Cell("network", n, network=w) for w in ("unet", "dit") for n in ("flow matching", *CHOSEN))
     for name in CHOSEN:
         yield Cell("path", name, path="trig", preconditioning="trig")
-    leads = ("MeanFlow", "iSD", "iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight", "iSD-T, recipe")
-    yield from (Cell("leads", name, network="mlp-large") for name in leads)
+    yield from (Cell("leads", name) for name in ("iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight"))
     for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "sCT"):
         yield Cell("derivative", name, derivative="finite-difference")
     for name in ("iSD", "iSD, time unit"):

@@ -78,7 +78,7 @@ def sections(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> Iterab
     """The page's tables, in order."""
     yield titled("All objectives, digits, MLP, learning rate 0.003", quality_table(at(cells), ratio))
     yield titled("Learning rates over a factor of 30", rates_table(at(cells, lr=None)))
-    for network in ("unet", "dit", "mlp-large"):
+    for network in ("unet", "dit"):
         found = at(cells, network=network)
         yield titled(f"Digits, {network}", quality_table(found, ratio))
     found = at(cells, dataset="fashion", network="unet", lr=1e-3)

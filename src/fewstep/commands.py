@@ -229,10 +229,10 @@ def demos_command(args: Sequence[str]) -> None:
     if minari is not None or robomimic is not None:
         if (options.count, options.first_seed) != (DemosOptions.count, DemosOptions.first_seed):
             raise ConfigError("--count and --first-seed are for recording: an imported file is taken whole")
-        print(import_demonstrations(options.task, minari, robomimic, options.keys, options.out))
+        print(import_demonstrations(options.task, minari, robomimic, options.keys, options.split, options.out))
         return
-    if options.keys:
-        raise ConfigError("--keys chooses among an imported file's observations: add --from-minari or --from-robomimic")
+    if options.keys or options.split:
+        raise ConfigError("--keys and --split choose from an imported file: add --from-minari or --from-robomimic")
     if not options.task:
         raise ConfigError(f"demos needs a task: fewstep demos TASK; tasks: {', '.join(TASKS)}")
     progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal

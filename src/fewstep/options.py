@@ -150,6 +150,8 @@ class DemosOptions:
     """HDF5 file of robomimic to import."""
     keys: tuple[str, ...] = ()
     """Which observations to take of an imported file, in this order, where it has several."""
+    split: str = ""
+    """Which episodes to take of a robomimic file: the name of a list that it holds, such as train. Not given: all."""
     quiet: bool = False
     """No progress line."""
 

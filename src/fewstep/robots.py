@@ -37,18 +37,20 @@ def record_demonstrations(name: str, count: int, out: Path | None, first_seed: i
 
 
 def import_demonstrations(
-    name: str, minari: Path | None, robomimic: Path | None, keys: tuple[str, ...], out: Path | None
+    name: str, minari: Path | None, robomimic: Path | None, keys: tuple[str, ...], split: str, out: Path | None
 ) -> str:
     """Turn another format's file into demonstrations; what there is to say of it. Raises ConfigError as above."""
     if minari is not None and robomimic is not None:
         raise ConfigError("--from-minari and --from-robomimic are given: import one at a time")
+    if minari is not None and split:
+        raise ConfigError("--split names a list of episodes in a robomimic file: a Minari data set has none")
     source = minari or robomimic
     assert source is not None  # the caller has looked
     file = _new_file(out, name or source.stem)
     if minari is not None:
         found = import_minari(minari, keys, name)
     else:
-        found = import_robomimic(source, keys or ROBOMIMIC_KEYS, task=name)
+        found = import_robomimic(source, keys or ROBOMIMIC_KEYS, split, name)
     save_demonstrations(found, file)
     return described(file, found)
 

@@ -92,6 +92,8 @@ def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
         (("demos", "own", "--from-robomimic", "none.hdf5"), "none.hdf5"),
         (("demos", "own", "--from-robomimic", "a", "--from-minari", "b"), "one at a time"),
         (("demos", "own", "--from-robomimic", "a", "--count", 5), "--count and --first-seed are for recording"),
+        (("demos", "point", "--split", "train"), "choose from an imported file"),
+        (("demos", "own", "--from-minari", "a", "--split", "train"), "a Minari data set has none"),
         (("rollout", "runs/none", "--threads", 0), "0 threads"),
         (("train", "policy-mlp", "--data.root", "none.safetensors"), "none.safetensors: no such file"),
         (("train", "policy-mlp"), "fewstep demos TASK"),
@@ -103,6 +105,22 @@ def test_bad_input_gets_one_line(command: Command, words: tuple[object, ...], sa
     assert refused.code == 2
     assert said in refused.err
     assert refused.err.count("\n") == 1
+
+
+def test_a_split_of_an_imported_file(command: Command, tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "own.hdf5", "w") as file:
+        for number, steps in enumerate((4, 6, 5)):
+            for name in ("obs/object", "actions"):
+                file[f"data/demo_{number}/{name}"] = [[float(step)] * 2 for step in range(steps)]
+        file["mask/train"] = [b"demo_0", b"demo_2"]
+    words = ("demos", "own", "--from-robomimic", "own.hdf5", "--keys", "object")
+    assert "2 episodes, 9 steps" in command(*words, "--split", "train").out
+    assert "3 episodes, 15 steps" in command(*words, "--out", "all.safetensors").out
+    refused = command(*words, "--split", "valid", "--out", "more.safetensors")
+    assert refused.code == 2
+    assert "has no 'valid'; there are: train" in refused.err
+    assert not (tmp_path / "more.safetensors").exists()
 
 
 def test_settings_that_do_not_fit_are_refused(command: Command, demos: str) -> None:
