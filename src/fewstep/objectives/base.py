@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
+from fewstep.guidance import NoGuidance, TrainingGuidance
 from fewstep.randomness import Draws
 from fewstep.shapes import expand
 
@@ -170,6 +171,11 @@ class Objective(ABC):
         return False
 
     @property
+    def target_guidance(self) -> TrainingGuidance:
+        """How its targets are guided towards their class."""
+        return NoGuidance()
+
+    @property
     def guided(self) -> bool:
         """Whether the network must take guidance as an input."""
-        return False
+        return self.target_guidance.conditions_network

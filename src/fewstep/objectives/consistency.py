@@ -270,8 +270,8 @@ class SCD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     @property
     def needs_teacher(self) -> bool:

@@ -116,8 +116,8 @@ class ISD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = self.draw_times(flow_map, batch)
@@ -174,8 +174,8 @@ class MeanFlow(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
@@ -226,8 +226,8 @@ class ESD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)

@@ -73,8 +73,8 @@ class LSD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
@@ -145,8 +145,8 @@ class PSD(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch)
@@ -208,8 +208,8 @@ class Shortcut(Objective):
         return self.dropout
 
     @property
-    def guided(self) -> bool:
-        return self.guidance.conditions_network
+    def target_guidance(self) -> TrainingGuidance:
+        return self.guidance
 
     @property
     def target_decay(self) -> float | None:

@@ -13,7 +13,7 @@ from fewstep.control import ActingName
 from fewstep.data import Dataset, batch_indices, random_flips
 from fewstep.errors import ConfigError, FewstepWarning
 from fewstep.flowmap import FlowMap
-from fewstep.guidance import FixedGuidance, TrainingGuidance
+from fewstep.guidance import FixedGuidance
 from fewstep.networks import Network
 from fewstep.objectives import Batch, Regression
 from fewstep.preconditioning import TrajectoryStatistics
@@ -82,8 +82,8 @@ def build(
 
 
 def _warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
-    guidance = getattr(config.objective, "guidance", None)
-    if isinstance(guidance, TrainingGuidance) and guidance.active and not dataset.num_classes:
+    guidance = config.objective.target_guidance
+    if guidance.active and not dataset.num_classes:
         off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
         warnings.warn(
             f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
