@@ -87,9 +87,9 @@ STUDIES = {
     ("fashion", "unet"): Study(
         DataConfig(source="idx"),
         UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(7,), head_width=16, patch=2, max_frequency=16.0),
-        400,
-        128,
-        2000,
+        1600,
+        32,
+        1000,
     ),
 }
 OPTIMIZERS = {
@@ -285,7 +285,7 @@ def train_cell(cell: Cell, config: RunConfig, stick: Stick, folder: Path) -> dic
         spent += time.perf_counter() - started
 
         def watch(model: FlowMap, step: int) -> None:
-            for nfe in steps_measured:
+            for nfe in steps_measured if step == study.steps else steps_measured[:3]:
                 curve.append({"step": step, "nfe": nfe, **stick.measure(model, config, nfe, study.samples)})
 
         trainer.show(watch)

@@ -166,7 +166,9 @@ def paired_table(cells: list[Cell], changed: Mapping[str, str]) -> str:
 
 
 def pairs_table(before: list[Cell], after: list[Cell]) -> str:
-    """A row for each objective: `after`, and its distances over those of the same objective and seed `before`."""
+    """A row for each objective: `after`, and its distances over those of the same objective and seed `before`, where
+    there are any.
+    """
     rows = []
     for (name,), own in sorted(grouped(after, "objective").items()):
         usual = {cell["seed"]: cell for cell in before if cell["objective"] == name}
@@ -176,8 +178,7 @@ def pairs_table(before: list[Cell], after: list[Cell]) -> str:
             key = f"frechet_{nfe}"
             shown.append(interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]]))
         failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
-        if pairs:
-            rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
+        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
     heads = ("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed")
     return markdown(heads, rows)
 
