@@ -291,6 +291,7 @@ def train_cell(cell: Cell, config: RunConfig, stick: Stick, folder: Path) -> dic
         trainer.show(watch)
     if cell.objective == "flow matching":
         trainer.save()
+    trainer.release()
     return verdict(cell, study, norms, curve, diverged_at) | {"seconds": round(spent, 1), "curve": rounded(curve)}
 
 
@@ -326,12 +327,15 @@ def rounded(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_cells() -> list[dict[str, Any]]:
-    """Every stored cell of today's settings; others and a line that was cut off are left out, and trained again."""
+    """Every stored cell of today's settings; others, also of networks that the study no longer has, and a line that was
+    cut off are left out, and trained again.
+    """
     found: list[dict[str, Any]] = []
     for line in CELLS.read_text().splitlines() if CELLS.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [row for row in found if row["settings"] == settings(cell_of(row))]
+        with contextlib.suppress(ValueError, KeyError):
+            row = json.loads(line)
+            found += [row] if row["settings"] == settings(cell_of(row)) else []
+    return found
 
 
 def settings(cell: Cell) -> str:
@@ -377,7 +381,7 @@ def run(options: argparse.Namespace) -> None:
 def flow_matching_model(cell: Cell, stick: Stick, models: Path) -> Path:
     """The flow-matching model of the cell's seed, network and path, trained now unless it is there."""
     own = replace(cell, objective="flow matching", initial="random", lr=LR, optimizer="adamw", derivative="exact")
-    folder = models / f"{own.dataset}-{own.network}-{own.path}-{own.preconditioning}-{own.seed}"
+    folder = models / f"{own.dataset}-{own.network}-{own.path}-{own.preconditioning}-{own.seed}-{settings(own)}"
     if not RunFolder(folder).checkpoints():
         train_cell(own, configuration(own, ""), stick, folder)
     return folder

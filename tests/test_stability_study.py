@@ -122,7 +122,8 @@ def test_cells_of_other_settings_are_not_counted(
     file = tmp_path / "cells.jsonl"
     monkeypatch.setattr(study, "CELLS", file)
     today = row(study) | {"settings": study.settings(study.Cell("base", "iSD"))}
-    file.write_text("".join(json.dumps(r) + "\n" for r in (today, today | {"settings": "0" * 8})) + '{"cut')
+    others = (today | {"settings": "0" * 8}, row(study), today | {"network": "gone"})
+    file.write_text("".join(json.dumps(r) + "\n" for r in (today, *others)) + '{"cut')
     assert study.read_cells() == [today]
     shorter = replace(study.STUDIES["digits", "mlp"], steps=10)
     monkeypatch.setitem(study.STUDIES, ("digits", "mlp"), shorter)

@@ -148,7 +148,8 @@ def sample_command(args: Sequence[str]) -> None:
         save_latents(flow_map, drawn.samples, drawn.labels, out)
     else:
         view.write(drawn.samples, drawn.labels, out, options.columns)
-    print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each, {drawn.seconds:.2f} s")
+    guided = "" if settings.omega == 1 else f", guidance {settings.omega:g}"
+    print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
     tuned = settings.tuned(flow_map.step_times)
     if tuned is not None:
         print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
@@ -227,8 +228,8 @@ def demos_command(args: Sequence[str]) -> None:
     options = parse(DemosOptions, args, "demos")
     minari, robomimic = options.from_minari, options.from_robomimic
     if minari is not None or robomimic is not None:
-        if (options.count, options.first_seed) != (DemosOptions.count, DemosOptions.first_seed):
-            raise ConfigError("--count and --first-seed are for recording: an imported file is taken whole")
+        if options.count is not None or options.first_seed is not None:
+            raise ConfigError("--count and --first-seed are for recording, not for importing: leave them out")
         print(import_demonstrations(options.task, minari, robomimic, options.keys, options.split, options.out))
         return
     if options.keys or options.split:
@@ -236,7 +237,8 @@ def demos_command(args: Sequence[str]) -> None:
     if not options.task:
         raise ConfigError(f"demos needs a task: fewstep demos TASK; tasks: {', '.join(TASKS)}")
     progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
-    told = record_demonstrations(options.task, options.count, options.out, options.first_seed, progress)
+    count = 100 if options.count is None else options.count
+    told = record_demonstrations(options.task, count, options.out, options.first_seed or 0, progress)
     print(f"\n{told}" if progress else told)
 
 

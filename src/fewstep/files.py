@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ try:
     import fcntl
 except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class guarded:
@@ -59,29 +63,36 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 class Lock:
-    """An existing file held by one holder at a time, until `release`, or until the process ends in whatever way.
+    """A file `.lock` in a folder, held by one holder at a time until `release`, or until its process ends.
 
-    Raises CheckpointError with `message` when another holds it. Does nothing where the system knows no such locks.
+    The file stays: removing it would let two hold it. A child that was forked meanwhile holds it on if the process is
+    killed. Raises CheckpointError with `message` when another holds it, or when the folder cannot be written. Does
+    nothing where the system or the file system knows no such locks.
     """
 
-    def __init__(self, file: Path, message: str) -> None:
+    def __init__(self, folder: Path, message: str) -> None:
         self._handle: BinaryIO | None = None
         if fcntl is None:
             return
+        file = folder / LOCK_FILE
         with guarded(file):
-            handle = file.open("rb")
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
             handle.close()
-            raise CheckpointError(message) from error
-        except OSError:  # a file system without locks
-            handle.close()
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise CheckpointError(message) from error
+            if error.errno not in _NO_LOCKS:
+                with guarded(file):
+                    raise
         else:
             self._handle = handle
 
     def release(self) -> None:
         """Let others have it; again does nothing."""
         if self._handle is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # a forked child's copy of the handle would keep it
             self._handle.close()
             self._handle = None

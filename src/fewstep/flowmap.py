@@ -221,9 +221,9 @@ def _read_config(file: FilePath) -> _Stored:
         raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
     try:
         record = json.loads(file.read_text())
+        check_format(record, str(file))
         stored, tuned = record["flow_map"], record.get("step_times", [])
         decoding, control = record.get("decoding"), record.get("control")
-        check_format(record, str(file))
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
     return _Stored(

@@ -60,16 +60,21 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
 def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSettings:
     """The sampler, gamma and guidance that a run is measured by; gamma is 0.5 where that has none.
 
-    A saved model does not say how it was trained: what its times for so many steps were tuned for, else the map.
+    A saved model does not say how it was trained: the sampler that its times for so many steps were tuned for, else the
+    map; the guidance that all its tuned times are for, else none.
     """
     run = RunFolder(folder)
     if run.config_file.is_file() and run.checkpoints():
         own = sampler_settings(run.config(), (1,))[0]
-        return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega)
+        return SamplingSettings(
+            sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega if flow_map.num_classes else 1.0
+        )
+    omegas = {each.omega for each in flow_map.step_times}
+    omega = omegas.pop() if len(omegas) == 1 else 1.0
     tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
     if tuned is None:
-        return SamplingSettings(sampler="map", gamma=0.5)
-    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=tuned.omega)
+        return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
+    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=omega)
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -78,13 +83,15 @@ def spacing(config: RunConfig) -> Spacing:
 
 
 def method_of(run: RunFolder) -> str:
-    """The run's objective as figures name it."""
-    classes: Any = run.record()["data"]
-    return method_name(run.config(), classes["classes"])
+    """The run's objective as figures name it; raises CheckpointError where the run does not say what its data are."""
+    data: Any = run.record()["data"]
+    if not isinstance(data, dict) or not isinstance(data.get("classes"), int):
+        raise CheckpointError(f"{run.config_file} is damaged: it does not say what the run's data are")
+    return method_name(run.config(), data["classes"])
 
 
 def method_name(config: RunConfig, classes: int) -> str:
-    """The objective as figures name it; classes: of the data, for guidance is none without."""
+    """The objective as figures name it; classes: how many the data have, without which nothing is guided."""
     match config.objective:
         case DiagonalMatching(measure="velocity"):
             return "flow matching"

@@ -115,7 +115,7 @@ class SampleOptions:
     """Class of each image, repeated as needed; all classes in turn when not given."""
     omega: float | None = None
     """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
-    given: the one that the run is measured by; for a saved model the one that its times were tuned for, else 1."""
+    given: the one that the run is measured by; for a saved model the one that all its tuned times are for, else 1."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Where guidance acts, as fractions of the path's range."""
     seed: int = 0
@@ -138,12 +138,12 @@ class DemosOptions:
 
     task: Annotated[str, tyro.conf.Positional] = ""
     """Task to record; a name of your own when importing."""
-    count: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 100
-    """Demonstrations to keep; episodes that miss the goal are dropped and counted."""
+    count: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """Demonstrations to keep, 100 when not given; episodes that miss the goal are dropped and counted."""
     out: Path | None = None
     """FILE.safetensors; demos/TASK.safetensors when not given."""
-    first_seed: int = 0
-    """Start of the first episode."""
+    first_seed: int | None = None
+    """Start of the first episode; 0 when not given."""
     from_minari: Path | None = None
     """Folder or HDF5 file of a Minari data set to import."""
     from_robomimic: Path | None = None

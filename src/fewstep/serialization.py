@@ -28,9 +28,9 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _SHOWN = 120
 
 
+_LATER = "later"
 FORMAT = 1
 """Of the files config.json: raised when an older fewstep would misread a newer file."""
-_LATER = "later"
 
 
 def later(make: Callable[[], T]) -> T:
@@ -41,7 +41,9 @@ def later(make: Callable[[], T]) -> T:
 def check_format(record: dict[str, Any], source: str) -> None:
     """Raise CheckpointError for a file of a later format than this one; a file without the number is of the first."""
     found = record.get("format", 1)
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"{source} is damaged: its format is {found!r}, which should be a number from 1 on")
+    if found > FORMAT:
         raise CheckpointError(
             f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
         )

@@ -261,6 +261,7 @@ def training_cost(
             start = time.perf_counter()
             trainer.take_step()
             seconds.append(time.perf_counter() - start)
+        trainer.release()
     steps = math.ceil(student.training.images / student.training.batch_size)
     return TrainingCost(student.recipe, steps, statistics.median(seconds[1:]))
 

@@ -260,10 +260,14 @@ def test_a_file_of_a_later_format(part: str, run: Path, command: Command) -> Non
     file = (RunFolder(run).last_checkpoint() if part == "checkpoints" else run) / "config.json"
     record = json.loads(file.read_text())
     assert record["format"] == 1
-    file.write_text(json.dumps(record | {"format": 2, "unheard_of": {}}))
+    later = {f"{key}_renamed": value for key, value in record.items() if key != "format"}
+    file.write_text(json.dumps(later | {"format": 2}))
     before = contents(run)
     assert_refused(command("sample", run), r"config\.json has format 2, .* formats up to 1: install a newer fewstep")
     assert contents(run) == before
+    for damaged in (True, "1", None, 0, 1.0):
+        file.write_text(json.dumps(record | {"format": damaged}))
+        assert_refused(command("sample", run), r"config\.json is damaged: its format is ")
     del record["format"]  # as files were before they said so
     file.write_text(json.dumps(record))
     assert command("sample", run).code == 0

@@ -14,9 +14,7 @@ from torch.autograd import forward_ad
 from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError, ShapeError
 from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
-from fewstep.networks.layers import (
-    ConditionEmbedding,
-)
+from fewstep.networks.layers import ConditionEmbedding
 
 SMALL: dict[str, tuple[NetworkConfig, tuple[int, ...]]] = {
     "mlp": (MLPConfig(width=24, depth=2, embedding_width=16), (2, 3)),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fewstep.config import RunConfig
 from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
-from fewstep.files import Lock, guarded, write_atomically
+from fewstep.files import LOCK_FILE, Lock, guarded, write_atomically
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
@@ -62,12 +62,20 @@ class RunFolder:
         teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
         `check` does, when another process trains here, or when the folder cannot be written.
         """
-        self.check(config, data, teacher)
-        if not self.config_file.exists():
-            write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
-        message = f"another process is training in {self.root}: wait for it, or give another folder with --out"
-        lock = Lock(self.config_file, message)
-        self.remove_leftovers()
+        self.check(config, data, teacher)  # before anything is written
+        lock = Lock(
+            self.root,
+            f"{self.root} is being trained in by another process, or by a run of this one that was not released: wait "
+            "for it, or give another folder with --out",
+        )
+        try:
+            self.check(config, data, teacher)  # once more: another process may have begun meanwhile
+            self.remove_leftovers()
+            if not self.config_file.exists():
+                write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
+        except BaseException:
+            lock.release()
+            raise
         return lock
 
     def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
@@ -75,7 +83,7 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
         if not self.config_file.exists():
-            if self.root.exists() and any(not path.name.startswith(".config.json.") for path in self.root.iterdir()):
+            if self.root.exists() and any(not _ours(path.name) for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             return
         today = {"run": to_json(self.config())}  # with what keys that came later mean to an older file
@@ -171,6 +179,11 @@ class RunFolder:
         kept = "".join(json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step)
         if not self.log_file.exists() or self.log_file.read_text() != kept:
             write_atomically(self.log_file, kept)
+
+
+def _ours(name: str) -> bool:
+    """Whether a file is what a run leaves that was killed before it had its configuration."""
+    return name == LOCK_FILE or name.startswith(".config.json.")
 
 
 def _record(config: RunConfig, data: dict[str, JSON], teacher: str | None) -> dict[str, JSON]:

@@ -32,7 +32,7 @@ from fewstep.training.ema import EMA, make_emas
 from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
-from fewstep.training.setup import build, data_record, fetch_batch, leave_processes, split_batch
+from fewstep.training.setup import build, data_record, fetch_batch, leave_processes, split_batch, warn_of_guidance
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 
@@ -54,6 +54,10 @@ class Machine:
     """Also write TensorBoard events (extra [track])."""
     quiet: bool = False
     """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,8 @@ class Trainer:
             config, dataset, run, self.teacher, self.accelerator.device, self.team, self.hidden
         )
         self.flow_map = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
+        if self.accelerator.is_main_process:
+            warn_of_guidance(config, dataset)
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
         decay = config.objective.target_decay
@@ -158,11 +164,11 @@ class Trainer:
         self.lock = run.open(config, data_record(dataset), identity) if self.accelerator.is_main_process else None
         try:
             self.take_up()
+            self.window = Window(self.clip)
+            self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
         except BaseException:
             self.release()
             raise
-        self.window = Window(self.clip)
-        self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint, if there is one."""

@@ -46,8 +46,7 @@ def build(
 ) -> FlowMap:
     """The run's flow map with the weights that its seed, or the model it starts from, gives.
 
-    Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images. Gives a
-    FewstepWarning for training guidance on data without classes, where it has no effect.
+    Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
     if config.training.flip and dataset.control is not None:
         raise ConfigError("chunks of actions have no mirror images: train with --training.no-flip")
@@ -77,11 +76,11 @@ def build(
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
-    _warn_of_guidance(config, dataset)
     return flow_map
 
 
-def _warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
+def warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
+    """A FewstepWarning for training guidance on data without classes, where it has no effect."""
     guidance = config.objective.target_guidance
     if guidance.active and not dataset.num_classes:
         off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
