@@ -228,8 +228,11 @@ def run_cell(name: str, config: RunConfig, seed: int, plan: Plan, truth: Truth, 
     config = replace(config, training=training)
     curve: list[dict[str, object]] = []
     gamma = 1.0 if isinstance(config.objective, CD) else 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, dataset, RunFolder(Path(folder) / "run"), Machine(cpu=True, quiet=True), Attendants())
+    machine = Machine(cpu=True, quiet=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Trainer(config, dataset, RunFolder(Path(folder) / "run"), machine, Attendants()) as trainer,
+    ):
         started, spent = time.perf_counter(), 0.0
         trainer.flow_map.train()
         for moment in plan.moments:

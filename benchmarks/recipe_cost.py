@@ -8,6 +8,7 @@ Both train in one process, one step after the other in turns, on one thread; med
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -34,14 +35,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as held:
         trainers = []
         for name in options.recipes:
             config = recipe(name)
             run = RunFolder(Path(folder) / name)
-            trainers.append(
-                Trainer(config, load_dataset(config.data), run, Machine(cpu=True, quiet=True), Attendants())
-            )
+            dataset, machine = load_dataset(config.data), Machine(cpu=True, quiet=True)
+            trainers.append(held.enter_context(Trainer(config, dataset, run, machine, Attendants())))
             trainers[-1].flow_map.train()
         spent = [[seconds(trainer) for trainer in trainers] for _ in range(options.steps + 2)][2:]
     first, second = (statistics.median(times) for times in zip(*spent, strict=True))

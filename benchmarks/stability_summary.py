@@ -25,7 +25,7 @@ Cell = dict[str, Any]
 COLUMNS = (
     "objective", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr", "seed", "dataset",
     "diverged", "degenerate", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1",
-    "grad_q50", "grad_q99", "steps", "batch", "samples", "group",
+    "within_1", "grad_q50", "grad_q99", "steps", "batch", "samples", "sample_seed", "extractor", "group",
 )  # fmt: skip
 USUAL = {
     "dataset": "digits", "network": "mlp", "path": "linear", "preconditioning": "linear", "derivative": "exact",
@@ -41,7 +41,8 @@ def judged(cell: Cell) -> Cell:
     """The cell with what counts as degenerate and as classless today, whenever it was stored: see stability.py."""
     if cell["diverged"]:
         return cell | {"degenerate": False, "classless": False}
-    degenerate = not 0.25 <= cell["spread_1"] <= 4.0
+    within = cell.get("within_1")  # not stored by the first cells
+    degenerate = not 0.25 <= cell["spread_1"] <= 4.0 or (within is not None and within < 0.25)
     return cell | {"degenerate": degenerate, "classless": cell["accuracy_1"] < 2 / CLASSES}
 
 
@@ -60,7 +61,7 @@ def summarise(cells: list[Cell], results: Path, missing: int) -> None:
         key = cell["dataset"], cell["network"], cell["objective"]
         return costs.get((*key, cell["derivative"]), costs.get((*key, "exact")))
 
-    rows = [{name: cell[name] for name in COLUMNS} | {"step_ratio": ratio(cell)} for cell in cells]
+    rows = [{name: cell.get(name) for name in COLUMNS} | {"step_ratio": ratio(cell)} for cell in cells]
     write_atomically(results.parent / "stability.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     state = f"{len(cells)} runs; {missing} of the plan are not there yet."
     steps = titled(
@@ -124,7 +125,8 @@ def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> s
     """One row an objective: failures, quality by calls, gradient norms, cost."""
     heads = (
         "objective", "runs", "diverged", "degenerate", "classless", "1 call", "2 calls", "4 calls", "accuracy, 1 call",
-        "gradient q50", "q99", "q99 / q50", "step cost", f"steps of flow matching to {TARGET:g} in 2 calls",
+        "variance within classes", "gradient q50", "q99", "q99 / q50", "step cost",
+        f"steps of flow matching to {TARGET:g} in 2 calls",
     )  # fmt: skip
     rows = []
     for (name,), own in sorted(grouped(cells, "objective").items(), key=lambda item: typical(item[1], "frechet_2")):
@@ -134,11 +136,15 @@ def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> s
             (
                 name, str(len(own)), *(str(sum(cell[kind] for cell in own)) for kind in FAILURES),
                 *(spread(own, f"frechet_{n}") for n in (1, 2, 4)), spread(own, "accuracy_1", 3),
+                spread(own, "within_1", 2),
                 f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}", "" if cost is None else f"{cost:.2f}",
                 cost_to(own, cost),
             )
         )  # fmt: skip
-    return markdown(heads, rows)
+    long = [
+        row["frechet"] for cell in cells for row in cell["curve"] if (row["step"], row["nfe"]) == (cell["steps"], 32)
+    ]
+    return markdown(heads, rows) + (f"\n\nFlow matching in 32 calls: {interval(long, 1)}." if long else "")
 
 
 def rates_table(cells: list[Cell]) -> str:
@@ -222,7 +228,7 @@ def typical(cells: list[Cell], key: str) -> float:
 
 def spread(cells: list[Cell], key: str, digits: int = 1) -> str:
     """Mean (smallest to largest) of the runs that have a value."""
-    values = [cell[key] for cell in cells if cell[key] is not None]
+    values = [cell[key] for cell in cells if cell.get(key) is not None]
     return interval(values, digits)
 
 

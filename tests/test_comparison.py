@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.comparison import compare, differing_settings, method_labels, read_curves
+from fewstep.comparison import compare
 from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, Samples
 from fewstep.errors import CheckpointError, ConfigError, DataError, ShapeError
@@ -25,6 +25,7 @@ from fewstep.recipes import recipe
 from fewstep.reporting.comparison import Course, Panel, comparison_curves
 from fewstep.runs import study_links
 from fewstep.serialization import to_json
+from fewstep.studies import differing_settings, method_labels, read_curves
 from fewstep.training import RunFolder, build
 
 rates = st.floats(0.2, 5.0)

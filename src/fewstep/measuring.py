@@ -36,7 +36,7 @@ from fewstep.sampling import Generated, SamplingSettings, Spacing, generate
 from fewstep.schedules import SamplerName
 from fewstep.students import with_labels
 from fewstep.training.checkpoint import RunFolder, read_state
-from fewstep.training.loop import Watcher
+from fewstep.training.interface import Watcher
 
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"

@@ -13,7 +13,7 @@ from fewstep.control import FIRST_TEST_SEED
 from fewstep.data.latents import EncodingSettings, Posterior, StoredType
 from fewstep.sampling import Spacing
 from fewstep.schedules import SamplerName
-from fewstep.training.loop import Machine
+from fewstep.training.interface import Machine
 
 
 @dataclass(frozen=True)

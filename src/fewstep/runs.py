@@ -28,7 +28,7 @@ from fewstep.reporting import Grid, RunReport, save_grid, write_report
 from fewstep.sampling import generate
 from fewstep.students import read_alignments, teacher_name
 from fewstep.training.checkpoint import RunFolder, read_state
-from fewstep.training.loop import Watcher
+from fewstep.training.interface import Watcher
 from fewstep.viewing import Viewer, preview, viewer
 
 REPORT_FILE = "report.html"

@@ -32,7 +32,8 @@ from fewstep.reporting import Curve, Jumps, statistics_figure
 from fewstep.sampling import STREAM_PRIOR
 from fewstep.times import edm_grid, uniform_grid
 from fewstep.training.checkpoint import RunFolder, load
-from fewstep.training.loop import Attendants, Machine, Trainer
+from fewstep.training.interface import Attendants, Machine
+from fewstep.training.loop import Trainer
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
 from fewstep.training.teacher import fingerprint
 
@@ -254,14 +255,14 @@ def training_cost(
     student = replace(student, teacher=str(teacher.root), data=own.data, network=network, statistics=settings)
     with tempfile.TemporaryDirectory() as folder:
         attendants = Attendants(features=perception(student, dataset, cache))
-        trainer = Trainer(student, dataset, RunFolder(Path(folder)), Machine(cpu=cpu, quiet=True), attendants)
-        trainer.flow_map.train()
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            trainer.take_step()
-            seconds.append(time.perf_counter() - start)
-        trainer.release()
+        run, machine = RunFolder(Path(folder)), Machine(cpu=cpu, quiet=True)
+        with Trainer(student, dataset, run, machine, attendants) as trainer:
+            trainer.flow_map.train()
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                trainer.take_step()
+                seconds.append(time.perf_counter() - start)
     steps = math.ceil(student.training.images / student.training.batch_size)
     return TrainingCost(student.recipe, steps, statistics.median(seconds[1:]))
 

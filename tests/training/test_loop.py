@@ -30,8 +30,9 @@ from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.randomness import Draws
 from fewstep.training import Attendants, RunFolder, build, train
-from fewstep.training.loop import Trainer, TrainStep, split_batch
+from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
+from fewstep.training.setup import split_batch
 
 
 @pytest.mark.parametrize("micro_batch", [8, 5, 31])

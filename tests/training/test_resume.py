@@ -286,6 +286,29 @@ def test_a_folder_has_one_trainer_at_a_time(digits: Dataset, tmp_path: Path) -> 
     train(TINY, digits, run, MACHINE)
 
 
+def test_a_run_that_cannot_be_built_leaves_its_folder_to_others(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def estimate(*_: object) -> None:  # statistics take minutes: nobody else may spend them on this folder
+        with pytest.raises(CheckpointError, match="being trained in by another"):
+            RunFolder(tmp_path).hold(TINY, {})
+        held.append(True)
+        raise ConfigError("no statistics")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.training.loop.first_statistics", estimate)
+        with pytest.raises(ConfigError, match="no statistics"):
+            train(TINY, digits, RunFolder(tmp_path), MACHINE)
+    assert held
+    assert not RunFolder(tmp_path).config_file.exists()  # other settings may follow
+    other = replace(TINY, training=replace(TINY.training, seed=TINY.training.seed + 1))
+    with Trainer(other, digits, RunFolder(tmp_path), MACHINE, Attendants()) as trainer:
+        trainer.take_step()
+    train(other, digits, RunFolder(tmp_path), MACHINE)
+
+
 def raising(self: Trainer) -> None:
     raise ConfigError("as a damaged checkpoint does")
 
@@ -296,6 +319,6 @@ def test_what_is_only_logged_or_measured_may_change(unbroken: Callable[[str], Pa
     changed = replace(
         TINY, training=replace(TINY.training, log_images=32, keep=5), evaluation=replace(TINY.evaluation, samples=99)
     )
-    run.open(changed, run.record()["data"])  # type: ignore[arg-type]
+    run.check(changed, run.record()["data"])  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"training\.seed"):
-        run.open(replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]
+        run.check(replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]

@@ -56,8 +56,8 @@ class RunFolder:
     def samples(self) -> Path:
         return self.root / "samples"
 
-    def open(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> Lock:
-        """Start the run, or check that it is the same one; the lock keeps other processes from training in it.
+    def hold(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> Lock:
+        """Keep other processes from training here until the lock is released; of the run nothing is written yet.
 
         teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
         `check` does, when another process trains here, or when the folder cannot be written.
@@ -70,13 +70,16 @@ class RunFolder:
         )
         try:
             self.check(config, data, teacher)  # once more: another process may have begun meanwhile
-            self.remove_leftovers()
-            if not self.config_file.exists():
-                write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
         except BaseException:
             lock.release()
             raise
         return lock
+
+    def begin(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
+        """Remove what a killed process left half written, and write config.json unless it is there."""
+        self.remove_leftovers()
+        if not self.config_file.exists():
+            write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
 
     def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
         """Raise CheckpointError, showing every difference, when the folder holds anything else; nothing is written."""

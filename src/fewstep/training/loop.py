@@ -9,10 +9,8 @@ from __future__ import annotations
 import atexit
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -29,46 +27,13 @@ from fewstep.training.adversary import Adversary
 from fewstep.training.anatomy import term_norms
 from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
+from fewstep.training.interface import Attendants, Machine, TrainingResult, Watcher
 from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
 from fewstep.training.setup import build, data_record, fetch_batch, leave_processes, split_batch, warn_of_guidance
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
-
-Watcher = Callable[[FlowMap, int], None]
-"""Called with the averaged model and the step when samples are due; on the main process alone."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the run happens; does not decide the weights, but for `micro_batch` with CTM's balance, taken a part."""
-
-    cpu: bool = False
-    """Stay on the CPU even where a GPU is present."""
-    micro_batch: int = 0
-    """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (extra [track])."""
-    quiet: bool = False
-    """No progress bar."""
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a finished run has done."""
-
-    step: int
-    images: int
-    seconds: float
-    main_process: bool = True
-    """False in all processes but the first."""
 
 
 class TrainStep(nn.Module):
@@ -89,19 +54,6 @@ class TrainStep(nn.Module):
         return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 
 
-@dataclass(frozen=True)
-class Attendants:
-    """What the caller adds to a run without deciding where it happens.
-
-    watch: called when samples are due. curve: called when a point of the learning curve is due. features: images to
-    features with gradient, for objectives that compare them.
-    """
-
-    watch: Watcher | None = None
-    curve: Watcher | None = None
-    features: Callable[[Tensor], Tensor] | None = None
-
-
 def train(
     config: RunConfig,
     dataset: Dataset,
@@ -117,15 +69,12 @@ def train(
     """
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    trainer = Trainer(config, dataset, run, machine, attendants)
-    try:
+    with Trainer(config, dataset, run, machine, attendants) as trainer:
         return trainer.run_to_end()
-    finally:
-        trainer.release()
 
 
 class Trainer:
-    """One run in progress."""
+    """One run in progress; `with Trainer(...) as trainer:` lets others train in its folder at the end, as `release`."""
 
     def __init__(
         self, config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine, attendants: Attendants
@@ -143,10 +92,24 @@ class Trainer:
         teacher = load_teacher(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
-        if self.accelerator.is_main_process:  # before minutes go into statistics
-            run.check(config, data_record(dataset), identity)
+        main = self.accelerator.is_main_process
+        self.lock = run.hold(config, data_record(dataset), identity) if main else None
+        try:
+            self.prepare()
+            if main:
+                run.begin(config, data_record(dataset), identity)
+            self.take_up()
+            self.window = Window(self.clip)
+            self.board = tensorboard(run.root) if machine.tensorboard and main else None
+        except BaseException:
+            self.release()
+            raise
+
+    def prepare(self) -> None:
+        """Make everything that steps need, as it is before the first."""
+        config, dataset = self.config, self.dataset
         self.statistics = first_statistics(
-            config, dataset, run, self.teacher, self.accelerator.device, self.team, self.hidden
+            config, dataset, self.run, self.teacher, self.accelerator.device, self.team, self.hidden
         )
         self.flow_map = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
         if self.accelerator.is_main_process:
@@ -156,19 +119,17 @@ class Trainer:
         decay = config.objective.target_decay
         self.target = None if decay is None else SlowAverage(self.flow_map, decay)
         self.adversary = self.make_adversary()
-        if config.objective.measures_features and attendants.features is None:
+        if config.objective.measures_features and self.attendants.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Attendants)")
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
         self.module = self.accelerator.prepare(self.loss)
         self.step, self.seconds = 0, 0.0
-        self.lock = run.open(config, data_record(dataset), identity) if self.accelerator.is_main_process else None
-        try:
-            self.take_up()
-            self.window = Window(self.clip)
-            self.board = tensorboard(run.root) if machine.tensorboard and self.accelerator.is_main_process else None
-        except BaseException:
-            self.release()
-            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -402,17 +363,3 @@ class Trainer:
     def hidden(self) -> bool:
         """Whether this process shows no progress."""
         return self.machine.quiet or not self.accelerator.is_main_process
-
-
-__all__ = [
-    "EMA",
-    "Attendants",
-    "Machine",
-    "TrainStep",
-    "Trainer",
-    "TrainingResult",
-    "build",
-    "data_record",
-    "split_batch",
-    "train",
-]
