@@ -57,3 +57,31 @@ def test_a_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.Mon
     Lock(tmp_path, "held")
     Lock(tmp_path, "held").release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_discarded_lock_leaves_no_trace(tmp_path: Path) -> None:
+    Lock(tmp_path / "new", "held").discard()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "letter.txt").write_text("dear")
+    lock = Lock(tmp_path / "kept", "held")
+    lock.discard()
+    lock.discard()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["letter.txt"]
+
+
+def test_a_lock_on_a_discarded_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another opens the file, its holder discards it, a third takes the new one: the other must not hold as well."""
+    first = Lock(tmp_path / "run", "held")
+    flock, held = fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        if not held:
+            held.append(first)
+            first.discard()
+            held.append(Lock(tmp_path / "run", "held"))
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match=r"^held$"):
+        Lock(tmp_path / "run", "held")

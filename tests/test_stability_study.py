@@ -58,19 +58,23 @@ def losses(objective: Any) -> Losses:
 
 
 def test_a_time_unit_of_one_is_no_error(study: ModuleType) -> None:
+    from stability_variants import ISDTimeUnit
+
     base = ISD(dropout=0.0)
     exact = losses(base).loss
-    assert torch.allclose(losses(study.ISDTimeUnit(base, factor=1.0)).loss, exact, rtol=1e-9)
-    assert float((losses(study.ISDTimeUnit(base)).loss / exact - 1).detach().abs().max()) > 1e-3
+    assert torch.allclose(losses(ISDTimeUnit(base, factor=1.0)).loss, exact, rtol=1e-9)
+    assert float((losses(ISDTimeUnit(base)).loss / exact - 1).detach().abs().max()) > 1e-3
 
 
 def test_terms_apart_each_weigh_themselves(study: ModuleType) -> None:
+    from stability_variants import ISDApart
+
     base = ISD(dropout=0.0, offset=0.5)
-    joint, apart = losses(base), losses(study.ISDApart(base))
+    joint, apart = losses(base), losses(ISDApart(base))
     anchor, distill = joint.logs["anchor"], joint.logs["distill"]
     assert torch.allclose(apart.loss, anchor / (anchor + 0.5) + distill / (distill + 0.5), rtol=1e-9)
     unweighted = replace(base, power=0.0)
-    assert torch.allclose(losses(study.ISDApart(unweighted)).loss, losses(unweighted).loss, rtol=1e-9)
+    assert torch.allclose(losses(ISDApart(unweighted)).loss, losses(unweighted).loss, rtol=1e-9)
 
 
 def row(study: ModuleType, **changes: Any) -> dict[str, Any]:
@@ -128,6 +132,36 @@ def test_cells_of_other_settings_are_not_counted(
     shorter = replace(study.STUDIES["digits", "mlp"], steps=10)
     monkeypatch.setitem(study.STUDIES, ("digits", "mlp"), shorter)
     assert study.read_cells() == []
+
+
+def test_a_collapse_within_classes_is_degenerate(study: ModuleType) -> None:
+    assert study.judged(row(study, within_1=0.2))["degenerate"]
+    assert not study.judged(row(study, within_1=0.3))["degenerate"]
+
+
+def test_the_digest_follows_what_is_trained_and_measured(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import stability_plan as plan
+
+    cell = study.Cell("base", "iSD")
+    first, started = plan.settings(cell), plan.settings(replace(cell, initial="flow matching"))
+    own = plan.configuration
+
+    def otherwise(cell: Any, initial: str) -> Any:
+        config = own(cell, initial)
+        training = replace(config.training, log_images=7)
+        return replace(config, training=training, evaluation=replace(config.evaluation, samples=7))
+
+    monkeypatch.setattr(plan, "configuration", otherwise)
+    assert plan.settings(cell) == first  # how it logs is no other run
+    monkeypatch.setattr(plan, "SAMPLE_SEED", 1)
+    assert plan.settings(cell) != first
+    monkeypatch.undo()
+    longer = replace(plan.OPTIMIZERS["adamw"], beta1=0.8)
+    monkeypatch.setitem(plan.OPTIMIZERS, "adamw", longer)
+    changed = plan.settings(replace(cell, optimizer="muon", initial="flow matching"))
+    monkeypatch.undo()
+    assert changed != plan.settings(replace(cell, optimizer="muon", initial="flow matching"))  # its start is another
+    assert started != first
 
 
 def test_stored_cells_are_found_again(study: ModuleType) -> None:

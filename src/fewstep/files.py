@@ -6,7 +6,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,34 +65,54 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 class Lock:
     """A file `.lock` in a folder, held by one holder at a time until `release`, or until its process ends.
 
-    The file stays: removing it would let two hold it. A child that was forked meanwhile holds it on if the process is
-    killed. Raises CheckpointError with `message` when another holds it, or when the folder cannot be written. Does
-    nothing where the system or the file system knows no such locks.
+    A child that was forked meanwhile holds it on if the process is killed. Raises CheckpointError with `message` when
+    another holds it, or when the folder cannot be written. Does nothing where the system or the file system knows no
+    such locks.
     """
 
     def __init__(self, folder: Path, message: str) -> None:
+        self.folder = folder
         self._handle: BinaryIO | None = None
-        if fcntl is None:
-            return
-        file = folder / LOCK_FILE
-        with guarded(file):
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise CheckpointError(message) from error
-            if error.errno not in _NO_LOCKS:
-                with guarded(file):
+        while fcntl is not None and self._handle is None:
+            handle = self._open()
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                handle.close()
+                if error.errno in _NO_LOCKS:
+                    return
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise CheckpointError(message) from error
+                with guarded(folder / LOCK_FILE):
                     raise
-        else:
-            self._handle = handle
+            if self._is_current(handle):
+                self._handle = handle
+            else:  # its holder has discarded it meanwhile: another may hold the new one
+                handle.close()
+
+    def _open(self) -> BinaryIO:
+        file = self.folder / LOCK_FILE
+        with guarded(file):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
+
+    def _is_current(self, handle: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle.fileno()), (self.folder / LOCK_FILE).stat())
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
-        """Let others have it; again does nothing."""
+        """Let others have it; again does nothing. The file stays."""
         if self._handle is not None:
             fcntl.flock(self._handle, fcntl.LOCK_UN)  # a forked child's copy of the handle would keep it
             self._handle.close()
             self._handle = None
+
+    def discard(self) -> None:
+        """`release`, and leave no trace: the file goes, and the folder where nothing else is in it."""
+        if self._handle is not None:
+            with suppress(OSError):
+                (self.folder / LOCK_FILE).unlink()
+                self.folder.rmdir()
+        self.release()

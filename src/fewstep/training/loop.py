@@ -102,6 +102,8 @@ class Trainer:
             self.window = Window(self.clip)
             self.board = tensorboard(run.root) if machine.tensorboard and main else None
         except BaseException:
+            if self.lock is not None and not run.config_file.exists():
+                self.lock.discard()  # a run that cannot begin leaves no folder
             self.release()
             raise
 
