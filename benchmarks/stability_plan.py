@@ -150,7 +150,7 @@ def plan() -> Iterator[Cell]:
     yield from (replace(usual(name), group="lr", lr=lr) for lr in (9e-3, 3e-4) for name in RATED)
     networks = ("flow matching", *CHOSEN, "MeanFlow, guided")
     yield from (Cell("network", name, network=network) for network in ("unet", "dit") for name in networks)
-    for name in CHOSEN:
+    for name in ("flow matching", *CHOSEN):
         yield Cell("path", name, path="trig", preconditioning="trig")
     yield from (Cell("leads", name) for name in ("iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight"))
     for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "sCT"):

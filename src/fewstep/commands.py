@@ -120,7 +120,7 @@ def sample_command(args: Sequence[str]) -> None:
         raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
     if options.latents and out.suffix != ".npz":
         raise ConfigError(f"{out}: latents are written to FILE.npz")
-    flow_map = load(options.run)
+    flow_map = load(options.run, options.weights)
     if flow_map.control is not None:
         raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
     if torch.cuda.is_available() and not options.cpu:
@@ -180,10 +180,10 @@ def evaluate_command(args: Sequence[str]) -> None:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
         teacher_of(run, options.teacher)
     stick = yardstick(with_labels(config.data, dataset), cache_folder(), options.inception, options.autoencoder)
-    rows = [*measure_run(run, stick, evaluation), measure_real(dataset, evaluation.samples, stick)]
+    rows = [*measure_run(run, stick, evaluation, options.weights), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
-    if config.teacher and not config.objective.on_diagonal:
+    if config.teacher and not config.objective.on_diagonal and not options.weights:
         print(align(run, dataset, method_of(run), options.teacher))
 
 

@@ -216,16 +216,21 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure_run(run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None) -> list[Row]:
+def measure_run(
+    run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None, weights: str = ""
+) -> list[Row]:
     """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own.
+
+    weights: as of `RunFolder.flow_map`; named in the method of each row unless they are the first EMA's.
 
     Tuned step times have rows of their own beside the default's, whose `tuned_on` says which held-out samples chose
     them: they are among those measured against, so that the default's rows alone have seen none.
     """
-    config, flow_map = run.config(), run.flow_map().to(best_device())
+    config, flow_map = run.config(), run.flow_map(weights).to(best_device())
     config = config if evaluation is None else replace(config, evaluation=evaluation)
     settings = config.evaluation
     name = method_of(run) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
+    name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(flow_map, each))]
     if not (config.objective.on_diagonal or config.objective.to_data_end):

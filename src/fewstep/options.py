@@ -99,6 +99,9 @@ class SampleOptions:
     """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; samples-SEED.png in RUN when not given."""
     count: int = 64
     """Number of images."""
+    weights: str = ""
+    """Which of the run's weights: the name of an EMA, such as power-0.1, or last, those of the last step; the first EMA
+    when not given. A name that the run does not have shows those it has."""
     steps: int = 2
     """Steps; the map sampler makes one network call each."""
     sampler: SamplerName | None = None
@@ -196,6 +199,9 @@ class EvaluateOptions:
     """Generated samples per measurement; like the options below, the recipe's own when not given."""
     steps: tuple[int, ...] = ()
     """Step counts of the run's own sampler."""
+    weights: str = ""
+    """Which of the run's weights: the name of an EMA, such as power-0.1, or last, those of the last step; the first EMA
+    when not given. A name that the run does not have shows those it has."""
     omega: float | None = None
     """Guidance strength when sampling: choose it by the Frechet distance."""
     seed: int | None = None

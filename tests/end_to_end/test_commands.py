@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -129,6 +130,42 @@ def test_sample_into_a_folder_with_classes_chosen(small_run: Path, command: Comm
         expected = np.clip(np.round((stored["images"][0, 0] + 1) * 127.5), 0, 255)
         with Image.open(files[0]) as image:
             assert np.abs(np.asarray(image) - expected).max() <= 1
+
+
+def test_any_of_a_runs_averages_is_sampled_and_measured(
+    archive: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    data = ("--data.source", "npz", "--data.root", archive)
+    several = ("--training.ema-power", "0.1", "0.2", "--training.ema-decay", "0.5")
+    run = tmp_path / "run"
+    assert command("train", "digits", *data, "--out", run, *SMALL, *several).code == 0
+    drawn, names = {}, ("", "power-0.1", "power-0.2", "constant-0.5", "last")
+    for name in names:
+        chosen = ("--weights", name) if name else ()
+        assert command("sample", run, "--out", tmp_path / "x.npz", "--count", 4, *chosen).code == 0
+        with np.load(tmp_path / "x.npz") as stored:
+            drawn[name] = stored["images"]
+    assert np.array_equal(drawn[""], drawn["power-0.1"])
+    assert all(not np.array_equal(drawn[a], drawn[b]) for a, b in itertools.combinations(names[1:], 2))
+    shown = command("sample", run, "--weights", "power-0.3")
+    assert shown.code == 2
+    assert "has no weights 'power-0.3': it has power-0.1, power-0.2, constant-0.5, last" in shown.err
+
+    fewstep.load(run, "last").save_pretrained(tmp_path / "model")
+    assert command("sample", tmp_path / "model", "--out", tmp_path / "x.npz", "--count", 4).code == 0
+    with np.load(tmp_path / "x.npz") as stored:
+        assert np.array_equal(stored["images"], drawn["last"])
+    shown = command("sample", tmp_path / "model", "--weights", "last")
+    assert shown.code == 2
+    assert "one set of weights" in shown.err
+
+    for weights in ((), ("--weights", "last"), ("--weights", "power-0.1")):
+        assert command("evaluate", run, "--steps", 1, *weights).code == 0
+    rows = json.loads((run / "figures.json").read_text())
+    found = sorted((row["method"], row["frechet"]) for row in rows if row["nfe"] == 1)
+    assert [method for method, _ in found] == ["iSD-T", "iSD-T, last"]
+    assert found[0][1] != found[1][1]
 
 
 def test_evaluate_and_report(

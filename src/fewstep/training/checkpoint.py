@@ -31,7 +31,7 @@ from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, r
 from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
 from fewstep.training.adversary import Adversary
-from fewstep.training.ema import EMA
+from fewstep.training.ema import EMA, ema_names
 from fewstep.training.optimizers import Optimizers
 
 STATE_FILE = "state.json"
@@ -135,12 +135,31 @@ class RunFolder:
             raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
         return found[-1]
 
-    def flow_map(self) -> FlowMap:
-        """The newest checkpoint's first EMA, ready to sample, with the step times tuned for it."""
-        self.record()
-        flow_map, tuned = load_flow_map(self.last_checkpoint()), self.tuned_steps()
+    def flow_map(self, weights: str = "") -> FlowMap:
+        """The newest checkpoint's model, ready to sample, with the step times tuned for it.
+
+        weights: the name of an EMA of `averages`, or "last" for the weights as the last step left them; "" is the first
+        EMA, which alone has tuned times. Raises CheckpointError for a name that the run does not have.
+        """
+        files = self.averages()
+        folder, first = self.last_checkpoint(), next(iter(files))
+        if weights not in ("", *files):
+            raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
+        flow_map = load_flow_map(folder)
+        if weights not in ("", first):
+            file = files[weights]
+            fit_weights(flow_map.network, read_weights(file), str(file))
+            return flow_map
+        tuned = self.tuned_steps()
         flow_map.step_times = () if tuned is None else tuned.step_times
         return flow_map
+
+    def averages(self) -> dict[str, Path]:
+        """Names and files of the newest checkpoint's weights: the EMAs, the sampled one first, and "last"."""
+        settings, folder = self.config().training, self.last_checkpoint()
+        names = ema_names(settings.ema_power, settings.ema_decay)
+        files = {name: folder / (f"ema-{name}.safetensors" if i else WEIGHTS_FILE) for i, name in enumerate(names)}
+        return files | {"last": folder / "weights.safetensors"}
 
     def tuned_steps(self) -> TunedSteps | None:
         """What was tuned for the newest checkpoint; None, with a FewstepWarning, for what was tuned for another.
@@ -288,17 +307,21 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
 
 
-def load(run: str | Path) -> FlowMap:
+def load(run: str | Path, weights: str = "") -> FlowMap:
     """A ready FlowMap from a run folder, or from a folder that `save_pretrained` wrote.
 
-    Raises CheckpointError when it is neither, or damaged.
+    weights: which of a run's: the name of an EMA, such as "power-0.1" or "constant-0.999", or "last" for those of the
+    last step; the run's first EMA when not given. Raises CheckpointError when the folder is neither, or damaged, or has
+    no such weights.
     """
     root = Path(run)
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder")
     if (root / WEIGHTS_FILE).is_file():
+        if weights:
+            raise CheckpointError(f"{root} is a saved model, which has one set of weights: leave {weights!r} out")
         return load_flow_map(root)
-    return RunFolder(root).flow_map()
+    return RunFolder(root).flow_map(weights)
 
 
 __all__ = ["FewstepError", "RunFolder", "load", "load_checkpoint", "save_checkpoint", "write_atomically"]

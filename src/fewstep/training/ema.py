@@ -65,15 +65,20 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in weights.items()}
 
 
+def ema_names(powers: tuple[float, ...], decays: tuple[float, ...]) -> list[str]:
+    """Names of a recipe's averages, in the order of `make_emas`: "power-0.1", "constant-0.999"."""
+    return [*(f"power-{width!r}" for width in powers), *(f"constant-{decay!r}" for decay in decays)]
+
+
 def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...]) -> list[EMA]:
     """The averages of a recipe, power functions first; raises ConfigError when there is none."""
-    emas = [EMA(f"power-{width!r}", module, None, power_exponent(width)) for width in powers]
     for decay in decays:
         if not 0 <= decay < 1:
             raise ConfigError(f"EMA decay {decay} must lie in [0, 1)")
-        emas.append(EMA(f"constant-{decay!r}", module, decay, None))
-    if len({ema.name for ema in emas}) < len(emas):
+    names = ema_names(powers, decays)
+    if len(set(names)) < len(names):
         raise ConfigError(f"an EMA is asked for twice: ema_power {powers}, ema_decay {decays}")
-    if not emas:
+    if not names:
         raise ConfigError("a recipe needs at least one EMA: give ema_power or ema_decay")
-    return emas
+    kinds = [*((None, power_exponent(width)) for width in powers), *((decay, None) for decay in decays)]
+    return [EMA(name, module, *kind) for name, kind in zip(names, kinds, strict=True)]
