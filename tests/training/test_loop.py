@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +23,17 @@ from torch import Tensor
 
 import fewstep
 from fewstep.config import OptimizerConfig, TrainingConfig
-from fewstep.data import Dataset
-from fewstep.errors import ConfigError, TrainingDivergedError
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.flowmap import FlowMap
-from fewstep.guidance import FixedGuidance
+from fewstep.guidance import DrawnGuidance, FixedGuidance
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.randomness import Draws
 from fewstep.training import Attendants, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
-from fewstep.training.setup import split_batch
+from fewstep.training.setup import split_batch, warn_of_guidance
 
 
 @pytest.mark.parametrize("micro_batch", [8, 5, 31])
@@ -51,6 +52,29 @@ def test_a_batch_whose_labels_are_all_dropped_trains(digits: Dataset, tmp_path: 
     """Nothing is left to guide: small batches meet it by chance, a dropout of 1 always."""
     config = replace(TINY, objective=ISD(dropout=1.0, guidance=FixedGuidance(omega=1.3)))
     assert train(config, digits, RunFolder(tmp_path), MACHINE).step == 10
+
+
+@pytest.mark.parametrize(
+    ("guidance", "said"),
+    [
+        (FixedGuidance(omega=1.3), r"training guidance \(--objective\.guidance\.omega 1 turns it off\) has no effect"),
+        (DrawnGuidance(), "training guidance has no effect"),
+        (FixedGuidance(omega=1.0), None),
+    ],
+)
+def test_guidance_without_classes_is_said(
+    guidance: FixedGuidance | DrawnGuidance, said: str | None, digits: Dataset
+) -> None:
+    config = replace(TINY, objective=ISD(guidance=guidance))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_guidance(config, digits)
+        plain = load_dataset(DataConfig(source="digits", labels=False))
+        if said is None:
+            warn_of_guidance(config, plain)
+        else:
+            with pytest.warns(FewstepWarning, match=rf"^digits has no classes to guide to: {said}$"):
+                warn_of_guidance(config, plain)
 
 
 @pytest.mark.parametrize(

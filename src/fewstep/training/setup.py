@@ -87,7 +87,7 @@ def warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
         warnings.warn(
             f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
             FewstepWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
