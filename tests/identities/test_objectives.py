@@ -17,11 +17,11 @@ from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
-from fewstep.objectives import ISD, Batch, DiagonalMatching, Objective
+from fewstep.objectives import ESD, ISD, Batch, DiagonalMatching, MeanFlow, Objective
 from fewstep.objectives.base import STREAM_S, STREAM_T
-from fewstep.objectives.selfdistillation import is_diagonal
+from fewstep.objectives.inputs import draw_pair, is_diagonal
 from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
-from fewstep.paths import EDM, Linear, Path
+from fewstep.paths import EDM, Linear, Path, Trig
 from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
 from fewstep.randomness import Draws
 from fewstep.times import BetaTimes, UniformTimes
@@ -190,6 +190,23 @@ def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:
     assert torch.equal(t[on], u[on])
     assert torch.equal(t[~on], torch.maximum(u, w)[~on])
     assert torch.equal(s[~on], torch.minimum(u, w)[~on])
+
+
+@pytest.mark.parametrize("kind", [ISD, MeanFlow, ESD])
+@pytest.mark.parametrize("path", [Linear(), Trig(), EDM()], ids=str)
+def test_a_share_of_the_jumps_goes_to_the_data_end(kind: type[ISD | MeanFlow | ESD], path: Path) -> None:
+    batch = Batch(noise(4000, 2), None, draws(4000))
+    plain = draw_pair(UniformTimes(), 0.5, path, batch)
+    t, s = draw_pair(UniformTimes(), 0.5, path, batch, to_end=0.4)
+    ending = (s == path.t_min) & (t > s)
+    assert abs(float(ending.double().mean()) - 0.2) < 0.02  # of half of the batch
+    u = batch.draws.uniform(STREAM_T)
+    assert torch.equal(t[ending], UniformTimes().quantile(path, u)[ending])
+    assert all(torch.equal(new[~ending], old[~ending]) for new, old in zip((t, s), plain, strict=True))
+    assert bool((s <= t).all())
+    for share in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match=f"share to the data end is {share}"):
+            kind(to_end=share)
 
 
 @given(size=st.integers(1, 60), data=st.data(), start=st.integers(0, 10**6))

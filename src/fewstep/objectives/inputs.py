@@ -18,6 +18,8 @@ from fewstep.paths import Path
 from fewstep.times import TimeDistribution, ordered_pair
 from fewstep.weights import LossNorm, adaptive_weight, error_norm
 
+STREAM_END = 17
+
 
 class Velocities(Protocol):
     """What has a velocity on a path: a flow map, or a teacher carried over to the flow map's path."""
@@ -34,13 +36,19 @@ def is_diagonal(indices: Tensor, share: float) -> Tensor:
     return torch.floor((count + 1) * share + 1e-9) > torch.floor(count * share + 1e-9)
 
 
-def draw_pair(times: TimeDistribution, diagonal: float, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(t, s): two ordered draws of `times`, or one with s = t for the diagonal share; float64."""
+def draw_pair(
+    times: TimeDistribution, diagonal: float, path: Path, batch: Batch, to_end: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(t, s): two ordered draws of `times`, or one with s = t for the diagonal share; float64.
+
+    to_end: share of the others that have s at the data end, and for t one draw.
+    """
     u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
     t, s = ordered_pair(times, path, u, w)
     on_diagonal = is_diagonal(batch.draws.indices, diagonal)
-    t = torch.where(on_diagonal, times.quantile(path, u), t)
-    return t, torch.where(on_diagonal, t, s)
+    ending = ~on_diagonal & (batch.draws.uniform(STREAM_END) < to_end)
+    t = torch.where(on_diagonal | ending, times.quantile(path, u), t)
+    return t, torch.where(on_diagonal, t, torch.where(ending, path.t_min, s))
 
 
 def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +180,12 @@ def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nonzero(s == t).squeeze(1), torch.nonzero(s != t).squeeze(1)
 
 
-def check_settings(dropout: float, diagonal: float, **positive: float) -> None:
-    """Raise ConfigError unless dropout and the diagonal share lie in [0, 1] and the rest are positive."""
+def check_settings(dropout: float, diagonal: float, to_end: float = 0.0, **positive: float) -> None:
+    """Raise ConfigError unless dropout and the shares lie in [0, 1] and the rest are positive."""
     check_dropout(dropout)
-    if not 0 <= diagonal <= 1:
-        raise ConfigError(f"diagonal share is {diagonal}; it must lie in [0, 1]")
+    for name, share in (("diagonal share", diagonal), ("share to the data end", to_end)):
+        if not 0 <= share <= 1:
+            raise ConfigError(f"{name} is {share}; it must lie in [0, 1]")
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it must be positive")

@@ -24,7 +24,12 @@ def digits() -> RunConfig:
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=ISD(
-            diagonal=0.75, guidance=FixedGuidance(omega=1.3), derivative="finite-difference", power=1.0, offset=1.0
+            diagonal=0.75,
+            to_end=0.5,
+            guidance=FixedGuidance(omega=1.3),
+            derivative="finite-difference",
+            power=1.0,
+            offset=1.0,
         ),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
