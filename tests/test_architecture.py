@@ -53,6 +53,7 @@ LAYERS = [
     {"robots"},
     {"tuning"},
     {"runs"},
+    {"studies"},
     {"comparison"},
     {"quickstart"},
     {"options"},
