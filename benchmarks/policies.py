@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from digests import digest
 from fewstep.config import RunConfig
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.data import load_dataset
@@ -36,7 +36,6 @@ from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
 from fewstep.policies.tasks import find_task
 from fewstep.recipes import recipe
-from fewstep.serialization import to_json
 from fewstep.training import Machine, RunFolder, train
 from policies_summary import summarise
 
@@ -100,7 +99,9 @@ def cell(task: str, method: str, seed: int, work: Path, models: Path) -> list[di
         policy = load_policy(folder, steps, seed)
         found = roll_out(policy, find_task(task), EPISODES)
         row = rollout_row(found, find_task(task), method, FIRST_TEST_SEED, policy)
-        rows.append(row | {"seed": seed, "seconds": round(seconds, 1), "settings": settings(method), **by_start(found)})
+        rows.append(
+            row | {"seed": seed, "seconds": round(seconds, 1), "settings": settings(task, method), **by_start(found)}
+        )
     return rows
 
 
@@ -113,11 +114,14 @@ def trained(task: str, method: str, seed: int, work: Path, models: Path, initial
     return run.root
 
 
-def settings(method: str) -> str:
-    """Eight hex digits of what a method trains, whatever the task: cells of other settings are not this study's."""
-    config = recipe(METHODS[method][0])
-    record = json.dumps([to_json(config), STEPS, DEMONSTRATIONS, EPISODES])
-    return hashlib.blake2b(record.encode(), digest_size=4).hexdigest()
+def settings(task: str, method: str) -> str:
+    """The digest of what a cell trains and how it is tried: cells of other settings are not this study's."""
+    config = configuration(task, method, Path(), 0, "")
+    training = config.training
+    return digest(
+        config.data, config.model, config.network, config.objective, config.optimizer, training.images,
+        training.batch_size, training.ema_power, training.ema_decay, DEMONSTRATIONS, EPISODES,
+    )  # fmt: skip
 
 
 def plan(tasks: list[str], methods: list[str], seeds: list[int]) -> Iterator[tuple[str, str, int]]:
@@ -135,7 +139,9 @@ def read_cells() -> list[dict[str, Any]]:
     for line in CELLS.read_text().splitlines() if CELLS.is_file() else []:
         with contextlib.suppress(ValueError):
             found += json.loads(line)
-    return [row for row in found if row["method"] == "expert" or row["settings"] == settings(row["method"])]
+    return [
+        row for row in found if row["method"] == "expert" or row["settings"] == settings(row["task"], row["method"])
+    ]
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from digests import digest
 from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.data import DataConfig
 from fewstep.guidance import FixedGuidance
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
 from fewstep.objectives.base import Objective
-from fewstep.serialization import to_json
 from fewstep.times import BetaTimes, UniformTimes
 from stability_variants import ISDApart, ISDTimeUnit
 
@@ -193,15 +191,14 @@ def starting(cell: Cell) -> Cell:
 
 
 def settings(cell: Cell) -> str:
-    """Eight hex digits of all that a cell trains and is measured by; a stored cell of others is not this study's."""
+    """The digest of all that a cell trains and is measured by; a stored cell of others is not this study's."""
     study, config = STUDIES[cell.dataset, cell.network], configuration(cell, "")
-    parts = (config.data, config.model, config.network, config.objective, config.optimizer)
-    record = [
-        *(to_json(part) for part in parts), study.steps, study.batch, list(config.training.ema_power),
+    return digest(
+        config.data, config.model, config.network, config.objective, config.optimizer,
+        study.steps, study.batch, config.training.ema_power,
         study.samples, SAMPLE_SEED, config.evaluation.gamma,
         None if cell.initial == "random" else settings(starting(cell)),
-    ]  # fmt: skip
-    return hashlib.blake2b(json.dumps(record).encode(), digest_size=4).hexdigest()
+    )  # fmt: skip
 
 
 def key_of(row: dict[str, Any]) -> tuple[object, ...]:

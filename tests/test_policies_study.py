@@ -61,8 +61,8 @@ def test_everything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_cells_of_other_settings_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policies, "CELLS", tmp_path / "cells.jsonl")
-    own, other = policies.settings("iSD"), "00000000"
-    assert own != policies.settings("regression")
+    own, other = policies.settings("ring", "iSD"), "00000000"
+    assert own != policies.settings("ring", "regression")
     lines = [[row("iSD", 1, 0, 40, settings=own)], [row("iSD", 1, 1, 44, settings=other)], [row("expert", 0, 0, 50)]]
     text = "\n".join(json.dumps(line) for line in lines)
     policies.CELLS.write_text(text + '\n[{"task": "ring", "meth')

@@ -219,6 +219,14 @@ def test_what_json_cannot_hold_is_refused(value: Any) -> None:
         to_json(value)
 
 
+def test_terse_leaves_out_what_came_later_and_says_nothing() -> None:
+    """A setting that is added tomorrow must not change what today's settings are known by."""
+    whole, terse = to_json(ISD()), to_json((ISD(), ISD(to_end=0.5)), terse=True)
+    assert isinstance(whole, dict)
+    assert terse == [{key: value for key, value in whole.items() if key != "to_end"}, to_json(ISD(to_end=0.5))]
+    assert from_json(ISD, terse[0]) == ISD()
+
+
 def test_differences_name_each_value_that_changed() -> None:
     other = replace(RUN, training=replace(RUN.training, seed=5), model=ModelConfig("edm"), network=DiTConfig())
     lines = differences(to_json(RUN), to_json(other))

@@ -49,18 +49,23 @@ def check_format(record: dict[str, Any], source: str) -> None:
         )
 
 
-def to_json(value: Any) -> JSON:
+def to_json(value: Any, *, terse: bool = False) -> JSON:
     """A dataclass (or a tuple, tensor, number, string, None) as JSON values; a dataclass carries its name as `type`.
 
+    terse: without the fields made by `later` that have the value which their absence means.
     Raises ConfigError for anything else, and for tensors of another dtype or with values that are not finite.
     """
     if isinstance(value, Tensor):
         return _encode_tensor(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields: dict[str, JSON] = {"type": type(value).__name__}
-        return fields | {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        for field in dataclasses.fields(value):
+            own = getattr(value, field.name)
+            if not (terse and _LATER in field.metadata and own == field.default_factory()):  # type: ignore[operator]
+                fields[field.name] = to_json(own, terse=terse)
+        return fields
     if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
+        return [to_json(item, terse=terse) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(f"a value of type {type(value).__name__} cannot be stored as JSON: {value!r}")
