@@ -11,8 +11,8 @@ of the data and all random numbers. `cost` times a step of every objective in on
 Without either it writes benchmarks/results/stability.json, docs/figures/stability*.png and prints the tables.
 
 diverged: a loss, gradient or sample that is not finite. degenerate: finite, but one-step samples vary less than a
-quarter of what the data vary, or more than four times (total variance of pixels), or within a class less than a quarter
-of what its data do (not known of the oldest cells). classless: a classifier finds the
+quarter of what the data vary, or more than four times (total variance of pixels; within_1, the variance within classes
+over the data's, judges nothing, since one step of flow matching has none). classless: a classifier finds the
 class that was asked for less than twice as often as by chance: failed, or not trained for long enough. Measured with
 the averaged weights against held-out data. Objectives have their papers' settings as far as they carry over to so short
 runs: curricula and slow averages are stretched over the run, pseudo-Huber's constant follows the dimension.

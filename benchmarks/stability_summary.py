@@ -41,8 +41,7 @@ def judged(cell: Cell) -> Cell:
     """The cell with what counts as degenerate and as classless today, whenever it was stored: see stability.py."""
     if cell["diverged"]:
         return cell | {"degenerate": False, "classless": False}
-    within = cell.get("within_1")  # not stored by the first cells
-    degenerate = not 0.25 <= cell["spread_1"] <= 4.0 or (within is not None and within < 0.25)
+    degenerate = not 0.25 <= cell["spread_1"] <= 4.0
     return cell | {"degenerate": degenerate, "classless": cell["accuracy_1"] < 2 / CLASSES}
 
 

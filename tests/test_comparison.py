@@ -25,7 +25,7 @@ from fewstep.recipes import recipe
 from fewstep.reporting.comparison import Course, Panel, comparison_curves
 from fewstep.runs import study_links
 from fewstep.serialization import to_json
-from fewstep.studies import differing_settings, method_labels, read_curves
+from fewstep.studies import differing_settings, find_runs, gather, method_labels, read_curves
 from fewstep.training import RunFolder, build
 
 rates = st.floats(0.2, 5.0)
@@ -270,6 +270,14 @@ def test_methods_without_a_common_seed_or_measure_have_no_figure(tmp_path: Path)
 
 def test_replicates_alone_are_averaged(study: list[Path], tmp_path: Path) -> None:
     assert "digits-flow-matching" in compare(study[:2], tmp_path / "out")
+
+
+def test_a_run_from_before_a_setting_is_a_replicate(study: list[Path], tmp_path: Path) -> None:
+    file = study[1] / "config.json"
+    record = json.loads(file.read_text())
+    assert record["run"]["data"].pop("chunks")  # as files were before demonstrations
+    file.write_text(json.dumps(record))
+    assert gather(find_runs(study[:2]))[1] == ()
 
 
 def test_runs_that_do_not_compare_are_refused(study: list[Path], tmp_path: Path) -> None:

@@ -70,6 +70,30 @@ def test_a_discarded_lock_leaves_no_trace(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["letter.txt"]
 
 
+def test_a_discarded_lock_leaves_the_folders_that_were_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Lock(tmp_path / "mine", "held").discard()
+    Lock(tmp_path / "mine" / "a" / "b", "held").discard()
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_folder_that_another_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Path.mkdir
+    removed = []
+
+    def mkdir(self: Path, *words: bool, **more: bool) -> None:
+        made(self, *words, **more)
+        if not removed:
+            removed.append(self)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    lock = Lock(tmp_path / "run", "held")
+    with pytest.raises(CheckpointError, match=r"^held$"):
+        Lock(tmp_path / "run", "held")
+    lock.release()
+
+
 def test_a_lock_on_a_discarded_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another opens the file, its holder discards it, a third takes the new one: the other must not hold as well."""
     first = Lock(tmp_path / "run", "held")

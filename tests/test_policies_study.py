@@ -88,3 +88,8 @@ def test_the_cells_of_a_task_differ_in_nothing_but_the_method(tmp_path: Path) ->
         )
     assert first.training.images == 4000 * 256
     assert first.training.seed == 3
+
+
+def test_stored_cells_are_todays() -> None:
+    stored = [each for line in policies.CELLS.read_text().splitlines() for each in json.loads(line)]
+    assert policies.read_cells() == stored

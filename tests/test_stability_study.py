@@ -134,11 +134,6 @@ def test_cells_of_other_settings_are_not_counted(
     assert study.read_cells() == []
 
 
-def test_a_collapse_within_classes_is_degenerate(study: ModuleType) -> None:
-    assert study.judged(row(study, within_1=0.2))["degenerate"]
-    assert not study.judged(row(study, within_1=0.3))["degenerate"]
-
-
 def test_the_digest_follows_what_is_trained_and_measured(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     import stability_plan as plan
 

@@ -115,7 +115,8 @@ def sample_command(args: Sequence[str]) -> None:
     from fewstep.viewing import save_latents, viewer
 
     options = parse(SampleOptions, args, "sample")
-    out = options.out or options.run / f"samples-{options.seed}{'.npz' if options.latents else '.png'}"
+    named = f"samples-{options.seed}" + (f"-{options.weights}" if options.weights else "")
+    out = options.out or options.run / f"{named}{'.npz' if options.latents else '.png'}"
     if out.suffix not in ("", ".png", ".npz"):
         raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
     if options.latents and out.suffix != ".npz":
@@ -183,7 +184,8 @@ def evaluate_command(args: Sequence[str]) -> None:
     rows = [*measure_run(run, stick, evaluation, options.weights), measure_real(dataset, evaluation.samples, stick)]
     print(table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
-    if config.teacher and not config.objective.on_diagonal and not options.weights:
+    first = options.weights in ("", next(iter(run.averages())))
+    if config.teacher and not config.objective.on_diagonal and first:
         print(align(run, dataset, method_of(run), options.teacher))
 
 

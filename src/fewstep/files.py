@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
+_PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -73,6 +75,7 @@ class Lock:
     def __init__(self, folder: Path, message: str) -> None:
         self.folder = folder
         self._handle: BinaryIO | None = None
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         while fcntl is not None and self._handle is None:
             handle = self._open()
             try:
@@ -93,8 +96,14 @@ class Lock:
     def _open(self) -> BinaryIO:
         file = self.folder / LOCK_FILE
         with guarded(file):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
+            for attempt in itertools.count():
+                try:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
+                except (FileNotFoundError, FileExistsError):  # another may discard its own just now
+                    if self.folder.is_file() or attempt == _PATIENCE:
+                        raise
+        raise AssertionError("the loop ends by itself")
 
     def _is_current(self, handle: BinaryIO) -> bool:
         try:
@@ -110,9 +119,10 @@ class Lock:
             self._handle = None
 
     def discard(self) -> None:
-        """`release`, and leave no trace: the file goes, and the folder where nothing else is in it."""
+        """`release`, and leave no trace: the file goes, and the folders that were made for it, where they are empty."""
         if self._handle is not None:
             with suppress(OSError):
                 (self.folder / LOCK_FILE).unlink()
-                self.folder.rmdir()
+                for folder in self._made:
+                    folder.rmdir()
         self.release()

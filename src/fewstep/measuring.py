@@ -335,12 +335,13 @@ def read_figures(folder: Path) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Rows as aligned text."""
     heads = f"{'Frechet':>9} {'accuracy':>9} {'precision':>10} {'recall':>7} {'ms/sample':>10}"
-    lines = [f"{'method':32} {'NFE':>4} {heads}"]
+    width = max([32, *(len(row["method"]) for row in rows)])
+    lines = [f"{'method':{width}} {'NFE':>4} {heads}"]
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         latency_ms = "" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}"
         lines.append(
-            f"{row['method'][:32]:32} {row['nfe']:>4} {row['frechet']:>9.2f} {accuracy:>9} "
+            f"{row['method']:{width}} {row['nfe']:>4} {row['frechet']:>9.2f} {accuracy:>9} "
             f"{row['precision']:>10.2f} {row['recall']:>7.2f} {latency_ms:>10}"
         )
     if rows:

@@ -96,7 +96,8 @@ class SampleOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of a saved model."""
     out: Path | None = None
-    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; samples-SEED.png in RUN when not given."""
+    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; when not given samples-SEED.png in RUN, or
+    samples-SEED-WEIGHTS.png."""
     count: int = 64
     """Number of images."""
     weights: str = ""

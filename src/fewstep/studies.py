@@ -14,7 +14,7 @@ from typing import Any
 
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.measuring import CURVE_FILE
-from fewstep.serialization import JSON, differences
+from fewstep.serialization import JSON, differences, to_json
 from fewstep.training import RunFolder
 
 Points = list[tuple[float, float]]
@@ -129,9 +129,8 @@ def gather(runs: Sequence[RunFolder]) -> tuple[list[Member], tuple[str, ...]]:
 
 def _settings(run: RunFolder) -> dict[str, Any]:
     """The run's settings by dotted name; its teacher by the fingerprint of its weights, where that is stored."""
-    record = run.record()
-    teacher = record.get("teacher")
-    return dict(_leaves(record["run"])) | ({"teacher": teacher} if teacher else {})
+    teacher = run.record().get("teacher")
+    return dict(_leaves(to_json(run.config()))) | ({"teacher": teacher} if teacher else {})
 
 
 def _leaves(value: JSON, where: str = "") -> list[tuple[str, JSON]]:

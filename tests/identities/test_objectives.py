@@ -192,9 +192,8 @@ def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:
     assert torch.equal(s[~on], torch.minimum(u, w)[~on])
 
 
-@pytest.mark.parametrize("kind", [ISD, MeanFlow, ESD])
 @pytest.mark.parametrize("path", [Linear(), Trig(), EDM()], ids=str)
-def test_a_share_of_the_jumps_goes_to_the_data_end(kind: type[ISD | MeanFlow | ESD], path: Path) -> None:
+def test_a_share_of_the_jumps_goes_to_the_data_end(path: Path) -> None:
     batch = Batch(noise(4000, 2), None, draws(4000))
     plain = draw_pair(UniformTimes(), 0.5, path, batch)
     t, s = draw_pair(UniformTimes(), 0.5, path, batch, to_end=0.4)
@@ -204,6 +203,17 @@ def test_a_share_of_the_jumps_goes_to_the_data_end(kind: type[ISD | MeanFlow | E
     assert torch.equal(t[ending], UniformTimes().quantile(path, u)[ending])
     assert all(torch.equal(new[~ending], old[~ending]) for new, old in zip((t, s), plain, strict=True))
     assert bool((s <= t).all())
+
+
+@pytest.mark.parametrize("kind", [ISD, MeanFlow, ESD])
+def test_an_objective_takes_that_share(kind: type[ISD | MeanFlow | ESD]) -> None:
+    flow_map, batch = labelled_map(), labelled_batch()
+    plain, ending = (kind(diagonal=0.5, to_end=share)(flow_map, batch) for share in (0.0, 1.0))
+    off = plain.s < plain.t
+    assert bool(off.any())
+    assert bool((plain.s[off] > flow_map.path.t_min).all())
+    assert bool((ending.s[off] == flow_map.path.t_min).all())
+    assert torch.equal(ending.s[~off], plain.s[~off])
     for share in (-0.1, 1.5):
         with pytest.raises(ConfigError, match=f"share to the data end is {share}"):
             kind(to_end=share)

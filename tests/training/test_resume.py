@@ -293,20 +293,21 @@ def test_a_run_that_cannot_be_built_leaves_its_folder_to_others(
 
     def estimate(*_: object) -> None:  # statistics take minutes: nobody else may spend them on this folder
         with pytest.raises(CheckpointError, match="being trained in by another"):
-            RunFolder(tmp_path).hold(TINY, {})
+            run.hold(TINY, {})
         held.append(True)
         raise ConfigError("no statistics")
 
+    run = RunFolder(tmp_path / "deep" / "run")
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.training.loop.first_statistics", estimate)
         with pytest.raises(ConfigError, match="no statistics"):
-            train(TINY, digits, RunFolder(tmp_path), MACHINE)
+            train(TINY, digits, run, MACHINE)
     assert held
-    assert not RunFolder(tmp_path).config_file.exists()  # other settings may follow
+    assert list(tmp_path.iterdir()) == []
     other = replace(TINY, training=replace(TINY.training, seed=TINY.training.seed + 1))
-    with Trainer(other, digits, RunFolder(tmp_path), MACHINE, Attendants()) as trainer:
+    with Trainer(other, digits, run, MACHINE, Attendants()) as trainer:  # other settings may follow
         trainer.take_step()
-    train(other, digits, RunFolder(tmp_path), MACHINE)
+    train(other, digits, run, MACHINE)
 
 
 def raising(self: Trainer) -> None:

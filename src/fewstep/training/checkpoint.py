@@ -141,21 +141,25 @@ class RunFolder:
         weights: the name of an EMA of `averages`, or "last" for the weights as the last step left them; "" is the first
         EMA, which alone has tuned times. Raises CheckpointError for a name that the run does not have.
         """
-        files = self.averages()
-        folder, first = self.last_checkpoint(), next(iter(files))
-        if weights not in ("", *files):
-            raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
+        self.record()
+        folder = self.last_checkpoint()
         flow_map = load_flow_map(folder)
-        if weights not in ("", first):
-            file = files[weights]
-            fit_weights(flow_map.network, read_weights(file), str(file))
-            return flow_map
+        if weights:
+            files = self.averages()
+            if weights not in files:
+                raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
+            fit_weights(flow_map.network, read_weights(files[weights]), str(files[weights]))
+            if files[weights].name != WEIGHTS_FILE:
+                return flow_map
         tuned = self.tuned_steps()
         flow_map.step_times = () if tuned is None else tuned.step_times
         return flow_map
 
     def averages(self) -> dict[str, Path]:
-        """Names and files of the newest checkpoint's weights: the EMAs, the sampled one first, and "last"."""
+        """Names and files of the newest checkpoint's weights: the EMAs, the sampled one first, and "last".
+
+        Not among them: the slow average that some objectives take targets from.
+        """
         settings, folder = self.config().training, self.last_checkpoint()
         names = ema_names(settings.ema_power, settings.ema_decay)
         files = {name: folder / (f"ema-{name}.safetensors" if i else WEIGHTS_FILE) for i, name in enumerate(names)}
