@@ -9,7 +9,7 @@ from fewstep.data import DataConfig
 from fewstep.guidance import FixedGuidance
 from fewstep.networks import MLPConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
-from fewstep.times import BetaTimes
+from fewstep.times import BetaTimes, LogitNormalTimes
 
 
 def digits() -> RunConfig:
@@ -24,8 +24,9 @@ def digits() -> RunConfig:
         model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=ISD(
+            times=LogitNormalTimes(),
             diagonal=0.75,
-            to_end=0.5,
+            to_end=0.75,
             guidance=FixedGuidance(omega=1.3),
             derivative="finite-difference",
             power=1.0,
