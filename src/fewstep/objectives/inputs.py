@@ -46,9 +46,12 @@ def draw_pair(
     u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
     t, s = ordered_pair(times, path, u, w)
     on_diagonal = is_diagonal(batch.draws.indices, diagonal)
-    ending = ~on_diagonal & (batch.draws.uniform(STREAM_END) < to_end)
-    t = torch.where(on_diagonal | ending, times.quantile(path, u), t)
-    return t, torch.where(on_diagonal, t, torch.where(ending, path.t_min, s))
+    if to_end > 0:
+        ending = batch.draws.uniform(STREAM_END) < to_end
+        t = torch.where(ending, times.quantile(path, u), t)
+        s = torch.where(ending, path.t_min, s)
+    t = torch.where(on_diagonal, times.quantile(path, u), t)
+    return t, torch.where(on_diagonal, t, s)
 
 
 def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
