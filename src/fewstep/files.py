@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -96,14 +95,14 @@ class Lock:
     def _open(self) -> BinaryIO:
         file = self.folder / LOCK_FILE
         with guarded(file):
-            for attempt in itertools.count():
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
-                except (FileNotFoundError, FileExistsError):  # another may discard its own just now
-                    if self.folder.is_file() or attempt == _PATIENCE:
-                        raise
-        raise AssertionError("the loop ends by itself")
+            for _ in range(_PATIENCE):
+                with suppress(FileNotFoundError, FileExistsError):  # another may discard its own just now
+                    return self._create(file)
+            return self._create(file)
+
+    def _create(self, file: Path) -> BinaryIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
 
     def _is_current(self, handle: BinaryIO) -> bool:
         try:
