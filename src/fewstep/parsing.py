@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import tyro
 
 from fewstep.errors import ConfigError
+from fewstep.kinds import choices, choose_kinds
 
 T = TypeVar("T")
 
@@ -19,6 +20,10 @@ T = TypeVar("T")
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:
     """Options of a command; raises ConfigError for an unknown one, naming the closest known, or an unfit value."""
     complaint = io.StringIO()
+    description = None
+    if default is not None:
+        default, args = choose_kinds(default, args, prefix="run.")
+        description = _with_choices(default)
     try:
         with contextlib.redirect_stderr(complaint):
             parsed, unknown = tyro.cli(
@@ -26,6 +31,7 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
                 args=list(args),
                 prog=f"fewstep {command}",
                 default=default,
+                description=description,
                 config=(tyro.conf.AvoidSubcommands,),
                 return_unknown_args=True,
             )
@@ -39,6 +45,13 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"fewstep {command}: unknown option {unknown[0]}{hint} (--help lists every option)")
     return cast(T, parsed)
+
+
+def _with_choices(default: object) -> str:
+    """What a command does, and the settings whose kind can be chosen."""
+    lines = [f"  --{name.removeprefix('run.')} {{{','.join(kinds)}}}" for name, kinds in choices(default)]
+    about = "Of these settings the kind can be chosen, with its own defaults; --help after it lists its options:"
+    return "\n\n".join([(type(default).__doc__ or "").strip(), about, "\n".join(lines)] if lines else [])
 
 
 def _first_paragraph(box: str) -> str:

@@ -71,6 +71,21 @@ def to_json(value: Any, *, terse: bool = False) -> JSON:
     raise ConfigError(f"a value of type {type(value).__name__} cannot be stored as JSON: {value!r}")
 
 
+def concrete_classes(annotation: Any) -> list[type]:
+    """The dataclasses that an annotation stands for: itself, an abstract base's subclasses, those of a union's parts.
+
+    Empty where it stands for other values too.
+    """
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        parts = [concrete_classes(part) for part in typing.get_args(annotation)]
+        return [leaf for part in parts for leaf in part] if all(parts) else []
+    if not isinstance(annotation, type):
+        return []
+    subclasses: list[type] = annotation.__subclasses__()
+    leaves = [leaf for each in subclasses for leaf in concrete_classes(each)]
+    return leaves or ([annotation] if dataclasses.is_dataclass(annotation) else [])
+
+
 def from_json(cls: type[T], data: Any, where: str = "") -> T:
     """Rebuild what `to_json` stored; raises ConfigError naming the key that does not fit."""
     return typing.cast(T, _decode(cls, data, where or cls.__name__))
@@ -140,19 +155,13 @@ def _decode_tensor(data: Any, where: str) -> Tensor:
     return found
 
 
-def _concrete(cls: type) -> list[type]:
-    """The dataclasses that an annotation stands for: itself, or an abstract base's subclasses."""
-    subclasses: list[type] = cls.__subclasses__()
-    return [leaf for each in subclasses for leaf in _concrete(each)] or [cls]
-
-
 def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
     return _decode_one_of([cls], data, where)
 
 
 def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, where, "an object")
-    classes = {leaf.__name__: leaf for cls in candidates for leaf in _concrete(cls)}
+    classes = {leaf.__name__: leaf for cls in candidates for leaf in concrete_classes(cls)}
     name = data.get("type", next(iter(classes)) if len(classes) == 1 else None)
     if not isinstance(name, str) or name not in classes:
         raise ConfigError(f"{where}: type must be one of {', '.join(sorted(classes))}, got {name!r}")
