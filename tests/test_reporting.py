@@ -36,6 +36,7 @@ from fewstep.reporting import (
     to_uint8,
     write_report,
 )
+from fewstep.reporting.figures import legible_ticks
 from fewstep.reporting.numbers import number, tick, with_error
 
 HOSTILE = "<script>alert('&\"')</script>$x_1$"
@@ -308,6 +309,20 @@ def test_numbers_for_readers() -> None:
 LEVELS = [80.0, 8.0, 0.8, 0.08]
 CURVE = Curve([0.0, 0.1, 0.7, 1.0], [0.01, 0.01, 0.02, 0.0], [0.0, 0.1, 0.7, 1.0])
 JUMPS = [Jumps(80.0, LEVELS, [1.0, 0.1, 0.01, 0.0], [0.0, 0.5, 0.9, 1.0], [1.0, 0.1, 0.01, 0.0], [0.0, 0.9, 1.0, 1.0])]
+
+
+@pytest.mark.parametrize(
+    ("calls", "shown"),
+    [
+        ([1, 2, 4, 31, 32], [1, 2, 4, 32]),
+        ([1, 2, 16, 32], [1, 2, 16, 32]),
+        ([7], [7]),
+        ([30, 31, 32], [32]),
+        ([4, 5], [4, 5]),
+    ],
+)
+def test_labels_on_a_log_axis_keep_apart(calls: list[int], shown: list[int]) -> None:
+    assert legible_ticks(calls) == shown
 
 
 def test_statistics_are_drawn_with_and_without_what_shrinking_moved() -> None:

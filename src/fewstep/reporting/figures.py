@@ -213,10 +213,19 @@ def _scale_calls(axis: Axes, rows: Sequence[Record]) -> None:
         calls = [2**i for i in range(math.floor(math.log2(calls[0])), math.ceil(math.log2(calls[-1])) + 1)]
     axis.set_xscale("log", base=2)
     axis.set_xlim(calls[0] / 1.3, calls[-1] * 1.3)
-    axis.xaxis.set_major_locator(FixedLocator(calls))
+    axis.xaxis.set_major_locator(FixedLocator(legible_ticks(calls)))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(tick))
     axis.set_xlabel("network calls per sample (NFE)")
+
+
+def legible_ticks(rising: Sequence[int], apart: float = 1.25) -> list[int]:
+    """Those whose labels do not run into the next one's on a log axis: each less than the next kept one by a factor."""
+    kept: list[int] = []
+    for value in reversed(rising):
+        if not kept or kept[-1] >= apart * value:
+            kept.append(value)
+    return kept[::-1]
 
 
 def _scale_share(axis: Axes, values: Sequence[float], percent: bool) -> None:
