@@ -25,8 +25,8 @@ def chosen(words: str) -> RunConfig:
 
 
 def test_the_names_are_the_classes_without_what_all_of_them_end_in() -> None:
-    classes = (LogitNormalTimes, DiTConfig, UNetConfig, UNet1dConfig, NoGuidance, MeanFlow)
-    assert [kind_name(cls) for cls in classes] == ["logit-normal", "dit", "unet", "unet1d", "no", "mean-flow"]
+    classes = (LogitNormalTimes, DiTConfig, UNetConfig, UNet1dConfig, NoGuidance, ISD)
+    assert [kind_name(cls) for cls in classes] == ["logit-normal", "dit", "unet", "unet1d", "no", "isd"]
 
 
 def test_a_kind_comes_with_its_own_defaults() -> None:

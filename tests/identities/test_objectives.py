@@ -205,25 +205,6 @@ def test_a_share_of_the_jumps_goes_to_the_data_end(path: Path) -> None:
     assert bool((s <= t).all())
 
 
-@pytest.mark.parametrize("path", [Linear(), Trig(), EDM()], ids=str)
-def test_jumps_to_the_end_share_it_with_the_stops_below_them(path: Path) -> None:
-    batch = Batch(noise(6000, 2), None, draws(6000))
-    alone = draw_pair(UniformTimes(), 0.25, path, batch, 1.0)
-    t, s = draw_pair(UniformTimes(), 0.25, path, batch, 1.0, stops=(0.7, 0.4))
-    assert torch.equal(t, alone[0])
-    low, high = path.time_from_unit(torch.tensor([0.4, 0.7], dtype=torch.float64)).tolist()
-    off = s < t
-    assert torch.equal(off, alone[1] < t)
-    assert set(s[off].tolist()) == {path.t_min, low, high}
-    for ends, among in (((path.t_min,), t < low), ((path.t_min, low), (t > low) & (t < high))):
-        shares = [float((s[off & among] == end).double().mean()) for end in ends]
-        assert shares == pytest.approx([1 / len(ends)] * len(ends), abs=0.04)
-    above = off & (t > high)
-    assert [float((s[above] == end).double().mean()) for end in (path.t_min, low, high)] == pytest.approx(
-        [1 / 3] * 3, abs=0.04
-    )
-
-
 @pytest.mark.parametrize("kind", [ISD, MeanFlow, ESD])
 def test_an_objective_takes_that_share(kind: type[ISD | MeanFlow | ESD]) -> None:
     flow_map, batch = labelled_map(), labelled_batch()
@@ -236,12 +217,6 @@ def test_an_objective_takes_that_share(kind: type[ISD | MeanFlow | ESD]) -> None
     for share in (-0.1, 1.5):
         with pytest.raises(ConfigError, match=f"share to the data end is {share}"):
             kind(to_end=share)
-    halved = kind(diagonal=0.5, to_end=1.0, stops=(0.5,))(flow_map, batch)
-    assert set(halved.s[off].tolist()) <= {flow_map.path.t_min, 0.5}
-    assert 0.5 in halved.s[off].tolist()
-    for stop in (0.0, 1.0):
-        with pytest.raises(ConfigError, match=r"stops are .*between 0 \(the data\) and 1"):
-            kind(stops=(stop,))
 
 
 @given(size=st.integers(1, 60), data=st.data(), start=st.integers(0, 10**6))

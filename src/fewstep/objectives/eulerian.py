@@ -95,15 +95,13 @@ class ISD(Objective):
     v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
     times: of t and s, ordered. diagonal: share of samples with s = t. to_end: share of the others with s at the data
-    end (not of the paper: the identity holds for each s by itself, and the last call of a sample needs no other), or
-    at one of the `stops` below t, on the path's unit clock: the times that a sample of few calls will stop at.
+    end (not of the paper: the identity holds for each s by itself, and the last call of a sample needs no other).
     derivative, step: how dN/dt is taken (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)
     diagonal: float = 0.0
     to_end: float = later(float)
-    stops: tuple[float, ...] = later(tuple)
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
@@ -114,9 +112,7 @@ class ISD(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(
-            self.dropout, self.diagonal, self.to_end, self.stops, step=self.step, huber=self.huber, offset=self.offset
-        )
+        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -139,7 +135,7 @@ class ISD(Objective):
 
     def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), s = t for the diagonal share; float64."""
-        return draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end, self.stops)
+        return draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end)
 
     def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
         """N against N_target for samples with s < t; v is the velocity that drives the tangent."""
@@ -159,14 +155,13 @@ class MeanFlow(Objective):
     (1 - omega) v(x_t, t | null) for samples that keep their label, the second term the model's own without gradient.
     Nothing but the data anchors the map: there is no further term. The paper's second mixing scale kappa is left out.
 
-    times: of t and s, ordered. diagonal: share of samples with s = t. to_end, stops: as in ISD.
+    times: of t and s, ordered. diagonal: share of samples with s = t. to_end: as in ISD.
     w = sg (loss + offset)^-power per sample.
     """
 
     times: TimeDistribution = field(default_factory=LogitNormalTimes)
     diagonal: float = 0.75
     to_end: float = later(float)
-    stops: tuple[float, ...] = later(tuple)
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
@@ -177,9 +172,7 @@ class MeanFlow(Objective):
     offset: float = 0.001
 
     def __post_init__(self) -> None:
-        check_settings(
-            self.dropout, self.diagonal, self.to_end, self.stops, step=self.step, huber=self.huber, offset=self.offset
-        )
+        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -190,7 +183,7 @@ class MeanFlow(Objective):
         return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end, self.stops)
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end)
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
@@ -216,14 +209,12 @@ class ESD(Objective):
     reverse mode over the forward-mode derivative, or over the three points of a finite difference. Its norm is
     excessive where the spatial Jacobian is large; clip it. The anchor is on every sample, R on those with s < t.
 
-    v*, times, diagonal, to_end, stops, w: as in ISD; the paper's learned weight in (t, s) is left out; power 0 is no
-    weight.
+    v*, times, diagonal, to_end, w: as in ISD; the paper's learned weight in (t, s) is left out; power 0 is no weight.
     """
 
     times: TimeDistribution = field(default_factory=UniformTimes)
     diagonal: float = 0.75
     to_end: float = later(float)
-    stops: tuple[float, ...] = later(tuple)
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
     derivative: DerivativeKind = "exact"
@@ -234,9 +225,7 @@ class ESD(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(
-            self.dropout, self.diagonal, self.to_end, self.stops, step=self.step, huber=self.huber, offset=self.offset
-        )
+        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -247,7 +236,7 @@ class ESD(Objective):
         return self.guidance
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end, self.stops)
+        t, s = draw_pair(self.times, self.diagonal, flow_map.path, batch, self.to_end)
         x, conditional = noised(flow_map.path, batch, t)
         cond = guided_condition(flow_map, batch, self.dropout, self.guidance)
         target = guided_velocity(flow_map, x, t, cond, conditional, self.guidance, batch)

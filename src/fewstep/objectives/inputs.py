@@ -18,7 +18,7 @@ from fewstep.paths import Path
 from fewstep.times import TimeDistribution, ordered_pair
 from fewstep.weights import LossNorm, adaptive_weight, error_norm
 
-STREAM_END, STREAM_STOP = 17, 18
+STREAM_END = 17
 
 
 class Velocities(Protocol):
@@ -37,17 +37,11 @@ def is_diagonal(indices: Tensor, share: float) -> Tensor:
 
 
 def draw_pair(
-    times: TimeDistribution,
-    diagonal: float,
-    path: Path,
-    batch: Batch,
-    to_end: float = 0.0,
-    stops: tuple[float, ...] = (),
+    times: TimeDistribution, diagonal: float, path: Path, batch: Batch, to_end: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(t, s): two ordered draws of `times`, or one with s = t for the diagonal share; float64.
 
-    to_end: share of the others that have for t one draw and s at the data end or, equally likely, at one of those of
-    the `stops` (on the path's unit clock) that lie below t.
+    to_end: share of the others that have s at the data end, and for t one draw.
     """
     u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
     t, s = ordered_pair(times, path, u, w)
@@ -55,17 +49,9 @@ def draw_pair(
     if to_end > 0:
         ending = batch.draws.uniform(STREAM_END) < to_end
         t = torch.where(ending, times.quantile(path, u), t)
-        s = torch.where(ending, _one_below(t, path, stops, batch), s)
+        s = torch.where(ending, path.t_min, s)
     t = torch.where(on_diagonal, times.quantile(path, u), t)
     return t, torch.where(on_diagonal, t, s)
-
-
-def _one_below(t: Tensor, path: Path, stops: tuple[float, ...], batch: Batch) -> Tensor:
-    """The data end or one of the stops below t, each equally likely; (B,) float64."""
-    clock = torch.tensor(sorted(stops), dtype=torch.float64, device=t.device)
-    ends = torch.cat([clock.new_tensor([path.t_min]), path.time_from_unit(clock)])
-    below = (ends < t[:, None]).sum(1).clamp(min=1)
-    return ends[(batch.draws.uniform(STREAM_STOP) * below).long().clamp(max=len(stops))]
 
 
 def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,16 +183,12 @@ def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return torch.nonzero(s == t).squeeze(1), torch.nonzero(s != t).squeeze(1)
 
 
-def check_settings(
-    dropout: float, diagonal: float, to_end: float = 0.0, stops: tuple[float, ...] = (), **positive: float
-) -> None:
-    """Raise ConfigError unless dropout and the shares lie in [0, 1], the stops in (0, 1), and the rest are positive."""
+def check_settings(dropout: float, diagonal: float, to_end: float = 0.0, **positive: float) -> None:
+    """Raise ConfigError unless dropout and the shares lie in [0, 1] and the rest are positive."""
     check_dropout(dropout)
     for name, share in (("diagonal share", diagonal), ("share to the data end", to_end)):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} is {share}; it must lie in [0, 1]")
-    if not all(0 < stop < 1 for stop in stops):
-        raise ConfigError(f"stops are {stops}; each must lie between 0 (the data) and 1 (the noise)")
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name} is {value}; it must be positive")
