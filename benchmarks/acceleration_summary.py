@@ -64,8 +64,14 @@ def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> 
     either method, geometric means over seeds; final_*: means of the last values. Measures that only one method has,
     and seeds, are left out; so is a measure at which a run ends without a finite value.
     """
+    own_cells = [cell for cell in cells if cell["method"] in (baseline, method)]
+    if len({cell.get("teacher") for cell in own_cells}) > 1:
+        raise SystemExit(
+            f"{baseline} and {method} on {cells[0]['dataset']} have different teachers: run one of them anew"
+        )
     groups = {
-        name: {cell["seed"]: curves_of(cell) for cell in cells if cell["method"] == name} for name in (baseline, method)
+        name: {cell["seed"]: curves_of(cell) for cell in own_cells if cell["method"] == name}
+        for name in (baseline, method)
     }
     measures = set.intersection(*(set(curves) for group in groups.values() for curves in group.values()))
     seeds = sorted(set.intersection(*(set(group) for group in groups.values())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def test_actions_are_those_of_the_chunks_one_by_one(point_run: Path) -> None:
     other = policy.predict_chunk(torch.stack([seen[0], seen[0]])[None], 0, torch.tensor([1]))[0]
     torch.testing.assert_close(policy.select_action(seen[0]), other[0])  # another episode, other noise
     assert not torch.equal(other[0], first[0])
+
+
+@pytest.mark.parametrize("kind", ["numpy", "double", "int64"])
+def test_observations_of_any_number_type_are_taken(point_run: Path, kind: str) -> None:
+    policy = load_policy(point_run)
+    whole = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]])
+    given: Any = {"numpy": whole.numpy(), "double": whole.double(), "int64": whole}[kind]
+    assert torch.equal(policy.predict_chunk(given[None]), policy.predict_chunk(whole.float()[None]))
+    action = policy.select_action(given[0])
+    assert action.dtype == torch.float32
+    assert torch.equal(load_policy(point_run).select_action(whole[0].float()), action)
 
 
 def test_the_control_travels_with_the_weights(point_run: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fewstep.errors import CheckpointError, ConfigError, DataError, UnsupportedE
 from fewstep.policies.figures import read_rollouts, read_strip, rollout_row, rollout_table, save_film, write_rollouts
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Episode, Rollout, expert_rollout, film, record, roll_out, wilson
-from fewstep.policies.simulation import Outcome, Picture, Vector
+from fewstep.policies.simulation import Outcome, Picture, Simulation, Vector
 
 
 def test_the_policy_reaches_the_goal(point_run: Path) -> None:
@@ -203,6 +203,33 @@ def test_one_episode_fails_alone_and_its_simulation_is_replaced(point_run: Path,
     if where != "route":
         with pytest.raises(UnsupportedError, match="no film of point"):
             film(load_policy(point_run), task, bad)
+
+
+@pytest.mark.parametrize("at_once", [2, 6])
+def test_a_simulation_that_cannot_be_made_again_costs_its_episodes_alone(point_run: Path, at_once: int) -> None:
+    bad, made = FIRST_TEST_SEED + 1, list[bool]()
+
+    def make(_: bool) -> Simulation:
+        made.append(len(made) < at_once)
+        if not made[-1]:
+            raise RuntimeError("out of licences")
+        return Broken("step", bad)
+
+    found = roll_out(load_policy(point_run), replace(point_task().task, make=make), 6, at_once=at_once)
+    lost = {bad: "RuntimeError: lost in step"}
+    if at_once == 2:  # the second place of the two batches that follow
+        lost |= dict.fromkeys((bad + 2, bad + 4), "RuntimeError: out of licences")
+    assert {episode.seed: episode.error for episode in found.errors} == lost
+    assert made.count(False) == len(lost) - 1  # none is made that no episode needs
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no display"), UnsupportedError("no display")])
+def test_a_task_that_cannot_be_simulated_at_all_is_one_line(point_run: Path, error: Exception) -> None:
+    def make(_: bool) -> Simulation:
+        raise error
+
+    with pytest.raises(UnsupportedError, match="no display"):
+        roll_out(load_policy(point_run), replace(point_task().task, make=make), 2)
 
 
 def test_a_picture_that_cannot_be_drawn_is_one_line(point_run: Path) -> None:

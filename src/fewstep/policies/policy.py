@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.conditions import Condition
@@ -17,6 +19,8 @@ from fewstep.schedules import SamplerName
 from fewstep.training import load
 
 DEFAULT_STEPS = 1
+
+Observed = Tensor | NDArray[Any]
 
 
 class Policy:
@@ -57,12 +61,14 @@ class Policy:
         return settings.grid(self.flow_map.path, self.flow_map.step_times), settings.function()
 
     @torch.no_grad()
-    def predict_chunk(self, obs: Tensor, decision: int = 0, episodes: Tensor | None = None) -> Tensor:
+    def predict_chunk(self, obs: Observed, decision: int = 0, episodes: Tensor | None = None) -> Tensor:
         """The next actions (B, Ta, Da), within the bounds, after the last observations (B, To, Do), oldest first.
 
-        decision, episodes (B,): which noise is drawn; 0 and 0 .. B - 1 when not given. Raises ShapeError for
-        observations of another shape or that are not finite, or so far off that the actions are not.
+        obs: a tensor or an array of any number type, taken as float32. decision, episodes (B,): which noise is drawn; 0
+        and 0 .. B - 1 when not given. Raises ShapeError for observations of another shape or that are not finite, or so
+        far off that the actions are not.
         """
+        obs = torch.as_tensor(obs, dtype=torch.float32)
         normalised = self._normalised(obs)
         index = torch.arange(len(obs)) if episodes is None else episodes.cpu()
         draws = Draws(self.seed, decision, index.to(normalised.device))
@@ -92,11 +98,12 @@ class Policy:
         self._decision = 0
         self._episode += 1
 
-    def select_action(self, obs: Tensor) -> Tensor:
+    def select_action(self, obs: Observed) -> Tensor:
         """The next action (Da,) after an observation (Do,); asks the network once every Ta actions.
 
         Raises ShapeError as `predict_chunk` does.
         """
+        obs = torch.as_tensor(obs, dtype=torch.float32)
         if tuple(obs.shape) != self.observation_shape[1:]:
             raise ShapeError(
                 f"an observation of shape {tuple(obs.shape)}: this policy sees {self.observation_shape[1:]}"

@@ -157,31 +157,63 @@ class Running:
 
 
 class Simulations:
-    """Simulations of a task, made as needed and closed at the end; one that failed is replaced."""
+    """Simulations of a task, made as needed and closed at the end; one that failed is replaced when it is needed again.
+
+    Once one has been made, one that cannot be is an error of the episode that it was for. The first to be made raises
+    what it raises, as UnsupportedError where that is foreign.
+    """
 
     def __init__(self, task: Task, pictures: bool = False) -> None:
         self.task, self.pictures = task, pictures
-        self._kept: list[Simulation] = []
+        self._kept: dict[int, Simulation] = {}
+        self._works = False
 
     def __enter__(self) -> Simulations:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        for simulation in self._kept:
+        for simulation in self._kept.values():
             close(simulation)
 
     def running(self, seeds: Sequence[int]) -> list[Running]:
         """Episodes at these starts, each in a simulation of its own."""
-        while len(self._kept) < len(seeds):
-            self._kept.append(self.task.make(self.pictures))
-        return [Running(self.task, seed, simulation) for seed, simulation in zip(seeds, self._kept, strict=False)]
+        return [Running(self.task, seed, self._at(place)) for place, seed in enumerate(seeds)]
 
     def mend(self, episodes: Sequence[Running]) -> None:
-        """Replace the simulations of episodes that ended in an error: they may be broken."""
+        """Part with the simulations of episodes that ended in an error: they may be broken."""
         for place, episode in enumerate(episodes):
             if episode.error:
-                close(self._kept[place])
+                close(self._kept.pop(place))
+
+    def _at(self, place: int) -> Simulation:
+        if place not in self._kept:
+            try:
                 self._kept[place] = self.task.make(self.pictures)
+            except Exception as error:
+                if not self._works:
+                    raise _made_known(self.task, error) from error
+                self._kept[place] = NoSimulation(error)
+            self._works = True
+        return self._kept[place]
+
+
+def _made_known(task: Task, error: Exception) -> FewstepError:
+    if isinstance(error, FewstepError):
+        return error
+    return UnsupportedError(f"{task.name} cannot be simulated: {type(error).__name__}: {error}")
+
+
+class NoSimulation(Simulation):
+    """Stands in for a simulation that could not be made: whatever it is asked raises what the making raised."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def reset(self, seed: int) -> Vector:
+        raise self.error
+
+    def step(self, action: Vector) -> Outcome:
+        raise self.error
 
 
 def close(simulation: Simulation) -> None:
@@ -223,7 +255,8 @@ def roll_out(
 
 
 def film(policy: Policy, task: Task, seed: int = FIRST_TEST_SEED) -> tuple[Episode, list[Picture]]:
-    """One episode with its pictures, the start's first: the one that `roll_out` has at that start.
+    """One episode with its pictures, the start's first: the one that `roll_out` has at that start, but for the rounding
+    of batches of another size.
 
     Raises UnsupportedError where the task draws none, or where its simulation fails.
     """
