@@ -283,7 +283,8 @@ def statistics_command(args: Sequence[str]) -> None:
     options = parse(StatisticsOptions, args, "statistics")
     names = ("points", "samples", "probes", "centred", "shrink", "seed")
     settings = StatisticsConfig(**{name: getattr(options, name) for name in names})
-    print(survey(RunFolder(options.run), settings, options.student, cache_folder(), options.cpu))
+    if told := survey(RunFolder(options.run), settings, options.student, cache_folder(), options.cpu):
+        print(told)
 
 
 def compare_command(args: Sequence[str]) -> None:

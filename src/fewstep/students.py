@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from fewstep.times import edm_grid, uniform_grid
 from fewstep.training.checkpoint import RunFolder, load
 from fewstep.training.interface import Attendants, Machine
 from fewstep.training.loop import Trainer
-from fewstep.training.statistics import cache_file, kept_statistics, prepared
+from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
 from fewstep.training.teacher import fingerprint
 
 Record = dict[str, Any]
@@ -170,13 +171,18 @@ def alignment_line(record: Record) -> str:
 def survey(run: RunFolder, settings: StatisticsConfig, student: str, cache: Path | None, cpu: bool) -> str:
     """What `fewstep statistics` does: estimate, time the student's training, draw; returns what there is to say.
 
-    student: a recipe's name, or nothing for the CTM recipe of this teacher's. Raises what its parts raise.
+    student: a recipe's name, or nothing for the CTM recipe of this teacher's. Several processes (torchrun) share the
+    samples; the first of them speaks and draws, and no training is timed. Raises what its parts raise.
     """
     config = run.config()
     run.last_checkpoint()
     chosen, dataset = student_recipe(config, student), load_dataset(config.data)
-    kept = teacher_statistics(run, settings, dataset, cpu)
-    cost = None if chosen is None else training_cost(chosen, run, settings, dataset, cache, cpu)
+    accelerator = Accelerator(cpu=cpu)
+    kept = teacher_statistics(run, settings, dataset, accelerator)
+    if not accelerator.is_main_process:
+        return ""
+    alone = accelerator.num_processes == 1
+    cost = training_cost(chosen, run, settings, dataset, cache, cpu) if chosen is not None and alone else None
     return f"{cost_lines(kept, cost)}\nFigure: {draw_statistics(kept)}"
 
 
@@ -190,21 +196,24 @@ class KeptStatistics:
     was_kept: bool
 
 
-def teacher_statistics(run: RunFolder, settings: StatisticsConfig, dataset: Dataset, cpu: bool) -> KeptStatistics:
+def teacher_statistics(
+    run: RunFolder, settings: StatisticsConfig, dataset: Dataset, accelerator: Accelerator
+) -> KeptStatistics:
     """The statistics of a trained run on its own data, estimated with a progress bar unless they are kept already.
 
     Raises what `kept_statistics` raises, and CheckpointError when the folder is no trained run.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    teacher = run.flow_map().requires_grad_(False).to(device)
+    team, teacher = Team.of(accelerator), run.flow_map().requires_grad_(False).to(accelerator.device)
     file = cache_file(run.root, teacher, dataset, settings)
     was_kept = file.is_file()
-    with tqdm(total=settings.samples, desc="statistics", unit="sample", disable=was_kept, leave=False) as bar:
+    quiet = was_kept or team.count > 1
+    with tqdm(total=settings.samples, desc="statistics", unit="sample", disable=quiet, leave=False) as bar:
 
         def progress(done: int, samples: int) -> None:
             bar.update(done - bar.n)
 
-        kept_statistics(run.root, teacher, dataset, settings, progress)
+        kept_statistics(run.root, teacher, dataset, settings, progress, team)
+    accelerator.wait_for_everyone()
     estimate = TrajectoryStatistics.load(file)
     return KeptStatistics(estimate, prepared(estimate, settings, dataset), file, was_kept)
 
@@ -294,7 +303,7 @@ def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
 def cost_lines(kept: KeptStatistics, cost: TrainingCost | None) -> str:
     """How long the statistics took, for what, where they lie, and their share of the student's training."""
     found = kept.estimate
-    origin = "kept from an earlier estimate" if kept.was_kept else "estimated now"
+    origin = "kept from an earlier estimate, as its seconds are" if kept.was_kept else "estimated now"
     share = ""
     if cost is not None:
         part = 100 * found.seconds / cost.seconds

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.demonstrations import Demonstrations, save_demonstrations
+from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.training import RunFolder
 
 
@@ -72,6 +73,13 @@ def short_episodes() -> Demonstrations:
     return Demonstrations(observations, torch.rand(int(ends[-1]), 2, generator=generator), ends)
 
 
+def statistics_of_200(run: Path) -> TrajectoryStatistics:
+    """Those of 200 samples that are kept beside a run."""
+    kept = [TrajectoryStatistics.load(file) for file in (run / "statistics").glob("*.json")]
+    (found,) = (each for each in kept if each.samples == 200)
+    return found
+
+
 def largest_difference(one: Path, two: Path) -> float:
     """Between the newest checkpoints' weights: raw, averaged, the critic's; not the optimisers' state."""
     first, second = stored(one), stored(two)
@@ -81,8 +89,8 @@ def largest_difference(one: Path, two: Path) -> float:
 
 def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
-    statistics, balanced losses, a critic; ten of a policy, whose padded steps are masked. Then, in the same pair, a NaN
-    in one process and a time limit.
+    statistics, balanced losses, a critic; ten of a policy, whose padded steps are masked; a teacher's statistics, by
+    their command. Then, in the same pair, a NaN in one process and a time limit.
     """
     batch = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
     words = [
@@ -109,6 +117,9 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
         [*policy, "--out", str(tmp_path / "policy-two")],
         [*student, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
     ]
+    estimate = ["--points", "8", "--samples", "200", "--cpu"]
+    shutil.copytree(teacher, tmp_path / "its-second-copy")
+    pair.append(["statistics", str(tmp_path / "its-second-copy"), *estimate])
     script = Path(__file__).with_name("two_processes.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     both = [*launch, str(tmp_path), json.dumps(pair)]
@@ -127,6 +138,14 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     ]
     assert len(kept[0]) == 1
     assert kept[0] == kept[1]
+
+    alone = command("statistics", teacher, *estimate)
+    assert alone.code == 0
+    one, two = (statistics_of_200(tmp_path / name) for name in ("teacher", "its-second-copy"))
+    for field in ("l", "s", "l_stderr", "s_stderr"):
+        assert torch.allclose(getattr(one, field), getattr(two, field), rtol=1e-4, atol=1e-6)  # in float32
+    assert done.stdout.count("8 noise levels, 200 samples each") == 1
+    assert "% of training" in alone.out
 
     assert command(*policy, "--out", tmp_path / "policy-one").code == 0
     assert largest_difference(tmp_path / "policy-one", tmp_path / "policy-two") < 1e-5

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import F64, PATHS, SD, close, gaussian, noise, random_network, slope
+from cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
+from test_analytic import wavy
 from torch import Tensor
 
 from fewstep.conditions import Condition
@@ -15,7 +16,7 @@ from fewstep.flowmap import FlowMap
 from fewstep.objectives import CD, CTM, Batch, Companions, Objective, TeacherSteps
 from fewstep.objectives.distillation import jump_where_apart
 from fewstep.paths import EDM
-from fewstep.preconditioning import EDMScaling, EulerPreconditioning
+from fewstep.preconditioning import AnalyticPreconditioning, EDMScaling, EulerPreconditioning
 from fewstep.randomness import Draws
 from fewstep.weights import gradient_balance
 
@@ -27,9 +28,11 @@ def batch(count: int = COUNT, seed: int = 0, labels: Tensor | None = None) -> Ba
     return Batch(0.4 + SD * noise(count, 3, seed=seed), labels, Draws(seed, 2, torch.arange(count)))
 
 
-def exact_case(path_name: str) -> tuple[FlowMap, Companions]:
+def exact_case(path_name: str, name: str = "euler") -> tuple[FlowMap, Companions]:
+    """The Gaussian's exact map with that preconditioning, taught by itself."""
     path = PATHS[path_name]
-    exact = gaussian().flow_map(path, EulerPreconditioning(path))
+    kinds = preconditionings(path) | {"analytic": AnalyticPreconditioning(wavy(), "backward", path)}
+    exact = gaussian().flow_map(path, kinds[name])
     return exact, Companions(teacher=exact, target=exact)
 
 
@@ -44,15 +47,21 @@ def student_case(seed: int = 0) -> tuple[FlowMap, FlowMap, Companions]:
 
 @pytest.mark.parametrize("objective", [CD(), MOVED, replace(MOVED, to_end=True)], ids=["cd", "ctm", "ctm to the end"])
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("path_name", ["edm", "vp"])
+@pytest.mark.parametrize(
+    ("path_name", "name"),
+    [
+        ("edm", "euler"), ("vp", "euler"), ("edm", "analytic"), ("vp", "analytic"), ("linear", "analytic"),
+        ("trig", "analytic"), ("linear", "linear"), ("trig", "trig"), ("edm", "bcm"),
+    ],
+)  # fmt: skip
 def test_the_residual_falls_at_exact_maps_as_the_solver_does(
-    objective: CD | CTM, solver: str, order: int, path_name: str
+    objective: CD | CTM, solver: str, order: int, path_name: str, name: str
 ) -> None:
     """Nothing but the solver stands between an exact student and a loss of zero: its root falls as points^-order.
 
     Adjacent steps make one local error, of one order more.
     """
-    exact, companions = exact_case(path_name)
+    exact, companions = exact_case(path_name, name)
     sizes, errors = [], []
     for points in (20, 40, 80):
         steps = replace(objective.steps, solver=solver, points=points)  # type: ignore[arg-type]
@@ -61,7 +70,7 @@ def test_the_residual_falls_at_exact_maps_as_the_solver_does(
         errors.append(float(losses.loss.mean().sqrt()))
     expected = order + (1 if objective.steps.u == "adjacent" else 0)
     assert abs(slope(sizes, errors) - expected) < 0.5
-    moved = gaussian(0.9).flow_map(exact.path, EulerPreconditioning(exact.path))
+    moved = gaussian(0.9).flow_map(exact.path, exact.preconditioning)
     wrong = objective(moved, batch(256), companions)
     assert float(wrong.loss.mean().sqrt()) > 10 * errors[-1]
 

@@ -166,11 +166,7 @@ class Trainer:
     @property
     def team(self) -> Team:
         """The processes of the run."""
-        return Team(
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            lambda value: cast(Tensor, self.accelerator.reduce(value, "sum")),
-        )
+        return Team.of(self.accelerator)
 
     def refresh_statistics(self) -> None:
         """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7)."""

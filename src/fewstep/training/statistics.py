@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -45,6 +47,12 @@ class Team:
     index: int = 0
     count: int = 1
     total: Callable[[Tensor], Tensor] = _alone
+
+    @staticmethod
+    def of(accelerator: Accelerator) -> Team:
+        """The processes that an accelerator has."""
+        index, count = accelerator.process_index, accelerator.num_processes
+        return Team(index, count, lambda value: cast(Tensor, accelerator.reduce(value, "sum")))
 
 
 class ConditionedDenoiser:
