@@ -34,7 +34,7 @@ class PolicyQuickstartOptions:
     out: Path = Path("runs/policy-quickstart")
     """Folder of the run; started again on it, the command goes on where it stopped."""
     seconds: float = 100.0
-    """Longest training time of iSD and of flow matching; regression gets half."""
+    """Longest training time of each of the three methods."""
     machine: Machine = field(default_factory=Machine)
 
 

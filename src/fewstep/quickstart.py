@@ -19,6 +19,7 @@ from fewstep.training import Attendants, Machine, RunFolder, train
 SECONDS = 85.0
 POLICY_SECONDS = 100.0
 POLICY_TASK = "pointmaze-ring"
+POLICY_DEMONSTRATIONS, POLICY_EPISODES = 100, 50
 POLICY_RUNS = {"policy-mlp": ".", "policy-flow-matching": "flow-matching", "policy-regression": "regression"}
 """Recipes of the second quickstart, and where in its folder each trains."""
 
@@ -75,8 +76,8 @@ def _train(config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine
 def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECONDS) -> Path:
     """The same for a robot's policy: demonstrations of the ring maze, iSD, flow matching and regression, report.html.
 
-    iSD and flow matching train for `seconds` each, regression for half of that. Started again on the same folder it
-    goes on where it stopped. Raises what `record_demonstrations`, `train` and `roll_out` raise.
+    Each trains for `seconds`. Started again on the same folder it goes on where it stopped. Raises what
+    `record_demonstrations`, `train` and `roll_out` raise.
     """
     _check(seconds)
     root = root.resolve()
@@ -84,19 +85,18 @@ def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECO
     demonstrations = root.with_name(f"{root.name}-demos") / f"{POLICY_TASK}.safetensors"
     if not demonstrations.is_file():
         print(f"1/4  demonstrations of {POLICY_TASK}", flush=True)
-        print(record_demonstrations(POLICY_TASK, 100, demonstrations, 0, None).splitlines()[0], flush=True)
+        print(record_demonstrations(POLICY_TASK, POLICY_DEMONSTRATIONS, demonstrations, 0, None).splitlines()[0])
     runs = {name: RunFolder(root / folder) for name, folder in POLICY_RUNS.items()}
     rows: list[Row] = []
     for part, (name, run) in enumerate(runs.items(), 2):
-        share = 0.5 if name == "policy-regression" else 1.0
-        config = _limited(recipe(name), seconds * share)
+        config = _limited(recipe(name), seconds)
         config = replace(config, data=replace(config.data, root=str(demonstrations)))
-        print(f"{part}/4  {name}: at most {seconds * share:.0f} s", flush=True)
+        print(f"{part}/4  {name}: at most {seconds:.0f} s", flush=True)
         result = train(config, load_dataset(config.data), run, machine)
         print(f"     {result.images:,} chunks of actions in {result.seconds:.0f} s", flush=True)
-        found, task, policy = measure_rollouts(run.root, (), "", 50, 0, FIRST_TEST_SEED, 25, None)
+        found, task, policy = measure_rollouts(run.root, (), "", POLICY_EPISODES, 0, FIRST_TEST_SEED, 25, None)
         if run.root == root:
-            found.append(expert_row(task, 50, FIRST_TEST_SEED))
+            found.append(expert_row(task, POLICY_EPISODES, FIRST_TEST_SEED))
         write_rollouts(found, run.root)
         draw_film(policy, task, FIRST_TEST_SEED, run.root)
         rows += found

@@ -20,7 +20,7 @@ from fewstep.config import RunConfig
 from fewstep.errors import FewstepWarning
 from fewstep.measuring import read_figures, write_figures
 from fewstep.objectives import CATALOGUE
-from fewstep.quickstart import quickstart
+from fewstep.quickstart import policy_quickstart, quickstart
 from fewstep.recipes import RECIPES, recipe
 from fewstep.runs import report
 from fewstep.training import Machine, RunFolder
@@ -298,3 +298,33 @@ def test_a_run_that_jumps_to_data_alone_is_sampled_by_new_noise(tmp_path: Path, 
     refused = command("sample", str(run), "--sampler", "map", "--gamma", "1")
     assert refused.code == 2
     assert "--gamma 1 is for the gamma sampler" in refused.err
+
+
+def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.quickstart.POLICY_DEMONSTRATIONS", 12)
+    monkeypatch.setattr("fewstep.quickstart.POLICY_EPISODES", 3)
+    machine, root = Machine(cpu=True, threads=1, quiet=True), tmp_path / "run"
+    page = policy_quickstart(root, machine, seconds=0.3)
+    printed = capsys.readouterr().out
+    assert "The expert reached the goal in 12 of 12 episodes" in printed
+    assert all(name in printed for name in ("iSD", "flow matching", "regression", "expert"))
+    rows = [
+        row
+        for name in (".", "flow-matching", "regression")
+        for row in json.loads((root / name / "rollouts.json").read_text())
+    ]
+    shown = {(row["method"], row["steps"], row["episodes"]) for row in rows}
+    assert shown >= {
+        ("iSD", 1, 3),
+        ("iSD", 2, 3),
+        ("flow matching", 16, 3),
+        ("flow matching", 1, 3),
+        ("regression", 1, 3),
+    }
+    assert (root / "filmstrip.png").is_file()
+    assert "data:image/png;base64" in page.read_text()
+    logs = [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
+    policy_quickstart(root, machine, seconds=0.3)
+    assert logs == [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
