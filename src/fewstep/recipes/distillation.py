@@ -16,7 +16,7 @@ _STUDENT = ModelConfig(path="edm", preconditioning="analytic", scaling="edm")
 
 
 def ctm_digits() -> RunConfig:
-    """CTM with Analytic-Precond from the teacher `edm-digits`: 67 s measured for 600 of its 2,000 steps on one core.
+    """CTM with Analytic-Precond from the teacher `edm-digits`: one to two minutes measured for 600 of its 2,000 steps.
 
     After 600 steps (docs/analytic-precond.md): RMSE of samples against the teacher's 0.22 / 0.14 / 0.13 in 1 / 2 / 4
     calls.
@@ -44,7 +44,7 @@ def ctm_mixture() -> RunConfig:
 def cd_digits() -> RunConfig:
     """Consistency distillation from the teacher `edm-digits`: jumps to the data end alone, re-noised between steps.
 
-    No figure of the recipe itself is measured yet; the study in docs/analytic-precond.md has 600 steps of it.
+    No figure of the recipe itself is measured yet; docs/analytic-precond.md has 600 steps with a shorter average.
     """
     base = ctm_digits()
     return replace(
