@@ -43,7 +43,8 @@ def edm_mixture() -> RunConfig:
 def edm_digits() -> RunConfig:
     """EDM teacher on 8x8 digits with an MLP, unconditional: 144 s measured on one core.
 
-    Noise levels are drawn wider than EDM's, as for the mixture. No Frechet distance is measured yet.
+    Noise levels are drawn wider than EDM's, as for the mixture. Measured: Frechet distance 14.5 / 3.7 by Heun's method
+    with 7 / 35 calls (classifier features, real digits 1.6).
     """
     return RunConfig(
         recipe="edm-digits",
