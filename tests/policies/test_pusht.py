@@ -41,10 +41,10 @@ def test_a_block_that_nothing_touches_stays_where_it_was_put() -> None:
     assert table.get_obs() == pytest.approx(state, abs=1e-3)
 
 
-def test_starts_are_those_of_the_published_evaluation() -> None:
-    draws = np.random.RandomState(FIRST_TEST_SEED)
-    whole = [draws.randint(low, high) for low, high in ((50, 450), (50, 450), (100, 400), (100, 400))]
-    assert drawn_start(FIRST_TEST_SEED).tolist() == [*whole, draws.randn() * 2 * math.pi - math.pi]
+def test_starts_stay_what_they_were() -> None:
+    """Two states of the published evaluation's draws (numpy's MT19937), written down: other ones would be other tests."""
+    assert drawn_start(FIRST_TEST_SEED).tolist() == pytest.approx([235, 124, 335, 128, -0.9049274284249247])
+    assert drawn_start(FIRST_TEST_SEED + 1).tolist() == pytest.approx([365, 182, 275, 280, -1.0981131397099535])
     assert len({tuple(drawn_start(seed)) for seed in range(40)}) == 40
 
 
