@@ -42,7 +42,7 @@ def test_a_block_that_nothing_touches_stays_where_it_was_put() -> None:
 
 
 def test_starts_stay_what_they_were() -> None:
-    """Two states of the published evaluation's draws (numpy's MT19937), written down: other ones would be other tests."""
+    """Two states of the published evaluation's draws (numpy's MT19937): other ones would be other tests."""
     assert drawn_start(FIRST_TEST_SEED).tolist() == pytest.approx([235, 124, 335, 128, -0.9049274284249247])
     assert drawn_start(FIRST_TEST_SEED + 1).tolist() == pytest.approx([365, 182, 275, 280, -1.0981131397099535])
     assert len({tuple(drawn_start(seed)) for seed in range(40)}) == 40
