@@ -1,18 +1,20 @@
 """Settings whose kind the command line chooses."""
 
 from dataclasses import dataclass, replace
+from typing import get_type_hints
 
 import pytest
 
 from fewstep.config import RunConfig
 from fewstep.errors import ConfigError
 from fewstep.guidance import DrawnGuidance, FixedGuidance, NoGuidance
-from fewstep.kinds import choices, choose_kinds, kind_name
+from fewstep.kinds import choices, choose_kinds, kind_name, kinds_of
 from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import ISD, MeanFlow
 from fewstep.options import TrainOptions
 from fewstep.parsing import parse
 from fewstep.recipes import RECIPES, recipe
+from fewstep.serialization import concrete_classes
 from fewstep.times import BetaTimes, LogitNormalTimes, UniformTimes
 
 DIGITS = recipe("digits")
@@ -62,6 +64,7 @@ def test_the_last_of_two_counts() -> None:
     ("words", "message"),
     [
         ("--network cnn", "--network must be one of mlp, unet, dit, unet1d; got cnn"),
+        ("--network DiT-L", "got DiT-L"),
         ("--network", "--network must be one of mlp, unet, dit, unet1d; got nothing"),
         ("--network --out x", "got nothing"),
         ("--objective.times= ", "--objective.times must be one of uniform, beta, logit-normal, log-normal"),
@@ -88,6 +91,23 @@ def test_a_field_of_another_kind_is_refused() -> None:
     words = ["--network", "dit", "--network.expansion", "2"]
     with pytest.raises(ConfigError, match=r"unknown option --network\.expansion"):
         parse(TrainOptions, words, "train digits", TrainOptions(run=DIGITS))
+
+
+def test_an_option_like_a_choice_is_hinted_at() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option --networks; did you mean --network\?"):
+        parse(TrainOptions, ["--networks", "dit"], "train digits", TrainOptions(run=DIGITS))
+
+
+def test_only_options_name_kinds() -> None:
+    assert choose_kinds(DIGITS, ["__network", "dit"]) == (DIGITS, ["__network", "dit"])
+
+
+@pytest.mark.parametrize(
+    ("owner", "field"),
+    [(DIGITS, "network"), (DIGITS, "objective"), (DIGITS.objective, "times"), (DIGITS.objective, "guidance")],
+)
+def test_no_two_kinds_of_a_setting_share_a_name(owner: object, field: str) -> None:
+    assert len(kinds_of(owner, field)) == len(concrete_classes(get_type_hints(type(owner))[field])) > 1
 
 
 def test_help_lists_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:

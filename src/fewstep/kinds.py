@@ -55,27 +55,29 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
         done.add(option)
         position = _position(rest, option)
         while position is not None:  # the last one counts, as of any option
-            word, rest = _taken(rest, position, option)
+            word, rest = _taken(rest, position)
             name, kinds = known[option]
-            if word not in kinds:
+            kind = kinds.get(word.replace("_", "-").lower())
+            if kind is None:
                 raise ConfigError(f"--{option} must be one of {', '.join(kinds)}; got {word or 'nothing'}")
-            settings = _with_kind(settings, name.split("."), kinds[word])
+            settings = _with_kind(settings, name.split("."), kind)
             position = _position(rest, option)
 
 
 def _position(args: list[str], option: str) -> int | None:
     spelled = f"--{option.replace('_', '-')}"
-    found = (i for i, word in enumerate(args) if word.replace("_", "-").split("=")[0] == spelled)
+    named = (word.split("=")[0] for word in args)
+    found = (i for i, name in enumerate(named) if name[:2] == "--" and name.replace("_", "-") == spelled)
     return next(found, None)
 
 
-def _taken(args: list[str], position: int, option: str) -> tuple[str, list[str]]:
-    """The value of the option at that position, in kebab case, and the other words."""
+def _taken(args: list[str], position: int) -> tuple[str, list[str]]:
+    """The value of the option at that position, and the other words."""
     _, equals, value = args[position].partition("=")
     end = position + 1
     if not equals and end < len(args) and not args[end].startswith("--"):
         value, end = args[end], end + 1
-    return value.replace("_", "-").lower(), args[:position] + args[end:]
+    return value, args[:position] + args[end:]
 
 
 def _with_kind(settings: Any, names: list[str], kind: type) -> Any:

@@ -41,17 +41,18 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
         raise ConfigError(f"fewstep {command}: {_first_paragraph(complaint.getvalue())}") from error
     if unknown:
         known = _option_names(default if default is not None else cls)
+        known += [] if default is None else [f"--{name.removeprefix('run.')}" for name, _ in choices(default)]
         close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"fewstep {command}: unknown option {unknown[0]}{hint} (--help lists every option)")
     return cast(T, parsed)
 
 
-def _with_choices(default: object) -> str:
-    """What a command does, and the settings whose kind can be chosen."""
+def _with_choices(default: object) -> str | None:
+    """What a command does, and the settings whose kind can be chosen; None where there are none."""
     lines = [f"  --{name.removeprefix('run.')} {{{','.join(kinds)}}}" for name, kinds in choices(default)]
     about = "Of these settings the kind can be chosen, with its own defaults; --help after it lists its options:"
-    return "\n\n".join([(type(default).__doc__ or "").strip(), about, "\n".join(lines)] if lines else [])
+    return "\n\n".join([(type(default).__doc__ or "").strip(), about, "\n".join(lines)]) if lines else None
 
 
 def _first_paragraph(box: str) -> str:

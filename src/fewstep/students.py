@@ -35,6 +35,7 @@ from fewstep.times import edm_grid, uniform_grid
 from fewstep.training.checkpoint import RunFolder, load
 from fewstep.training.interface import Attendants, Machine
 from fewstep.training.loop import Trainer
+from fewstep.training.setup import join_processes
 from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
 from fewstep.training.teacher import fingerprint
 
@@ -177,7 +178,7 @@ def survey(run: RunFolder, settings: StatisticsConfig, student: str, cache: Path
     config = run.config()
     run.last_checkpoint()
     chosen, dataset = student_recipe(config, student), load_dataset(config.data)
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = join_processes(cpu)
     kept = teacher_statistics(run, settings, dataset, accelerator)
     if not accelerator.is_main_process:
         return ""

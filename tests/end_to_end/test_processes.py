@@ -117,7 +117,7 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
         [*policy, "--out", str(tmp_path / "policy-two")],
         [*student, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
     ]
-    estimate = ["--points", "8", "--samples", "200", "--cpu"]
+    estimate = ["--points", "8", "--samples", "200"]
     shutil.copytree(teacher, tmp_path / "its-second-copy")
     pair.append(["statistics", str(tmp_path / "its-second-copy"), *estimate])
     script = Path(__file__).with_name("two_processes.py")

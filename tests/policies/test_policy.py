@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pointtask import seeing
@@ -48,14 +49,17 @@ def test_actions_are_those_of_the_chunks_one_by_one(point_run: Path) -> None:
     assert not torch.equal(other[0], first[0])
 
 
-@pytest.mark.parametrize("kind", ["numpy", "double", "int64"])
+@pytest.mark.parametrize("kind", ["numpy", "reversed", "double", "int64"])
 def test_observations_of_any_number_type_are_taken(point_run: Path, kind: str) -> None:
     policy = load_policy(point_run)
     whole = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]])
-    given: Any = {"numpy": whole.numpy(), "double": whole.double(), "int64": whole}[kind]
+    backwards = whole.flip(0, 1).numpy()[::-1, ::-1]
+    given: Any = {"numpy": whole.numpy(), "reversed": backwards, "double": whole.double(), "int64": whole}[kind]
     assert torch.equal(policy.predict_chunk(given[None]), policy.predict_chunk(whole.float()[None]))
     action = policy.select_action(given[0])
     assert action.dtype == torch.float32
+    with pytest.raises(ShapeError, match="holds no numbers"):
+        policy.select_action(np.array(["far"] * 4))
     assert torch.equal(load_policy(point_run).select_action(whole[0].float()), action)
 
 

@@ -6,6 +6,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -68,7 +69,7 @@ class Policy:
         and 0 .. B - 1 when not given. Raises ShapeError for observations of another shape or that are not finite, or so
         far off that the actions are not.
         """
-        obs = torch.as_tensor(obs, dtype=torch.float32)
+        obs = _numbers(obs)
         normalised = self._normalised(obs)
         index = torch.arange(len(obs)) if episodes is None else episodes.cpu()
         draws = Draws(self.seed, decision, index.to(normalised.device))
@@ -103,7 +104,7 @@ class Policy:
 
         Raises ShapeError as `predict_chunk` does.
         """
-        obs = torch.as_tensor(obs, dtype=torch.float32)
+        obs = _numbers(obs)
         if tuple(obs.shape) != self.observation_shape[1:]:
             raise ShapeError(
                 f"an observation of shape {tuple(obs.shape)}: this policy sees {self.observation_shape[1:]}"
@@ -117,6 +118,16 @@ class Policy:
             self._planned.extend(self.predict_chunk(history[None], self._decision, torch.tensor([self._episode]))[0])
             self._decision += 1
         return self._planned.popleft()
+
+
+def _numbers(obs: Observed) -> Tensor:
+    """As a float32 tensor; raises ShapeError for what holds no numbers."""
+    if isinstance(obs, Tensor):
+        return obs.float()
+    try:
+        return torch.from_numpy(np.array(obs, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"an observation holds no numbers: {error}") from error
 
 
 def stacked(seen: list[Tensor], count: int) -> Tensor:

@@ -193,7 +193,8 @@ class Simulations:
                 if not self._works:
                     raise _made_known(self.task, error) from error
                 self._kept[place] = NoSimulation(error)
-            self._works = True
+            else:
+                self._works = True
         return self._kept[place]
 
 
@@ -204,7 +205,7 @@ def _made_known(task: Task, error: Exception) -> FewstepError:
 
 
 class NoSimulation(Simulation):
-    """Stands in for a simulation that could not be made: whatever it is asked raises what the making raised."""
+    """Stands in for a simulation that could not be made: an episode in it ends with what the making raised."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error

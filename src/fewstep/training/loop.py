@@ -6,14 +6,13 @@ run equals an unbroken one, and several processes equal one.
 
 from __future__ import annotations
 
-import atexit
 import math
 import time
 from contextlib import nullcontext
 from typing import Any, Self, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from fewstep.training.interface import Attendants, Machine, TrainingResult, Watc
 from fewstep.training.log import Window, diverged, tensorboard
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
-from fewstep.training.setup import build, data_record, fetch_batch, leave_processes, split_batch, warn_of_guidance
+from fewstep.training.setup import build, data_record, fetch_batch, join_processes, split_batch, warn_of_guidance
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 
@@ -81,11 +80,7 @@ class Trainer:
     ) -> None:
         self.config, self.dataset, self.run, self.machine, self.attendants = config, dataset, run, machine, attendants
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        # Accelerate forms a group of CPU processes only when told that there is no other device.
-        self.accelerator = Accelerator(
-            cpu=machine.cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers
-        )
-        atexit.register(leave_processes)
+        self.accelerator = join_processes(machine.cpu, handlers)
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
         )

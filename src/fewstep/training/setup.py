@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from fewstep.config import RunConfig, TrainingConfig, flow_map_config
 from fewstep.control import ActingName
@@ -131,6 +134,16 @@ def fetch_batch(
         None if each is None else each.to(device) for each in (labels, context.observation, context.counted)
     )
     return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, counted)
+
+
+def join_processes(cpu: bool, handlers: list[Any] | None = None) -> Accelerator:
+    """The processes that were launched together, or this one alone; they part when it ends."""
+    # Accelerate forms a group of CPU processes only when told that there is no other device.
+    accelerator = Accelerator(
+        cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers or []
+    )
+    atexit.register(leave_processes)
+    return accelerator
 
 
 def leave_processes() -> None:
