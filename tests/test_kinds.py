@@ -110,9 +110,10 @@ def test_no_two_kinds_of_a_setting_share_a_name(owner: object, field: str) -> No
     assert len(kinds_of(owner, field)) == len(concrete_classes(get_type_hints(type(owner))[field])) > 1
 
 
-def test_help_lists_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", ["--help", "--network --help"])
+def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(TrainOptions, ["--help"], "train digits", TrainOptions(run=DIGITS))
+        parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
     assert "--network {mlp,unet,dit,unet1d}" in printed
     assert "--objective.times {uniform,beta,logit-normal,log-normal}" in printed

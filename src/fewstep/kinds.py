@@ -58,9 +58,9 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
             word, rest = _taken(rest, position)
             name, kinds = known[option]
             kind = kinds.get(word.replace("_", "-").lower())
-            if kind is None:
+            if kind is None and not (word == "" and {"-h", "--help"} & set(rest)):
                 raise ConfigError(f"--{option} must be one of {', '.join(kinds)}; got {word or 'nothing'}")
-            settings = _with_kind(settings, name.split("."), kind)
+            settings = settings if kind is None else _with_kind(settings, name.split("."), kind)
             position = _position(rest, option)
 
 
