@@ -57,6 +57,7 @@ LAYERS = [
     {"comparison"},
     {"quickstart"},
     {"options"},
+    {"kinds"},
     {"parsing"},
     {"commands"},
     {"cli"},

@@ -111,7 +111,8 @@ def test_no_two_kinds_of_a_setting_share_a_name(owner: object, field: str) -> No
 
 
 @pytest.mark.parametrize("words", ["--help", "--network --help"])
-def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow one breaks the lines
     with pytest.raises(SystemExit):
         parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
