@@ -80,6 +80,13 @@ def statistics_of_200(run: Path) -> TrajectoryStatistics:
     return found
 
 
+def assert_same_statistics(one: Path, two: Path) -> None:
+    """As far as float32 goes."""
+    first, second = statistics_of_200(one), statistics_of_200(two)
+    for field in ("l", "s", "l_stderr", "s_stderr"):
+        assert torch.allclose(getattr(first, field), getattr(second, field), rtol=1e-4, atol=1e-6)
+
+
 def largest_difference(one: Path, two: Path) -> float:
     """Between the newest checkpoints' weights: raw, averaged, the critic's; not the optimisers' state."""
     first, second = stored(one), stored(two)
@@ -87,50 +94,55 @@ def largest_difference(one: Path, two: Path) -> float:
     return max(float((first[key] - second[key]).abs().max()) for key in first if "optimizer" not in key)
 
 
+BATCH = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
+SCRATCH = [
+    "train", "digits", *SMALL, *BATCH, "--training.images", "640", "--training.ema-decay", "0.9",
+    "--objective.diagonal", "0.5",
+]  # fmt: skip
+TEACHER = ["train", "edm-digits", *SMALL, *BATCH, "--training.images", "320", "--data.labels"]
+STUDENT = [
+    "train", "ctm-digits", *SMALL, *BATCH, "--training.images", "256", "--data.labels",
+    "--objective.steps.points", "5", "--objective.adversarial", "0.5", "--adversary.critic.width", "4",
+    "--adversary.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
+    "--evaluation.curve-images", "0",
+]  # fmt: skip
+ESTIMATE = ["--points", "8", "--samples", "200"]
+
+
+def printed_by_two(folder: Path, commands: list[list[str]]) -> str:
+    """What two processes print that run commands together, and then what two_processes.py adds."""
+    script = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    both = [*launch, str(folder), json.dumps(commands)]
+    done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
     statistics, balanced losses, a critic; ten of a policy, whose padded steps are masked; a teacher's statistics, by
     their command. Then, in the same pair, a NaN in one process and a time limit.
     """
-    batch = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
-    words = [
-        "train", "digits", *SMALL, *batch, "--training.images", "640", "--training.ema-decay", "0.9",
-        "--objective.diagonal", "0.5",
-    ]  # fmt: skip
-    teacher = tmp_path / "teacher"
-    shown = command(
-        "train", "edm-digits", *SMALL, *batch, "--training.images", "320", "--out", teacher, "--data.labels"
-    )
-    assert shown.code == 0
-    shutil.copytree(teacher, tmp_path / "its-copy")  # so that the pair does not read the statistics that one has kept
-    student = [
-        "train", "ctm-digits", *SMALL, *batch, "--training.images", "256", "--data.labels",
-        "--objective.steps.points", "5", "--objective.adversarial", "0.5", "--adversary.critic.width", "4",
-        "--adversary.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
-        "--evaluation.curve-images", "0",
-    ]  # fmt: skip
-    shown_once = tmp_path / "demos.safetensors"
-    save_demonstrations(short_episodes(), shown_once)
-    policy = ["train", "policy-mlp", "--data.root", str(shown_once), *SMALL, *batch, "--training.images", "320"]
-    pair = [
-        [*words, "--out", str(tmp_path / "two")],
+    teacher, demonstrations = tmp_path / "teacher", tmp_path / "demos.safetensors"
+    assert command(*TEACHER, "--out", teacher).code == 0
+    for name in ("its-copy", "its-second-copy"):  # so that the pair does not read the statistics that one has kept
+        shutil.copytree(teacher, tmp_path / name)
+    save_demonstrations(short_episodes(), demonstrations)
+    policy = ["train", "policy-mlp", "--data.root", str(demonstrations), *SMALL, *BATCH, "--training.images", "320"]
+    commands = [
+        [*SCRATCH, "--out", str(tmp_path / "two")],
         [*policy, "--out", str(tmp_path / "policy-two")],
-        [*student, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
+        [*STUDENT, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
+        ["statistics", str(tmp_path / "its-second-copy"), *ESTIMATE],
     ]
-    estimate = ["--points", "8", "--samples", "200"]
-    shutil.copytree(teacher, tmp_path / "its-second-copy")
-    pair.append(["statistics", str(tmp_path / "its-second-copy"), *estimate])
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    both = [*launch, str(tmp_path), json.dumps(pair)]
-    done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("two: 640 images in 20 steps") == 1
-    assert command(*words, "--out", tmp_path / "one").code == 0
+    printed = printed_by_two(tmp_path, commands)
+    assert printed.count("two: 640 images in 20 steps") == 1
+    assert command(*SCRATCH, "--out", tmp_path / "one").code == 0
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert len(RunFolder(tmp_path / "two").read_log()) == 1
 
-    assert command(*student, "--teacher", teacher, "--out", tmp_path / "student-one").code == 0
+    assert command(*STUDENT, "--teacher", teacher, "--out", tmp_path / "student-one").code == 0
     assert {"critic/critic.score.weight", "ema-target-0.99/output.weight"} <= stored(tmp_path / "student-one").keys()
     assert largest_difference(tmp_path / "student-one", tmp_path / "student-two") < 1e-5
     kept = [
@@ -139,12 +151,10 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     assert len(kept[0]) == 1
     assert kept[0] == kept[1]
 
-    alone = command("statistics", teacher, *estimate)
+    alone = command("statistics", teacher, *ESTIMATE)
     assert alone.code == 0
-    one, two = (statistics_of_200(tmp_path / name) for name in ("teacher", "its-second-copy"))
-    for field in ("l", "s", "l_stderr", "s_stderr"):
-        assert torch.allclose(getattr(one, field), getattr(two, field), rtol=1e-4, atol=1e-6)  # in float32
-    assert done.stdout.count("8 noise levels, 200 samples each") == 1
+    assert_same_statistics(teacher, tmp_path / "its-second-copy")
+    assert printed.count("8 noise levels, 200 samples each") == 1
     assert "% of training" in alone.out
 
     assert command(*policy, "--out", tmp_path / "policy-one").code == 0

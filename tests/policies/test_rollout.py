@@ -19,7 +19,8 @@ from fewstep.control import FIRST_TEST_SEED
 from fewstep.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from fewstep.policies.figures import read_rollouts, read_strip, rollout_row, rollout_table, save_film, write_rollouts
 from fewstep.policies.policy import load_policy
-from fewstep.policies.rollout import Episode, Rollout, expert_rollout, film, record, roll_out, wilson
+from fewstep.policies.rollout import Rollout, expert_rollout, film, record, roll_out, wilson
+from fewstep.policies.running import Episode
 from fewstep.policies.simulation import Outcome, Picture, Simulation, Vector
 
 

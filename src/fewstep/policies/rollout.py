@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,26 +17,10 @@ from fewstep.control import FIRST_TEST_SEED
 from fewstep.data.demonstrations import Demonstrations
 from fewstep.errors import ConfigError, DataError, FewstepError, UnsupportedError
 from fewstep.policies.policy import Policy, stacked
-from fewstep.policies.simulation import Expert, Outcome, Picture, Simulation, Task, Vector
+from fewstep.policies.running import Episode, Running, Simulations
+from fewstep.policies.simulation import Expert, Picture, Task
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """How one episode went.
-
-    seed: of its start. success: whether the goal was ever reached; the episode ends there. score: the best of the
-    task's own measure. steps: taken. route: which way, where a task has several. error: what the simulation raised, by
-    name; empty when it ran.
-    """
-
-    seed: int
-    success: bool
-    score: float
-    steps: int
-    route: str = ""
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,138 +71,6 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@dataclass
-class Running:
-    """An episode under way in a simulation of its task. Whatever that raises ends it, as an error by name."""
-
-    task: Task
-    seed: int
-    simulation: Simulation
-    seen: list[Tensor] = field(default_factory=list)
-    steps: int = 0
-    score: float = 0.0
-    success: bool = False
-    error: str = ""
-    pictures: list[Picture] = field(default_factory=list)
-    over: bool = False
-
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """Inside, an exception of foreign code becomes this episode's error; the others go on."""
-        try:
-            yield
-        except FewstepError as error:
-            self.error, self.over = str(error), True
-        except Exception as error:
-            self.error, self.over = f"{type(error).__name__}: {error}", True
-
-    def begin(self, picture: bool = False) -> None:
-        """The first observation, and the first picture."""
-        with self.guarded():
-            self.look(self.simulation.reset(self.seed))
-            if picture:
-                self.pictures.append(self.simulation.render())
-
-    def look(self, observation: Vector) -> None:
-        """Take in an observation; raises DataError for another size or numbers that are not finite."""
-        found = np.asarray(observation, dtype=np.float32)
-        if found.shape != (self.task.observation_size,):
-            raise DataError(
-                f"an observation of shape {found.shape}: {self.task.name} has ({self.task.observation_size},)"
-            )
-        if not np.isfinite(found).all():
-            raise DataError(f"an observation is not finite (its number {int(np.flatnonzero(~np.isfinite(found))[0])})")
-        self.seen.append(torch.from_numpy(found.copy()))
-
-    def act(self, action: Vector, picture: bool = False) -> None:
-        """One action, brought within the bounds."""
-        with self.guarded():
-            if not np.isfinite(action).all():
-                raise DataError("an action is not finite")
-            outcome: Outcome = self.simulation.step(self.task.clip(action))
-            self.steps += 1
-            self.score, self.success = max(self.score, outcome.score), self.success or outcome.success
-            self.over = self.success or outcome.ended or self.steps >= self.task.max_steps
-            self.look(outcome.observation)
-            if picture:
-                self.pictures.append(self.simulation.render())
-
-    def finished(self) -> Episode:
-        """How it went."""
-        route = ""
-        if not self.error:  # a simulation that failed has nothing more to say
-            with self.guarded():
-                route = self.simulation.route()
-        return Episode(self.seed, self.success and not self.error, self.score, self.steps, route, self.error)
-
-
-class Simulations:
-    """Simulations of a task, made as needed and closed at the end; one that failed is replaced when it is needed again.
-
-    Once one has been made, one that cannot be is an error of the episode that it was for. The first to be made raises
-    what it raises, as UnsupportedError where that is foreign.
-    """
-
-    def __init__(self, task: Task, pictures: bool = False) -> None:
-        self.task, self.pictures = task, pictures
-        self._kept: dict[int, Simulation] = {}
-        self._works = False
-
-    def __enter__(self) -> Simulations:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        for simulation in self._kept.values():
-            close(simulation)
-
-    def running(self, seeds: Sequence[int]) -> list[Running]:
-        """Episodes at these starts, each in a simulation of its own."""
-        return [Running(self.task, seed, self._at(place)) for place, seed in enumerate(seeds)]
-
-    def mend(self, episodes: Sequence[Running]) -> None:
-        """Part with the simulations of episodes that ended in an error: they may be broken."""
-        for place, episode in enumerate(episodes):
-            if episode.error:
-                close(self._kept.pop(place))
-
-    def _at(self, place: int) -> Simulation:
-        if place not in self._kept:
-            try:
-                self._kept[place] = self.task.make(self.pictures)
-            except Exception as error:
-                if not self._works:
-                    raise _made_known(self.task, error) from error
-                self._kept[place] = NoSimulation(error)
-            else:
-                self._works = True
-        return self._kept[place]
-
-
-def _made_known(task: Task, error: Exception) -> FewstepError:
-    if isinstance(error, FewstepError):
-        return error
-    return UnsupportedError(f"{task.name} cannot be simulated: {type(error).__name__}: {error}")
-
-
-class NoSimulation(Simulation):
-    """Stands in for a simulation that could not be made: an episode in it ends with what the making raised."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def reset(self, seed: int) -> Vector:
-        raise self.error
-
-    def step(self, action: Vector) -> Outcome:
-        raise self.error
-
-
-def close(simulation: Simulation) -> None:
-    """Close a simulation; one that cannot even do that costs nothing that was measured."""
-    with contextlib.suppress(Exception):
-        simulation.close()
 
 
 def roll_out(
@@ -418,7 +268,6 @@ def expert_rollout(task: Task, episodes: int, first_seed: int = FIRST_TEST_SEED)
 
 
 __all__ = [
-    "Episode",
     "Recording",
     "Rollout",
     "demonstrate",
