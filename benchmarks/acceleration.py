@@ -69,7 +69,7 @@ PLANS = {
     "mixture": Plan("ctm-mixture", (25, 50, 100, 150, 200, 300, 400, 600, 900), 4000, 1000),
     "digits": Plan("ctm-digits", (25, 50, 100, 150, 200, 300, 400, 600), 1180, 500),
     "digits-long": Plan("ctm-digits", (200, 400, 600, 900, 1300, 1800), 1180, 500, (0.06, 0.1, 0.16, *MIDDLES)),
-    "fashion": Plan("ctm-fashion-mnist", (25, 50, 100, 150, 200, 300), 800, 128, MIDDLES[1::2]),
+    "fashion": Plan("ctm-fashion-mnist", (50, 100, 150, 200, 300, 400, 600, 800), 800, 128, MIDDLES[1::2]),
 }
 
 

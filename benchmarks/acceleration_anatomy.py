@@ -1,11 +1,11 @@
 """Why is the Frechet distance of two calls worse with the computed preconditioning, at equal error? An anatomy.
 
-    python benchmarks/acceleration_anatomy.py --teacher runs/edm-digits --models runs/anatomy
+    python benchmarks/acceleration_anatomy.py digits --teacher runs/edm-digits --models runs/anatomy --seeds 0 1 2
 
-Trains students of the digits' teacher that differ in one thing, as benchmarks/acceleration.py does, keeps their
-averaged weights in `--models` (a student that is there is not trained again), and takes 2-call samples apart:
+Trains students of one teacher that differ in one thing, as benchmarks/acceleration.py does, keeps their averaged
+weights in `--models` (a student that is there is not trained again), and takes 2-call samples apart:
 
-  jump      the first jump 80 -> MIDDLE against the teacher's ODE, by principal components of the data: the variance of
+  jump      the first jump 80 -> middle against the teacher's ODE, by principal components of the data: the variance of
             its ends over that of the teacher's, its gain (regression of the one on the other), its error; and the
             deviation of the network's output that gives it, beside the perfect one's
   two calls every student's last jump from every student's first, the teacher's ODE among both: Frechet distance to
@@ -15,9 +15,10 @@ averaged weights in `--models` (a student that is there is not trained again), a
   corrected ends of the first jump stretched to the teacher's variance along the leading components
   weights   g of both forms, and the gradients of jumps that stop above the data end beside those of jumps that do not
 
-Two students are interventions. "reweighted": the computed preconditioning, its consistency loss weighted by (g of
-Euler's/g)^2, so that an error of the network weighs as much as with Euler's. "exchanged": f and the origin computed, g
-Euler's. Rows go to benchmarks/results/acceleration_anatomy.json.
+Digits have two students more, interventions. "reweighted": the computed preconditioning, its consistency loss weighted
+by (g of Euler's/g)^2, so that an error of the network weighs as much as with Euler's. "exchanged": f and the origin
+computed, g Euler's. Rows go to benchmarks/results/acceleration_anatomy.json, in place of those of the same data set
+and seed.
 """
 
 from __future__ import annotations
@@ -47,14 +48,39 @@ from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "acceleration_anatomy.json"
-STUDENTS = ("euler", "analytic", "reweighted", "exchanged")
-MOMENTS = (0, 25, 200, 600)
-HIGHEST, MIDDLE, LOWEST = 80.0, 0.9, 0.002
-SAMPLES = 1180
-COMPONENTS = ((0, 4), (4, 10), (10, 20), (20, 35), (35, 64))
-LEADING = 10
-LEVELS = (80.0, 12.9, 1.9, 0.9, 0.59, 0.02, 0.01, 0.002)
+HIGHEST, LOWEST = 80.0, 0.002
+BOTH = ("euler", "analytic")
+LEVELS = (80.0, 12.9, 4.2, 1.9, 0.9, 0.59, 0.02, 0.01, 0.002)
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is taken apart on a data set.
+
+    moments: steps after which weights are kept; figures of two calls are taken at the last two. middle: where the first
+    jump stops. components: bands of principal components; the first `leading` are exchanged and stretched.
+    """
+
+    recipe: str
+    moments: tuple[int, ...]
+    middle: float
+    samples: int
+    components: tuple[tuple[int, int], ...]
+    leading: int
+    students: tuple[str, ...] = BOTH
+
+
+SUBJECTS = {
+    "digits": Subject(
+        "ctm-digits", (0, 25, 200, 600), 0.9, 1180, ((0, 4), (4, 10), (10, 20), (20, 35), (35, 64)), 10,
+        (*BOTH, "reweighted", "exchanged"),
+    ),
+    "mixture": Subject("ctm-mixture", (0, 25, 200, 900), 1.9, 4000, ((0, 2), (2, 5), (5, 10), (10, 16)), 5),
+    "fashion": Subject(
+        "ctm-fashion-mnist", (0, 100, 300), 4.2, 800, ((0, 4), (4, 10), (10, 30), (30, 100), (100, 784)), 10
+    ),
+}  # fmt: skip
 
 
 @final
@@ -86,10 +112,10 @@ def reweighted(objective: Objective, flow_map: FlowMap, batch: Batch, companions
     return replace(losses, loss=torch.stack(list(terms.values())).sum(0), terms=terms)
 
 
-def trainer_of(name: str, base: RunConfig, dataset: Dataset, seed: int, folder: Path) -> Trainer:
-    """A student of the study before its first step."""
+def trainer_of(name: str, base: RunConfig, steps: int, dataset: Dataset, seed: int, folder: Path) -> Trainer:
+    """A student of the study before the first of its steps."""
     chosen = methods(base)["euler" if name == "euler" else "analytic"]
-    images = MOMENTS[-1] * base.training.batch_size
+    images = steps * base.training.batch_size
     chosen = replace(chosen, training=replace(base.training, images=images, seed=seed))
     trainer = Trainer(chosen, dataset, RunFolder(folder), Machine(cpu=True, quiet=True), Attendants())
     if name == "reweighted":
@@ -101,9 +127,9 @@ def trainer_of(name: str, base: RunConfig, dataset: Dataset, seed: int, folder: 
     return trainer
 
 
-def train(trainer: Trainer, name: str, models: Path) -> None:
+def train(trainer: Trainer, name: str, moments: tuple[int, ...], models: Path) -> None:
     """Keep the student's averaged weights of every moment."""
-    for moment in MOMENTS:
+    for moment in moments:
         while trainer.step < moment:
             trainer.take_step()
         trainer.show(lambda model, step: save_flow_map(model, models / f"{name}-{step}"))
@@ -134,15 +160,15 @@ def gradient_share(trainer: Trainer, model: FlowMap) -> float:
     return norms[0] / norms[1]
 
 
-def student_rows(base: RunConfig, dataset: Dataset, seed: int, models: Path) -> list[Row]:
+def student_rows(subject: Subject, base: RunConfig, dataset: Dataset, seed: int, models: Path) -> list[Row]:
     """Train the students that are not there; the shares of their gradients."""
     rows: list[Row] = []
-    for name in STUDENTS:
+    for name in subject.students:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(name, base, dataset, seed, Path(folder) / "run")
-            if not (models / f"{name}-{MOMENTS[-1]}").exists():
-                train(trainer, name, models)
-            for step in MOMENTS:
+            trainer = trainer_of(name, base, subject.moments[-1], dataset, seed, Path(folder) / "run")
+            if not (models / f"{name}-{subject.moments[-1]}").exists():
+                train(trainer, name, subject.moments, models)
+            for step in subject.moments:
                 share = gradient_share(trainer, kept(models, name, step))
                 rows.append({"kind": "weights", "student": name, "step": step, "gradient_share": share})
     return rows
@@ -151,16 +177,17 @@ def student_rows(base: RunConfig, dataset: Dataset, seed: int, models: Path) -> 
 class Scene:
     """The teacher, noise, the data's principal components, and what samples are measured against."""
 
-    def __init__(self, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
-        self.teacher, self.dataset, self.extractor = teacher, dataset, extractor
-        indices = torch.arange(SAMPLES)
+    def __init__(self, subject: Subject, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+        self.subject, self.teacher, self.dataset, self.extractor = subject, teacher, dataset, extractor
+        indices = torch.arange(subject.samples)
         self.noise = teacher.path.prior(Draws(NOISE_SEED, 1, indices).normal(0, dataset.shape))
-        data = dataset.train.fetch(torch.arange(len(dataset.train)))[0].double().flatten(1)
+        data = dataset.train.fetch(torch.arange(min(len(dataset.train), 20_000)))[0].double().flatten(1)
         self.mean = data.mean(0)
         self.axes = torch.linalg.svd(data - self.mean, full_matrices=False).Vh
-        self.real = extractor.features(dataset.heldout.fetch(torch.arange(len(dataset.heldout)))[0])
-        self.middle = self.solution(self.noise, HIGHEST, MIDDLE)
-        self.ends = self.solution(self.middle, MIDDLE, LOWEST)
+        heldout = torch.arange(len(dataset.heldout)).split(1000)
+        self.real = torch.cat([extractor.features(dataset.heldout.fetch(part)[0]) for part in heldout])
+        self.middle = self.solution(self.noise, HIGHEST, subject.middle)
+        self.ends = self.solution(self.middle, subject.middle, LOWEST)
 
     @torch.no_grad()
     def solution(self, x: Tensor, t: float, s: float) -> Tensor:
@@ -196,14 +223,20 @@ def jump(scene: Scene, model: FlowMap | None, x: Tensor, t: float, s: float) -> 
     return scene.solution(x, t, s) if model is None else model.jump(x, at(t, x), at(s, x))
 
 
+def last_jump(scene: Scene, model: FlowMap | None, x: Tensor) -> Tensor:
+    """From the middle to the data end."""
+    return jump(scene, model, x, scene.subject.middle, LOWEST)
+
+
 def first_jump_rows(scene: Scene, name: str, model: FlowMap) -> list[Row]:
     """The first jump along the data's components; N by X - m = f (x - m) + g (N - m)."""
-    ends = jump(scene, model, scene.noise, HIGHEST, MIDDLE)
+    subject = scene.subject
+    ends = jump(scene, model, scene.noise, HIGHEST, subject.middle)
     start, found, truth = (scene.components(x) for x in (scene.noise, ends, scene.middle))
-    f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[HIGHEST], [MIDDLE]]).double()))
+    f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[HIGHEST], [subject.middle]]).double()))
     output, needed = (found - f * start) / g, (truth - f * start) / g
     rows: list[Row] = []
-    for first, stop in (*COMPONENTS, (0, truth.shape[1])):
+    for first, stop in (*subject.components, (0, truth.shape[1])):
         p, q, n, best = (x[:, first:stop] for x in (found, truth, output, needed))
         varied, aim = p - p.mean(0), q - q.mean(0)
         rows.append(
@@ -221,7 +254,7 @@ def first_jump_rows(scene: Scene, name: str, model: FlowMap) -> list[Row]:
 def two_call_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict[str, Tensor]) -> list[Row]:
     """Every last jump from every first."""
     return [
-        {"kind": "two calls", "first": first, "last": last, **scene.measured(jump(scene, model, x, MIDDLE, LOWEST))}
+        {"kind": "two calls", "first": first, "last": last, **scene.measured(last_jump(scene, model, x))}
         for last, model in models.items()
         for first, x in middles.items()
     ]
@@ -230,15 +263,17 @@ def two_call_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict
 def exchange_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict[str, Tensor]) -> list[Row]:
     """The leading components of one first jump with the rest of another; and either stretched to the right variance."""
     parts = {name: scene.components(middles[name]) for name in ("euler", "analytic")}
-    truth, rows = scene.components(scene.middle), []
+    truth, leading_ones, rows = scene.components(scene.middle), scene.subject.leading, []
     for last in parts:
         for leading, head in parts.items():
             stretch = truth.std(0) / head.std(0)
-            stretch[LEADING:] = 1.0
-            mixed = {rest: torch.cat([head[:, :LEADING], tail[:, LEADING:]], 1) for rest, tail in parts.items()}
+            stretch[leading_ones:] = 1.0
+            mixed = {
+                rest: torch.cat([head[:, :leading_ones], tail[:, leading_ones:]], 1) for rest, tail in parts.items()
+            }
             mixed["stretched"] = (head - head.mean(0)) * stretch + head.mean(0)
             for rest, middle in mixed.items():
-                ends = jump(scene, models[last], scene.samples(middle), MIDDLE, LOWEST)
+                ends = last_jump(scene, models[last], scene.samples(middle))
                 kind = "corrected" if rest == "stretched" else "exchange"
                 where = {"kind": kind, "leading": leading, "rest": leading if kind == "corrected" else rest}
                 rows.append({**where, "last": last, **scene.measured(ends)})
@@ -258,11 +293,13 @@ def weight_rows(model: FlowMap) -> list[Row]:
 
 def anatomy(scene: Scene, models: Path, step: int) -> list[Row]:
     """All rows of one moment; before the last two only those of the first jump."""
-    students = {name: kept(models, name, step) for name in STUDENTS}
+    students = {name: kept(models, name, step) for name in scene.subject.students}
     rows = [row for name, model in students.items() for row in first_jump_rows(scene, name, model)]
-    if step in MOMENTS[-2:]:
+    if step in scene.subject.moments[-2:]:
         walkers: dict[str, FlowMap | None] = {"teacher": None, **students}
-        middles = {name: jump(scene, model, scene.noise, HIGHEST, MIDDLE) for name, model in walkers.items()}
+        middles = {
+            name: jump(scene, model, scene.noise, HIGHEST, scene.subject.middle) for name, model in walkers.items()
+        }
         rows += two_call_rows(scene, walkers, middles) + exchange_rows(scene, walkers, middles)
     return [{"step": step, **row} for row in rows]
 
@@ -273,24 +310,35 @@ def show(rows: list[Row]) -> None:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
 
 
+def store(dataset: str, seed: int, rows: list[Row]) -> None:
+    """In place of what is there of the same data set and seed."""
+    kept_rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    others = [row for row in kept_rows if (row["dataset"], row["seed"]) != (dataset, seed)]
+    own = [{"dataset": dataset, "seed": seed, **row} for row in rows]
+    RESULTS.write_text(json.dumps([*others, *own], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="run folder of edm-digits")
+    parser.add_argument("dataset", choices=sorted(SUBJECTS))
+    parser.add_argument("--teacher", type=Path, required=True, help="run folder of the trained teacher")
     parser.add_argument("--models", type=Path, required=True, help="folder for the students' weights")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--cache", type=Path, default=None, help="folder of trained feature extractors")
     options = parser.parse_args()
-    base = replace(recipe("ctm-digits"), teacher=str(options.teacher))
+    subject = SUBJECTS[options.dataset]
+    base = replace(recipe(subject.recipe), teacher=str(options.teacher))
     dataset = load_dataset(base.data)
-    models = options.models / f"seed-{options.seed}"
-    rows = student_rows(base, dataset, options.seed, models)
-    rows += weight_rows(load_flow_map(models / "analytic-0"))
     labelled = load_dataset(replace(base.data, labels=True))
-    scene = Scene(load(options.teacher), dataset, default_extractor(labelled, cache=options.cache))
-    for step in MOMENTS:
-        rows += anatomy(scene, models, step)
-    show(rows)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    scene = Scene(subject, load(options.teacher), dataset, default_extractor(labelled, cache=options.cache))
+    for seed in options.seeds:
+        models = options.models / options.dataset / f"seed-{seed}"
+        rows = student_rows(subject, base, dataset, seed, models)
+        rows += weight_rows(load_flow_map(models / "analytic-0"))
+        for step in subject.moments:
+            rows += anatomy(scene, models, step)
+        show(rows)
+        store(options.dataset, seed, rows)
 
 
 if __name__ == "__main__":

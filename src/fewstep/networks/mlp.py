@@ -71,10 +71,10 @@ class MLP(Network):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         modulation = self.modulation(silu(self.embedding(t, s, cond)))
-        scales, shifts = modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1)
+        scales, shifts = (part.unbind(1) for part in modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1))
         h = self.input(torch.cat([x.reshape(len(x), -1), *self._seen(x, cond)], 1))
-        for index, block in enumerate(self.blocks):
-            h = block(h, scales[:, index], shifts[:, index])
+        for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
+            h = block(h, scale, shift)
         out: Tensor = self.output(self.norm(h))
         return out.reshape(x.shape)
 

@@ -20,7 +20,7 @@ class Optimizers:
         matrices, rest = split_parameters(module) if config.name == "muon" else ([], trainable(module))
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
-                rest, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, foreach=True
+                rest, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
             )
         ]
         self.base_lrs = [config.lr]
