@@ -3,11 +3,11 @@
     python benchmarks/policies.py run [--tasks pointmaze-ring ...] [--seeds 0 1 2] [--methods iSD ...] [--work FOLDER]
     python benchmarks/policies.py
 
-`run` records the demonstrations of every task that has none in FOLDER yet (100 episodes of its expert), trains every
-cell that has no result, lets it act from 50 starts that no demonstration had, and adds one line to
-benchmarks/results/policies/cells.jsonl. A cell is a task, a method and a training seed; all cells of a task have the
-same network, batch, steps and learning rate, those of one seed the same initial weights and order of the data. Without
-`run` it writes benchmarks/results/policies.json, docs/figures/policies.png and the tables of docs/policies.md.
+`run` records the demonstrations of every task that has none in FOLDER yet (100 episodes of its expert, 300 of
+fetch-retrieve's), trains every cell that has no result, lets it act from 50 starts that no demonstration had, and adds
+one line to benchmarks/results/policies/cells.jsonl. A cell is a task, a method and a training seed; all cells of a task
+have the same network, batch, steps and learning rate, those of one seed the same initial weights and order of the data.
+Without `run` it writes benchmarks/results/policies.json, docs/figures/policies.png and the tables of docs/policies.md.
 
 Methods: regression (least squares), flow matching (by Euler's method in 16, 4, 2 and 1 calls), iSD (2 calls and 1), and
 iSD from the weights of the flow-matching policy of the same seed, which has then seen twice the samples.
@@ -41,15 +41,20 @@ from policies_summary import summarise
 
 RESULTS = Path(__file__).parent / "results" / "policies"
 CELLS = RESULTS / "cells.jsonl"
-TASKS = ("metaworld-pick-place", "pointmaze-ring", "pusht", "metaworld-peg-insert-side", "fetch-pick-and-place")
+TASKS = (
+    "metaworld-pick-place", "pointmaze-ring", "pusht", "metaworld-peg-insert-side", "fetch-pick-and-place",
+    "fetch-retrieve",
+)  # fmt: skip
 METHODS: dict[str, tuple[str, tuple[int, ...]]] = {
     "regression": ("policy-regression", (1,)),
     "flow matching": ("policy-flow-matching", (16, 4, 2, 1)),
     "iSD": ("policy-mlp", (2, 1)),
     "iSD from flow matching": ("policy-mlp", (2, 1)),
 }
-DEMONSTRATIONS, EPISODES = 100, 50
-STEPS = {"pointmaze-ring": 4000, "pusht": 4000}
+EPISODES = 50
+DEMONSTRATIONS = {"fetch-retrieve": 300}
+"""Episodes of the expert; 100 for a task that is not named."""
+STEPS = {"pointmaze-ring": 4000, "pusht": 4000, "fetch-retrieve": 4000}
 """Training steps of 256 samples; 1,000 for a task that is not named."""
 
 
@@ -66,7 +71,7 @@ def demonstrations_of(task: str, work: Path) -> Path:
     """The task's demonstrations, recorded now if they are not there."""
     file = work / f"{task}.safetensors"
     if not file.is_file():
-        found = record(find_task(task), DEMONSTRATIONS)
+        found = record(find_task(task), DEMONSTRATIONS.get(task, 100))
         (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "expert_errors": len(found.errors)}))
         save_demonstrations(found.demonstrations, file)
     return file
@@ -120,7 +125,7 @@ def settings(task: str, method: str) -> str:
     training = config.training
     return digest(
         config.data, config.model, config.network, config.objective, config.optimizer, training.images,
-        training.batch_size, training.ema_power, training.ema_decay, DEMONSTRATIONS, EPISODES,
+        training.batch_size, training.ema_power, training.ema_decay, DEMONSTRATIONS.get(task, 100), EPISODES,
     )  # fmt: skip
 
 

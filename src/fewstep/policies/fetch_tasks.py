@@ -19,7 +19,7 @@ from fewstep.policies.simulation import Outcome, Picture, Simulation, Task, Vect
 
 _VIEW = View(lookat=(1.25, 0.75, 0.6), distance=1.5, azimuth=132.0, elevation=-20.0)
 
-_GAIN = 10.0
+GAIN = 10.0
 """Action per metre that the hand is off: half of what asks for the whole way in one step."""
 
 
@@ -34,13 +34,13 @@ class FetchSimulation(Simulation):
         """Place block and goal; (28,)."""
         parts, _ = self._environment.reset(seed=seed)
         self._mark(parts["desired_goal"])
-        return _joined(parts)
+        return joined(parts)
 
     def step(self, action: Vector) -> Outcome:
         """Shift the hand by one action (4,)."""
         parts, _, _, _, information = self._environment.step(action)
         success = bool(information["is_success"])
-        return Outcome(_joined(parts), success, float(success))
+        return Outcome(joined(parts), success, float(success))
 
     def render(self) -> Picture:
         """The table from in front of the arm; raises UnsupportedError as `picture_of` and `Camera` do."""
@@ -66,7 +66,8 @@ class FetchSimulation(Simulation):
         mj_kinematics(model, data)
 
 
-def _joined(parts: dict[str, Any]) -> Vector:
+def joined(parts: dict[str, Any]) -> Vector:
+    """The package's observation and goal as one vector (28,)."""
     return np.concatenate([parts["observation"], parts["desired_goal"]]).astype(np.float32)
 
 
@@ -85,7 +86,7 @@ def push(observation: Vector) -> Vector:
     across = off - along * ahead
     behind = -0.12 < along < -0.02 and float(np.linalg.norm(across)) < 0.02
     if behind and hand[2] < 0.45:
-        shift = np.append(ahead * min(1.0, 0.15 + 6 * way) - 15 * across, _GAIN * (0.42 - hand[2]))
+        shift = np.append(ahead * min(1.0, 0.15 + 6 * way) - 15 * across, GAIN * (0.42 - hand[2]))
     else:
         shift = _approach(hand, off, block[:2] - 0.08 * ahead)
     return np.append(shift, 0.0).astype(np.float32)
@@ -96,10 +97,10 @@ def _approach(hand: Vector, off: Vector, place: Vector) -> Vector:
     way = place - hand[:2]
     near = 0.03 if hand[2] < 0.48 else 0.015  # wider on the way down, so that it does not turn back for a trifle
     if float(np.linalg.norm(way)) < near:
-        return np.append(_GAIN * way, _GAIN * (0.415 - hand[2]))
+        return np.append(GAIN * way, GAIN * (0.415 - hand[2]))
     if hand[2] < 0.48 and float(np.linalg.norm(off)) < 0.1:
         way = np.zeros_like(way)  # straight up first, or it sweeps the block along
-    return np.append(_GAIN * way, _GAIN * (0.51 - hand[2]))
+    return np.append(GAIN * way, GAIN * (0.51 - hand[2]))
 
 
 def pick_and_place(observation: Vector) -> Vector:
@@ -114,13 +115,14 @@ def pick_and_place(observation: Vector) -> Vector:
         above = to_block + np.array([0.0, 0.0, 0.1], dtype=np.float32)
         if to_block[2] > -0.05:
             above[:2] = 0.0  # up before sideways, or the fingers strike the block
-        return np.append(_GAIN * above, 1.0).astype(np.float32)
+        return np.append(GAIN * above, 1.0).astype(np.float32)
     if abs(float(to_block[2])) > 0.015:
-        return np.append(_GAIN * to_block, 1.0).astype(np.float32)
-    return np.append(_GAIN * (to_block if opening > 0.06 else goal - block), -1.0).astype(np.float32)
+        return np.append(GAIN * to_block, 1.0).astype(np.float32)
+    return np.append(GAIN * (to_block if opening > 0.06 else goal - block), -1.0).astype(np.float32)
 
 
-def _push_environment() -> Any:
+def push_environment() -> Any:
+    """The package's class, imported when a task is made."""
     from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
 
     return MujocoFetchPushEnv
@@ -154,7 +156,7 @@ def _task(
 
 
 FETCH_TASKS: tuple[Task, ...] = (
-    _task("fetch-push", "a robot arm pushes a block to a goal on the table", _push_environment, push, max_steps=100),
+    _task("fetch-push", "a robot arm pushes a block to a goal on the table", push_environment, push, max_steps=100),
     _task(
         "fetch-pick-and-place",
         "a robot arm carries a block to a goal on the table or in the air",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 
 from fewstep.errors import ConfigError
+from fewstep.policies.fetch_retrieve import RETRIEVE
 from fewstep.policies.fetch_tasks import FETCH_TASKS
 from fewstep.policies.metaworld_tasks import METAWORLD_TASKS
 from fewstep.policies.pusht import PUSHT
 from fewstep.policies.ring import RING
 from fewstep.policies.simulation import Task
 
-_ALL = (PUSHT, RING, *FETCH_TASKS, *METAWORLD_TASKS)
+_ALL = (PUSHT, RING, *FETCH_TASKS, RETRIEVE, *METAWORLD_TASKS)
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
