@@ -12,11 +12,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.conditions import Condition
-from fewstep.cost import Cost, cost_lines, forward_flops, parameters, passes, training_cost
+from fewstep.cost import Cost, Peak, cost_lines, difference_passes, forward_flops, parameters, passes, training_cost
 from fewstep.errors import ConfigError
-from fewstep.guidance import DrawnGuidance, FixedGuidance
+from fewstep.flowmap import FlowMap
+from fewstep.guidance import DrawnGuidance, FixedGuidance, NoGuidance
 from fewstep.networks import DiTConfig
-from fewstep.objectives import CTM, ISD, DiagonalMatching, MeanFlow
+from fewstep.networks.layers import carries_tangent
+from fewstep.objectives import CTM, ISD, Batch, DiagonalMatching, MeanFlow
+from fewstep.paths import Linear
+from fewstep.preconditioning import LinearPreconditioning
+from fewstep.randomness import Draws
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 
 
@@ -71,11 +76,34 @@ def test_passes_of_other_objectives() -> None:
         passes(CTM())
 
 
+@pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
+def test_passes_under_bf16_are_what_autocast_lets_through(derivative: str) -> None:
+    """Forward passes of the whole batch by the type they come in, and two backward ones of 2 each."""
+    config = DiTConfig(width=32, depth=1, heads=2, patch=4)
+    network = config.build((1, 8, 8), 0, False)
+    seen: dict[torch.dtype, float] = {torch.bfloat16: 0.0, torch.float32: 0.0}
+
+    def count(module: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen[out.dtype] += (1 + carries_tangent(*given[:3])) * len(out) / 8
+
+    network.register_forward_hook(count)
+    objective = ISD(derivative=derivative, diagonal=0.0, guidance=NoGuidance())
+    draws = Draws(3, 0, torch.arange(8))
+    batch = Batch(draws.normal(0, (1, 8, 8)), None, draws)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        losses = objective(FlowMap(Linear(), LinearPreconditioning(), network), batch)
+    assert losses.loss.requires_grad
+    assert seen[torch.float32] == difference_passes(objective)
+    assert sum(seen.values()) + 2 * 2 == passes(objective, bf16=True)
+
+
 def test_hours_at_a_peak() -> None:
     cost = Cost(parameters=10, forward=3_000, passes=2.5, images=4_000_000)
     assert cost.flops == 3e10
-    assert cost.hours(peak=1e6, utilisation=0.5) == pytest.approx(3e10 / 5e5 / 3600)
-    assert cost.hours(1e6) == pytest.approx(cost.hours(1e6, 0.2) / 2)
+    assert cost.hours(Peak(1e6, 1e5), utilisation=0.5) == pytest.approx(3e10 / 5e5 / 3600)
+    assert cost.hours(Peak(1e6, 1e5)) == pytest.approx(cost.hours(Peak(1e6, 1e5), 0.2) / 2)
+    half = Cost(parameters=10, forward=3_000, passes=2.5, images=4_000_000, wide=0.5)
+    assert half.hours(Peak(1e6, 1e5), 1.0) == pytest.approx(1.2e10 * (2 / 1e6 + 0.5 / 1e5) / 3600)
     assert "(an assumption)" in " ".join(cost_lines(cost))
 
 
@@ -85,6 +113,7 @@ def test_recipes_on_latents_have_a_cost() -> None:
     costs = {name: training_cost(recipe(name), data.shape, data.classes) for name, data in AT_SCALE.items()}
     assert costs["imagenet256-dit-b4"].images == 400_000 * 256
     assert costs["imagenet256-dit-xl1"].flops > 20 * costs["imagenet256-dit-b4"].flops
-    assert costs["celebahq256-dit-b4"].passes == 8
+    assert costs["celebahq256-dit-b4"].passes == 9
+    assert costs["celebahq256-dit-b4"].wide == 3
     with pytest.raises(ConfigError, match="only a DiT's"):
         training_cost(recipe("digits"), (1, 8, 8), 10)

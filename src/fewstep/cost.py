@@ -16,8 +16,18 @@ from fewstep.objectives import CATALOGUE, ISD, DiagonalMatching, Objective
 
 UTILISATION = 0.4
 """Assumed share of a device's peak that training reaches."""
-PEAKS = {"H100": 989e12, "A100": 312e12}
-"""FLOP/s of dense bf16 matrix products, as the vendor states them for the SXM modules."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of dense matrix products, as the vendor states them: in bf16, and in float32 without rounding to TF32."""
+
+    bf16: float
+    float32: float
+
+
+PEAKS = {"H100": Peak(989e12, 67e12), "A100": Peak(312e12, 19.5e12)}
+"""Of the SXM modules."""
 
 _TIME_FEATURES = 64
 
@@ -25,42 +35,54 @@ _TIME_FEATURES = 64
 @dataclass(frozen=True)
 class Cost:
     """Of a run: parameters of the network; forward, the FLOPs of one evaluation of one sample; passes, a training
-    sample's evaluations in forward passes; images seen.
+    sample's evaluations in forward passes, and of these `wide` in float32, the others in bf16; images seen.
     """
 
     parameters: int
     forward: int
     passes: float
     images: int
+    wide: float = 0.0
 
     @property
     def flops(self) -> float:
         """Of the whole training."""
         return self.images * self.passes * self.forward
 
-    def hours(self, peak: float, utilisation: float = UTILISATION) -> float:
-        """Of one device with that peak in FLOP/s."""
-        return self.flops / (peak * utilisation) / 3600
+    def hours(self, peak: Peak, utilisation: float = UTILISATION) -> float:
+        """Of one device with that peak."""
+        seconds = (self.passes - self.wide) / peak.bf16 + self.wide / peak.float32
+        return self.images * self.forward * seconds / utilisation / 3600
 
 
 def training_cost(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> Cost:
     """The cost of a run on samples of that shape; raises ConfigError for another network than a DiT."""
     if not isinstance(config.network, DiTConfig):
         raise ConfigError(f"the cost of {type(config.network).__name__} is not counted, only a DiT's")
-    guided = config.objective.guided
+    guided, bf16 = config.objective.guided, config.training.precision == "bf16"
+    total = passes(config.objective, bf16)
     return Cost(
         parameters(config.network, shape, num_classes, guided),
         forward_flops(config.network, shape, guided),
-        passes(config.objective),
+        total,
         config.training.images,
+        difference_passes(config.objective) if bf16 else total,
     )
 
 
-def passes(objective: Objective) -> float:
+def difference_passes(objective: Objective) -> float:
+    """Of `passes` under bf16, those of a finite difference: its three points are taken in float32 (derivatives.py)."""
+    if not isinstance(objective, ISD) or objective.derivative == "exact":
+        return 0.0
+    return 3 * (1 - objective.diagonal)
+
+
+def passes(objective: Objective, bf16: bool = False) -> float:
     """Evaluations of a sample in forward passes, from the catalogue: one with a tangent is 2, one backward 2.
 
-    Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. Raises
-    ConfigError for objectives other than iSD and matching on the diagonal: their shares and teachers are not counted.
+    Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. A finite
+    difference takes two more, under bf16 three: its middle too, once more in float32. Raises ConfigError for objectives
+    other than iSD and matching on the diagonal: their shares and teachers are not counted.
     """
     if isinstance(objective, DiagonalMatching):
         return 3.0
@@ -68,7 +90,7 @@ def passes(objective: Objective) -> float:
         raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
     entry = next(each for each in CATALOGUE if each.name == "iSD")
     null = (1 - objective.dropout) if objective.guidance.active else 0.0
-    derivative = entry.tangents if objective.derivative == "exact" else 2
+    derivative = entry.tangents if objective.derivative == "exact" else 3 if bf16 else 2
     off = entry.forward + entry.frozen + derivative + 2 * entry.backward
     on = 1 + 2
     return null + objective.diagonal * on + (1 - objective.diagonal) * off
@@ -103,8 +125,9 @@ def cost_lines(cost: Cost) -> list[str]:
     hours = " or ".join(f"{cost.hours(peak):,.0f} {device}-hours" for device, peak in PEAKS.items())
     return [
         f"Computed cost: {cost.parameters / 1e6:,.0f} M parameters, {cost.forward / 1e9:,.1f} GFLOP an evaluation, "
-        f"{cost.passes:g} forward passes a sample, {cost.images / 1e6:,.1f} M samples: {cost.flops:.1e} FLOP.",
-        f"{hours}, if {UTILISATION:.0%} of the peak in bf16 is reached (an assumption); encoding is not in it.",
+        f"{cost.passes:g} forward passes a sample, {cost.wide:g} of them in float32, {cost.images / 1e6:,.1f} M "
+        f"samples: {cost.flops:.1e} FLOP.",
+        f"{hours}, if {UTILISATION:.0%} of the peaks is reached (an assumption); encoding is not in it.",
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.policies.fetch_retrieve import RETRIEVE, retrieve
+from fewstep.policies.fetch_tasks import push
 from fewstep.policies.simulation import Simulation, Vector
 
 pytest.importorskip("gymnasium_robotics")
@@ -66,7 +67,31 @@ def test_the_mean_of_both_ways_does_not_arrive(simulation: Simulation) -> None:
     assert solved <= 4
 
 
-def test_no_way_is_taken_before_a_quarter_turn(simulation: Simulation) -> None:
-    simulation.reset(FIRST_TEST_SEED)
-    simulation.step(np.zeros(4, dtype=np.float32))
+@pytest.mark.parametrize(("sense", "name"), [(1.0, "counterclockwise"), (-1.0, "clockwise")])
+def test_a_way_is_taken_once_the_hand_has_gone_a_quarter_round(simulation: Simulation, sense: float, name: str) -> None:
     assert simulation.route() == ""
+    observation = simulation.reset(FIRST_TEST_SEED)
+    begun, turned, routes = observation[:2] - observation[3:5], [], []
+    for _ in range(12):
+        observation = simulation.step(np.clip(retrieve(observation, sense), -1, 1)).observation
+        off = observation[:2] - observation[3:5]
+        turned.append(float(np.arctan2(begun[0] * off[1] - begun[1] * off[0], begun @ off)))
+        routes.append(simulation.route())
+    before = [abs(turn) < np.pi / 2 for turn in turned].index(False)
+    assert before > 2
+    assert routes == [""] * before + [name] * (12 - before)
+    assert turned[before] * sense > 0
+    assert simulation.reset(FIRST_TEST_SEED) is not None
+    assert simulation.route() == ""
+
+
+def test_over_the_block_is_neither_way(simulation: Simulation) -> None:
+    for start in STARTS[:5]:
+        observation = simulation.reset(start)
+        for _ in range(RETRIEVE.max_steps):
+            outcome = simulation.step(np.clip(push(observation), -1, 1))
+            observation = outcome.observation
+            if outcome.success:
+                break
+        assert outcome.success
+        assert simulation.route() == ""

@@ -13,13 +13,14 @@ import pytest
 from fewstep import policies
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.errors import MissingExtraError, UnsupportedError
+from fewstep.policies.fetch_retrieve import RETRIEVE
 from fewstep.policies.fetch_tasks import FETCH_TASKS
 from fewstep.policies.metaworld_tasks import METAWORLD_TASKS
 from fewstep.policies.mujoco_tasks import EXPERT_NOISE, HEIGHT, WIDTH, NoisyExpert, packages_of
 from fewstep.policies.simulation import Simulation, Task, Vector
 from fewstep.policies.tasks import find_task
 
-TASKS = {task.name: task for task in METAWORLD_TASKS + FETCH_TASKS}
+TASKS = {task.name: task for task in (*METAWORLD_TASKS, *FETCH_TASKS, RETRIEVE)}
 PACKAGES = ("metaworld", "gymnasium_robotics", "gymnasium", "mujoco")
 
 
@@ -94,7 +95,7 @@ def test_no_picture_is_drawn_unless_asked_for(made: tuple[Task, Simulation]) -> 
         simulation.render()
 
 
-@pytest.mark.parametrize("name", ["metaworld-pick-place", "fetch-pick-and-place"])
+@pytest.mark.parametrize("name", ["metaworld-pick-place", "fetch-pick-and-place", "fetch-retrieve"])
 def test_drawing_changes_nothing(name: str) -> None:
     task = TASKS[name]
     require_packages(task)
@@ -158,7 +159,7 @@ def test_the_noise_of_an_expert_has_its_scale_and_stays_in_bounds() -> None:
     assert abs((1 - drawn).mean() - EXPERT_NOISE / np.sqrt(2 * np.pi)) < 0.1 * EXPERT_NOISE
 
 
-@pytest.mark.parametrize("module", ["mujoco_tasks", "metaworld_tasks", "fetch_tasks"])
+@pytest.mark.parametrize("module", ["mujoco_tasks", "metaworld_tasks", "fetch_tasks", "fetch_retrieve"])
 def test_the_tasks_are_known_without_their_packages(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
@@ -170,6 +171,7 @@ def test_the_tasks_are_known_without_their_packages(module: str, monkeypatch: py
     [
         ("metaworld-hammer", "metaworld.env_dict", "metaworld"),
         ("fetch-push", "gymnasium_robotics.envs.fetch.push", "gymnasium-robotics"),
+        ("fetch-retrieve", "gymnasium_robotics.envs.fetch.push", "gymnasium-robotics"),
         ("fetch-pick-and-place", "gymnasium_robotics.envs.fetch.pick_and_place", "gymnasium-robotics"),
     ],
 )

@@ -2,7 +2,8 @@
 
 Gymnasium-Robotics' Fetch push with another goal: the block is to come back towards where the hand is. The hand has to
 get behind it first, and from opposite that is equally far on either side. The expert stays low and goes round, either
-way by a coin; the mean of both ways stays where it is, in front of the block.
+way by a coin; the mean of both ways stays where it is, in front of the block. (Over the block is a third way, which the
+expert never shows.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.policies.fetch_tasks import GAIN, FetchSimulation, joined, push_environment
+from fewstep.policies.fetch_tasks import GAIN, FetchSimulation, push_environment
 from fewstep.policies.mujoco_tasks import NoisyExpert, packages_of
 from fewstep.policies.simulation import Expert, Outcome, Simulation, Task, Vector
 
@@ -31,6 +32,8 @@ _STRIDE = 0.6
 """How far ahead on the circle the hand aims, in radians."""
 _ROUND = math.pi / 2
 """An angle travelled about the block that tells one way from the other, in radians."""
+_BESIDE = 0.03
+"""Above the block's centre, in metres: a hand that is lower cannot pass over it."""
 _OPPOSITE = 2.2
 """Beyond this angle from behind the block, in radians, the expert's coin decides; below, the shorter way."""
 
@@ -47,36 +50,42 @@ def _wrapped(angle: float) -> float:
 class RetrieveSimulation(FetchSimulation):
     """Fetch push whose goal lies from the block towards the hand: 12 to 18 cm, up to 0.3 rad aside, by the seed."""
 
-    def reset(self, seed: int) -> Vector:
-        super().reset(seed)
-        environment = self._environment
+    def __init__(self, environment: Any, render: bool) -> None:
+        super().__init__(environment, render)
+        self._seen, self._travelled, self._route = 0.0, 0.0, ""
+
+    def _place(self, seed: int) -> dict[str, Any]:
+        parts = super()._place(seed)
         random = np.random.default_rng((seed, 2))
-        parts = environment._get_obs()
         hand, block = parts["observation"][:2], parts["observation"][3:6]
-        direction = _angle(hand - block[:2]) + random.uniform(-_SLANT, _SLANT)
+        self._seen, self._travelled, self._route = _angle(hand - block[:2]), 0.0, ""
+        direction = self._seen + random.uniform(-_SLANT, _SLANT)
         goal = block.copy()
         goal[:2] += random.uniform(*_WAY) * np.array([math.cos(direction), math.sin(direction)])
-        environment.goal = goal
-        self._mark(goal)
-        self._seen, self._travelled, self._route = _angle(hand - block[:2]), 0.0, ""
-        return joined(environment._get_obs())
+        self._environment.goal = goal
+        return {**parts, "desired_goal": goal}
 
     def step(self, action: Vector) -> Outcome:
+        """Shift the hand by one action (4,), and note how it goes round."""
         outcome = super().step(action)
-        seen = _angle((outcome.observation[:3] - outcome.observation[3:6])[:2])
-        self._travelled += _wrapped(seen - self._seen)
+        off = outcome.observation[:3] - outcome.observation[3:6]
+        seen = _angle(off)
+        if off[2] < _BESIDE:
+            self._travelled += _wrapped(seen - self._seen)
         self._seen = seen
         if not self._route and abs(self._travelled) > _ROUND:
             self._route = "counterclockwise" if self._travelled > 0 else "clockwise"
         return outcome
 
     def route(self) -> str:
-        """The sense in which the hand first went a quarter round the block, seen from above."""
+        """The sense in which the hand first went a quarter round the block, seen from above; what it goes above the
+        block does not count.
+        """
         return self._route
 
 
 def retrieve(observation: Vector, sense: float) -> Vector:
-    """The action (4,): down, round the block on a circle, then along the line to the goal as `fetch_tasks.push`.
+    """The action (4,): round the block on a circle, low, then along the line to the goal as `fetch_tasks.push`.
 
     sense: 1 counterclockwise, -1 clockwise, seen from above. Where the hand is less than 2.2 rad from behind the block
     it takes the shorter way, whatever is asked for.
@@ -87,11 +96,8 @@ def retrieve(observation: Vector, sense: float) -> Vector:
     ahead = line / max(way, 1e-6)
     along = float(off @ ahead)
     across = off - along * ahead
-    if -0.14 < along < -0.02 and float(np.linalg.norm(across)) < 0.02:
+    if -0.14 < along < -0.02 and float(np.linalg.norm(across)) < 0.02 and hand[2] < 0.45:
         shift = ahead * min(1.0, 0.15 + 6 * way) - 15 * across
-    elif hand[2] > 0.45:  # on its way down: outward, if it is above the circle
-        distance = max(float(np.linalg.norm(off)), 1e-6)
-        shift = GAIN * max(0.0, _RADIUS - distance) * off / distance
     else:
         behind = _wrapped(_angle(off) - _angle(-ahead))
         towards = sense if abs(behind) > _OPPOSITE else -math.copysign(1.0, behind)

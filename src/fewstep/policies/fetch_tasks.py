@@ -32,7 +32,7 @@ class FetchSimulation(Simulation):
 
     def reset(self, seed: int) -> Vector:
         """Place block and goal; (28,)."""
-        parts, _ = self._environment.reset(seed=seed)
+        parts = self._place(seed)
         self._mark(parts["desired_goal"])
         return joined(parts)
 
@@ -51,6 +51,11 @@ class FetchSimulation(Simulation):
         if self._camera is not None:
             self._camera.close()
         self._environment.close()
+
+    def _place(self, seed: int) -> dict[str, Any]:
+        """The package's observation of a new episode."""
+        parts, _ = self._environment.reset(seed=seed)
+        return dict(parts)
 
     def _mark(self, goal: Any) -> None:
         """Put the red marker at the goal.
