@@ -34,6 +34,7 @@ from fewstep.measuring import training_seconds
 from fewstep.policies.figures import rollout_row
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
+from fewstep.policies.tasks import TASKS as ALL_TASKS
 from fewstep.policies.tasks import find_task
 from fewstep.recipes import recipe
 from fewstep.training import Machine, RunFolder, train
@@ -68,10 +69,12 @@ def configuration(task: str, method: str, demonstrations: Path, seed: int, initi
 
 
 def demonstrations_of(task: str, work: Path) -> Path:
-    """The task's demonstrations, recorded now if they are not there."""
-    file = work / f"{task}.safetensors"
+    """The task's demonstrations, recorded now if they are not there; others in their place are refused."""
+    file, count = work / f"{task}.safetensors", DEMONSTRATIONS.get(task, 100)
+    if file.is_file() and len(load_demonstrations(file)) != count:
+        raise SystemExit(f"{file} does not hold the study's {count} episodes: give another folder with --work")
     if not file.is_file():
-        found = record(find_task(task), DEMONSTRATIONS.get(task, 100))
+        found = record(find_task(task), count)
         (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "expert_errors": len(found.errors)}))
         save_demonstrations(found.demonstrations, file)
     return file
@@ -169,10 +172,10 @@ def run(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=["run"])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(ALL_TASKS), metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--work", type=Path, default=Path("demos"), help="where demonstrations are kept")
+    parser.add_argument("--work", type=Path, default=Path("runs/policies-study"), help="where demonstrations are kept")
     parser.add_argument("--models", type=Path, help="where trained policies are kept; WORK/models when not given")
     options = parser.parse_args()
     if options.command == "run":

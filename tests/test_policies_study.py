@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import policies  # noqa: E402
 import policies_summary  # noqa: E402
+from fewstep.data.demonstrations import Demonstrations, save_demonstrations  # noqa: E402
 from fewstep.policies.rollout import wilson  # noqa: E402
 
 
@@ -93,3 +95,11 @@ def test_the_cells_of_a_task_differ_in_nothing_but_the_method(tmp_path: Path) ->
 def test_stored_cells_are_todays() -> None:
     stored = [each for line in policies.CELLS.read_text().splitlines() for each in json.loads(line)]
     assert policies.read_cells() == stored
+
+
+def test_demonstrations_of_another_count_are_not_taken_for_the_studys(tmp_path: Path) -> None:
+    ends = torch.tensor([2, 4, 6])
+    few = Demonstrations(torch.zeros(6, 6), torch.zeros(6, 2), ends, "pointmaze-ring")
+    save_demonstrations(few, tmp_path / "pointmaze-ring.safetensors")
+    with pytest.raises(SystemExit, match="does not hold the study's 100 episodes"):
+        policies.demonstrations_of("pointmaze-ring", tmp_path)

@@ -145,7 +145,7 @@ class DemosOptions:
     count: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """Demonstrations to keep, 100 when not given; episodes that miss the goal are dropped and counted."""
     out: Path | None = None
-    """FILE.safetensors; demos/TASK.safetensors when not given."""
+    """FILE.safetensors or FILE.npz; demos/TASK.safetensors when not given."""
     first_seed: int | None = None
     """Start of the first episode; 0 when not given."""
     from_minari: Path | None = None
@@ -164,7 +164,7 @@ class DemosOptions:
 class RolloutOptions:
     """Let a policy act in its task: success with its Wilson interval, mean length, time per decision.
 
-    Simulations go in lockstep, one batched network call a chunk. The starts are none that demonstrations had.
+    Simulations go in lockstep, one batched network call a chunk. No demonstration had the usual starts, from 100000 on.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -177,7 +177,7 @@ class RolloutOptions:
     seed: int = 0
     """Of the policy's noise."""
     first_seed: int = FIRST_TEST_SEED
-    """Start of the first episode; the others follow."""
+    """Start of the first episode; the others follow. Those below 100000 are what demonstrations start from."""
     expert: bool = False
     """Also measure the task's expert at the same starts."""
     film: bool = False

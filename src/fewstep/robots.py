@@ -65,8 +65,8 @@ def described(file: Path, found: Demonstrations) -> str:
 
 def _new_file(out: Path | None, name: str) -> Path:
     file = out or Path("demos") / f"{name}.safetensors"
-    if file.suffix != ".safetensors":
-        raise ConfigError(f"{file}: give FILE.safetensors")
+    if file.suffix not in (".safetensors", ".npz"):
+        raise ConfigError(f"{file}: give FILE.safetensors or FILE.npz")
     if file.exists():
         raise ConfigError(f"{file} exists: give another file with --out, or remove it first")
     return file

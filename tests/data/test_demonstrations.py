@@ -35,8 +35,9 @@ def file(tmp_path: Path) -> Path:
     return save_demonstrations(example(), tmp_path / "toy.safetensors")
 
 
-def test_what_is_written_is_read(file: Path) -> None:
-    found, own = load_demonstrations(file), example()
+@pytest.mark.parametrize("name", ["toy.safetensors", "toy.npz"])
+def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
+    found, own = load_demonstrations(save_demonstrations(example(), tmp_path / name)), example()
     assert (found.task, found.action_low, found.action_high) == (own.task, own.action_low, own.action_high)
     for name in ("observations", "actions", "ends"):
         assert torch.equal(getattr(found, name), getattr(own, name))

@@ -92,6 +92,12 @@ def test_numbers_that_are_not_finite_are_refused(point_run: Path) -> None:
         policy.select_action(seeing(0, 0, 0))
 
 
+@pytest.mark.parametrize("episodes", [torch.tensor([1]), torch.tensor([0.0, 1.0]), [0, 1]])
+def test_episodes_must_be_whole_numbers_one_for_each(point_run: Path, episodes: Any) -> None:
+    with pytest.raises(ShapeError, match="give a tensor of 2 whole numbers"):
+        load_policy(point_run).predict_chunk(torch.zeros(2, 2, 4), episodes=episodes)
+
+
 def test_what_is_no_policy_is_refused(point_run: Path, tmp_path: Path) -> None:
     flow_map = load(point_run)
     control = flow_map.control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import zipfile
@@ -89,7 +90,13 @@ def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...
 
 
 def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
-    """Write a .safetensors file: observations, actions, episode_ends, and the rest as JSON in its header."""
+    """Write observations, actions, episode_ends, the task's name and the bounds, as `load_demonstrations` reads them.
+
+    A .npz file holds them all as arrays; any other is safetensors, with the last two as JSON in its header.
+    """
+    if file.suffix == ".npz":
+        _write_npz(demonstrations, file)
+        return file
     tensors = {
         "observations": demonstrations.observations.contiguous(),
         "actions": demonstrations.actions.contiguous(),
@@ -102,6 +109,20 @@ def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
     }
     write_atomically(file, save(tensors, {"demonstrations": json.dumps(about)}))
     return file
+
+
+def _write_npz(demonstrations: Demonstrations, file: Path) -> None:
+    packed = io.BytesIO()
+    np.savez(
+        packed,
+        observations=demonstrations.observations.numpy(),
+        actions=demonstrations.actions.numpy(),
+        episode_ends=demonstrations.ends.numpy(),
+        task=np.array(demonstrations.task),
+        action_low=np.array(demonstrations.action_low),
+        action_high=np.array(demonstrations.action_high),
+    )
+    write_atomically(file, packed.getvalue())
 
 
 def load_demonstrations(file: Path | str) -> Demonstrations:

@@ -67,11 +67,11 @@ class Policy:
 
         obs: a tensor or an array of any number type, taken as float32. decision, episodes (B,): which noise is drawn; 0
         and 0 .. B - 1 when not given. Raises ShapeError for observations of another shape or that are not finite, or so
-        far off that the actions are not.
+        far off that the actions are not, and for episodes that are no B whole numbers.
         """
         obs = _numbers(obs)
         normalised = self._normalised(obs)
-        index = torch.arange(len(obs)) if episodes is None else episodes.cpu()
+        index = torch.arange(len(obs)) if episodes is None else _whole_numbers(episodes, len(obs))
         draws = Draws(self.seed, decision, index.to(normalised.device))
         noise = prior_noise(self.flow_map, draws)
         x = torch.zeros_like(noise) if self.control.sampler == "mean" else noise
@@ -128,6 +128,13 @@ def _numbers(obs: Observed) -> Tensor:
         return torch.from_numpy(np.array(obs, dtype=np.float32))
     except (TypeError, ValueError) as error:
         raise ShapeError(f"an observation holds no numbers: {error}") from error
+
+
+def _whole_numbers(episodes: Tensor, count: int) -> Tensor:
+    if not isinstance(episodes, Tensor) or episodes.shape != (count,) or episodes.is_floating_point():
+        shown = tuple(episodes.shape) if isinstance(episodes, Tensor) else type(episodes).__name__
+        raise ShapeError(f"episodes {shown}: give a tensor of {count} whole numbers, one for each observation")
+    return episodes.cpu()
 
 
 def stacked(seen: list[Tensor], count: int) -> Tensor:
