@@ -60,7 +60,8 @@ def geometric_mean(values: list[float | None]) -> float:
 def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> list[dict[str, Any]]:
     """Rows of one data set: how many times fewer steps `method` takes than `baseline`, by measure and calls.
 
-    at_start: runs that are at the target at their first moment, whose time is only known to be no longer. steps_*: of
+    at_start: runs that are at the target at their first moment, whose time is only known to be no longer; where there
+    are any, the ratio and its ends are None. steps_*: of
     either method, geometric means over seeds; final_*: means of the last values. Measures that only one method has,
     and seeds, are left out; so is a measure at which a run ends without a finite value.
     """
@@ -84,11 +85,12 @@ def compare_methods(cells: list[dict[str, Any]], baseline: str, method: str) -> 
             continue
         found = speedup(slow, fast, [target])
         steps = [geometric_mean([time_to(curves[seed], target) for seed in seeds]) for curves in (slow, fast)]
+        known = (None, None, None) if found.at_start else (found.ratio, found.low, found.high)
         last = [sum(curves[seed][-1][1] for seed in seeds) / len(seeds) for curves in (slow, fast)]
         rows.append(
             {
                 "dataset": cells[0]["dataset"], "method": method, "baseline": baseline, "measure": measure, "nfe": nfe,
-                "ratio": found.ratio, "low": found.low, "high": found.high, "seeds": len(seeds), "target": target,
+                **dict(zip(("ratio", "low", "high"), known, strict=True)), "seeds": len(seeds), "target": target,
                 f"steps_{own[0]}": steps[0], f"steps_{own[1]}": steps[1], "at_start": found.at_start,
                 f"final_{own[0]}": last[0], f"final_{own[1]}": last[1],
             }
@@ -121,7 +123,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         interval = "" if row["low"] is None else f"{row['low']:.2f} .. {row['high']:.2f}"
         final = f"{row[f'final_{first}']:.3g} / {row[f'final_{second}']:.3g}"
         names = (row["dataset"], row["method"], row["baseline"], row["measure"], str(row["nfe"]))
-        lines.append((*names, f"{row['ratio']:.2f}", interval, str(row["seeds"]), final, str(row["at_start"])))
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append((*names, ratio, interval, str(row["seeds"]), final, str(row["at_start"])))
     return aligned([Table(heads, tuple(lines))])
 
 

@@ -71,3 +71,14 @@ def test_a_run_that_ends_without_a_finite_value_has_no_ratio() -> None:
     broken = cell("analytic", 0, 50)
     broken["curve"][-1]["value"] = math.nan
     assert [row["measure"] for row in SUMMARY.comparisons([cell("euler", 0, 100), broken])] == ["sample"]
+
+
+def test_a_run_that_is_at_the_target_from_its_first_moment_has_no_ratio() -> None:
+    quick = cell("analytic", 0, 1000)
+    for row in quick["curve"]:
+        row["value"] = 0.01
+    (row, _) = SUMMARY.comparisons([cell("euler", 0, 100), quick])
+    assert row["at_start"] == 1
+    assert [row[key] for key in ("ratio", "low", "high")] == [None] * 3
+    assert row["final_analytic"] == 0.01
+    assert "None" not in SUMMARY.table([row])

@@ -77,6 +77,16 @@ def test_an_exact_student_is_aligned(path: Path) -> None:
     assert (found.samples, found.teacher_steps) == (20, 8)
 
 
+def test_jumps_to_the_end_alone_are_those_of_the_whole_grid() -> None:
+    student, times = Shifted(EDM(), 0.1), edm_grid(EDM(), 3)
+    whole, ends = (
+        alignment(student, DATA.flow_map(EDM(), EulerPreconditioning()), images(8), times, method="x", ends_only=only)
+        for only in (False, True)
+    )
+    assert torch.equal(ends.rmse[:-1, -1], whole.rmse[:-1, -1])
+    assert bool(ends.rmse[:, :-1].isnan().all())
+
+
 def test_a_teacher_on_another_path_is_the_same_truth() -> None:
     student, teacher = DATA.flow_map(EDM(), EulerPreconditioning()), DATA.flow_map(Linear(), LinearPreconditioning())
     found = alignment(student, teacher, images(20), edm_grid(EDM(), 4), method="exact", teacher_steps=8)

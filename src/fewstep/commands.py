@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fewstep.config import StatisticsConfig
 from fewstep.errors import ConfigError
 from fewstep.options import (
     CompareOptions,
@@ -281,9 +280,10 @@ def statistics_command(args: Sequence[str]) -> None:
     from fewstep.training import RunFolder
 
     options = parse(StatisticsOptions, args, "statistics")
-    names = ("points", "samples", "probes", "centred", "shrink", "seed")
-    settings = StatisticsConfig(**{name: getattr(options, name) for name in names})
-    if told := survey(RunFolder(options.run), settings, options.student, cache_folder(), options.cpu):
+    names = ("points", "samples", "probes", "seed")
+    given: dict[str, int | bool] = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given |= {"centred": options.centred, "shrink": options.shrink}
+    if told := survey(RunFolder(options.run), given, options.student, cache_folder(), options.cpu):
         print(told)
 
 

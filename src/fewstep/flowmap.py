@@ -120,9 +120,9 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         """Denoiser D(x, t) = E[x0 | x_t], from the velocity."""
         return self.path.denoised_from_velocity(x, self.velocity(x, t, cond), t)
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
-        """The jump."""
-        return self.jump(x, t, s, cond)
+    def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None, cond: Condition | None = None) -> Tensor:
+        """The jump; without s the denoiser, so that a flow map serves wherever a callable (x, t) -> D is asked for."""
+        return self.denoise(x, t, cond) if s is None else self.jump(x, t, s, cond)
 
     @property
     def num_classes(self) -> int:

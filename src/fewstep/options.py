@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fewstep.config import RunConfig, StatisticsConfig
+from fewstep.config import RunConfig
 from fewstep.control import FIRST_TEST_SEED
 from fewstep.data.latents import EncodingSettings, Posterior, StoredType
 from fewstep.sampling import Spacing
@@ -250,26 +250,26 @@ class ReportOptions:
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
 
 
-_STATISTICS = StatisticsConfig()
-
-
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """Estimate the statistics of a teacher's trajectories, keep them in its folder and draw them; time a student."""
+    """Estimate the statistics of a teacher's trajectories, keep them in its folder and draw them; time a student.
+
+    Points, samples, probes and the seed are the student's recipe's when not given, so that its training finds them.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the teacher's run."""
-    points: int = _STATISTICS.points
+    points: int | None = None
     """Noise levels, uniform in lambda."""
-    samples: int = _STATISTICS.samples
+    samples: int | None = None
     """Samples at each level."""
-    probes: int = _STATISTICS.probes
+    probes: int | None = None
     """Rademacher probes of the trace; 0 uses Stein's identity; -1 is exact up to 64 dimensions, else one probe."""
-    centred: bool = _STATISTICS.centred
+    centred: bool = True
     """About the data's mean; otherwise about zero, as published."""
-    shrink: bool = _STATISTICS.shrink
+    shrink: bool = True
     """Draw uncertain estimates at high noise to their limit."""
-    seed: int = _STATISTICS.seed
+    seed: int | None = None
     student: str = ""
     """Recipe whose training the cost is compared with; the CTM recipe of this teacher's when not given."""
     cpu: bool = False

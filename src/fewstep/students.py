@@ -7,7 +7,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,9 @@ def measure_alignment(
 ) -> Record:
     """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
 
-    On at most `samples` held-out samples, their labels given where there are classes. place: of the teacher, as in
-    `teacher_of`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
+    On at most `samples` held-out samples, their labels given where there are classes. Of a student that learns jumps to
+    the data end alone, those alone, and samples in 1 step. place: of the teacher, as in `teacher_of`. Returns
+    {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = run.flow_map().to(device), teacher_of(run, place).to(device)
@@ -105,10 +106,11 @@ def measure_alignment(
     x0, labels = dataset.heldout.fetch(indices)
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
-    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed)
+    ends_only = config.objective.to_data_end
+    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
     spaced = edm_grid if config.model.path == "edm" else uniform_grid
-    grids = [spaced(student.path, steps) for steps in STEPS]
+    grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
     walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
     return {
         "teacher": teacher_name(config),
@@ -163,21 +165,24 @@ def alignment_line(record: Record) -> str:
         if value is not None
     )
     walks = ", ".join(f"{each['rmse']:.3g} in {each['steps']}" for each in record["trajectories"])
+    plural = "step" if walks.endswith(" in 1") else "steps"
     return (
         f"Alignment with {record['teacher']}, RMS error per element over {jumps['samples']} samples: "
-        f"{walks} steps; its worst jump {worst:.3g} ({t:.3g} to {s:.3g})"
+        f"{walks} {plural}; its worst jump {worst:.3g} ({t:.3g} to {s:.3g})"
     )
 
 
-def survey(run: RunFolder, settings: StatisticsConfig, student: str, cache: Path | None, cpu: bool) -> str:
+def survey(run: RunFolder, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool) -> str:
     """What `fewstep statistics` does: estimate, time the student's training, draw; returns what there is to say.
 
-    student: a recipe's name, or nothing for the CTM recipe of this teacher's. Several processes (torchrun) share the
-    samples; the first of them speaks and draws, and no training is timed. Raises what its parts raise.
+    student: a recipe's name, or nothing for the CTM recipe of this teacher's. given: settings of the statistics that
+    are not to be the student's. Several processes (torchrun) share the samples; the first of them speaks and draws, and
+    no training is timed. Raises what its parts raise.
     """
     config = run.config()
     run.last_checkpoint()
     chosen, dataset = student_recipe(config, student), load_dataset(config.data)
+    settings = replace(StatisticsConfig() if chosen is None else chosen.statistics, **given)
     accelerator = join_processes(cpu)
     kept = teacher_statistics(run, settings, dataset, accelerator)
     if not accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from fewstep.cli import main
 from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.recipes import recipe
 
 QUICK = ("--points", "8", "--samples", "16")
 
@@ -64,6 +66,18 @@ def test_statistics_are_estimated_once_kept_and_drawn(run: Path, command: Comman
     assert "of training cd-digits (" in again.out
     assert file.read_bytes() == stored
     assert len(list((run / "statistics").iterdir())) == 2
+
+
+def test_statistics_are_the_students_where_nothing_else_is_said(
+    run: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = recipe("ctm-digits")
+    own = replace(own, statistics=replace(own.statistics, points=9, samples=12))
+    monkeypatch.setattr("fewstep.students.student_recipe", lambda *_: own)
+    shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("statistics"))
+    shown = command("statistics", "copy", "--cpu")
+    assert "9 noise levels, 12 samples each" in shown.out
+    assert "8 noise levels, 12 samples each" in command("statistics", "copy", "--points", 8, "--cpu").out
 
 
 def test_statistics_of_a_model_without_a_student(small_run: Path, tmp_path: Path, command: Command) -> None:

@@ -249,6 +249,31 @@ def test_on_gaussian_data_every_jump_is_exact(path: Path, form: Form, mean: floa
     assert float(gap.rms.max()) < 1e-8
 
 
+@every_form
+@pytest.mark.parametrize(("low", "high"), [(0.3, 0.31), (0.02, 0.5), (0.4, 3.0)])
+def test_a_jump_toward_noise_is_exact_too(form: Form, low: float, high: float) -> None:
+    data, preconditioning = gaussian(0.0, SD), AnalyticPreconditioning(exact_statistics(SD), form)
+    x, t, s = noise(4, 2), torch.full((4,), low, dtype=F64), torch.full((4,), high, dtype=F64)
+    landed = data.jump(EDM(), x, t, s)
+    f, g = preconditioning.coefficients(t, s)
+    frozen = data.denoise(EDM(), x, t) if form == "forward" else data.denoise(EDM(), landed, s)
+    close(f[:, None] * x + g[:, None] * frozen, landed, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_numbers_are_times_too() -> None:
+    preconditioning = AnalyticPreconditioning(wavy())
+    found = preconditioning.coefficients(torch.tensor([80, 2]), torch.tensor([1, 1]))
+    wanted = preconditioning.coefficients(torch.tensor([80.0, 2.0]), torch.tensor([1.0, 1.0]))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.get_default_dtype()
+        torch.testing.assert_close(one, other)
+
+
+def test_only_statistics_are_taken() -> None:
+    with pytest.raises(ConfigError, match=r"takes TrajectoryStatistics, not str: TrajectoryStatistics.load"):
+        AnalyticPreconditioning("statistics.json")  # type: ignore[arg-type]
+
+
 @every_path
 @every_form
 @settings(max_examples=8)

@@ -81,6 +81,7 @@ def test_exact_maps_give_the_velocity_and_the_denoiser(
     x = path.interpolate(noise(3, 2), noise(3, 2, seed=1), t)
     close(flow_map.velocity(x, t), data.velocity(path, x, t), rtol=1e-8, atol=1e-8)
     close(flow_map.denoise(x, t), data.denoise(path, x, t), rtol=1e-7, atol=1e-7)
+    assert torch.equal(flow_map(x, t), flow_map.denoise(x, t))
 
 
 @every_path

@@ -130,3 +130,15 @@ def test_what_cannot_be_a_jump_is_refused() -> None:
             consistency_gap(EulerPreconditioning(path), denoiser(data, path), x0, t, s, path=path)
     with pytest.raises(ConfigError, match="samples"):
         consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0, one, 0.5 * one, samples=1)
+    with pytest.raises(ShapeError, match="needs data"):
+        consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0[:0], one, 0.5 * one)
+
+
+def test_times_may_be_numbers() -> None:
+    data = mixture()
+    x0, one = draw(data, 8), torch.ones(1, dtype=F64)
+    found, wanted = (
+        consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0, t, s, samples=8, solver_steps=8)
+        for t, s in ((1.0, 0.5), (one, 0.5 * one))
+    )
+    assert torch.equal(found.rms, wanted.rms)

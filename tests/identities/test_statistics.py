@@ -21,6 +21,7 @@ from fewstep.paths import EDM, Linear, Path
 from fewstep.preconditioning import (
     EDMScaling,
     EulerPreconditioning,
+    LinearPreconditioning,
     StatisticsEstimator,
     TrajectoryStatistics,
     estimate_statistics,
@@ -82,6 +83,14 @@ def test_the_curve_is_exact_for_parabolas_and_integrates_exactly() -> None:
     antiderivative = 0.3 * points - points**2 / 2 + 2 * points**3 / 3
     close(curve.integral(place), antiderivative - antiderivative[0])
     close(slopes(0.3 - knots + 2 * knots**2, 0.5), -1 + 4 * knots)
+
+
+def test_a_flow_map_is_a_denoiser() -> None:
+    flow_map = gaussian(0.0, SD).flow_map(Linear(), LinearPreconditioning())
+    x0 = SD * noise(64, 4)
+    found, wanted = (estimate_statistics(each, x0, Linear(), 8, 32) for each in (flow_map, flow_map.denoise))
+    assert torch.equal(found.l, wanted.l)
+    assert torch.equal(found.s, wanted.s)
 
 
 @pytest.mark.parametrize("path_name", PATHS)

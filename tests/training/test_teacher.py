@@ -30,7 +30,7 @@ import fewstep
 from fewstep.conditions import Condition
 from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import CheckpointError, ConfigError
+from fewstep.errors import CheckpointError, ConfigError, FewstepWarning
 from fewstep.flowmap import FlowMap
 from fewstep.networks import MLPConfig
 from fewstep.preconditioning import StatisticsEstimator
@@ -276,6 +276,23 @@ def test_statistics_are_refreshed_from_the_averaged_model(
     assert estimate_together(loaded, digits, config.statistics, Team()) == trainer.statistics
     weights = loaded.network.state_dict()
     assert any(not torch.equal(value, weights[key]) for key, value in raw.items())
+
+
+def test_statistics_that_no_jump_can_be_made_of_are_not_taken_over(
+    teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(student("ctm-refreshed", teacher), digits, RunFolder(tmp_path), MACHINE, Attendants())
+    before, kept = trainer.statistics, trainer.flow_map.preconditioning
+    assert before is not None
+    wild = replace(before, s=torch.full_like(before.s, -800.0))
+    monkeypatch.setattr("fewstep.training.loop.prepared", lambda *_: wild)
+    for _ in range(3):
+        trainer.take_step()
+    with pytest.warns(FewstepWarning, match="statistics not refreshed after 4 steps: the statistics give the jump"):
+        trainer.take_step()
+    assert trainer.statistics is before
+    assert trainer.flow_map.preconditioning is kept
+    trainer.take_step()
 
 
 def moved_run(

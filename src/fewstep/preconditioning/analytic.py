@@ -74,6 +74,15 @@ class Tables(NamedTuple):
 
     def between(self, t: Place, s: Place, reference: Tensor) -> Tensor:
         """The integral of exp(A + S - reference) from t to s, relatively as exact as the curves are."""
+        rising = (s.cell < t.cell) | ((s.cell == t.cell) & (s.fraction < t.fraction))
+        first, last = (
+            Place(*(torch.where(rising, *pair) for pair in zip(ends[0], ends[1], strict=True)))
+            for ends in ((s, t), (t, s))
+        )
+        return torch.where(rising, -1.0, 1.0) * self._along(first, last, reference)
+
+    def _along(self, t: Place, s: Place, reference: Tensor) -> Tensor:
+        """`between` for t before s."""
         same, one = t.cell == s.cell, torch.ones_like(t.fraction)
         head = self.within(t.cell, t.fraction, torch.where(same, s.fraction, one), reference)
         tail = self.within(s.cell, torch.where(same, s.fraction, 0 * one), s.fraction, reference)
@@ -117,6 +126,11 @@ class AnalyticPreconditioning(Preconditioning):
     def __post_init__(self) -> None:
         if self.form not in ("backward", "forward"):
             raise ConfigError(f"analytic preconditioning: form is {self.form!r}; it must be 'backward' or 'forward'")
+        if not isinstance(self.statistics, TrajectoryStatistics):
+            raise ConfigError(
+                f"analytic preconditioning takes TrajectoryStatistics, not {type(self.statistics).__name__}: "
+                "TrajectoryStatistics.load(FILE) reads them"
+            )
         tables = build_tables(self.statistics)
         self._refuse_wild_jumps(tables)
         object.__setattr__(self, "_tables", {torch.device("cpu"): tables})
@@ -135,8 +149,10 @@ class AnalyticPreconditioning(Preconditioning):
 
         f = f0 scale_s/scale_t, g = g0 scale_s + f (scale_t - alpha_t) - (scale_s - alpha_s),
         f0, g0 between the noise levels held within the table: the Euler steps beyond it, without dividing by alpha.
+        Of whole numbers in the default dtype.
         """
-        dtype, (t, s) = t.dtype, (time.double() for time in torch.broadcast_tensors(t, s))
+        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
+        t, s = (time.double() for time in torch.broadcast_tensors(t, s))
         tables = self._tables_on(t.device)
         (lam_t, scale_t, excess_t), (lam_s, scale_s, excess_s) = self._clamped(t, tables), self._clamped(s, tables)
         f, g = self._between(lam_t, lam_s, tables)

@@ -37,8 +37,8 @@ def consistency_gap(
     preconditioning: Preconditioning,
     denoiser: Denoiser,
     data: Tensor,
-    t: Tensor,
-    s: Tensor,
+    t: Tensor | float,
+    s: Tensor | float,
     *,
     path: Path = EDM(),
     samples: int = 256,
@@ -61,7 +61,9 @@ def consistency_gap(
         raise ConfigError(
             f"the gap needs at least 2 samples and 1 step of the solver, got {samples} and {solver_steps}"
         )
-    t, s = (times.double().to(data.device) for times in (t, s))
+    if not len(data):
+        raise ShapeError("the gap needs data (n, ...), n at least 1")
+    t, s = (torch.as_tensor(times, dtype=torch.float64, device=data.device).reshape(-1) for times in (t, s))
     _check(path, t, s)
     numbers = torch.arange(samples, device=data.device)
     x0 = data[numbers % len(data)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from typing import Any, Self, cast
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from fewstep.config import RunConfig
 from fewstep.data import Dataset
-from fewstep.errors import ConfigError, TrainingDivergedError
+from fewstep.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
+from fewstep.preconditioning import TrajectoryStatistics
 from fewstep.serialization import JSON
 from fewstep.training.adversary import Adversary
 from fewstep.training.anatomy import term_norms
@@ -164,16 +166,25 @@ class Trainer:
         return Team.of(self.accelerator)
 
     def refresh_statistics(self) -> None:
-        """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7)."""
+        """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7).
+
+        Where they cannot be used (a jump without finite f or positive g), a FewstepWarning, and those there are stay.
+        """
+
+        found: list[TrajectoryStatistics] = []
 
         def estimate(model: FlowMap, step: int) -> None:
-            found = estimate_together(model, self.dataset, self.config.statistics, self.team)
-            self.statistics = prepared(found, self.config.statistics, self.dataset)
+            fresh = estimate_together(model, self.dataset, self.config.statistics, self.team)
+            found.append(prepared(fresh, self.config.statistics, self.dataset))
 
         self.with_average(estimate)
-        assert self.statistics is not None
-        for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
-            install(self.statistics, flow_map)
+        try:
+            for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
+                install(found[0], flow_map)
+        except ConfigError as error:
+            warnings.warn(f"statistics not refreshed after {self.step} steps: {error}", FewstepWarning, stacklevel=2)
+        else:
+            self.statistics = found[0]
 
     def make_adversary(self) -> Adversary | None:
         """The critic's side, where the objective has an adversarial loss."""
