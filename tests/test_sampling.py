@@ -168,6 +168,7 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
     (PLAIN, {"times": (1.5, 0.0)}, {}, "fall strictly"),
     (PLAIN, {"times": (1.0, -0.5)}, {}, "fall strictly"),
     (PLAIN, {"times": (1.0, math.nan, 0.0)}, {}, "fall strictly"),
+    (PLAIN, {"times": (1.0, 0.5)}, {}, r"times end at 0\.5.*end at t_min = 0"),
     (PLAIN, {"batch_size": 0}, {}, "at least 1"),
     (LABELLED, {"omega": 0.0}, {}, "omega > 0"),
     (LABELLED, {"omega": -2.0}, {}, "omega > 0"),

@@ -98,8 +98,9 @@ class OptimizerConfig:
     decay_images: int = 1_000_000
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.matrix_lr > 0 and self.clip >= 0 and self.warmup_images >= 0):
-            raise ConfigError("learning rates must be positive, clip and warmup_images at least 0")
+        rates = 0 < self.lr < math.inf and 0 < self.matrix_lr < math.inf
+        if not (rates and self.clip >= 0 and self.warmup_images >= 0):
+            raise ConfigError("learning rates must be positive and finite, clip and warmup_images at least 0")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.decay_images >= 1):
             raise ConfigError("beta1 and beta2 must lie in [0, 1), weight_decay be at least 0, decay_images at least 1")
 

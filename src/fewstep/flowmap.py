@@ -112,12 +112,15 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         return self.apply_jump(x, self.output(x, t, s, cond), t, s)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """PF-ODE velocity v(x, t) read off the diagonal."""
+        """PF-ODE velocity v(x, t) read off the diagonal; with Euler's and computed preconditioning not at sigma = 0."""
         check_batch(x, t)
         return self.velocity_from_output(x, self.output(x, t, t, cond), t)
 
     def denoise(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """Denoiser D(x, t) = E[x0 | x_t], from the velocity."""
+        """Denoiser D(x, t) = E[x0 | x_t]: N itself where the preconditioning says so, else from the velocity."""
+        if self.preconditioning.denoises:
+            check_batch(x, t)
+            return self.output(x, t, t, cond)
         return self.path.denoised_from_velocity(x, self.velocity(x, t, cond), t)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None, cond: Condition | None = None) -> Tensor:

@@ -116,7 +116,7 @@ class SampleOptions:
     times: tuple[float, ...] = ()
     """The times to walk through in the path's clock, falling; overrides steps and spacing."""
     label: tuple[int, ...] = ()
-    """Class of each image, repeated as needed; all classes in turn when not given."""
+    """Class of each image, repeated as needed, -1 for none; all classes in turn when not given."""
     omega: float | None = None
     """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
     given: the one that the run is measured by; for a saved model the one that all its tuned times are for, else 1."""

@@ -129,6 +129,10 @@ class SamplingSettings:
                 raise ShapeError(
                     f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
                 )
+            if float(times[-1]) - path.t_min > 1e-6 * path.t_max:
+                raise ShapeError(
+                    f"times end at {float(times[-1]):g}, where samples are noisy: end at t_min = {path.t_min:g}"
+                )
             return times
         edm = self.spacing == "edm" or (self.spacing == "auto" and isinstance(path, EDM))
         return edm_grid(path, self.steps) if edm else uniform_grid(path, self.steps)

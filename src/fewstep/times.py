@@ -62,6 +62,9 @@ class LogitNormalTimes(TimeDistribution):
     mean: float = -0.4
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
     def quantile(self, path: Path, u: Tensor) -> Tensor:
         return path.time_from_unit(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
 
@@ -74,9 +77,17 @@ class LogNormalTimes(TimeDistribution):
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
     def quantile(self, path: Path, u: Tensor) -> Tensor:
         tau = torch.exp(self.mean + self.std * torch.special.ndtri(u))
         return path.time_from_tau(tau).clamp(path.t_min, path.t_max)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ConfigError(f"times of mean {mean} and std {std}: both must be finite, std positive")
 
 
 def ordered_pair(distribution: TimeDistribution, path: Path, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from cases import (
     PAIRS,
     PATHS,
     SD,
+    Callback,
     clock,
     close,
     gaussian,
@@ -32,7 +33,7 @@ from fewstep.errors import ShapeError, UnsupportedError
 from fewstep.flowmap import FlowMap, at
 from fewstep.oracles import GaussianData, MixtureData
 from fewstep.paths import Linear, Path
-from fewstep.preconditioning import CMPreconditioning, LinearPreconditioning
+from fewstep.preconditioning import CMPreconditioning, EulerPreconditioning, LinearPreconditioning
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -82,6 +83,17 @@ def test_exact_maps_give_the_velocity_and_the_denoiser(
     close(flow_map.velocity(x, t), data.velocity(path, x, t), rtol=1e-8, atol=1e-8)
     close(flow_map.denoise(x, t), data.denoise(path, x, t), rtol=1e-7, atol=1e-7)
     assert torch.equal(flow_map(x, t), flow_map.denoise(x, t))
+
+
+@every_path
+@pytest.mark.parametrize("u", [0.0, 1.0])
+def test_a_network_that_denoises_does_so_at_both_ends(path: Path, u: float) -> None:
+    data, t = gaussian(0.3, SD), path.time_from_unit(torch.full((3,), u, dtype=F64))
+    x = noise(3, 2)
+    exact = Callback(lambda x, t, s, cond: data.denoise(path, x, t))
+    found = FlowMap(path, EulerPreconditioning(path), exact).denoise(x, t)
+    assert torch.equal(found, data.denoise(path, x, t))
+    assert bool(found.isfinite().all())
 
 
 @every_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.conditions import NULL_LABEL, Condition
+from fewstep.config import OptimizerConfig
 from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
@@ -24,7 +26,7 @@ from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
 from fewstep.paths import EDM, Linear, Path, Trig
 from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
 from fewstep.randomness import Draws
-from fewstep.times import BetaTimes, UniformTimes
+from fewstep.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
 from fewstep.weights import adaptive_weight, error_norm
 
 COUNT = 100_000
@@ -326,3 +328,19 @@ def test_drawn_guidance_needs_a_network_that_takes_it() -> None:
 def test_a_denoisers_deviation_is_stated_or_measured() -> None:
     with pytest.raises(ConfigError, match="sigma_data"):
         DiagonalMatching(measure="denoiser")(labelled_map(), labelled_batch())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LogitNormalTimes(std=-1.0),
+        lambda: LogitNormalTimes(mean=math.nan),
+        lambda: LogNormalTimes(std=0.0),
+        lambda: ISD(offset=math.inf),
+        lambda: DiagonalMatching(sigma_data=-1.0),
+        lambda: OptimizerConfig(lr=math.inf),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        make()

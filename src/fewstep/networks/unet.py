@@ -188,5 +188,6 @@ def _check(config: UNetConfig, shape: tuple[int, ...]) -> None:
     if shape[1] % factor or shape[2] % factor:
         raise ConfigError(
             f"images of {shape[1]}x{shape[2]} cannot be halved {levels - 1} times: {levels} levels of patch "
-            f"{config.patch} need a height and width divisible by {factor}; pass fewer multipliers or pad the images"
+            f"{config.patch} need a height and width divisible by {factor}; pass fewer multipliers, or images of "
+            "another size (--data.image-size)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -184,11 +185,11 @@ def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_settings(dropout: float, diagonal: float, to_end: float = 0.0, **positive: float) -> None:
-    """Raise ConfigError unless dropout and the shares lie in [0, 1] and the rest are positive."""
+    """Raise ConfigError unless dropout and the shares lie in [0, 1] and the rest are positive and finite."""
     check_dropout(dropout)
     for name, share in (("diagonal share", diagonal), ("share to the data end", to_end)):
         if not 0 <= share <= 1:
             raise ConfigError(f"{name} is {share}; it must lie in [0, 1]")
     for name, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{name} is {value}; it must be positive")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be positive and finite")

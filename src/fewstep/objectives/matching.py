@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -40,6 +41,8 @@ class DiagonalMatching(Objective):
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+        if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
+            raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
 
     @property
     def label_dropout(self) -> float:

@@ -118,6 +118,7 @@ class AnalyticPreconditioning(Preconditioning):
     the times.
     """
 
+    denoises: ClassVar[bool] = True
     statistics: TrajectoryStatistics
     form: Literal["backward", "forward"] = "backward"
     path: Path = EDM()

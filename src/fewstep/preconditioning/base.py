@@ -30,10 +30,11 @@ class Preconditioning(ABC):
     """Jump coefficients; subclasses are final frozen dataclasses.
 
     target_in_network: whether the Eulerian residual may be added to the network's output (g_t < 0 on the whole
-    range), or a step is taken in the map (math.md §5.1).
+    range), or a step is taken in the map (math.md §5.1). denoises: whether N(x, t, t) is the denoiser.
     """
 
     target_in_network: ClassVar[bool] = False
+    denoises: ClassVar[bool] = False
 
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,9 +55,11 @@ class TrigPreconditioning(Preconditioning):
 class EulerPreconditioning(Preconditioning):
     """f = sigma_s/sigma_t, g = alpha_s - alpha_t sigma_s/sigma_t: the DDIM step; N is the denoiser on the diagonal.
 
-    On the EDM path f = s/t, g = 1 - s/t (CTM, 2310.02279). Needs sigma_t > 0 off the diagonal and for `diagonal`.
+    On the EDM path f = s/t, g = 1 - s/t (CTM, 2310.02279). Needs sigma_t > 0 off the diagonal and for `diagonal`: there
+    is no velocity at sigma = 0, where it would be 0/0.
     """
 
+    denoises: ClassVar[bool] = True
     path: Path = EDM()
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
