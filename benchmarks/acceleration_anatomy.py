@@ -5,9 +5,10 @@
 Trains students of one teacher that differ in one thing, as benchmarks/acceleration.py does, keeps their averaged
 weights in `--models` (a student that is there is not trained again), and takes 2-call samples apart:
 
-  jump      the first jump 80 -> middle against the teacher's ODE, by principal components of the data: the variance of
-            its ends over that of the teacher's, its gain (regression of the one on the other), its error; and the
-            deviation of the network's output that gives it, beside the perfect one's
+  jump      the first jump 80 -> middle, and those of JUMPS, against the teacher's ODE from noise on, by principal
+            components of the data: the variance of its ends over that of the teacher's, its gain (regression of the one
+            on the other), its error; the deviation of the network's output that gives it, beside the perfect one's, and
+            their difference; and g, by which an error of the network counts
   two calls every student's last jump from every student's first, the teacher's ODE among both: Frechet distance to
             held-out data with its mean and covariance terms, variance of features over the data's, variance of pixels
             over that of the teacher's samples, error against those
@@ -50,6 +51,7 @@ from fewstep.training.loop import Trainer
 RESULTS = Path(__file__).parent / "results" / "acceleration_anatomy.json"
 HIGHEST, LOWEST = 80.0, 0.002
 BOTH = ("euler", "analytic")
+JUMPS = ((12.9, 1.9), (12.9, 0.59), (1.9, 0.59))
 LEVELS = (80.0, 12.9, 4.2, 1.9, 0.9, 0.59, 0.02, 0.01, 0.002)
 Row = dict[str, Any]
 
@@ -188,6 +190,10 @@ class Scene:
         self.real = torch.cat([extractor.features(dataset.heldout.fetch(part)[0]) for part in heldout])
         self.middle = self.solution(self.noise, HIGHEST, subject.middle)
         self.ends = self.solution(self.middle, subject.middle, LOWEST)
+        self.jumps = {(HIGHEST, subject.middle): (self.noise, self.middle)}
+        for high, low in JUMPS:
+            start = self.solution(self.noise, HIGHEST, high)
+            self.jumps[high, low] = (start, self.solution(start, high, low))
 
     @torch.no_grad()
     def solution(self, x: Tensor, t: float, s: float) -> Tensor:
@@ -228,24 +234,25 @@ def last_jump(scene: Scene, model: FlowMap | None, x: Tensor) -> Tensor:
     return jump(scene, model, x, scene.subject.middle, LOWEST)
 
 
-def first_jump_rows(scene: Scene, name: str, model: FlowMap) -> list[Row]:
-    """The first jump along the data's components; N by X - m = f (x - m) + g (N - m)."""
-    subject = scene.subject
-    ends = jump(scene, model, scene.noise, HIGHEST, subject.middle)
-    start, found, truth = (scene.components(x) for x in (scene.noise, ends, scene.middle))
-    f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[HIGHEST], [subject.middle]]).double()))
+def jump_rows(scene: Scene, name: str, model: FlowMap, high: float, low: float) -> list[Row]:
+    """A jump along the data's components; N by X - m = f (x - m) + g (N - m)."""
+    x, aimed = scene.jumps[high, low]
+    ends = jump(scene, model, x, high, low)
+    start, found, truth = (scene.components(each) for each in (x, ends, aimed))
+    f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[high], [low]]).double()))
     output, needed = (found - f * start) / g, (truth - f * start) / g
     rows: list[Row] = []
-    for first, stop in (*subject.components, (0, truth.shape[1])):
+    for first, stop in (*scene.subject.components, (0, truth.shape[1])):
         p, q, n, best = (x[:, first:stop] for x in (found, truth, output, needed))
         varied, aim = p - p.mean(0), q - q.mean(0)
         rows.append(
             {
-                "kind": "jump", "student": name, "components": f"{first + 1}-{stop}",
+                "kind": "jump", "from": high, "to": low, "student": name, "components": f"{first + 1}-{stop}",
                 "variance": float(varied.square().sum() / aim.square().sum()),
                 "gain": float((varied * aim).sum() / aim.square().sum()),
                 "rmse": float((p - q).square().mean().sqrt()), "bias": float((p - q).mean(0).square().mean().sqrt()),
                 "output": float(n.var(0).mean().sqrt()), "needed": float(best.var(0).mean().sqrt()),
+                "output_rmse": float((n - best).square().mean().sqrt()), "g": g,
             }
         )  # fmt: skip
     return rows
@@ -294,7 +301,9 @@ def weight_rows(model: FlowMap) -> list[Row]:
 def anatomy(scene: Scene, models: Path, step: int) -> list[Row]:
     """All rows of one moment; before the last two only those of the first jump."""
     students = {name: kept(models, name, step) for name in scene.subject.students}
-    rows = [row for name, model in students.items() for row in first_jump_rows(scene, name, model)]
+    rows = [
+        row for name, model in students.items() for ends in scene.jumps for row in jump_rows(scene, name, model, *ends)
+    ]
     if step in scene.subject.moments[-2:]:
         walkers: dict[str, FlowMap | None] = {"teacher": None, **students}
         middles = {

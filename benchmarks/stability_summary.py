@@ -24,7 +24,7 @@ BEGIN, END = "<!-- tables: python benchmarks/stability.py -->", "<!-- end of tab
 Cell = dict[str, Any]
 COLUMNS = (
     "objective", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr", "seed", "dataset",
-    "diverged", "degenerate", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1",
+    "diverged", "degenerate", "narrow", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1", "spread_1",
     "within_1", "grad_q50", "grad_q99", "steps", "batch", "samples", "sample_seed", "extractor", "group",
 )  # fmt: skip
 USUAL = {
@@ -32,17 +32,26 @@ USUAL = {
     "optimizer": "adamw", "initial": "random", "lr": 3e-3,
 }  # fmt: skip
 CLASSES, RATES = 10, 4
-FAILURES = ("diverged", "degenerate", "classless")
+FAILURES = ("diverged", "degenerate", "narrow", "classless")
+NARROW = 0.25
+"""Variance within classes, over the data's, below which one-step samples are near their classes' means."""
 TARGET = 12.0
 """The Frechet distance in two calls whose cost is stated: flow matching takes four calls for it."""
 
 
 def judged(cell: Cell) -> Cell:
-    """The cell with what counts as degenerate and as classless today, whenever it was stored: see stability.py."""
+    """The cell with what counts as degenerate, narrow and classless today, whenever it was stored: see stability.py.
+
+    Flow matching, whose one step is the class's mean by what it is, is never narrow; nor is a cell that does not say.
+    """
     if cell["diverged"]:
-        return cell | {"degenerate": False, "classless": False}
-    degenerate = not 0.25 <= cell["spread_1"] <= 4.0
-    return cell | {"degenerate": degenerate, "classless": cell["accuracy_1"] < 2 / CLASSES}
+        return cell | dict.fromkeys(FAILURES[1:], False)
+    within = cell.get("within_1")
+    return cell | {
+        "degenerate": not 0.25 <= cell["spread_1"] <= 4.0,
+        "narrow": within is not None and within < NARROW and cell["objective"] != "flow matching",
+        "classless": cell["accuracy_1"] < 2 / CLASSES,
+    }
 
 
 def summarise(cells: list[Cell], results: Path, missing: int) -> None:
@@ -123,7 +132,7 @@ def grouped(cells: Iterable[Cell], *names: str) -> dict[tuple[Any, ...], list[Ce
 def quality_table(cells: list[Cell], ratio: Callable[[Cell], float | None]) -> str:
     """One row an objective: failures, quality by calls, gradient norms, cost."""
     heads = (
-        "objective", "runs", "diverged", "degenerate", "classless", "1 call", "2 calls", "4 calls", "accuracy, 1 call",
+        "objective", "runs", *FAILURES, "1 call", "2 calls", "4 calls", "accuracy, 1 call",
         "variance within classes", "gradient q50", "q99", "q99 / q50", "step cost",
         f"steps of flow matching to {TARGET:g} in 2 calls",
     )  # fmt: skip

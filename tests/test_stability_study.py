@@ -79,7 +79,14 @@ def test_terms_apart_each_weigh_themselves(study: ModuleType) -> None:
 
 def row(study: ModuleType, **changes: Any) -> dict[str, Any]:
     cell = dict(study.Cell("base", "iSD").__dict__)
-    figures = {"diverged": False, "degenerate": False, "classless": False, "spread_1": 1.0, "accuracy_1": 0.9}
+    figures = {
+        "diverged": False,
+        "degenerate": False,
+        "narrow": False,
+        "classless": False,
+        "spread_1": 1.0,
+        "accuracy_1": 0.9,
+    }
     figures |= {"frechet_1": 4.0, "frechet_2": 2.0, "frechet_4": 1.0, "grad_q50": 1.0, "grad_q99": 2.0}
     return cell | figures | {"steps": 8, "batch": 4, "samples": 16, "curve": []} | changes
 
@@ -99,6 +106,17 @@ def test_what_counts_as_a_failure(
     gone = study.judged(row(study, diverged=True, spread_1=None, accuracy_1=None))
     assert not gone["degenerate"]
     assert not gone["classless"]
+    assert not gone["narrow"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "within", "narrow"),
+    [("PSD", 0.2, True), ("PSD", 0.3, False), ("PSD", None, False), ("flow matching", 0.1, False)],
+)
+def test_a_map_near_the_means_of_the_classes_is_narrow(
+    study: ModuleType, objective: str, within: float | None, narrow: bool
+) -> None:
+    assert study.judged(row(study, objective=objective, within_1=within))["narrow"] is narrow
 
 
 def test_changed_settings_are_compared_seed_by_seed(study: ModuleType) -> None:
