@@ -197,12 +197,16 @@ def test_two_shares_are_one_estimate(
 
     estimate_together(model, digits, SETTINGS, Team(1 - index, 2, share))
     assert int(shares[0][0, :, 0].sum()) == (64 if index == 0 else 96)
-    team = Team(index, 2, lambda value: value + shares[0])
+    team = Team(index, 2, lambda value: value + (shares[0] if value.ndim else 0))
     found = kept_statistics(tmp_path, model, digits, SETTINGS, team=team)
     assert found.samples == expected.samples == 160
     for name in ("l", "s", "l_stderr", "s_stderr", "s_bias", "s_without_l", "mean"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
     assert cache_file(tmp_path, model, digits, SETTINGS).exists() == (index == 0)
+    if index == 0:  # the other has no such file: both estimate anew; where both have it, neither does
+        assert kept_statistics(tmp_path, model, digits, SETTINGS, team=team).seconds != found.seconds
+        both = Team(0, 2, lambda value: 2 * value)
+        assert kept_statistics(tmp_path, model, digits, SETTINGS, team=both).samples == 160
 
 
 class MeanOfClass(Network):
