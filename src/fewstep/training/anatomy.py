@@ -36,7 +36,11 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dic
 
 @dataclass(frozen=True)
 class Departure:
-    """A quantity that left its range at `step` and did not return: above FACTOR times its median, or not finite."""
+    """A quantity that left its range at `step` and did not return: above FACTOR times its median, or not finite.
+
+    The median is that of all remembered steps or of the earlier half of them, whichever is less, so that a slow growth
+    is not taken for the usual. Falling is no departure: losses do.
+    """
 
     name: str
     step: int
@@ -81,7 +85,8 @@ class Recent:
     def _departure(self, name: str) -> Departure | None:
         course = [(step, record[name]) for step, record in self.steps if name in record]
         finite = [value for _, value in course if math.isfinite(value)]
-        median = statistics.median(finite) if finite else math.nan
+        earlier = finite[: max(1, len(finite) // 2)]
+        median = min(statistics.median(finite), statistics.median(earlier)) if finite else math.nan
         since = None
         for step, value in reversed(course):
             if math.isfinite(value) and value <= FACTOR * median:
