@@ -1,7 +1,8 @@
 """Images of 256x256 in latents (docs/latents.md), with the published settings of iSD-T (2601.22679; math.md §5.3).
 
 All need GPUs: `fewstep recipes` computes for how long. Encode your images first, then give the folder of latents with
-`--data.root`. Training flips are our choice: the published settings that we have do not say.
+`--data.root`. Training flips are our choice, and so is the scale of latents, one standard deviation of each channel, on
+which pseudo-Huber's constant stands: the published settings that we have do not say.
 """
 
 from __future__ import annotations
