@@ -167,6 +167,11 @@ def check_fit(policy: Policy, task: Task) -> None:
 
 def single_latency(policy: Policy, repeats: int = 20) -> float:
     """Median milliseconds of a decision for one episode, on the threads that torch has."""
+    return median(latencies(policy, repeats))
+
+
+def latencies(policy: Policy, repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` decisions for one episode, after one to warm up."""
     seen = policy.control.observations.decode(torch.zeros(1, *policy.observation_shape))
     policy.predict_chunk(seen)
     spent = []
@@ -174,7 +179,7 @@ def single_latency(policy: Policy, repeats: int = 20) -> float:
         started = time.perf_counter()
         policy.predict_chunk(seen, decision)
         spent.append(1000 * (time.perf_counter() - started))
-    return median(spent)
+    return spent
 
 
 def median(values: list[float]) -> float:
@@ -273,6 +278,7 @@ __all__ = [
     "demonstrate",
     "expert_rollout",
     "film",
+    "latencies",
     "record",
     "roll_out",
     "single_latency",
