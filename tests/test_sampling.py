@@ -177,6 +177,14 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
+def test_labels_may_be_a_list() -> None:
+    settings = SamplingSettings(seed=3)
+    found, wanted = (generate(LABELLED, 3, settings, labels=each) for each in ([0, 2, 1], torch.tensor([0, 2, 1])))
+    assert torch.equal(found.samples, wanted.samples)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 2, 1]
+
+
 @pytest.mark.parametrize(("flow_map", "settings", "options", "text"), BAD)
 def test_what_cannot_be_sampled_is_refused(flow_map: FlowMap, settings: Any, options: Any, text: str) -> None:
     with pytest.raises(ShapeError, match=text):

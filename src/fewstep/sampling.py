@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -186,12 +186,16 @@ def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    flow_map: FlowMap, count: int, settings: SamplingSettings, labels: Tensor | None = None, first: int = 0
+    flow_map: FlowMap,
+    count: int,
+    settings: SamplingSettings,
+    labels: Tensor | Sequence[int] | None = None,
+    first: int = 0,
 ) -> Generated:
     """Draw samples first .. first + count - 1 of the seed in batches, on the flow map's device.
 
-    labels: (count,) int64, default k mod num_classes. Raises ShapeError for labels out of range, a count or batch size
-    below 1, or settings that do not fit.
+    labels: (count,) whole numbers, -1 for no class, default k mod num_classes. Raises ShapeError for labels out of
+    range, a count or batch size below 1, or settings that do not fit.
     """
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
@@ -218,7 +222,9 @@ def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
     return ClassifierFreeGuidance(flow_map, settings.omega, settings.interval)
 
 
-def _check_labels(labels: Tensor | None, count: int, first: int, num_classes: int) -> Tensor | None:
+def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:
+    if labels is not None:
+        labels = torch.as_tensor(labels)
     if labels is None:
         return default_labels(torch.arange(first, first + count), num_classes)
     if num_classes == 0:
