@@ -24,7 +24,7 @@ from torch import Tensor
 import fewstep
 from fewstep.config import OptimizerConfig, TrainingConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import ConfigError, FewstepWarning, TrainingDivergedError
+from fewstep.errors import CheckpointError, ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import DrawnGuidance, FixedGuidance
 from fewstep.networks import MLPConfig
