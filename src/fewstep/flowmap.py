@@ -154,14 +154,8 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
             return load_flow_map(folder)
         keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         known = {key: options[key] for key in keys if key in options}
-        try:
-            found = [hf_hub_download(repo_id=model_id, filename=name, **known) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-        except (OSError, ValueError) as error:  # the hub's own are of these
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(
-                f"{model_id} is no folder here, and not to be had as a repository: {reason}"
-            ) from error
-        return _load(FilePath(found[0]), FilePath(found[1]))
+        files = [FilePath(hf_hub_download(repo_id=model_id, filename=f, **known)) for f in (CONFIG_FILE, WEIGHTS_FILE)]
+        return _load(files[0], files[1])
 
 
 def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor] | None = None) -> None:
