@@ -87,7 +87,7 @@ def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
         (("demos",), "needs a task"),
         (("demos", "pont"), "did you mean point?"),
         (("demos", "point", "-n", 0), "0 demonstrations"),
-        (("demos", "point", "--out", "file.npz"), "FILE.safetensors"),
+        (("demos", "point", "--out", "file.csv"), "FILE.safetensors or FILE.npz"),
         (("demos", "point", "--first-seed", 100_000), "kept for rollouts"),
         (("demos", "own", "--from-robomimic", "none.hdf5"), "none.hdf5"),
         (("demos", "own", "--from-robomimic", "a", "--from-minari", "b"), "one at a time"),
