@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import nan
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,11 @@ class Alignment:
         if t not in self.times or s not in self.times or not s < t:
             raise ShapeError(f"no jump from {t} to {s} was measured: the times are {', '.join(map(str, self.times))}")
         return float(self.rmse[self.times.index(t), self.times.index(s)])
+
+    def to_the_end(self) -> Alignment:
+        """Of the jumps to the last time alone, for a student that learns no others."""
+        others = torch.arange(len(self.times)) < len(self.times) - 1
+        return replace(self, rmse=self.rmse.masked_fill(others, nan), stderr=self.stderr.masked_fill(others, nan))
 
     def row(self) -> dict[str, Any]:
         """The fields in order, ready for JSON: matrices as rows, None where there is no jump."""
@@ -120,15 +126,14 @@ def alignment(
     seed: int = 0,
     teacher_steps: int = 4,
     batch_size: int = 512,
-    ends_only: bool = False,
 ) -> Alignment:
     """Errors of the student's jumps between all pairs of times t > s, from x_t = alpha x0 + sigma eps at every t.
 
     x0: real samples (n, ...), n at least 2, on the models' device; cond: theirs. times: (K,) falling, in the student's
     clock. The teacher may live on another path. Each x_t is carried down all later times by one trajectory of the
     teacher, about 2 K (K - 1) teacher_steps evaluations for each sample, which the student's K (K - 1) / 2 are compared
-    with. ends_only: only jumps to the last time. The noise of sample k is a function of (seed, t's place, k). Raises
-    ShapeError on times or counts that do not fit.
+    with. The noise of sample k is a function of (seed, t's place, k). Raises ShapeError on times or counts that do
+    not fit.
     """
     times = check_grid(student.path, times.to(x0.device, torch.float64))
     _check_counts(x0, batch_size)
@@ -136,10 +141,7 @@ def alignment(
     with _at_rest(student, teacher):
         for indices in torch.arange(len(x0), device=x0.device).split(batch_size):
             draws = Draws(seed, 0, indices)
-            found = _squared_errors(student, teacher, x0[indices], times, cond[indices], draws, teacher_steps)
-            if ends_only:
-                found[:, :-1] = torch.nan
-            parts.append(found)
+            parts.append(_squared_errors(student, teacher, x0[indices], times, cond[indices], draws, teacher_steps))
     rmse, stderr = _root_mean(torch.cat(parts, dim=2))
     return Alignment(method, tuple(times.tolist()), rmse, stderr, len(x0), seed, teacher_steps)
 
