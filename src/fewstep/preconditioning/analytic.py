@@ -75,10 +75,8 @@ class Tables(NamedTuple):
     def between(self, t: Place, s: Place, reference: Tensor) -> Tensor:
         """The integral of exp(A + S - reference) from t to s, relatively as exact as the curves are."""
         rising = (s.cell < t.cell) | ((s.cell == t.cell) & (s.fraction < t.fraction))
-        first, last = (
-            Place(*(torch.where(rising, *pair) for pair in zip(ends[0], ends[1], strict=True)))
-            for ends in ((s, t), (t, s))
-        )
+        first = Place(torch.where(rising, s.cell, t.cell), torch.where(rising, s.fraction, t.fraction))
+        last = Place(torch.where(rising, t.cell, s.cell), torch.where(rising, t.fraction, s.fraction))
         return torch.where(rising, -1.0, 1.0) * self._along(first, last, reference)
 
     def _along(self, t: Place, s: Place, reference: Tensor) -> Tensor:
