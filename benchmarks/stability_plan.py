@@ -131,7 +131,7 @@ COMPARED = (
 CHOSEN = ("iSD-T, recipe", "iSD-T", "iSD", "MeanFlow", "ESD", "LSD", "PSD", "sCT")
 
 
-RATED = (*COMPARED, "iSD-T, recipe")
+RATED = (*COMPARED, "iSD-T, recipe", "MeanFlow, guided")
 
 
 def usual(name: str) -> Cell:
@@ -162,8 +162,9 @@ def plan() -> Iterator[Cell]:
     for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
         yield from (Cell("preconditioning", n, path=path, preconditioning=own) for n in ("iSD", "MeanFlow", "ESD"))
     yield from (replace(usual(name), group="lr", lr=1e-3) for name in RATED)
-    for name in ("flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD"):
-        yield Cell("fashion", name, dataset="fashion", network="unet")
+    first = ("flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD")
+    for name in (*first, "MeanFlow, guided", "LSD", "PSD, midpoint", "shortcut", "CT", "ECT"):
+        yield replace(usual(name), group="fashion", dataset="fashion", network="unet")
 
 
 def configuration(cell: Cell, initial: str) -> RunConfig:

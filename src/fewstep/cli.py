@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -66,12 +67,17 @@ def main(args: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
         with _plain_warnings():
             COMMANDS[arguments[0]](arguments[1:])
+        sys.stdout.flush()
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted; the same command goes on from what was saved, or begins anew", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Whatever is still buffered goes nowhere, or exit would report it anew.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

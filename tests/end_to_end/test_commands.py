@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, STEPS, Command, contents
+from commands import ENVIRONMENT, SMALL, STEPS, Command, contents
 from PIL import Image
 
 import fewstep
@@ -43,6 +46,15 @@ def test_recipes_are_listed_with_what_they_say(command: Command) -> None:
         assert f"\n{name}\n" in f"\n{shown}"
         first = (build.__doc__ or "").splitlines()[0]
         assert first in shown
+
+
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "fewstep", "recipes"]
+    ended = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_objectives_are_listed(command: Command) -> None:

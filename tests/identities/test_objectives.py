@@ -221,6 +221,18 @@ def test_an_objective_takes_that_share(kind: type[ISD | MeanFlow | ESD]) -> None
             kind(to_end=share)
 
 
+def test_the_second_term_has_the_weight_that_is_asked_for() -> None:
+    flow_map, batch = labelled_map(), labelled_batch()
+    once, thrice = (ISD(diagonal=0.5, power=0.0, distill=weight)(flow_map, batch) for weight in (1.0, 3.0))
+    off = once.s < once.t
+    distilled = once.terms["distill"]
+    assert bool((distilled[off] > 0).all())
+    close(thrice.loss, once.loss + 2 * distilled, 1e-12)
+    assert torch.equal(thrice.loss[~off], once.loss[~off])
+    with pytest.raises(ConfigError, match="distill is 0"):
+        ISD(distill=0.0)
+
+
 @given(size=st.integers(1, 60), data=st.data(), start=st.integers(0, 10**6))
 def test_the_diagonal_share_is_exact_over_any_aligned_slice(size: int, data: st.DataObject, start: int) -> None:
     """A share k/n takes k of every n samples, wherever the slice begins."""

@@ -85,17 +85,23 @@ def self_distilled(
     return Comparison(error, (flow_map.apply_jump(x, output.detach(), t, s) - x) / gap, d_output)
 
 
+def _one() -> float:
+    return 1.0
+
+
 @final
 @dataclass(frozen=True)
 class ISD(Objective):
     """iSD (2601.22679): the tangent of the Eulerian identity is driven by the model's own velocity, without gradient.
 
-    loss = w (|v(x_t, t) - v*|^2 + |N - N_target|^2), the anchor on every sample and the second term on those with
-    s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null), where
-    v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
+    loss = w (|v(x_t, t) - v*|^2 + distill |N - N_target|^2), the anchor on every sample and the second term on those
+    with s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null),
+    where v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
     times: of t and s, ordered. diagonal: share of samples with s = t. to_end: share of the others with s at the data
     end (not of the paper: the identity holds for each s by itself, and the last call of a sample needs no other).
+    distill: weight of the second term, 1 in the paper; too much of it, and the anchor holds no longer
+    (docs/degeneracy.md).
     derivative, step: how dN/dt is taken (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
     """
 
@@ -110,9 +116,11 @@ class ISD(Objective):
     huber: float = 0.03
     power: float = 1.0
     offset: float = 0.01
+    distill: float = later(_one)
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
+        positive = {"step": self.step, "huber": self.huber, "offset": self.offset, "distill": self.distill}
+        check_settings(self.dropout, self.diagonal, self.to_end, **positive)
 
     @property
     def label_dropout(self) -> float:
@@ -131,7 +139,8 @@ class ISD(Objective):
         v = flow_map.velocity(x, t, cond)
         rows = rows_on_and_off(t, s)[1]
         compared = self.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        return joint_losses(batch, t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        measure = Measure(self.norm, self.huber, self.power, self.offset)
+        return joint_losses(batch, t, s, v - target, compared, measure, self.distill)
 
     def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), s = t for the diagonal share; float64."""

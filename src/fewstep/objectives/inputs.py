@@ -154,11 +154,17 @@ def split_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: C
     return weighted_losses(t, s, (anchored, distilled), (on, off), compared, measure)
 
 
-def joint_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
-    """The anchor's errors of all samples and, added to them, the comparison of those with s < t, weighted together."""
+def joint_losses(
+    batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure, share: float = 1.0
+) -> Losses:
+    """The anchor's errors of all samples and, added to them, the comparison of those with s < t, weighted together.
+
+    share: of the comparison; the anchor has 1.
+    """
     off = rows_on_and_off(t, s)[1]
     every = torch.arange(len(t), device=off.device)
-    terms = measure(batch.count(anchor)), spread(measure(batch.count(compared.error, off)), off, len(t), 0.0)
+    distilled = share * measure(batch.count(compared.error, off))
+    terms = measure(batch.count(anchor)), spread(distilled, off, len(t), 0.0)
     return weighted_losses(t, s, terms, (every, off), compared, measure)
 
 

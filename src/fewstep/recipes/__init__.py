@@ -12,7 +12,12 @@ from fewstep.errors import ConfigError
 from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
 from fewstep.recipes.distillation import cd_digits, ctm_digits, ctm_fashion_mnist, ctm_mixture
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
-from fewstep.recipes.fashion_mnist import fashion_mnist_dit, fashion_mnist_flow_matching, fashion_mnist_unet
+from fewstep.recipes.fashion_mnist import (
+    fashion_mnist_dit,
+    fashion_mnist_dit_flow_matching,
+    fashion_mnist_flow_matching,
+    fashion_mnist_unet,
+)
 from fewstep.recipes.latents import AT_SCALE, celebahq256_dit_b4, imagenet256_dit_b4, imagenet256_dit_xl1
 from fewstep.recipes.objectives import (
     digits_ct,
@@ -34,6 +39,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "fashion-mnist-unet": fashion_mnist_unet,
     "fashion-mnist-flow-matching": fashion_mnist_flow_matching,
     "fashion-mnist-dit": fashion_mnist_dit,
+    "fashion-mnist-dit-flow-matching": fashion_mnist_dit_flow_matching,
     "edm-digits": edm_digits,
     "edm-fashion-mnist": edm_fashion_mnist,
     "edm-mixture": edm_mixture,
