@@ -14,7 +14,7 @@ from fewstep.flowmap import FlowMap
 from fewstep.forward_mode import jvp
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.objectives.eulerian import distillation_error
-from fewstep.objectives.inputs import guided_condition, guided_velocity, noised, rows_on_and_off, spread
+from fewstep.objectives.inputs import guided_condition, guided_velocity, noised, rows_on_and_off
 from fewstep.weights import adaptive_weight, error_norm
 
 
@@ -49,7 +49,7 @@ class ISDApart(Objective):
         distill = error_norm(compared.error, base.norm, base.huber)
         loss = adaptive_weight(anchor, base.power, base.offset) * anchor
         loss = loss.index_add(0, rows, adaptive_weight(distill, base.power, base.offset) * distill)
-        logs = {"anchor": anchor.detach(), "distill": spread(distill.detach(), rows, len(t))}
+        logs = {"anchor": anchor.detach(), "distill": distill.detach()}
         return Losses(loss, t, s, logs)
 
 

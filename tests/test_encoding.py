@@ -23,6 +23,7 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents import EncodingSettings, read_manifest
 from fewstep.encoding import ChannelMoments, EncodingWork, encode_folder
 from fewstep.errors import CheckpointError, ConfigError, DataError, FewstepWarning
+from fewstep.files import LOCK_FILE, Lock
 from fewstep.randomness import Draws
 from fewstep.serialization import to_json
 from photographs import SIDE, save_autoencoder, save_pictures
@@ -306,6 +307,18 @@ def test_folders_that_cannot_take_latents(images: Path, autoencoder: Path, tmp_p
         with pytest.raises(CheckpointError, match=message):
             encode_folder(images, autoencoder, tmp_path / name, SETTINGS, work=WORK)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+
+
+def test_two_encoders_do_not_share_a_folder(images: Path, autoencoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lock = Lock(out, "held")
+    before = contents(out)
+    with pytest.raises(CheckpointError, match="is being encoded into by another process"):
+        encode_folder(images, autoencoder, out, SETTINGS, work=WORK)
+    assert contents(out) == before
+    lock.release()
+    encode_folder(images, autoencoder, out, SETTINGS, work=WORK)
+    assert not (out / LOCK_FILE).exists()
 
 
 def test_a_damaged_shard_is_named(whole: Path, images: Path, autoencoder: Path, tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ assume a deterministic network: no dropout between the evaluations. Networks are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.conditions import Condition
+from fewstep.errors import ConfigError
 from fewstep.flowmap import FlowMap
 from fewstep.forward_mode import jvp
-from fewstep.shapes import expand
+from fewstep.shapes import check_choice, expand
 
 OutputFunction = Callable[[Tensor, Tensor], Tensor]
 DerivativeKind = Literal["exact", "finite-difference"]
@@ -92,6 +94,12 @@ class OutputDerivative:
     kind: DerivativeKind = "exact"
     step: float = 0.005
     attached: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown kind, or a step that is not positive and finite."""
+        check_choice("derivative", self.kind, get_args(DerivativeKind))
+        if not 0 < self.step < math.inf:
+            raise ConfigError(f"step is {self.step}; it must be positive and finite")
 
     def along_flow(
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition

@@ -41,7 +41,7 @@ from fewstep.data.latents import (
     read_manifest,
 )
 from fewstep.errors import CheckpointError, ConfigError, DataError
-from fewstep.files import guarded, write_atomically
+from fewstep.files import LOCK_FILE, Lock, guarded, write_atomically
 from fewstep.randomness import Draws
 from fewstep.serialization import JSON, differences, to_json
 
@@ -97,11 +97,14 @@ def encode_folder(
     device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
     model = load_autoencoder(autoencoder, device)
     _check_sizes(model, settings)
-    _open_folder(out, model.identity, settings)
-    encoder = Encoder(listing, model, out, settings, work)
-    fresh = encoder.write_shards()
-    manifest = encoder.measure(scale, fresh)
-    write_atomically(out / MANIFEST_FILE, json.dumps(to_json(manifest), indent=2) + "\n")
+    lock = _open_folder(out, model.identity, settings)
+    try:
+        encoder = Encoder(listing, model, out, settings, work)
+        fresh = encoder.write_shards()
+        manifest = encoder.measure(scale, fresh)
+        write_atomically(out / MANIFEST_FILE, json.dumps(to_json(manifest), indent=2) + "\n")
+    finally:
+        lock.discard()  # a folder of latents is data to hand on: it keeps no lock
     return manifest
 
 
@@ -115,10 +118,23 @@ def _check_sizes(model: Autoencoder, settings: EncodingSettings) -> None:
         raise CheckpointError(f"the autoencoder takes images of {model.image_channels} channels, not of 1 or 3")
 
 
-def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
-    """Start the folder, or check that it holds the same; raises CheckpointError showing every difference."""
+def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> Lock:
+    """Start the folder, or check that it holds the same, and keep other processes from encoding into it.
+
+    Raises CheckpointError showing every difference, or when another process encodes into it.
+    """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
+    lock = Lock(out, f"{out} is being encoded into by another process: wait for it, or give another folder with --out")
+    try:
+        _check_folder(out, autoencoder, settings)
+    except BaseException:
+        lock.discard()
+        raise
+    return lock
+
+
+def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
     file = out / RECORD_FILE
     record: dict[str, JSON] = {
         "version": VERSION,
@@ -126,7 +142,9 @@ def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: Encoding
         "settings": to_json(settings),
     }
     if not file.is_file():
-        if out.is_dir() and any(not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()):
+        if out.is_dir() and any(
+            path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()
+        ):
             raise CheckpointError(f"{out} is not empty and holds no latents: give another folder with --out")
         write_atomically(file, json.dumps(record, indent=2) + "\n")
     lines = differences(_read_record(file), _without_path(record))

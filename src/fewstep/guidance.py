@@ -65,8 +65,8 @@ class FixedGuidance(TrainingGuidance):
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.omega > 0 and 0 <= self.low <= self.high <= 1):
-            raise ConfigError(f"guidance needs omega > 0 and 0 <= low <= high <= 1, got {self}")
+        if not (0 < self.omega < math.inf and 0 <= self.low <= self.high <= 1):
+            raise ConfigError(f"guidance needs a finite omega > 0 and 0 <= low <= high <= 1, got {self}")
 
     @property
     def conditions_network(self) -> bool:
@@ -94,8 +94,8 @@ class DrawnGuidance(TrainingGuidance):
     full: float = 0.5
 
     def __post_init__(self) -> None:
-        if not (self.omega_max > 1 and 0 <= self.full <= 1):
-            raise ConfigError(f"drawn guidance needs omega_max > 1 and full in [0, 1], got {self}")
+        if not (1 < self.omega_max < math.inf and 0 <= self.full <= 1):
+            raise ConfigError(f"drawn guidance needs a finite omega_max > 1 and full in [0, 1], got {self}")
 
     @property
     def conditions_network(self) -> bool:

@@ -1,10 +1,10 @@
-"""Shapes: expand per-sample values over samples, and say clearly when they do not fit."""
+"""Shapes and choices: expand per-sample values over samples, and say clearly what does not fit."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fewstep.errors import ShapeError
+from fewstep.errors import ConfigError, ShapeError
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
@@ -22,6 +22,12 @@ def check_batch(x: Tensor, *times: Tensor) -> None:
                 f"times of shape {tuple(time.shape)} do not fit samples of shape {tuple(x.shape)}: "
                 f"pass one time per sample, shape ({x.shape[0] if x.ndim else 'B'},)"
             )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the value is one of the choices: what the command line refuses, in Python too."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def per_sample_mean(value: Tensor) -> Tensor:

@@ -121,10 +121,11 @@ def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
 def doubling_cells(images: int, first: int, last: int, duration: int) -> int:
     """Cells of a grid that doubles from `first` up to `last` over `duration` images seen (iCT, 2310.14189).
 
-    min(first 2^k, last) with k = floor(images / (duration / (log2 floor(last / first) + 1))): equally long stages.
+    min(first 2^k, last) with k = floor(images / (duration / (log2 floor(last / first) + 1))): equally long stages, and
+    a shorter last one where the logarithm is not whole.
     """
-    stages = math.floor(math.log2(last // first)) + 1
-    return min(first << min(images * stages // duration, stages), last)
+    stages = math.log2(last // first) + 1
+    return min(first << math.floor(min(images * stages / duration, stages) + 1e-9), last)
 
 
 def falling_ratio(tau: Tensor, images: int, q: float, stage_images: int, stages: int, k: float, b: float) -> Tensor:

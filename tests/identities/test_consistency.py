@@ -251,6 +251,16 @@ def test_doubling_is_the_published_schedule() -> None:
     assert stages == [10, 10, 20, 80, 160, 640, 1280, 1280, 1280]
 
 
+def test_doubling_between_numbers_that_are_no_powers_of_two_apart() -> None:
+    """10 to 1500: log2 of 150 and 1 more are 8.23 stages, of which eight are 97.2 of 100 images."""
+    for images in range(101):
+        stage = 0
+        while images * (math.log2(150) + 1) / 100 >= stage + 1:
+            stage += 1
+        assert doubling_cells(images, 10, 1500, 100) == min(10 * 2**stage, 1500)
+    assert [doubling_cells(n, 10, 1500, 100) for n in (87, 97, 98)] == [1280, 1280, 1500]
+
+
 def test_the_ratio_of_easy_consistency_is_the_published_one() -> None:
     tau = torch.tensor([0.0, 0.5, 3.0, math.inf], dtype=F64)
     ratios = [falling_ratio(tau, n, 2, 100, 4, 8.0, 1.0) for n in (0, 99, 100, 250, 300, 10_000)]

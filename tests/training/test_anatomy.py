@@ -16,6 +16,7 @@ from fewstep.data import Dataset
 from fewstep.errors import TrainingDivergedError
 from fewstep.training import RunFolder, train
 from fewstep.training.anatomy import FACTOR, REMEMBERED, Recent, term_norms
+from fewstep.training.log import Window
 from fewstep.training.loop import Attendants, Trainer
 
 
@@ -105,6 +106,21 @@ def test_looking_at_the_gradient_changes_no_weight(digits: Dataset, tmp_path: Pa
         weights.append(trainer.flow_map.network.state_dict())
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key])
+
+
+def test_what_is_not_finite_first_is_named_and_a_part_without_a_value_is_not_counted() -> None:
+    window = Window(clip=1.0)
+    for step in range(1, 6):
+        window.add_terms({"derivative_rms": torch.tensor([1.0, 2.0]), "anchor": torch.ones(4)})
+        window.add_terms({"derivative_rms": torch.tensor([]), "anchor": 3 * torch.ones(4)})
+        window.observe(step, 1.0, 1.0)
+    assert window.recent.steps[-1][1] == {"derivative_rms": 1.5, "anchor": 2.0, "loss": 1.0, "grad_norm": 1.0}
+    window.add_terms({"derivative_rms": torch.tensor([1.0, math.nan]), "anchor": torch.ones(4)})
+    window.observe(6, math.nan, math.nan)
+    found = window.recent.first_to_leave()
+    assert found is not None
+    assert (found.name, found.step) == ("derivative_rms", 6)
+    assert "then nan" in str(found)
 
 
 def test_a_diverging_run_says_what_left_its_range_first(digits: Dataset, tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ class Generated(NamedTuple):
 
 @dataclass(frozen=True)
 class Losses:
-    """Per-sample losses (B,), the times they were taken at, and detached per-sample values worth logging.
+    """Per-sample losses (B,), the times they were taken at, and detached values worth logging.
 
-    terms: parts (B,) that add up to the loss, with their graphs; empty where it has one part.
+    logs: of those samples that have the value, (k,) with k from 0 to B. terms: parts (B,) that add up to the loss, with
+    their graphs; empty where it has one part.
     generated: what a critic may learn from; None where there is no such loss.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import final, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fewstep.objectives.inputs import Comparison, check_settings, guided_conditi
 from fewstep.objectives.matching import conditioned
 from fewstep.paths import EDM, Path
 from fewstep.preconditioning import CMPreconditioning, TrigPreconditioning
-from fewstep.shapes import expand
+from fewstep.shapes import check_choice, expand
 from fewstep.solvers import denoiser_on
 from fewstep.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
 from fewstep.weights import LossNorm, error_norm, normalised
@@ -53,6 +53,7 @@ class CT(Objective):
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0, first=self.first, duration=self.duration, huber=self.huber)
+        check_choice("norm", self.norm, get_args(LossNorm))
         if self.last < self.first:
             raise ConfigError(f"the grid grows from {self.first} cells to {self.last}: last must be at least first")
         if self.decay is not None:
@@ -108,8 +109,9 @@ class ECT(Objective):
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0, stage_images=self.stage_images, stages=self.stages, huber=self.huber)
-        if self.q < 2 or self.k < 0 or self.b < 0:
-            raise ConfigError(f"ECT needs q of at least 2 and k, b of at least 0, got {self}")
+        check_choice("norm", self.norm, get_args(LossNorm))
+        if not (self.q >= 2 and 0 <= self.k < math.inf and 0 <= self.b < math.inf):
+            raise ConfigError(f"ECT needs q of at least 2 and finite k, b of at least 0, got {self}")
         if self.decay is not None:
             check_decay(self.decay)
 
@@ -183,7 +185,8 @@ class Tangent:
     step: float = 0.005
 
     def __post_init__(self) -> None:
-        check_settings(0.0, 0.0, constant=self.constant, step=self.step)
+        check_settings(0.0, 0.0, constant=self.constant)
+        OutputDerivative(self.derivative, self.step).check()
         if self.warm_up_images < 0:
             raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
 

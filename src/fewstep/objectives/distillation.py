@@ -6,6 +6,7 @@ ends. Both are compared at the data end of the clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, final
 
@@ -149,10 +150,10 @@ class CTM(Objective):
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
         check_decay(self.decay)
-        if self.denoising < 0 or self.adversarial < 0:
+        if not (0 <= self.denoising < math.inf and 0 <= self.adversarial < math.inf):
             raise ConfigError(
                 f"weights of the denoising and adversarial losses are {self.denoising} and {self.adversarial}; "
-                "they must be at least 0"
+                "they must be finite and at least 0"
             )
 
     @property

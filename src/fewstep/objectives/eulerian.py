@@ -119,8 +119,14 @@ class ISD(Objective):
     distill: float = later(_one)
 
     def __post_init__(self) -> None:
-        positive = {"step": self.step, "huber": self.huber, "offset": self.offset, "distill": self.distill}
-        check_settings(self.dropout, self.diagonal, self.to_end, **positive)
+        check_settings(self.dropout, self.diagonal, self.to_end, distill=self.distill)
+        self.measure.check()
+        OutputDerivative(self.derivative, self.step).check()
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -139,8 +145,7 @@ class ISD(Objective):
         v = flow_map.velocity(x, t, cond)
         rows = rows_on_and_off(t, s)[1]
         compared = self.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        measure = Measure(self.norm, self.huber, self.power, self.offset)
-        return joint_losses(batch, t, s, v - target, compared, measure, self.distill)
+        return joint_losses(batch, t, s, v - target, compared, self.measure, self.distill)
 
     def draw_times(self, flow_map: FlowMap, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), s = t for the diagonal share; float64."""
@@ -181,7 +186,14 @@ class MeanFlow(Objective):
     offset: float = 0.001
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
+        check_settings(self.dropout, self.diagonal, self.to_end)
+        self.measure.check()
+        OutputDerivative(self.derivative, self.step).check()
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -196,7 +208,7 @@ class MeanFlow(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, self.measure)
 
     def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         """N against N_target, with gradient through N alone."""
@@ -234,7 +246,14 @@ class ESD(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, self.diagonal, self.to_end, step=self.step, huber=self.huber, offset=self.offset)
+        check_settings(self.dropout, self.diagonal, self.to_end)
+        self.measure.check()
+        OutputDerivative(self.derivative, self.step).check()
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -253,7 +272,7 @@ class ESD(Objective):
         v = flow_map.velocity(x, t, cond)
         rows = rows_on_and_off(t, s)[1]
         compared = self.compare(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
-        return joint_losses(batch, t, s, v - target, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return joint_losses(batch, t, s, v - target, compared, self.measure)
 
     def compare(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Comparison:
         """N against N + R for samples with s < t, with gradient through all of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fewstep.guidance import TrainingGuidance, guide, omega_at
 from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses
 from fewstep.objectives.matching import check_dropout, conditioned
 from fewstep.paths import Path
+from fewstep.shapes import check_choice
 from fewstep.times import TimeDistribution, ordered_pair
 from fewstep.weights import LossNorm, adaptive_weight, error_norm
 
@@ -127,9 +128,9 @@ def rms(values: Tensor) -> Tensor:
     return values.flatten(1).square().mean(1).sqrt()
 
 
-def spread(values: Tensor, rows: Tensor, count: int, fill: float = torch.nan) -> Tensor:
-    """Values of some samples as values of all, (count,); `fill` where there is none."""
-    return values.new_full((count,), fill).index_copy(0, rows, values)
+def spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Values of some samples as values of all, (count,); zero where there is none."""
+    return values.new_zeros(count).index_copy(0, rows, values)
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,13 @@ class Measure:
     power: float
     offset: float
 
+    def check(self) -> None:
+        """Raise ConfigError for an unknown norm, a power below 0, or other numbers that are not positive and finite."""
+        check_choice("norm", self.norm, get_args(LossNorm))
+        check_settings(0.0, 0.0, huber=self.huber, offset=self.offset)
+        if not 0 <= self.power < math.inf:
+            raise ConfigError(f"power of the adaptive weight is {self.power}; it must be finite and at least 0")
+
     def __call__(self, error: Tensor) -> Tensor:
         """(B, ...) -> (B,), not weighted yet."""
         return error_norm(error, self.norm, self.huber)
@@ -149,8 +157,8 @@ class Measure:
 def split_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
     """The anchor's errors of the samples with s = t and the comparison of the others, weighted adaptively."""
     on, off = rows_on_and_off(t, s)
-    anchored = spread(measure(batch.count(anchor, on)), on, len(t), 0.0)
-    distilled = spread(measure(batch.count(compared.error, off)), off, len(t), 0.0)
+    anchored = spread(measure(batch.count(anchor, on)), on, len(t))
+    distilled = spread(measure(batch.count(compared.error, off)), off, len(t))
     return weighted_losses(t, s, (anchored, distilled), (on, off), compared, measure)
 
 
@@ -164,7 +172,7 @@ def joint_losses(
     off = rows_on_and_off(t, s)[1]
     every = torch.arange(len(t), device=off.device)
     distilled = share * measure(batch.count(compared.error, off))
-    terms = measure(batch.count(anchor)), spread(distilled, off, len(t), 0.0)
+    terms = measure(batch.count(anchor)), spread(distilled, off, len(t))
     return weighted_losses(t, s, terms, (every, off), compared, measure)
 
 
@@ -179,10 +187,9 @@ def weighted_losses(
     """w (anchor + distill), w = sg (anchor + distill + offset)^-power; terms (B,), zero outside their rows."""
     weight = adaptive_weight(terms[0] + terms[1], measure.power, measure.offset)
     named = dict(zip(("anchor", "distill"), terms, strict=True))
-    sizes = {key: spread(value, rows[1], len(t)) for key, value in compared.sizes().items()}
-    logs = {key: spread(term.detach()[own], own, len(t)) for (key, term), own in zip(named.items(), rows, strict=True)}
+    logs = {key: term.detach()[own] for (key, term), own in zip(named.items(), rows, strict=True)}
     parts = {key: weight * term for key, term in named.items()}
-    return Losses(parts["anchor"] + parts["distill"], t, s, sizes | logs, parts)
+    return Losses(parts["anchor"] + parts["distill"], t, s, compared.sizes() | logs, parts)
 
 
 def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

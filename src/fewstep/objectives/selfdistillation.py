@@ -33,7 +33,7 @@ from fewstep.objectives.inputs import (
     split_losses,
 )
 from fewstep.paths import Path
-from fewstep.shapes import expand
+from fewstep.shapes import check_choice, expand
 from fewstep.times import TimeDistribution, UniformTimes
 from fewstep.weights import LossNorm
 
@@ -66,7 +66,14 @@ class LSD(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, self.diagonal, step=self.step, huber=self.huber, offset=self.offset)
+        check_settings(self.dropout, self.diagonal)
+        self.measure.check()
+        OutputDerivative(self.derivative, self.step).check()
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -81,7 +88,7 @@ class LSD(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, self.measure)
 
     def compare(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         """d_s X against sg v(X, s); its derivative is dN/ds."""
@@ -138,7 +145,14 @@ class PSD(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, self.diagonal, huber=self.huber, offset=self.offset)
+        check_settings(self.dropout, self.diagonal)
+        check_choice("u", self.u, ("uniform", "midpoint"))
+        self.measure.check()
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -153,7 +167,7 @@ class PSD(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], t[off], s[off])
-        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, self.measure)
 
     def between(self, path: Path, batch: Batch) -> Tensor:
         """u of the samples with s < t, (B,): a draw, or the middle, between the quantiles of s and t."""
@@ -197,11 +211,17 @@ class Shortcut(Objective):
     offset: float = 0.01
 
     def __post_init__(self) -> None:
-        check_settings(self.dropout, 1 - self.bootstrap, huber=self.huber, offset=self.offset)
+        check_settings(self.dropout, 1 - self.bootstrap)
+        self.measure.check()
         if self.decay is not None:
             check_decay(self.decay)
         if self.steps < 2 or self.steps & (self.steps - 1):
             raise ConfigError(f"shortcut steps are {self.steps}; they must be a power of 2 and at least 2")
+
+    @property
+    def measure(self) -> Measure:
+        """What makes a loss of its errors."""
+        return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
     def label_dropout(self) -> float:
@@ -221,7 +241,7 @@ class Shortcut(Objective):
         on, off = rows_on_and_off(t, s)
         anchor = anchor_error(flow_map, batch[on], t[on], self.dropout, self.guidance)
         compared = self.compare(flow_map, batch[off], (t[off], u[off], s[off]), short)
-        return split_losses(batch, t, s, anchor, compared, Measure(self.norm, self.huber, self.power, self.offset))
+        return split_losses(batch, t, s, anchor, compared, self.measure)
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""

@@ -32,19 +32,16 @@ class Window:
         self.since = time.perf_counter()
 
     def add_terms(self, logs: dict[str, Tensor]) -> None:
-        """Per-sample values of a part of a batch, NaN where a sample has none."""
-        if not logs:
-            return
-        means = torch.stack([value.detach().float().nanmean() for value in logs.values()]).tolist()
-        self.parts.append(dict(zip(logs, means, strict=True)))
+        """Values of those samples of a part of a batch that have them."""
+        found = {name: value.detach().float().mean() for name, value in logs.items() if len(value)}
+        if found:
+            self.parts.append(dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)))
 
     def observe(self, step: int, loss: float, norm: float) -> None:
         """The loss and gradient norm of a step, finite or not, after its parts."""
         names = dict.fromkeys(name for part in self.parts for name in part)
-        found = {
-            name: [part[name] for part in self.parts if not math.isnan(part.get(name, math.nan))] for name in names
-        }
-        means = {name: sum(values) / len(values) for name, values in found.items() if values}
+        found = {name: [part[name] for part in self.parts if name in part] for name in names}
+        means = {name: sum(values) / len(values) for name, values in found.items()}
         for name, mean in means.items():
             if math.isfinite(mean):
                 self.terms.setdefault(name, []).append(mean)
