@@ -1,4 +1,7 @@
-"""`python -m fewstep`, and what `accelerate launch -m fewstep` starts."""
+"""`python -m fewstep`, and what `torchrun -m fewstep` and `accelerate launch -m fewstep` start.
+
+On CPUs accelerate launches one process whatever is asked for: take torchrun for several.
+"""
 
 import sys
 

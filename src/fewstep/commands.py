@@ -129,13 +129,16 @@ def sample_command(args: Sequence[str]) -> None:
     own = own_settings(options.run, flow_map, options.steps)
     if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
         raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
+    omega = own.omega if options.omega is None else options.omega
+    if omega == 1.0 and options.interval != (0.0, 1.0):
+        raise ConfigError("--interval bounds where guidance acts, and there is none: add --omega, or leave it out")
     settings = SamplingSettings(
         sampler=options.sampler or own.sampler,
         steps=options.steps,
         times=options.times,
         spacing=options.spacing,
         gamma=own.gamma if options.gamma is None else options.gamma,
-        omega=own.omega if options.omega is None else options.omega,
+        omega=omega,
         interval=options.interval,
         seed=options.seed,
         batch_size=options.batch_size,

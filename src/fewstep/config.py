@@ -136,8 +136,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if min(self.images, self.batch_size, self.log_images, self.checkpoint_images, self.keep) < 1:
             raise ConfigError("images, batch_size, log_images, checkpoint_images and keep must be at least 1")
-        if self.sample_images < 0 or self.seconds < 0:
-            raise ConfigError("sample_images and seconds must be at least 0")
+        if self.sample_images < 0 or not 0 <= self.seconds < math.inf:
+            raise ConfigError("sample_images and seconds must be finite and at least 0")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 
@@ -170,6 +170,8 @@ class EvaluationConfig:
                 f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
                 "needs at least 4 samples and one step count, each at least 1"
             )
+        if not (0 <= self.gamma <= 1 and 0 < self.omega < math.inf):
+            raise ConfigError(f"gamma is {self.gamma} and omega {self.omega}: gamma lies in [0, 1], omega is positive")
         if not self.curve_steps or min(self.curve_steps) < 1 or self.curve_samples < 4 or self.curve_images < 0:
             raise ConfigError(
                 f"a learning curve every {self.curve_images} images of {self.curve_samples} samples at "

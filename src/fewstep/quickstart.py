@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +61,8 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
 def _check(seconds: float) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the quickstart is one process: start it without torchrun, or train recipes with it")
-    if seconds <= 0:
-        raise ConfigError(f"{seconds} seconds of training asked for: give more than 0")
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"{seconds} seconds of training asked for: give a finite number above 0")
 
 
 def _limited(config: RunConfig, seconds: float) -> RunConfig:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 import fewstep
 from fewstep.config import OptimizerConfig, TrainingConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import ConfigError, FewstepWarning, TrainingDivergedError
+from fewstep.errors import ConfigError, FewstepWarning, MissingExtraError, TrainingDivergedError
 from fewstep.flowmap import FlowMap
 from fewstep.guidance import DrawnGuidance, FixedGuidance
 from fewstep.networks import MLPConfig
@@ -33,7 +35,7 @@ from fewstep.randomness import Draws
 from fewstep.training import Attendants, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
-from fewstep.training.setup import split_batch, warn_of_guidance
+from fewstep.training.setup import check_guidance, split_batch
 
 
 @pytest.mark.parametrize("micro_batch", [8, 5, 31])
@@ -68,13 +70,13 @@ def test_guidance_without_classes_is_said(
     config = replace(TINY, objective=ISD(guidance=guidance))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_guidance(config, digits)
+        check_guidance(config, digits)
         plain = load_dataset(DataConfig(source="digits", labels=False))
         if said is None:
-            warn_of_guidance(config, plain)
+            check_guidance(config, plain)
         else:
             with pytest.warns(FewstepWarning, match=rf"^digits has no classes to guide to: {said}$"):
-                warn_of_guidance(config, plain)
+                check_guidance(config, plain)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,38 @@ def test_training_learns(name: str, digits: Dataset, tmp_path: Path) -> None:
     assert len(anchors) == 100
     assert anchors[0] > 1.2
     assert sum(anchors[-10:]) / 10 < 0.6 * anchors[0]
+
+
+def test_without_tensorboard_a_run_that_asks_for_it_leaves_no_folder(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"fewstep\[track\]"):
+        train(TINY, digits, RunFolder(tmp_path / "run"), replace(MACHINE, tensorboard=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_is_given_what_the_log_says(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that stands in for TensorBoard's; a resumed run tells it from where on older events are dropped."""
+    writers: list[MagicMock] = []
+
+    def make(folder: str, purge_step: int) -> MagicMock:
+        writers.append(MagicMock(folder=folder, purge_step=purge_step))
+        return writers[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=make))
+    run, machine = RunFolder(tmp_path / "run"), replace(MACHINE, tensorboard=True)
+    train(TINY, digits, run, machine)
+    (writer,) = writers
+    assert (writer.folder, writer.purge_step) == (str(run.root / "tensorboard"), 1)
+    last = run.read_log()[-1]
+    said = [call.args for call in writer.add_scalar.call_args_list if call.args[2] == last["images"]]
+    assert {(key, value) for key, value, _ in said} == set(last.items())
+    writer.close.assert_called_once()
+    train(TINY, digits, run, machine)
+    assert writers[1].purge_step == TINY.training.images + 1
 
 
 def test_bf16_computes_the_same_gradient_coarsely(digits: Dataset) -> None:

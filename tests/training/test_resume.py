@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -323,3 +324,15 @@ def test_what_is_only_logged_or_measured_may_change(unbroken: Callable[[str], Pa
     run.check(changed, run.record()["data"])  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"training\.seed"):
         run.check(replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]
+
+
+def test_the_last_command_says_what_is_measured(digits: Dataset, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    train(TINY, digits, run, MACHINE)
+    written = run.config_file.read_bytes()
+    train(TINY, digits, run, MACHINE)
+    assert run.config_file.read_bytes() == written
+    changed = replace(TINY, evaluation=replace(TINY.evaluation, samples=99, gamma=0.5))
+    train(changed, digits, run, MACHINE)
+    assert run.config() == changed
+    assert run.record()["data"] == json.loads(written)["data"]

@@ -26,6 +26,7 @@ _LUMA = (19595, 38470, 7471)
 # Streams of their own: the order of an epoch is drawn from stream 0 of the same seeds.
 _VALUES, _LABELS = 52, 53
 _DRAWN_AT_ONCE = 256
+_BUILT_IN = ("digits", "mixture", "random")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def load_dataset(config: DataConfig) -> Dataset:
     Equal configurations and files give equal data sets. Raises DataError for data that are missing, corrupt, too few
     or of another shape than asked for, and MissingExtraError when a source needs a package that is absent.
     """
+    if config.root and config.source in _BUILT_IN:
+        raise ConfigError(
+            f"the data source {config.source!r} is built in and reads nothing from {config.root!r}: name the kind of "
+            "data with --data.source (images, idx, npz, latents, demonstrations), or leave --data.root out"
+        )
     if config.source == "latents":
         return _load_latents(config)
     if config.source == "demonstrations":

@@ -76,9 +76,12 @@ class RunFolder:
         return lock
 
     def begin(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
-        """Remove what a killed process left half written, and write config.json unless it is there."""
+        """Remove what a killed process left half written, and write config.json unless it says just this.
+
+        What is only logged, kept or measured may differ from what it said: the last command counts.
+        """
         self.remove_leftovers()
-        if not self.config_file.exists():
+        if not self.config_file.exists() or self.config() != config:
             write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
 
     def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,16 @@ class Window:
         return record
 
 
-def tensorboard(folder: Path) -> Any:
-    """A writer of TensorBoard events; raises MissingExtraError without the extra [track]."""
+def tensorboard_writer() -> Callable[[Path, int], Any]:
+    """What makes a writer of TensorBoard events from a run's folder and the images that it has seen.
+
+    Events that a killed process wrote beyond them are dropped. Raises MissingExtraError without the extra [track].
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingExtraError("TensorBoard is not installed: pip install 'fewstep[track]'") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    return lambda folder, images: SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1)
 
 
 def diverged(

@@ -29,10 +29,10 @@ from fewstep.training.anatomy import term_norms
 from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.interface import Attendants, Machine, TrainingResult, Watcher
-from fewstep.training.log import Window, diverged, tensorboard
+from fewstep.training.log import Window, diverged, tensorboard_writer
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
-from fewstep.training.setup import build, data_record, fetch_batch, join_processes, split_batch, warn_of_guidance
+from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 
@@ -93,11 +93,12 @@ class Trainer:
         self.lock = run.hold(config, data_record(dataset), identity) if main else None
         try:
             self.prepare()
+            board = tensorboard_writer() if machine.tensorboard and main else None
             if main:
                 run.begin(config, data_record(dataset), identity)
             self.take_up()
             self.window = Window(self.clip)
-            self.board = tensorboard(run.root) if machine.tensorboard and main else None
+            self.board = None if board is None else board(run.root, self.images)
         except BaseException:
             if self.lock is not None and not run.config_file.exists():
                 self.lock.discard()  # a run that cannot begin leaves no folder
@@ -111,8 +112,7 @@ class Trainer:
             config, dataset, self.run, self.teacher, self.accelerator.device, self.team, self.hidden
         )
         self.flow_map = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
-        if self.accelerator.is_main_process:
-            warn_of_guidance(config, dataset)
+        check_guidance(config, dataset, warn=self.accelerator.is_main_process)
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
         decay = config.objective.target_decay

@@ -82,10 +82,18 @@ def build(
     return flow_map
 
 
-def warn_of_guidance(config: RunConfig, dataset: Dataset) -> None:
-    """A FewstepWarning for training guidance on data without classes, where it has no effect."""
+def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> None:
+    """A FewstepWarning for training guidance on data without classes, where it has no effect.
+
+    Raises ConfigError where such a run would be measured with guidance, which it could not be.
+    """
+    if config.evaluation.omega != 1.0 and not dataset.num_classes:
+        raise ConfigError(
+            f"{dataset.name} has no classes to guide samples to: leave --evaluation.omega at 1 (it is "
+            f"{config.evaluation.omega:g})"
+        )
     guidance = config.objective.target_guidance
-    if guidance.active and not dataset.num_classes:
+    if warn and guidance.active and not dataset.num_classes:
         off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
         warnings.warn(
             f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
