@@ -14,7 +14,7 @@ from fewstep.guidance import FixedGuidance
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
 from fewstep.objectives.base import Objective
-from fewstep.times import BetaTimes, UniformTimes
+from fewstep.times import BetaTimes
 from stability_variants import ISDApart, ISDTimeUnit
 
 SAMPLE_SEED = 91_000
@@ -84,6 +84,8 @@ class Cell:
     optimizer: str = "adamw"
     lr: float = LR
     initial: str = "random"
+    scaling: str = ""
+    """The inner scaling; empty for the one that goes with the path (SCALINGS)."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -120,7 +122,7 @@ def objectives(study: Study, derivative: str) -> dict[str, Objective]:
         "iSD, terms apart": ISDApart(isd),
         "iSD, no weight": replace(isd, power=0.0),
         "iSD, time unit": ISDTimeUnit(isd),
-        "MeanFlow, diagonal 1/2, uniform": MeanFlow(times=UniformTimes(), diagonal=0.5, **d),
+        "iSD, diagonal 3/4, time unit": ISDTimeUnit(replace(isd, diagonal=0.75)),
         "iSD-T, recipe": ISD(diagonal=0.75, guidance=FixedGuidance(omega=1.3), offset=1.0, **d),
     }
 
@@ -153,7 +155,7 @@ def plan() -> Iterator[Cell]:
     yield from (Cell("leads", name) for name in ("iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight"))
     for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "sCT"):
         yield Cell("derivative", name, derivative="finite-difference")
-    for name in ("iSD", "iSD, time unit"):
+    for name in ("iSD", "iSD, time unit", "iSD, diagonal 3/4", "iSD, diagonal 3/4, time unit"):
         yield Cell("time unit", name, path="trig", preconditioning="trig")
     started = (*CHOSEN, "PSD, midpoint", "ECT", "sCD")
     yield from (replace(usual(name), group="initial", initial="flow matching") for name in started)
@@ -161,9 +163,10 @@ def plan() -> Iterator[Cell]:
         yield from (Cell("optimizer", name, optimizer=optimizer) for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "sCT"))
     for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
         yield from (Cell("preconditioning", n, path=path, preconditioning=own) for n in ("iSD", "MeanFlow", "ESD"))
+    yield from (Cell("scaling", name, scaling="unit") for name in ("iSD", "MeanFlow", "ESD"))
     yield from (replace(usual(name), group="lr", lr=1e-3) for name in RATED)
     first = ("flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD")
-    for name in (*first, "MeanFlow, guided", "LSD", "PSD, midpoint", "shortcut", "CT", "ECT"):
+    for name in (*first, "MeanFlow, guided", "LSD", "shortcut", "CT", "ECT", "PSD, midpoint"):
         yield replace(usual(name), group="fashion", dataset="fashion", network="unet")
 
 
@@ -175,7 +178,9 @@ def configuration(cell: Cell, initial: str) -> RunConfig:
     return RunConfig(
         recipe="stability",
         data=study.data,
-        model=ModelConfig(path=cell.path, preconditioning=cell.preconditioning, scaling=SCALINGS[cell.path]),  # type: ignore[arg-type]
+        model=ModelConfig(
+            path=cell.path, preconditioning=cell.preconditioning, scaling=cell.scaling or SCALINGS[cell.path]
+        ),  # type: ignore[arg-type]
         network=study.network,
         objective=objective,
         optimizer=replace(OPTIMIZERS[cell.optimizer], lr=cell.lr, warmup_images=images // 16, decay="cosine"),
@@ -208,4 +213,5 @@ def key_of(row: dict[str, Any]) -> tuple[object, ...]:
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+    """A cell; its scaling came later, and rows without it have the path's."""
+    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__ if name in row or name != "scaling"})
