@@ -27,7 +27,7 @@ def ctm_digits() -> RunConfig:
 def ctm_fashion_mnist() -> RunConfig:
     """CTM with Analytic-Precond from the teacher `edm-fashion-mnist`: 8,000 steps, 1.3 s each measured on one core.
 
-    Only its first 300 steps have been run: docs/analytic-precond.md.
+    Only its first 800 steps have been run: docs/analytic-precond.md.
     """
     base = _student(edm_fashion_mnist(), "ctm-fashion-mnist", images=512_000, batch_size=64, samples=10_000)
     return replace(base, statistics=StatisticsConfig(points=60, samples=128))
