@@ -141,7 +141,7 @@ def pickle_weights(folder: Path) -> None:
     [
         (shutil.rmtree, r"vae has no config\.json: give the folder of an AutoencoderKL"),
         (spoil_config, r"config\.json is damaged"),
-        (spoil_list, r"config\.json is not a model's configuration"),
+        (spoil_list, r"config\.json is damaged .*is no object"),
         (spoil_class, r"a model of class 'VQModel': give the folder of an AutoencoderKL"),
         (spoil_width, r"holds no AutoencoderKL that can be read from safetensors|lacks"),
         (truncate, r"holds no AutoencoderKL that can be read from safetensors"),

@@ -84,7 +84,7 @@ def test_the_average_is_a_copy_and_loads_back() -> None:
     ema.update(module, 1)
     stored = {key: value.clone() for key, value in ema.weights.items()}
     other = EMA("", Scalar(-7.0), 0.9, None)
-    other.load(stored)
+    other.load(stored, "here")
     ema.update(module.set(4.0, 2), 2)
     other.update(module, 2)
     assert float(other.weights["weight"]) == float(ema.weights["weight"]) != float(stored["weight"])

@@ -20,8 +20,8 @@ from fewstep import encoding
 from fewstep.autoencoders import Autoencoder, load_autoencoder
 from fewstep.data.folder import decode, list_images
 from fewstep.data.labels import held_out
-from fewstep.data.latents import EncodingSettings, read_manifest
-from fewstep.encoding import ChannelMoments, EncodingWork, encode_folder
+from fewstep.data.latents import ChannelMoments, EncodingSettings, read_manifest
+from fewstep.encoding import EncodingWork, encode_folder
 from fewstep.errors import CheckpointError, ConfigError, DataError, FewstepWarning
 from fewstep.files import LOCK_FILE, Lock
 from fewstep.randomness import Draws

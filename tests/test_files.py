@@ -1,16 +1,17 @@
-"""Locks on folders: one holder, no leak, and no lock where the system has none."""
+"""Locks on folders: one holder, no leak, and no lock where the system has none. Stored records: one kind of error."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from fewstep import files
-from fewstep.errors import CheckpointError
-from fewstep.files import Lock
+from fewstep.errors import CheckpointError, DataError
+from fewstep.files import Lock, read_lines, read_record, read_rows
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -75,6 +76,47 @@ def test_a_discarded_lock_leaves_the_folders_that_were_there(tmp_path: Path) -> 
     Lock(tmp_path / "mine", "held").discard()
     Lock(tmp_path / "mine" / "a" / "b", "held").discard()
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_refused_lock_leaves_no_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write .*File name too long"):
+        Lock(tmp_path / "made" / "deep" / ("x" * 300), "held")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*File name too long"):
+        Lock(tmp_path / "mine" / "deep" / ("x" * 300), "held")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\x80\xff", b"[" * 100_000, b"[1" + b"0" * 400 + b"]", b"[1" + b"0" * 5000 + b"]", b"[1]", b"null"],
+)
+def test_what_is_no_record_is_refused_in_one_kind(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_record(file, "mend it")
+    with pytest.raises(DataError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_record(file, "mend it", DataError)
+    with pytest.raises(CheckpointError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_rows(file, (), "mend it")
+
+
+def test_records_are_read_with_what_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert (read_rows(file, ("a",), ""), read_lines(file)) == ([], [])
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_record(file, "mend it")
+    file.write_text('[{"a": 1}, {"b": 2, "a": "\u00fc"}]', encoding="utf-8")
+    assert read_rows(file, ("a",), "") == [{"a": 1}, {"b": 2, "a": "\u00fc"}]
+    with pytest.raises(CheckpointError, match=r"file is damaged \(it lacks 'b'\): mend it"):
+        read_rows(file, ("b",), "mend it")
+    file.write_text('{"a": Infinity}\n{"a": 2}\n{"a": 3}')
+    assert read_lines(file) == [{"a": math.inf}, {"a": 2}]
+    file.write_text('{"a": 1}\n\n{"a": 3}\n')
+    with pytest.raises(CheckpointError, match=r"file, line 2 is damaged .*: delete that line"):
+        read_lines(file)
 
 
 def test_a_folder_that_another_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,15 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
     (PLAIN, {"times": (1.0, math.nan, 0.0)}, {}, "fall strictly"),
     (PLAIN, {"times": (1.0, 0.5)}, {}, r"times end at 0\.5.*end at t_min = 0"),
     (PLAIN, {"batch_size": 0}, {}, "at least 1"),
+    (LABELLED, {}, {"labels": torch.tensor([1.7, 2.2])}, "no whole numbers"),
+    (LABELLED, {}, {"labels": torch.tensor([1.0, math.nan])}, "no whole numbers"),
+    (LABELLED, {}, {"labels": torch.tensor([1.0, math.inf])}, "no whole numbers"),
+    (LABELLED, {}, {"labels": torch.tensor([True, False])}, "no whole numbers"),
+    (LABELLED, {}, {"labels": [0, 10**30]}, "no whole numbers"),
+    (LABELLED, {}, {"labels": ["cat", "dog"]}, "no whole numbers"),
+    (LABELLED, {}, {"labels": torch.tensor([0, 200], dtype=torch.uint8)}, "class 200"),
+    (LABELLED, {"omega": math.inf}, {}, "finite omega"),
+    (LABELLED, {"omega": 1e300}, {}, "finite omega"),
     (LABELLED, {"omega": 0.0}, {}, "omega > 0"),
     (LABELLED, {"omega": -2.0}, {}, "omega > 0"),
     (LABELLED, {"omega": 2.0, "interval": (0.6, 0.4)}, {}, "interval"),
@@ -177,12 +186,24 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-def test_labels_may_be_a_list() -> None:
+def test_labels_may_be_a_list_and_of_any_type_that_holds_whole_numbers() -> None:
     settings = SamplingSettings(seed=3)
-    found, wanted = (generate(LABELLED, 3, settings, labels=each) for each in ([0, 2, 1], torch.tensor([0, 2, 1])))
-    assert torch.equal(found.samples, wanted.samples)
-    assert found.labels is not None
-    assert found.labels.tolist() == [0, 2, 1]
+    wanted = generate(LABELLED, 3, settings, labels=torch.tensor([0, 2, 1]))
+    for kind in (torch.uint8, torch.float16):
+        for labels in ([0, 2, 1], torch.tensor([0, 2, 1], dtype=kind)):
+            found = generate(LABELLED, 3, settings, labels=labels)
+            assert torch.equal(found.samples, wanted.samples)
+            assert found.labels is not None
+            assert found.labels.tolist() == [0, 2, 1]
+
+
+def test_samples_that_are_not_finite_are_told() -> None:
+    for value in (math.nan, math.inf):
+        drawn = generate(PLAIN, 3, SamplingSettings())
+        drawn.check_finite()
+        drawn.samples[1, 0] = value
+        with pytest.raises(ShapeError, match="not finite in 1 of 3 samples"):
+            drawn.check_finite()
 
 
 @pytest.mark.parametrize(("flow_map", "settings", "options", "text"), BAD)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, MissingExtraError, ShapeError
+from fewstep.files import read_record
 
 CONFIG_FILE = "config.json"
 _KIND = "AutoencoderKL"
@@ -169,13 +170,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}: give the folder of an {_KIND}, such as the folder vae of a pipeline"
         )
-    try:
-        settings = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error})") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{file} is not a model's configuration")
-    return settings
+    return read_record(file, "copy the model again")
 
 
 def _diffusers_class() -> Any:

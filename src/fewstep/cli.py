@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -33,6 +34,8 @@ A RUN is the folder that `train` wrote, or a saved model. Add --help to a comman
 for example: fewstep train digits --help
 """
 
+_SHORTAGE = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
@@ -53,6 +56,11 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory ran out: of PyTorch's errors only the words tell, as importing it would slow every --help."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORTAGE)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input."""
     arguments = list(sys.argv[1:] if args is None else args)
@@ -71,6 +79,16 @@ def main(args: Sequence[str] | None = None) -> int:
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        reason = str(error).strip().splitlines() or ["no more to be had"]
+        print(
+            f"fewstep: out of memory ({reason[0]}): take a smaller network, smaller batches or fewer samples, or "
+            "--machine.micro-batch to train",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("fewstep: interrupted; the same command goes on from what was saved, or begins anew", file=sys.stderr)
         return 130
@@ -78,6 +96,11 @@ def main(args: Sequence[str] | None = None) -> int:
         # The reader has gone, as `head` does. Whatever is still buffered goes nowhere, or exit would report it anew.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"fewstep: {str(error.filename)[:100]}...: {error.strerror}: give a shorter one", file=sys.stderr)
+        return 2
     return 0
 
 

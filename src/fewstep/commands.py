@@ -145,8 +145,9 @@ def sample_command(args: Sequence[str]) -> None:
     )
     labels = None
     if options.label:
-        labels = torch.tensor(options.label)[torch.arange(max(options.count, 1)) % len(options.label)]
+        labels = [options.label[k % len(options.label)] for k in range(options.count)]
     drawn = generate(flow_map, options.count, settings, labels)
+    drawn.check_finite()
     if view is None:
         save_latents(flow_map, drawn.samples, drawn.labels, out)
     else:

@@ -188,10 +188,10 @@ def explanation(baseline: str) -> str:
 
 
 def _summary(run: RunFolder, members: Sequence[Member]) -> str:
-    record: Any = run.record()
+    data = run.data("name", "train")
     methods = list(dict.fromkeys(each.method for each in members))
     return (
-        f"Runs on {record['data']['train']} samples of {record['data']['name']}: "
+        f"Runs on {data['train']} samples of {data['name']}: "
         + "; ".join(f"{method} ({sum(each.method == method for each in members)})" for method in methods)
         + f". The baseline is {methods[0]}. Lower values are better."
     )

@@ -58,8 +58,14 @@ class ModelConfig:
     """The flow map: which path, preconditioning and inner scaling; they share the data's standard deviation."""
 
     path: PathName = "linear"
+    """From data to noise: linear (flow matching), trig (TrigFlow), edm or vp (variance exploding, preserving)."""
     preconditioning: PreconditioningName = "linear"
+    """What a jump X = f x + g N makes of the network's output N:
+    linear (MeanFlow), trig (sCM), euler (CTM, DDIM's step), bcm (for edm-input scaling)
+    analytic: from statistics of the teacher or of the model itself; analytic-forward: its ablation
+    """
     scaling: ScalingName = "identity"
+    """Of the network's input and output: identity, unit (TrigFlow), edm (EDM) or edm-input (EDM, input alone)."""
     sigma_data: float | None = None
     """Standard deviation of the data; None measures it on the training data."""
 
@@ -79,16 +85,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the matrices and AdamW for the rest."""
+    """What moves the weights, and how far."""
 
     name: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything, or muon for the matrices of the network's blocks and AdamW for the rest."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     matrix_lr: float = 5e-4
     """Learning rate of Muon."""
     beta1: float = 0.9
+    """Decay of AdamW's average of gradients, in [0, 1)."""
     beta2: float = 0.99
+    """Decay of AdamW's average of their squares, in [0, 1)."""
     weight_decay: float = 0.0
+    """Each step takes this times the learning rate off the weights; 0 takes nothing."""
     clip: float = 1.0
     """Largest gradient norm; 0 never clips."""
     warmup_images: int = 10_000
@@ -96,6 +106,7 @@ class OptimizerConfig:
     decay: Literal["constant", "cosine", "rsqrt"] = "constant"
     """After the warm-up: constant, cosine to 0, or 1/sqrt beyond decay_images (EDM2)."""
     decay_images: int = 1_000_000
+    """Images after which rsqrt begins to fall; the other decays ignore it."""
 
     def __post_init__(self) -> None:
         rates = 0 < self.lr < math.inf and 0 < self.matrix_lr < math.inf
@@ -114,7 +125,9 @@ class TrainingConfig:
     batch_size: int = 256
     """Global batch: over all processes and accumulation steps."""
     seed: int = 0
+    """Decides the first weights, the order of the data, and every draw of noise and times."""
     precision: Literal["no", "bf16"] = "no"
+    """bf16 evaluates the network in bfloat16 where that is safe (autocast); no does all in float32."""
     flip: bool = False
     """Mirror training images at random."""
     ema_power: tuple[float, ...] = (0.1,)
@@ -130,8 +143,7 @@ class TrainingConfig:
     keep: int = 2
     """Checkpoints to keep."""
     seconds: float = 0.0
-    """Stop after this much training time, if images have not run out; 0 for no limit. Makes the length of the run
-    depend on the machine."""
+    """Longest training time in seconds; 0 for no limit. It makes the length of the run depend on the machine."""
 
     def __post_init__(self) -> None:
         if min(self.images, self.batch_size, self.log_images, self.checkpoint_images, self.keep) < 1:
@@ -157,6 +169,7 @@ class EvaluationConfig:
     gamma: float = 0.0
     """Of gamma-sampling: 1 re-noises fully between steps, as consistency models must; 0 is the map itself."""
     seed: int = 1000
+    """Decides the noise that samples start from."""
     curve_images: int = 0
     """Images between points of the learning curve that `fewstep compare` reads; 0 for none."""
     curve_steps: tuple[int, ...] = (1, 2)
@@ -199,6 +212,7 @@ class StatisticsConfig:
     refresh_images: int = 0
     """Images between estimates from the averaged model itself; 0 estimates from the teacher, once."""
     seed: int = 0
+    """Decides which samples are drawn, their noise and the probes."""
 
     def __post_init__(self) -> None:
         if self.points < 4 or self.samples < 2 or self.refresh_images < 0 or self.probes < -1:
@@ -214,6 +228,7 @@ class AdversaryConfig:
 
     critic: CriticConfig = field(default_factory=CriticConfig)
     lr: float = 5e-4
+    """Learning rate of the critic's AdamW, above 0."""
     start_images: int = 0
     """Images after which the adversarial loss begins."""
 
@@ -227,6 +242,7 @@ class RunConfig:
     """Everything that decides the weights of a run, and what is measured of it."""
 
     recipe: str
+    """Name of the recipe, which the command line has given already: leave this out."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     network: MLPConfig | UNetConfig | DiTConfig | UNet1dConfig = field(default_factory=MLPConfig)

@@ -18,17 +18,17 @@ ActingName = Literal["map", "gamma", "euler", "mean"]
 
 @dataclass(frozen=True)
 class ChunkConfig:
-    """How demonstrations are cut: the last `n_obs_steps` observations in, the next `horizon` actions out.
-
-    n_action_steps: how many of those are taken before the policy looks again. Raises ConfigError unless
-    1 <= n_action_steps <= horizon and n_obs_steps >= 1.
-    """
+    """How demonstrations are cut: observations in, actions out."""
 
     n_obs_steps: int = 2
+    """Observations that the policy sees, the last ones: at least 1."""
     horizon: int = 16
+    """Actions that it answers with, the next ones."""
     n_action_steps: int = 8
+    """How many of those are taken before the policy looks again: from 1 to the horizon."""
 
     def __post_init__(self) -> None:
+        """Raise ConfigError unless 1 <= n_action_steps <= horizon and n_obs_steps >= 1."""
         if not 1 <= self.n_action_steps <= self.horizon or self.n_obs_steps < 1:
             raise ConfigError(
                 f"{self.n_obs_steps} observations in, {self.horizon} actions out of which {self.n_action_steps} are "

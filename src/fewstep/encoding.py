@@ -33,6 +33,7 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents import (
     MANIFEST_FILE,
     VERSION,
+    ChannelMoments,
     EncodingSettings,
     Manifest,
     Shard,
@@ -41,7 +42,7 @@ from fewstep.data.latents import (
     read_manifest,
 )
 from fewstep.errors import CheckpointError, ConfigError, DataError
-from fewstep.files import LOCK_FILE, Lock, guarded, write_atomically
+from fewstep.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
 from fewstep.randomness import Draws
 from fewstep.serialization import JSON, differences, to_json
 
@@ -160,10 +161,8 @@ def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: Encodin
 
 
 def _read_record(file: Path) -> JSON:
-    try:
-        return _without_path(json.loads(file.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): delete its folder and encode anew") from error
+    with reading(file, "delete its folder and encode anew"):
+        return _without_path(parse_json(file.read_bytes()))
 
 
 def _without_path(record: dict[str, Any]) -> JSON:
@@ -256,7 +255,7 @@ class Encoder:
         """Raise CheckpointError unless a shard is of these images; the unreadable ones among them."""
         try:
             with safe_open(file, framework="pt") as handle:
-                header = json.loads(handle.metadata()[_HEADER])
+                header = parse_json(handle.metadata()[_HEADER])
             made_of, failures = header["images"], header["failures"]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it and run the same command again") from error
@@ -374,39 +373,3 @@ def read_image(file: Path, image_size: int, channels: int) -> Tensor | str:
         return pixels
     converted = np.array(Image.fromarray(pixels).convert("RGB" if channels == 3 else "L"))
     return torch.from_numpy(converted).reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
-
-
-@dataclass
-class ChannelMoments:
-    """Mean and standard deviation by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
-
-    count: int = 0
-    mean: Tensor | None = None
-    squares: Tensor | None = None
-
-    def add(self, latents: Tensor) -> None:
-        """Latents (n, c, h, w) of any type; n may be 0."""
-        if len(latents) == 0:
-            return
-        values = latents.double().transpose(0, 1).flatten(1)
-        count, mean = values.shape[1], values.mean(1)
-        squares = (values - mean[:, None]).square().sum(1)
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        total, shift = self.count + count, mean - self.mean
-        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total
-
-    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, standard deviation), each (c,); raises DataError unless they are finite and no channel is constant."""
-        if self.mean is None or self.squares is None:
-            raise DataError("there are no latents to measure")
-        mean, std = self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
-        wrong = [i for i, value in enumerate(std) if not 0 < value < math.inf]
-        if wrong:
-            raise DataError(
-                f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}: nothing can be learnt of it"
-            )
-        return tuple(mean), tuple(std)

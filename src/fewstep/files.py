@@ -1,16 +1,20 @@
-"""Writing files aside and renaming them, so that a reader never meets half a file; one clear error when it fails."""
+"""Files written aside and renamed, so that a reader never meets half a one; one clear error when it fails.
+
+Reading stored JSON: whatever is wrong with a file ends in one line that names it and says what to do.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, ConfigError, FewstepError
 
 try:
     import fcntl
@@ -20,6 +24,8 @@ except ImportError:  # Windows: no locks
 LOCK_FILE = ".lock"
 _PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+# What code that takes a stored file apart raises when the file is not what it should be.
+_SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, ConfigError)
 
 
 class guarded:
@@ -37,6 +43,86 @@ class guarded:
             raise CheckpointError(
                 f"cannot write {self.target}: {reason}; free some space or give another folder with --out"
             ) from error
+
+
+class reading:
+    """`with reading(file, advice):` turns what a damaged file does to its reader into one line of the given kind.
+
+    It names the file, the reason, and what to do about it.
+    """
+
+    def __init__(self, file: Path | str, advice: str, kind: type[FewstepError] = CheckpointError) -> None:
+        self.file, self.advice, self.kind = file, advice, kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _SPOILT):
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise self.kind(f"{self.file} is damaged ({reason}): {self.advice}") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON says; raises ValueError alone, for bytes that are not UTF-8 and numbers that are no float too."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _whole_number(digits: str) -> int:
+    try:
+        float(number := int(digits))
+    except OverflowError as error:
+        raise ValueError(f"the number {digits[:20]}... is too large") from error
+    return number
+
+
+def read_record(file: Path, advice: str, kind: type[FewstepError] = CheckpointError) -> dict[str, Any]:
+    """The JSON object in a file; raises `kind`, with the advice, when it cannot be read or is none."""
+    with reading(file, advice, kind):
+        return _object(parse_json(file.read_bytes()))
+
+
+def read_rows(file: Path, keys: Collection[str], advice: str) -> list[dict[str, Any]]:
+    """The JSON list of objects in a file, none where there is no file.
+
+    Raises CheckpointError, with the advice, when it cannot be read, is none, or one of the objects lacks a key.
+    """
+    with reading(file, advice):
+        rows = parse_json(file.read_bytes()) if file.is_file() else []
+        if not isinstance(rows, list):
+            raise ValueError("it is no list")
+        for row in rows:
+            if not _object(row).keys() >= set(keys):
+                raise KeyError(", ".join(sorted(set(keys) - set(row))))
+    return rows
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line, none where there is no file; a line without its end is left out.
+
+    Raises CheckpointError for a line that cannot be read.
+    """
+    with reading(file, "delete it"):
+        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        with reading_line(file, number):
+            found.append(_object(parse_json(line)))
+    return found
+
+
+def reading_line(file: Path, number: int) -> reading:
+    """`reading` for a line, counted from 1, of a file that can do without it."""
+    return reading(f"{file}, line {number}", "delete that line")
+
+
+def _object(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{repr(found)[:40]} is no object")
+    return found
 
 
 @contextmanager
@@ -95,10 +181,14 @@ class Lock:
     def _open(self) -> BinaryIO:
         file = self.folder / LOCK_FILE
         with guarded(file):
-            for _ in range(_PATIENCE):
-                with suppress(FileNotFoundError, FileExistsError):  # another may discard its own just now
-                    return self._create(file)
-            return self._create(file)
+            try:
+                for _ in range(_PATIENCE):
+                    with suppress(FileNotFoundError, FileExistsError):  # another may discard its own just now
+                        return self._create(file)
+                return self._create(file)
+            except OSError:
+                self._remove_made()
+                raise
 
     def _create(self, file: Path) -> BinaryIO:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +212,11 @@ class Lock:
         if self._handle is not None:
             with suppress(OSError):
                 (self.folder / LOCK_FILE).unlink()
-                for folder in self._made:
-                    folder.rmdir()
+            self._remove_made()
         self.release()
+
+    def _remove_made(self) -> None:
+        """Remove the folders that were made for it, where they are empty."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fewstep.autoencoders import Decoding
 from fewstep.conditions import Condition
 from fewstep.control import Control
-from fewstep.errors import CheckpointError, ShapeError
+from fewstep.errors import CheckpointError, ConfigError, ShapeError
+from fewstep.files import read_record, reading
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.paths import Path
 from fewstep.preconditioning.base import Preconditioning, origin_weight
@@ -35,6 +36,7 @@ class FlowMapConfig:
 
     data_range: the values that samples are clipped to when shown, None when the data has no such range (latents).
     observation: shape (To, Do) of what a policy sees; () for anything else.
+    Raises ConfigError for sizes below 1.
     """
 
     path: Path
@@ -48,6 +50,13 @@ class FlowMapConfig:
     class_names: tuple[str, ...] = ()
     data_range: tuple[float, float] | None = None
     observation: tuple[int, ...] = later(tuple)
+
+    def __post_init__(self) -> None:
+        if min(self.shape, default=0) < 1 or min(self.observation, default=1) < 1 or self.num_classes < 0:
+            raise ConfigError(
+                f"samples of shape {self.shape}, observations of shape {self.observation} and {self.num_classes} "
+                "classes: sizes must be at least 1, and the number of classes at least 0"
+            )
 
     def build(self) -> FlowMap:
         """A flow map with freshly initialised weights."""
@@ -222,13 +231,12 @@ class _Stored(NamedTuple):
 def _read_config(file: FilePath) -> _Stored:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
-    try:
-        record = json.loads(file.read_text())
-        check_format(record, str(file))
-        stored, tuned = record["flow_map"], record.get("step_times", [])
-        decoding, control = record.get("decoding"), record.get("control")
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a fewstep model configuration ({error})") from error
+    record = read_record(file, "bring back a copy of it")
+    check_format(record, str(file))
+    if "flow_map" not in record:
+        raise CheckpointError(f"{file} is not a fewstep model configuration: it lacks 'flow_map'")
+    stored, tuned = record["flow_map"], record.get("step_times", [])
+    decoding, control = record.get("decoding"), record.get("control")
     return _Stored(
         from_json(FlowMapConfig, stored, str(file)),
         decode_step_times(tuned, str(file)),
@@ -239,7 +247,8 @@ def _read_config(file: FilePath) -> _Stored:
 
 def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
     stored = _read_config(config_file)
-    flow_map = stored.flow_map.build()
+    with reading(config_file, "bring back a copy of it"):
+        flow_map = stored.flow_map.build()
     flow_map.step_times, flow_map.decoding, flow_map.control = stored.step_times, stored.decoding, stored.control
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return flow_map.eval()

@@ -17,6 +17,7 @@ from fewstep.paths import Path
 from fewstep.randomness import Draws
 from fewstep.shapes import expand
 
+_MOST = torch.finfo(torch.float32).max  # what is more is infinite to samples
 _STREAM_OMEGA, _STREAM_LOW, _STREAM_HIGH, _STREAM_DROP = 40, 41, 42, 43
 
 
@@ -61,8 +62,11 @@ class FixedGuidance(TrainingGuidance):
     """One omega for the whole training, applied where low <= unit time <= high (2404.07724)."""
 
     omega: float = 1.5
+    """Strength, above 0: 1 is no guidance, above it targets are pushed towards their class."""
     low: float = 0.0
+    """Where guidance begins, as a fraction of the path's clock; 0 is the data end."""
     high: float = 1.0
+    """Where it ends, from low to 1; 1 is the noise end."""
 
     def __post_init__(self) -> None:
         if not (0 < self.omega < math.inf and 0 <= self.low <= self.high <= 1):
@@ -86,12 +90,13 @@ class FixedGuidance(TrainingGuidance):
 class DrawnGuidance(TrainingGuidance):
     """log omega uniform on [0, log omega_max]; the interval's ends uniform on [0, 1/2] and [1/2, 1] of the unit clock.
 
-    `full` is the share of samples whose interval is the whole range. All three numbers are inputs of the network, so
-    the user chooses them when sampling.
+    All three numbers are inputs of the network, so the user chooses them when sampling.
     """
 
     omega_max: float = 8.0
+    """Largest strength drawn, above 1; 8 in iSD-T."""
     full: float = 0.5
+    """Share in [0, 1] of samples whose interval is the whole range."""
 
     def __post_init__(self) -> None:
         if not (1 < self.omega_max < math.inf and 0 <= self.full <= 1):
@@ -142,7 +147,7 @@ def sampling_condition(
 ) -> Condition:
     """The condition for sampling; omega and interval become inputs of a network trained with drawn guidance.
 
-    Raises ShapeError unless omega > 0 and 0 <= low <= high <= 1.
+    Raises ShapeError unless omega > 0 is finite as float32 and 0 <= low <= high <= 1.
     """
     _check_strength(omega, interval)
     cond = Condition(labels)
@@ -184,8 +189,8 @@ class ClassifierFreeGuidance:
 
 
 def _check_strength(omega: float, interval: tuple[float, float]) -> None:
-    if not (omega > 0 and 0 <= interval[0] <= interval[1] <= 1):
-        raise ShapeError(f"guidance {omega} on {interval}: needs omega > 0 and an interval within [0, 1]")
+    if not (0 < omega <= _MOST and 0 <= interval[0] <= interval[1] <= 1):
+        raise ShapeError(f"guidance {omega} on {interval}: needs a finite omega > 0 and an interval in [0, 1]")
 
 
 def _with_null(cond: Condition) -> Condition:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.autoencoders import load_decoder
 from fewstep.config import EvaluationConfig, RunConfig
 from fewstep.data import Dataset
-from fewstep.errors import CheckpointError, ConfigError
+from fewstep.errors import ConfigError
 from fewstep.evaluation import (
     DecodedExtractor,
     Extractor,
@@ -29,7 +29,7 @@ from fewstep.evaluation import (
     measure,
     reference_features,
 )
-from fewstep.files import write_atomically
+from fewstep.files import parse_json, read_rows, reading, reading_line, write_atomically
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
 from fewstep.sampling import Generated, SamplingSettings, Spacing, generate
@@ -41,6 +41,13 @@ from fewstep.training.interface import Watcher
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
 CURVE_FILE = "curve.jsonl"
+_SHOWN: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "extractor": str,
+    "reference": str,
+    "nfe": (int, float),
+    "frechet": (int, float),
+}
 
 
 def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:
@@ -84,10 +91,7 @@ def spacing(config: RunConfig) -> Spacing:
 
 def method_of(run: RunFolder) -> str:
     """The run's objective as figures name it; raises CheckpointError where the run does not say what its data are."""
-    data: Any = run.record()["data"]
-    if not isinstance(data, dict) or not isinstance(data.get("classes"), int):
-        raise CheckpointError(f"{run.config_file} is damaged: it does not say what the run's data are")
-    return method_name(run.config(), data["classes"])
+    return method_name(run.config(), run.data("classes")["classes"])
 
 
 def method_name(config: RunConfig, classes: int) -> str:
@@ -185,9 +189,9 @@ def write_curve(run: RunFolder, points: list[Row]) -> None:
     file, step = run.root / CURVE_FILE, points[0]["step"]
     measures = {point["measure"] for point in points}
     kept: list[Row] = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
                 kept.append(found)
         except (ValueError, KeyError, TypeError):
@@ -198,7 +202,8 @@ def write_curve(run: RunFolder, points: list[Row]) -> None:
 def _seconds_at(run: RunFolder, step: int) -> float | None:
     """Training time behind a step, from the log's last line at its pace; None before there is one."""
     log = run.read_log()
-    return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
+    with reading_line(run.log_file, len(log)):
+        return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
 
 
 def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
@@ -325,10 +330,12 @@ def write_figures(rows: list[Row], folder: Path) -> Path:
 def read_figures(folder: Path) -> list[Row]:
     """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
     file = folder / FIGURES_FILE
-    try:
-        rows: list[Row] = json.loads(file.read_text()) if file.is_file() else []
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): run fewstep evaluate {folder} anew") from error
+    advice = f"delete it, and run fewstep evaluate {folder} anew"
+    rows = read_rows(file, _SHOWN, advice)
+    with reading(file, advice):
+        for row in rows:
+            if not all(isinstance(row[key], kind) for key, kind in _SHOWN.items()):
+                raise ValueError(f"a method, distance or number of calls is none: {row['method']!r}")
     return rows
 
 

@@ -71,7 +71,7 @@ class EncodeOptions:
     posterior: Posterior = _ENCODING.posterior
     """sample: one draw from each image's posterior, decided by the seed and the image's number; mean: its mean."""
     dtype: StoredType = _ENCODING.dtype
-    """Of the stored latents."""
+    """Number format of the stored latents."""
     shard_size: int = _ENCODING.shard_size
     """Images in a shard: what is lost at most when the command is stopped."""
     heldout: float = _ENCODING.heldout
@@ -85,6 +85,7 @@ class EncodeOptions:
     skip_unreadable: bool = False
     """Warn about unreadable images instead of failing."""
     cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
     quiet: bool = False
     """No progress bar."""
 
@@ -123,14 +124,17 @@ class SampleOptions:
     interval: tuple[float, float] = (0.0, 1.0)
     """Where guidance acts, as fractions of the path's range."""
     seed: int = 0
+    """Decides the noise that samples start from."""
     columns: int = 8
     """Images per row of a grid."""
     batch_size: int = 512
+    """Images drawn at once."""
     latents: bool = False
     """Leave latents as they are: FILE.npz then holds `latents` in the autoencoder's own units instead of images."""
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
     cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,7 @@ class RolloutOptions:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of a saved model."""
     episodes: int = 50
+    """Number of episodes to act in."""
     steps: tuple[int, ...] = ()
     """Network calls a decision; several are measured in turn. Not given: the recipe's."""
     task: str = ""
@@ -206,6 +211,7 @@ class EvaluateOptions:
     omega: float | None = None
     """Guidance strength when sampling: choose it by the Frechet distance."""
     seed: int | None = None
+    """Decides the noise that samples start from."""
     inception: Path | None = None
     """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
     teacher: Path | None = None
@@ -270,9 +276,11 @@ class StatisticsOptions:
     shrink: bool = True
     """Draw uncertain estimates at high noise to their limit."""
     seed: int | None = None
+    """Decides which samples are drawn, their noise and the probes."""
     student: str = ""
     """Recipe whose training the cost is compared with; the CTM recipe of this teacher's when not given."""
     cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 @dataclass(frozen=True)

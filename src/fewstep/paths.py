@@ -217,6 +217,11 @@ class VP(Path):
         d_alpha = -0.5 * (self.beta_min + slope * t) * alpha
         return PathValues(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
 
+    def time_scale(self, t: Tensor) -> Tensor:
+        """tau/tau' = 2 sigma^2/beta(t), one unit of log tau: 2 t near data, where sigma grows as sqrt(t)."""
+        beta = self.beta_min + (self.beta_max - self.beta_min) * t
+        return 2 * self.values(t).sigma ** 2 / beta
+
     def time_from_tau(self, tau: Tensor) -> Tensor:
         slope = self.beta_max - self.beta_min
         exponent = torch.log1p(tau * tau)

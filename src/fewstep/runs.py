@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,7 +10,7 @@ from urllib.parse import quote
 import torch
 
 from fewstep.config import RunConfig
-from fewstep.errors import CheckpointError
+from fewstep.files import parse_json, reading
 from fewstep.flowmap import FlowMap
 from fewstep.measuring import (
     Row,
@@ -86,7 +85,7 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
 
     autoencoder: where the one that decodes latents lies now, if it was moved.
     """
-    run.record()
+    data = run.data("name", "shape", "classes", "train")
     others = baselines(run)
     config, record = run.config(), run.record()
     flow_map = run.flow_map()
@@ -96,7 +95,7 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     logs = {method_of(r): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
-        summary="\n\n".join((_summary(config, record["data"]), *_tuning(flow_map))),
+        summary="\n\n".join((_summary(config, data), *_tuning(flow_map))),
         facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
@@ -130,16 +129,14 @@ def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
     file = run.root / STUDY_FILE
     if not file.is_file():
         return ()
-    try:
-        study = json.loads(file.read_text())
+    with reading(file, "delete it, or run fewstep compare anew"):
+        study = parse_json(file.read_bytes())
         pages = [("Comparison", str(study["comparison"]))]
         pages += [(Path(name).name, f"{name}/{REPORT_FILE}") for name in map(str, study["runs"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): delete it, or run fewstep compare anew") from error
     return tuple((text, quote(page)) for text, page in pages if (run.root / page).is_file())
 
 
-def _summary(config: RunConfig, data: Any) -> str:
+def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     distilled = config.objective.needs_teacher
     origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
     return (

@@ -173,6 +173,15 @@ class Generated:
     nfe: float
     seconds: float
 
+    def check_finite(self) -> None:
+        """Raise ShapeError where a value is NaN or infinite: such samples are nothing to look at."""
+        broken = int((~self.samples.flatten(1).isfinite().all(1)).sum())
+        if broken:
+            raise ShapeError(
+                f"the model gives values that are not finite in {broken} of {len(self.samples)} samples: take another "
+                "checkpoint or its other weights, or weaker guidance"
+            )
+
 
 def default_labels(indices: Tensor, num_classes: int) -> Tensor | None:
     """Sample k gets class k mod num_classes."""
@@ -223,18 +232,30 @@ def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
 
 
 def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:
-    if labels is not None:
-        labels = torch.as_tensor(labels)
     if labels is None:
         return default_labels(torch.arange(first, first + count), num_classes)
     if num_classes == 0:
         raise ShapeError("class labels given, but this model was trained without classes: leave them out")
+    labels = _whole_numbers(labels)
     if labels.shape != (count,):
         raise ShapeError(f"{tuple(labels.shape)} labels for {count} samples: give one per sample")
     wrong = labels[(labels < -1) | (labels >= num_classes)]
     if len(wrong):
         raise ShapeError(f"class {int(wrong[0])} is out of range: this model knows classes 0 to {num_classes - 1}")
     return labels
+
+
+def _whole_numbers(labels: Tensor | Sequence[int]) -> Tensor:
+    """Labels as int64; raises ShapeError for others than whole numbers of 64 bits."""
+    try:
+        found = torch.as_tensor(labels)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ShapeError(f"the labels are no whole numbers of 64 bits ({reason}): give a class per sample") from error
+    whole = found.long() if found.dtype != torch.bool and not found.is_complex() else None
+    if whole is None or not bool((whole == found).all()):
+        raise ShapeError(f"labels of {found.dtype} that are no whole numbers of 64 bits: give a class per sample")
+    return whole
 
 
 def _steps(times: Tensor) -> Iterator[tuple[float, float]]:

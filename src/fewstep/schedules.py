@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
-from fewstep.errors import CheckpointError, ConfigError
-from fewstep.files import write_atomically
+from fewstep.errors import ConfigError
+from fewstep.files import parse_json, reading, write_atomically
 from fewstep.serialization import from_json, to_json
 
 SamplerName = Literal["map", "gamma", "euler", "heun"]
@@ -89,15 +89,13 @@ def read_tuned_steps(run: Path) -> TunedSteps | None:
     file = run / TIMES_FILE
     if not file.is_file():
         return None
-    try:
-        record = json.loads(file.read_text())
+    with reading(file, "delete it, and run fewstep tune-steps anew"):
+        record = parse_json(file.read_bytes())
         found = [
             Tuned(from_json(StepTimes, each["step_times"]), bool(each["kept"]), dict(each["figures"]))
             for each in record["found"]
         ]
         return TunedSteps(int(record["step"]), tuple(found))
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}): delete it, and run fewstep tune-steps anew") from error
 
 
 def decode_step_times(stored: Any, where: str) -> tuple[StepTimes, ...]:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from torch import Tensor
 
-from fewstep.errors import CheckpointError, ConfigError
+from fewstep.errors import CheckpointError, ConfigError, FewstepError
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
@@ -174,7 +174,11 @@ def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
     missing = sorted(key for key in set(fields) - set(data) if not fields[key].metadata.get(_LATER))
     if missing:
         raise ConfigError(f"{where}: missing key {', '.join(missing)}")
-    return cls(**{key: _decode(hints[key], data[key], f"{where}.{key}") for key in fields if key in data})
+    values = {key: _decode(hints[key], data[key], f"{where}.{key}") for key in fields if key in data}
+    try:
+        return cls(**values)
+    except FewstepError as error:  # the class says what does not fit, but not where it stands
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def differences(old: JSON, new: JSON, where: str = "") -> list[str]:

@@ -22,7 +22,7 @@ from fewstep.config import RunConfig, StatisticsConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.evaluation import alignment, default_extractor, trajectory_alignment
-from fewstep.files import write_atomically
+from fewstep.files import parse_json, reading, write_atomically
 from fewstep.flowmap import FlowMap
 from fewstep.paths import EDM
 from fewstep.paths import Path as TimePath
@@ -147,12 +147,10 @@ def read_alignments(runs: tuple[RunFolder, ...]) -> tuple[Record, ...]:
     """What is stored in those of the runs that were measured; raises CheckpointError when a file is damaged."""
     found = []
     for file in (run.root / ALIGNMENT_FILE for run in runs):
-        try:
+        with reading(file, f"delete it, and run fewstep evaluate {file.parent} anew"):
             if file.is_file():
-                record = json.loads(file.read_text())
+                record = parse_json(file.read_bytes())
                 found.append({key: record[key] for key in ("teacher", "jumps", "trajectories")})
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}): run fewstep evaluate {file.parent} anew") from error
     return tuple(found)
 
 

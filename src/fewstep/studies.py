@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import CheckpointError, ConfigError
+from fewstep.files import read_lines, reading_line
 from fewstep.measuring import CURVE_FILE
 from fewstep.serialization import JSON, differences, to_json
 from fewstep.training import RunFolder
@@ -50,9 +51,9 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
     if len(runs) < 2:
         raise ConfigError(f"compare needs at least two runs, got {len(runs)}: fewstep compare RUN RUN ...")
     records: list[Any] = [run.record() for run in runs]
-    for run, record in zip(runs, records, strict=True):
-        if run.config() and (not isinstance(record["data"], dict) or "fingerprint" not in record["data"]):
-            raise CheckpointError(f"{run.config_file} is damaged: it does not say what the run's data are")
+    for run in runs:
+        run.config()
+        run.data("name", "fingerprint", "train")
     first = records[0]
     for run, record in zip(runs[1:], records[1:], strict=True):
         if record["data"]["fingerprint"] != first["data"]["fingerprint"]:
@@ -73,17 +74,10 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
     Raises CheckpointError when there is none, or a line is damaged; ConfigError for a policy.
     """
     file = run.root / CURVE_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     curves: dict[Measure, dict[float, float]] = {}
-    for number_of_line, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            measure, images, value = _point(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{file}, line {number_of_line} is damaged ({type(error).__name__}: {error}): delete that line"
-            ) from error
+    for number, record in enumerate(read_lines(file), start=1):
+        with reading_line(file, number):
+            measure, images, value = _point(record)
         curves.setdefault(measure, {})[images] = value
     if not curves and run.config().data.source == "demonstrations":
         raise ConfigError(
@@ -98,8 +92,8 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
     return {measure: sorted(points.items()) for measure, points in curves.items()}
 
 
-def _point(line: Any) -> tuple[Measure, float, float]:
-    """(measure, images, value) of a stored line; raises ValueError, KeyError or TypeError when it is none."""
+def _point(line: dict[str, Any]) -> tuple[Measure, float, float]:
+    """(measure, images, value) of a stored line; raises what `reading` turns into one line when it is none."""
     nfe, images = line["nfe"], float(line["images"])
     if not 0 < images < math.inf:
         raise ValueError(f"images {images:g}")

@@ -40,11 +40,13 @@ class UniformTimes(TimeDistribution):
 class BetaTimes(TimeDistribution):
     """Beta(a, b) on the path's unit clock, where one of a, b is 1 (so that the quantile is closed form).
 
-    Beta(a, 1): u^(1/a); Beta(1, b): 1 - (1 - u)^(1/b). iSD draws t and s from Beta(0.8, 1) (2601.22679).
+    Beta(a, 1): u^(1/a); Beta(1, b): 1 - (1 - u)^(1/b). iSD (2601.22679) draws t and s from one.
     """
 
     a: float = 0.8
+    """Above 0; 0.8 in iSD. Below 1, with b = 1, more times lie near the data."""
     b: float = 1.0
+    """Above 0; 1 in iSD. Below 1, with a = 1, more times lie near the noise."""
 
     def __post_init__(self) -> None:
         if not (self.a > 0 and self.b > 0 and 1.0 in (self.a, self.b)):
@@ -57,10 +59,12 @@ class BetaTimes(TimeDistribution):
 @final
 @dataclass(frozen=True)
 class LogitNormalTimes(TimeDistribution):
-    """logit of the unit clock is N(mean, std^2) (2403.03206); MeanFlow uses mean -0.4, std 1."""
+    """logit of the unit clock is N(mean, std^2) (2403.03206)."""
 
     mean: float = -0.4
+    """Mean of the logit: the lower, the more times lie near the data; -0.4 in MeanFlow."""
     std: float = 1.0
+    """Standard deviation of the logit, above 0; 1 in MeanFlow."""
 
     def __post_init__(self) -> None:
         _check_normal(self.mean, self.std)
@@ -75,7 +79,9 @@ class LogNormalTimes(TimeDistribution):
     """log tau is N(mean, std^2), held within the path's range (EDM, 2206.00364)."""
 
     mean: float = -1.2
+    """Mean of log tau, tau = sigma/alpha the noise level; -1.2 in EDM."""
     std: float = 1.2
+    """Standard deviation of log tau, above 0; 1.2 in EDM."""
 
     def __post_init__(self) -> None:
         _check_normal(self.mean, self.std)

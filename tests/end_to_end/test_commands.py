@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from fewstep.cli import OVERVIEW
 from fewstep.commands import COMMANDS
 from fewstep.config import RunConfig
 from fewstep.errors import FewstepWarning
+from fewstep.kinds import choices
 from fewstep.measuring import read_figures, write_figures
 from fewstep.objectives import CATALOGUE
 from fewstep.quickstart import policy_quickstart, quickstart
@@ -73,6 +75,44 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], c
         command(name, "--help")
     assert not stop.value.code
     assert f"usage: fewstep {name}" in capsys.readouterr().out
+
+
+def own_kinds(setting: str) -> list[str]:
+    """The commands that choose each of fewstep's own kinds of a setting of the recipe digits."""
+    kinds = dict(choices(recipe("digits")))[setting]
+    return [f"train digits --{setting} {name}" for name, cls in kinds.items() if cls.__module__.startswith("fewstep.")]
+
+
+def options_shown(printed: str) -> dict[str, str]:
+    """The options of a --help with the words before their default."""
+    shown: dict[str, str] = {}
+    name = ""
+    for line in printed.partition(" options ")[2].splitlines():  # from the heading of the first box on
+        text = line.strip("│ ")
+        if re.match(r"[│ ] --?\w", line):  # boxes are drawn where the stream can show them
+            name, *words = re.split(r"\s{2,}", text, maxsplit=1)
+            shown[name] = "".join(words)
+        elif re.match(r"[│ ]  ", line) and name:
+            shown[name] += f" {text}"
+        else:
+            name = ""
+    return {name: re.split(r"\((?:default: |required\))", words)[0].strip() for name, words in shown.items()}
+
+
+SETTINGS = ("objective", "network", "objective.times", "objective.guidance")
+OTHERS = [name for name in COMMANDS if name not in ("recipes", "train")]
+
+
+@pytest.mark.parametrize("words", [*OTHERS, "train digits", *itertools.chain(*map(own_kinds, SETTINGS))])
+def test_every_option_has_words_beside_its_default(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrow one breaks the names, a wide one has boxes beside one another
+    with pytest.raises(SystemExit):
+        command(*words.split(), "--help")
+    shown = options_shown(capsys.readouterr().out)
+    assert len(shown) > 1
+    assert [name for name, text in shown.items() if not text] == []
 
 
 def test_train_leaves_a_whole_run(small_run: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import F64, close, noise, random_network, slope
+from cases import F64, PAIRS, SD, clock, close, gaussian, noise, pair, random_network, slope
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.conditions import Condition
 from fewstep.derivatives import MIN_STEP, OutputDerivative, exact_derivative, finite_derivative, finite_difference_nodes
 from fewstep.flowmap import FlowMap
+from fewstep.forward_mode import jvp
 from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.preconditioning import EDMScaling, LinearPreconditioning
 
@@ -135,6 +136,56 @@ def test_step_follows_a_logarithmic_network_clock(path: Path) -> None:
     found = OutputDerivative("finite-difference").along_flow(flow_map, x, v, t, s, Condition())[1]
     exact = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())[1]
     assert float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("path", [VP(), VP(0.3, 0.3, 1e-5), EDM()], ids=str)
+def test_the_unit_of_steps_is_one_unit_of_log_tau(path: Path) -> None:
+    t = path.time_from_unit(torch.tensor([0.0, 1e-3, 0.3, 1.0], dtype=F64))
+    tau, d_tau = jvp(path.tau, (t,), (torch.ones_like(t),))
+    close(path.time_scale(t), tau / d_tau)
+
+
+def derivative_errors(path_name: str, name: str, unit: float, share: float, steps: list[float]) -> list[list[float]]:
+    """Errors of the finite dN/dt, and of dN/ds, at the exact Gaussian map: one for each step.
+
+    At the unit time `unit` with s at that share of it; relative to the larger of the derivative and N.
+    """
+    path, preconditioning = pair(path_name, name)
+    s, t = (time.repeat(4) for time in clock(path, share * unit, unit))
+    x, data = path.interpolate(SD * noise(4, 3), noise(4, 3, seed=1), t), gaussian()
+    flow_map, v = data.flow_map(path, preconditioning), data.velocity(path, x, t)
+
+    def both(derivative: OutputDerivative) -> list[tuple[Tensor, Tensor]]:
+        return [
+            derivative.along_flow(flow_map, x, v, t, s, Condition()),
+            derivative.at_end(flow_map, x, t, s, Condition()),
+        ]
+
+    found = [both(OutputDerivative("finite-difference", step)) for step in steps]
+    return [
+        [float((each[i][1] - exact).norm() / torch.maximum(exact.norm(), output.norm())) for each in found]
+        for i, (output, exact) in enumerate(both(OutputDerivative()))
+    ]
+
+
+@pytest.mark.parametrize("unit", [0.001, 0.01, 0.5, 0.999])
+@pytest.mark.parametrize(("path_name", "name"), PAIRS)
+def test_the_default_step_is_small_at_both_ends_of_every_path(path_name: str, name: str, unit: float) -> None:
+    """On VP near data sigma grows as sqrt(t): a step of 0.005 at t = 0.002 would leave an error of a tenth."""
+    step = OutputDerivative().step
+    for errors in derivative_errors(path_name, name, unit, 0.5, [step]):
+        assert errors[0] < (1e-5 if path_name == "vp" else 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("path_name", "name", "unit"),
+    # At both ends of EDM the error lies below the rounding of the oracle's N = (X - f x)/g.
+    [(*each, unit) for each in PAIRS for unit in (0.001, 0.01, 0.5, 0.9999) if each[0] != "edm" or unit == 0.5],
+)
+def test_differences_along_the_flow_are_of_order_two_at_both_ends(path_name: str, name: str, unit: float) -> None:
+    """Or of a higher one, where the leading term happens to vanish."""
+    steps = [0.02, 0.01, 0.005]
+    assert slope(steps, derivative_errors(path_name, name, unit, 0.9, steps)[0]) > 1.75
 
 
 def test_a_difference_under_bf16_is_taken_in_full_precision() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -297,9 +298,13 @@ def test_recomputation_changes_no_gradient() -> None:
         (UNetConfig(head_width=48), (1, 28, 28)),
         (DiTConfig(patch=4), (1, 30, 28)),
         (DiTConfig(patch=4), (16,)),
+        (DiTConfig(patch=4, mlp_ratio=math.inf), (1, 28, 28)),
+        (DiTConfig(patch=4, mlp_ratio=math.nan), (1, 28, 28)),
         (DiTConfig(width=36, heads=6), (1, 28, 28)),
         (MLPConfig(width=0), (4,)),
         (MLPConfig(depth=0), (4,)),
+        (MLPConfig(expansion=math.inf), (4,)),
+        (MLPConfig(expansion=math.nan), (4,)),
         (MLPConfig(max_frequency=0.1), (4,)),
     ],
 )

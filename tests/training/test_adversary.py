@@ -136,8 +136,14 @@ def test_its_state_comes_back_exactly_and_its_seed_is_the_runs() -> None:
         learn(each)
     assert same(adversary.tensors(), other.tensors())
     lost = {key: value for key, value in adversary.tensors().items() if not key.startswith("optimizer.0.")}
-    with pytest.raises(CheckpointError, match="here: the critic's optimiser state does not fit"):
+    with pytest.raises(CheckpointError, match=r"here: optimizer state for .* does not fit"):
         other.load(lost, "here")
+    whole, one = adversary.tensors(), torch.ones(())
+    for foreign in ({"foo": one}, {"optimizer.foo": one}, {"optimizer.x.step": one}):
+        with pytest.raises(CheckpointError, match=r"here is no critic's state: it holds '"):
+            other.load(whole | foreign, "here")
+    with pytest.raises(CheckpointError, match=r"here: the state of parameter \d+ has exp_avg, exp_avg_sq, not"):
+        other.load({key: value for key, value in whole.items() if not key.endswith(".step")}, "here")
     wider = Adversary(replace(CRITIC, critic=CriticConfig(width=8)), (1, 8, 8), 3, 0, torch.device("cpu"), lambda x: x)
     with pytest.raises(CheckpointError, match="here is of another architecture"):
         wider.load(adversary.tensors(), "here")

@@ -247,7 +247,7 @@ def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) 
     optimizers.step(1, 0.0)
     tensors = {key: value for key, value in optimizers.tensors().items() if not key.startswith("0.0.")}
     with pytest.raises(CheckpointError, match="does not fit a model"):
-        Optimizers(flow_map.network, TINY.optimizer).load(tensors)
+        Optimizers(flow_map.network, TINY.optimizer).load(tensors, "here")
 
 
 def test_a_folder_that_is_no_run_is_left_alone(digits: Dataset, tmp_path: Path) -> None:

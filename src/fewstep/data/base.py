@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ class Context:
 
     observation: Tensor | None = None
     counted: Tensor | None = None
+
+
+def source_path(root: Path | str) -> Path:
+    """Where a data source lies, ~ expanded; raises DataError for what can be no place, such as an unknown user's ~."""
+    try:
+        path = Path(root).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user, or none at all
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"'{str(root)[:100]}' is no place to read data from ({reason}): give another root") from error
+    return path
 
 
 class SampleSet(ABC):

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fewstep.data.base import source_path
 from fewstep.errors import DataError
-from fewstep.files import write_atomically
+from fewstep.files import parse_json, write_atomically
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ def load_demonstrations(file: Path | str) -> Demonstrations:
     An .npz may also hold `task` and `action_low`, `action_high`. Numbers of other widths are converted. Raises
     DataError naming the file when it is missing, damaged, or lacks an array.
     """
-    file = Path(file)
+    file = source_path(file)
     if not file.is_file():
         raise DataError(f"{file}: no such file; record demonstrations with `fewstep demos TASK`")
     arrays, about = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
@@ -157,7 +158,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, "pt") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            about = json.loads((opened.metadata() or {}).get("demonstrations", "{}"))
+            about = parse_json((opened.metadata() or {}).get("demonstrations", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{file} is damaged or not a safetensors file ({error})") from error
     return arrays, about if isinstance(about, dict) else {}

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from fewstep.data.base import Loaded, Samples
+from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.errors import DataError, FewstepWarning
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -81,7 +81,7 @@ def list_images(root: str) -> Listing:
     Raises DataError when the folder is missing, unreadable or without images, has images both beside and inside its
     subfolders, or holds splits (train, test) instead of classes.
     """
-    folder = Path(root).expanduser()
+    folder = source_path(root)
     if not root or not folder.is_dir():
         raise DataError(f"source 'images' needs root, a folder of PNG, JPEG or WebP images: '{root}' is no folder")
     folder = folder.resolve()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.base import Loaded, Samples
+from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.data.labels import numbered_classes
 from fewstep.errors import DataError
 
@@ -60,7 +60,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 def _folder(root: str) -> Path:
     if root:
-        folder = Path(root).expanduser()
+        folder = source_path(root)
     elif FASHION_MNIST.is_dir():
         folder = FASHION_MNIST
     else:

@@ -6,7 +6,6 @@ fetched. Pictures are left aside: policies here observe vectors.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fewstep.data.base import source_path
 from fewstep.data.demonstrations import Demonstrations
 from fewstep.errors import DataError, MissingExtraError
+from fewstep.files import parse_json
 
 ROBOMIMIC_KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 """What robomimic's own policies observe where they see no pictures."""
@@ -60,7 +61,7 @@ def import_robomimic(
     all episodes. Raises DataError naming the file, and the episode or array, for what cannot be such data;
     MissingExtraError without h5py. Source: robomimic's docs, "Dataset Contents and Visualization".
     """
-    file = Path(source).expanduser()
+    file = source_path(source)
 
     def read(name: str, group: Any) -> tuple[_Rows, _Rows]:
         where = f"{file}: data/{name}"
@@ -98,7 +99,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _minari_file(source: Path | str) -> Path:
     home = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-    for place in (Path(source).expanduser(), home / source):
+    for place in (source_path(source), home / source):
         if place.is_file():
             return place
         for file in (place / "data" / _MAIN_FILE, place / _MAIN_FILE):
@@ -112,7 +113,7 @@ def _minari_file(source: Path | str) -> Path:
 def _minari_bounds(file: Path) -> tuple[_Bounds, _Bounds]:
     """The action space's (Da,) bounds, where metadata.json tells them and all are finite; it is optional."""
     try:
-        space = json.loads(json.loads(file.read_text())["action_space"])
+        space = parse_json(parse_json(file.read_bytes())["action_space"])
         bounds = np.array([space["low"], space["high"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):
         return (), ()

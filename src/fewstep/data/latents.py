@@ -8,7 +8,7 @@ DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where fl
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.autoencoders import AutoencoderIdentity, Decoding
-from fewstep.data.base import Dataset, SampleSet
+from fewstep.data.base import Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out
 from fewstep.errors import ConfigError, DataError
+from fewstep.files import parse_json, reading
 from fewstep.serialization import from_json
 
 VERSION = 1
@@ -111,11 +112,9 @@ def read_manifest(folder: Path) -> Manifest:
         begun = any(folder.glob("latents-*.safetensors"))
         advice = "its encoding was stopped, run the same fewstep encode again" if begun else "make it by fewstep encode"
         raise DataError(f"'{folder}' has no {MANIFEST_FILE}: {advice}")
-    try:
-        stored = json.loads(file.read_text())
+    with reading(f"'{file}'", "run the same fewstep encode again to write it anew", DataError):
+        stored = parse_json(file.read_bytes())
         version = stored["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"'{file}' is damaged ({error}): run the same fewstep encode again to write it anew") from error
     if version != VERSION:
         raise DataError(f"'{file}' is of version {version}, not {VERSION}, which this program reads: encode anew")
     try:
@@ -130,7 +129,7 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
     Split as they were when encoded. Shards are mapped, not read: their content is checked when first used, their
     names, sizes and labels here. Raises DataError for a folder without manifest, and shards missing or damaged.
     """
-    folder = Path(root).expanduser()
+    folder = source_path(root)
     if not root or not folder.is_dir():
         raise DataError(f"source 'latents' needs root, a folder that fewstep encode wrote: '{root}' is no folder")
     manifest = read_manifest(folder)
@@ -250,3 +249,39 @@ def fingerprint(file: Path) -> str:
     """Sixteen hex digits of a file's content."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+@dataclass
+class ChannelMoments:
+    """Mean and standard deviation by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
+
+    count: int = 0
+    mean: Tensor | None = None
+    squares: Tensor | None = None
+
+    def add(self, latents: Tensor) -> None:
+        """Latents (n, c, h, w) of any type; n may be 0."""
+        if len(latents) == 0:
+            return
+        values = latents.double().transpose(0, 1).flatten(1)
+        count, mean = values.shape[1], values.mean(1)
+        squares = (values - mean[:, None]).square().sum(1)
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total, shift = self.count + count, mean - self.mean
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, standard deviation), each (c,); raises DataError unless they are finite and no channel is constant."""
+        if self.mean is None or self.squares is None:
+            raise DataError("there are no latents to measure")
+        mean, std = self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
+        wrong = [i for i, value in enumerate(std) if not 0 < value < math.inf]
+        if wrong:
+            raise DataError(
+                f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}: nothing can be learnt of it"
+            )
+        return tuple(mean), tuple(std)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fewstep.data.base import Loaded, Samples
+from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.data.labels import numbered_classes
 from fewstep.errors import DataError
 
@@ -39,7 +39,7 @@ def load_npz(root: str, layout: Layout = "auto") -> Loaded:
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W), see `channels_first`; uint8 stands for [-1, 1], floats are taken
     as they are. Raises DataError, naming the file and the array, for pickles and for what cannot be such data.
     """
-    path = Path(root).expanduser()
+    path = source_path(root)
     if not root or not path.is_file():
         raise DataError(f"source 'npz' needs root, an .npz file with an array 'images': '{root}' is no file")
     arrays = _read(path)

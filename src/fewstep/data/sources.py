@@ -31,41 +31,45 @@ _BUILT_IN = ("digits", "mixture", "random")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data source and how to read it.
-
-    source: digits (scikit-learn's 8x8 digits), idx (MNIST's files), images (a folder), npz (a NumPy archive), latents
-        (a folder that `fewstep encode` wrote, split as it says), demonstrations (a robot's episodes in a file that
-        `fewstep demos` wrote, held out by whole episodes), mixture (a mixture of Gaussians with a closed-form
-        denoiser, fewstep.data.toys) or random (standard-normal latents with uniform labels, to build large
-        configurations without their data).
-    root: the folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST.
-    chunks: how demonstrations are cut.
-    image_size: side of the square that images are cut to; 0 keeps sizes. Other sources must already have it.
-    heldout: fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own.
-    labels: whether to keep the classes; without them models are unconditional.
-    channels: 1 or 3 to convert between grey and colour; 0 keeps what the data has.
-    seed: of the split, and of the values of mixture and random.
-    skip_unreadable: warn about unreadable image files instead of failing.
-    npz_layout: chw or hwc where an archive's shape does not tell.
-    random_shape, random_classes, random_count: of random's samples (C, H, W); 0 classes means no labels.
-    Raises ConfigError for values outside these ranges.
-    """
+    """A data source and how to read it."""
 
     source: Literal["digits", "idx", "images", "latents", "demonstrations", "mixture", "npz", "random"] = "digits"
+    """Where the samples come from:
+    digits: scikit-learn's 8x8 digits
+    idx: MNIST's files
+    images: a folder of image files
+    npz: a NumPy archive
+    latents: a folder that `fewstep encode` wrote, split as it says
+    demonstrations: a robot's episodes in a file that `fewstep demos` wrote, held out by whole episodes
+    mixture: a mixture of Gaussians with a closed-form denoiser (fewstep.data.toys)
+    random: standard-normal latents with uniform labels, to build large configurations without their data
+    """
     root: str = ""
+    """The folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST (idx)."""
     image_size: int = 0
+    """Side in pixels of the square that images are cut to; 0 keeps sizes. Other sources must already have it."""
     heldout: float = 0.33
+    """Fraction in (0, 1) held out, evenly over classes, when the source brings no split of its own."""
     labels: bool = True
+    """Whether to keep the classes; without them models are unconditional."""
     channels: Literal[0, 1, 3] = 0
+    """1 or 3 to convert between grey and colour; 0 keeps what the data has."""
     seed: int = 0
+    """Decides the split, and the values of mixture and random."""
     skip_unreadable: bool = False
+    """Warn about unreadable image files instead of failing."""
     npz_layout: Layout = "auto"
+    """Order of an archive's axes, chw or hwc; auto where its shape tells."""
     random_shape: tuple[int, int, int] = (4, 32, 32)
+    """Shape (C, H, W) of a sample of random."""
     random_classes: int = 1000
+    """Number of classes of random; 0 means no labels."""
     random_count: int = 1024
+    """Number of samples of random, at least 2, the held-out ones among them."""
     chunks: ChunkConfig = later(ChunkConfig)
 
     def __post_init__(self) -> None:
+        """Raise ConfigError for values outside these ranges."""
         if not 0.0 < self.heldout < 1.0:
             raise ConfigError(f"heldout is {self.heldout}: give a fraction between 0 and 1, ends excluded")
         if self.image_size < 0:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fewstep.data import Dataset, SampleSet, batch_indices
 from fewstep.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
 from fewstep.evaluation.perception import activations
+from fewstep.files import parse_json
 from fewstep.randomness import Draws
 
 _DIMENSION = 64
@@ -385,7 +386,7 @@ def _load(path: Path, network: nn.Sequential, identity: dict[str, object]) -> fl
     """Fill the network from a saved extractor; its held-out accuracy. Raises DataError where it cannot be this one."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()[_HEADER])
+            header = parse_json(file.metadata()[_HEADER])
             accuracy = float(header.pop("heldout_accuracy"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         network.load_state_dict(state)

@@ -14,9 +14,10 @@ from fewstep.networks.layers import GroupNorm, silu
 
 @dataclass(frozen=True)
 class CriticConfig:
-    """width: channels at full resolution, doubled at every halving until the sides are at most 4."""
+    """Settings of Critic, which scores samples for an adversarial loss."""
 
     width: int = 32
+    """Channels at full resolution, doubled at every halving until the sides are at most 4."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,20 +32,24 @@ _PUBLISHED = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": 
 class DiTConfig(NetworkConfig):
     """Settings of DiT.
 
-    width: of a token; depth: blocks; heads: attention heads; patch: side of the square of pixels in one token.
-    mlp_ratio: hidden width of a plain MLP over `width`; the gated MLP gets two thirds of it, which costs the same.
-    checkpoint: recompute each block in the backward pass, for less memory and about a third more work. A pass with
-    forward-mode tangents keeps its activations all the same: they are gone when the recomputation would need them.
-    max_frequency: see TimeEmbedding.
+    With `checkpoint` a pass with forward-mode tangents keeps its activations all the same: they are gone when the
+    recomputation would need them.
     """
 
     width: int = 384
+    """Width of a token, a multiple of 4 times `heads`."""
     depth: int = 12
+    """Transformer blocks."""
     heads: int = 6
+    """Attention heads."""
     patch: int = 2
+    """Side in pixels of the square in one token: at half of it the tokens are four times as many."""
     mlp_ratio: float = 4.0
+    """Hidden width of a plain MLP over `width`; the gated MLP gets two thirds of it, which costs the same."""
     checkpoint: bool = False
+    """Recompute each block in the backward pass, for less memory and about a third more work."""
     max_frequency: float = 64.0
+    """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
     @staticmethod
     def of(
@@ -196,7 +201,7 @@ def _check(config: DiTConfig, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where the settings make no network for this shape."""
     if len(shape) != 3:
         raise ConfigError(f"a DiT takes images (channels, height, width), not samples of shape {shape}")
-    if min(config.width, config.heads, config.patch) < 1 or config.depth < 0 or config.mlp_ratio <= 0:
+    if min(config.width, config.heads, config.patch) < 1 or config.depth < 0 or not 0 < config.mlp_ratio < math.inf:
         raise ConfigError(f"a DiT needs width, heads and patch >= 1, depth >= 0 and mlp_ratio > 0: {config}")
     if config.width % (4 * config.heads):
         raise ConfigError(

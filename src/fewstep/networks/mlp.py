@@ -16,18 +16,18 @@ from fewstep.networks.layers import ConditionEmbedding, LayerNorm, check_inputs,
 
 @dataclass(frozen=True)
 class MLPConfig(NetworkConfig):
-    """Settings of MLP.
-
-    width: of the residual stream. depth: residual blocks. expansion: a block's hidden width over `width`.
-    embedding_width: of the embedding of times and conditions. max_frequency: see TimeEmbedding.
-    The defaults make about 1.4 million parameters for 64 numbers.
-    """
+    """Settings of MLP; the defaults make about 1.4 million parameters for 64 numbers."""
 
     width: int = 512
+    """Width of the residual stream."""
     depth: int = 4
+    """Residual blocks."""
     expansion: float = 0.5
+    """A block's hidden width over `width`."""
     embedding_width: int = 128
+    """Width of the embedding of times and conditions."""
     max_frequency: float = 64.0
+    """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
     def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> MLP:
         return MLP(self, shape, num_classes, guided, observation)
@@ -45,7 +45,7 @@ class MLP(Network):
         observation: tuple[int, ...] = (),
     ) -> None:
         super().__init__(shape, num_classes, guided, observation)
-        hidden = round(config.width * config.expansion)
+        hidden = round(config.width * config.expansion) if math.isfinite(config.expansion) else 0
         if min(config.width, hidden) < 1 or config.depth < 1:
             raise ConfigError(f"an MLP needs width, hidden width and depth of at least 1: {config}")
         size = math.prod(self.shape)

@@ -16,26 +16,26 @@ from fewstep.networks.layers import ConditionEmbedding, GroupNorm, attention, ch
 
 @dataclass(frozen=True)
 class UNetConfig(NetworkConfig):
-    """Settings of UNet.
-
-    width: channels at full resolution; multipliers: channels at each level over `width`, each level halving the
-    resolution of the one before. blocks: residual blocks per level on the way down, and as many on the way up.
-    attention: heights of the feature maps that get self-attention; those that do not occur are ignored.
-    head_width: channels per attention head. embedding_width: of the embedding of times and conditions.
-    dropout: probability inside residual blocks. max_frequency: see TimeEmbedding.
-    patch: side of the pixel blocks that are folded into channels at the input and unfolded at the output (2301.11093):
-    2 makes every level a quarter as large, at a quarter of the cost for the same width.
-    """
+    """Settings of UNet."""
 
     width: int = 64
+    """Channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels at each level over `width`, each level halving the resolution of the one before."""
     blocks: int = 2
+    """Residual blocks per level on the way down, and as many on the way up."""
     attention: tuple[int, ...] = (16, 8, 7)
+    """Heights of the feature maps that get self-attention; those that do not occur are ignored."""
     head_width: int = 32
+    """Channels per attention head."""
     embedding_width: int = 256
+    """Width of the embedding of times and conditions."""
     dropout: float = 0.0
+    """Probability in [0, 1) inside residual blocks; 0 with objectives that differentiate the network in time."""
     max_frequency: float = 64.0
+    """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
     patch: int = 1
+    """Side of the pixel blocks folded into channels (2301.11093): 2 makes every level a quarter as large and costly."""
 
     def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> UNet:
         return UNet(self, shape, num_classes, guided, observation)

@@ -17,19 +17,20 @@ from fewstep.networks.layers import ConditionEmbedding, GroupNorm, check_inputs,
 
 @dataclass(frozen=True)
 class UNet1dConfig(NetworkConfig):
-    """Settings of UNet1d.
-
-    width: channels at full length; multipliers: channels at each level over `width`, each level halving the length of
-    the one before. blocks: residual blocks per level on the way down, and as many on the way up. kernel: length of the
-    convolutions, odd. embedding_width: of the embedding of times and observations. max_frequency: see TimeEmbedding.
-    """
+    """Settings of UNet1d."""
 
     width: int = 64
+    """Channels at full length."""
     multipliers: tuple[int, ...] = (1, 2)
+    """Channels at each level over `width`, each level halving the length of the one before."""
     blocks: int = 1
+    """Residual blocks per level on the way down, and as many on the way up."""
     kernel: int = 5
+    """Length of the convolutions, odd."""
     embedding_width: int = 128
+    """Width of the embedding of times and observations."""
     max_frequency: float = 16.0
+    """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
     def build(
         self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()

@@ -36,20 +36,24 @@ class CT(Objective):
     """Consistency training (2303.01469, iCT 2310.14189): d( X(x_t, t, t_min), sg X(x_u, u, t_min) ) / (t - u).
 
     x_t and x_u are made of the same image and noise, t and u neighbours on EDM's grid: t is the grid's first time above
-    a draw of `times`. The grid's cells double from `first` to `last` over `duration` images seen.
-
-    decay: of the slow average that gives the target; None is the model itself (iCT). norm, huber: of d; 0.03 is iCT's
-    for 3 x 32 x 32 numbers, 0.00054 times the square root of their count.
+    a draw of `times`. The grid's cells double from `first` to `last` over `duration` images seen. norm: of d.
     """
 
     times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.1, 2.0))
     first: int = 10
+    """Cells of the grid when training begins, at least 1; 10 in iCT."""
     last: int = 1280
+    """Cells of the grid in the end, at least `first`; 1280 in iCT."""
     duration: int = 1_000_000
+    """Images seen over which the grid grows from `first` to `last`."""
     decay: float | None = None
+    """Decay per step, in [0, 1), of the slow average that gives the target; None is the model itself (iCT)."""
     norm: LossNorm = "pseudo-huber"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """Constant c of pseudo-huber, above 0; iCT's is 0.00054 times the root of the numbers in a sample."""
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0, first=self.first, duration=self.duration, huber=self.huber)
@@ -92,20 +96,27 @@ class ECT(Objective):
 
     n(t) = 1 + k sigmoid(-b t), both at the noise levels tau, u held above t_min. a = 1, 2, ... `stages` grows by one
     every `stage_images` images seen; from a diffusion model's weights (a = 0 would be one) training is a fine-tuning.
-
-    decay, norm, huber: as in CT.
     """
 
     times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.1, 2.0))
     q: int = 2
+    """Base of the stages, at least 2: with each the gap between t and u shrinks to 1/q."""
     stage_images: int = 125_000
+    """Images seen in one stage."""
     stages: int = 8
+    """Stages in all; the last one goes on to the end."""
     k: float = 8.0
+    """How much wider the gap is at low noise, at least 0; 8 in the paper."""
     b: float = 1.0
+    """How soon that fades as noise grows, at least 0; 1 in the paper."""
     decay: float | None = None
+    """Decay per step, in [0, 1), of the slow average that gives the target; None is the model itself."""
     norm: LossNorm = "pseudo-huber"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """Constant c of pseudo-huber, above 0, as in CT."""
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0, stage_images=self.stage_images, stages=self.stages, huber=self.huber)
@@ -172,17 +183,21 @@ class Tangent:
     Where the residual may be added to N, c = -g_t (cos t for trig: the paper's) and the error is N - sg(N + h); else
     c = -(t - s) and it is X - sg(X + h), for Euler on the EDM path nearly N - sg(N - t dN/dt).
 
-    warm_up_images: over which r rises from 0 to 1 in R = (f + g c_skip)(v - v_N) + r (rest) with v_N = f_s x + g_s N
-    and f + g c_skip the share of x in the jump: the rest is -sin t (x + dN/dt) for trig. normalise: h becomes
-    h / (rms(h) + constant), rms in place of the paper's norm so that the constant does not depend on the dimension.
-    derivative, step: how dN/dt is taken.
+    Warmed up, R = (f + g c_skip)(v - v_N) + r (rest) with v_N = f_s x + g_s N and f + g c_skip the share of x in the
+    jump: the rest is -sin t (x + dN/dt) for trig. Normalising takes the rms in place of the paper's norm, so that the
+    constant does not depend on the dimension.
     """
 
     warm_up_images: int = 0
+    """Images seen over which r in R rises from 0 to 1; 0 begins with r = 1."""
     normalise: bool = True
+    """Whether h becomes h / (rms(h) + constant)."""
     constant: float = 0.1
+    """Added to rms(h), above 0; 0.1 in the paper."""
     derivative: DerivativeKind = "exact"
+    """How dN/dt is taken: exact, by forward-mode AD, or finite-difference, by evaluations beside t."""
     step: float = 0.005
+    """Step of the finite difference, above 0, in units of the path's or network's time scale."""
 
     def __post_init__(self) -> None:
         check_settings(0.0, 0.0, constant=self.constant)
@@ -227,6 +242,7 @@ class SCT(Objective):
     times: TimeDistribution = field(default_factory=lambda: LogNormalTimes(-1.0, 1.4))
     tangent: Tangent = field(default_factory=Tangent)
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0)
@@ -260,6 +276,7 @@ class SCD(Objective):
     tangent: Tangent = field(default_factory=Tangent)
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 0.0)

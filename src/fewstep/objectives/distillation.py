@@ -32,16 +32,16 @@ Distance = Literal["l2", "pseudo-huber", "features"]
 @final
 @dataclass(frozen=True)
 class TeacherSteps:
-    """The teacher's grid and its walk: t = t_n, n uniform over the grid of `points` noise levels (EDM, rho = 7).
-
-    u: the grid point where the teacher stops: drawn between s and t (CTM), or the next one below t (CD).
-    longest: most grid cells between t and u; 0 for no limit. The solver takes one step a cell.
-    """
+    """The teacher's grid and its walk: t = t_n, n uniform over the grid of `points` noise levels (EDM, rho = 7)."""
 
     points: int = 18
+    """Noise levels of the grid, at least 2; 18 in CTM at 32 x 32."""
     solver: SolverName = "heun"
+    """The teacher's solver, one step a cell: euler and dpm-solver++ call it once a step, heun twice."""
     u: Literal["drawn", "adjacent"] = "drawn"
+    """The grid point where the teacher stops: drawn between s and t (CTM), or the next one below t (CD)."""
     longest: int = 0
+    """Most grid cells between t and u; 0 for no limit."""
 
     def __post_init__(self) -> None:
         if self.points < 2 or self.longest < 0:
@@ -71,16 +71,17 @@ class TeacherSteps:
 @final
 @dataclass(frozen=True)
 class CD(Objective):
-    """Consistency distillation (2303.01469): d( X(x_t, t, t_min), sg X_ema(x_u, u, t_min) ), u adjacent to t.
-
-    decay: of the target's average. distance: squared L2, pseudo-Huber, or squared difference of features.
-    """
+    """Consistency distillation (2303.01469): d( X(x_t, t, t_min), sg X_ema(x_u, u, t_min) ), u adjacent to t."""
 
     steps: TeacherSteps = field(default_factory=lambda: TeacherSteps(u="adjacent"))
     decay: float = 0.95
+    """Decay per step, in [0, 1), of the slow average that gives the target."""
     distance: Distance = "l2"
+    """Between what is compared: l2 (squared), pseudo-huber, or features (squared, of a feature extractor)."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -128,24 +129,29 @@ class CTM(Objective):
     d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
     t > u >= s grid points, X_sg the slow average, through which the gradient passes to X(x_t, t, s).
 
-    denoising: weight of the second loss at noise levels `times`; 0 leaves it out. balance: lambda is that weight times
-    the ratio of the two losses' gradient norms on the network's last layer; otherwise the weight alone.
-    adversarial: weight, balanced likewise, of -critic on what is compared above, while there is a critic.
-    sigma_data: of the denoising loss; None takes what the flow map's configuration says. to_end: s = t_min always.
-    decay: of X_sg. distance: squared L2, pseudo-Huber, or of features.
+    lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `adversarial` likewise.
     """
 
     steps: TeacherSteps = field(default_factory=TeacherSteps)
     decay: float = 0.999
+    """Decay per step, in [0, 1), of the slow average X_sg; 0.999 in the paper at 32 x 32."""
     distance: Distance = "l2"
+    """Between what is compared: l2 (squared), pseudo-huber, or features (squared, of a feature extractor)."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     denoising: float = 1.0
+    """Weight of the denoising loss at noise levels `times`; 0 leaves it out."""
     balance: bool = True
+    """Multiply both weights by the ratio of the losses' gradient norms on the network's last layer."""
     adversarial: float = 0.0
+    """Weight of -critic on what is compared, while there is a critic; 0 trains none."""
     times: TimeDistribution = field(default_factory=LogNormalTimes)
     sigma_data: float | None = None
+    """The data's standard deviation in the denoising loss; None takes what the flow map's configuration says."""
     to_end: bool = False
+    """Make every jump one to the data end, s = t_min."""
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)

@@ -98,25 +98,32 @@ class ISD(Objective):
     with s < t; w = sg (loss + offset)^-power per sample. With guidance (iSD-T) v* = v_null + omega (v_cond - v_null),
     where v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
-    times: of t and s, ordered. diagonal: share of samples with s = t. to_end: share of the others with s at the data
-    end (not of the paper: the identity holds for each s by itself, and the last call of a sample needs no other).
-    distill: weight of the second term, 1 in the paper; too much of it, and the anchor holds no longer
-    (docs/degeneracy.md).
-    derivative, step: how dN/dt is taken (fewstep.derivatives). norm, huber: |.|^2 or pseudo-Huber.
+    times: of t and s, ordered. to_end is not of the paper: the identity holds for each s by itself, and a sample's last
+    call needs no other. On too large a `distill` see docs/degeneracy.md. |.|^2 may be pseudo-Huber (`norm`).
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)
     diagonal: float = 0.0
+    """Share in [0, 1] of samples with s = t, which have the anchor alone."""
     to_end: float = later(float)
+    """Share in [0, 1] of the other samples with s at the data end, as in the last call when sampling."""
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     derivative: DerivativeKind = "exact"
+    """How dN/dt is taken: exact, by forward-mode AD, or finite-difference, by evaluations beside t."""
     step: float = 0.005
+    """Step of the finite difference, above 0, in units of the path's or network's time scale; 0.005 in the paper."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 1.0
+    """Power of the adaptive weight w, at least 0; 1 in the paper, 0 is no weight."""
     offset: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0; 0.01 in the paper."""
     distill: float = later(_one)
+    """Weight of the second term, above 0; 1 in the paper. Too much, and the anchor holds no longer."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, self.diagonal, self.to_end, distill=self.distill)
@@ -169,21 +176,29 @@ class MeanFlow(Objective):
     (1 - omega) v(x_t, t | null) for samples that keep their label, the second term the model's own without gradient.
     Nothing but the data anchors the map: there is no further term. The paper's second mixing scale kappa is left out.
 
-    times: of t and s, ordered. diagonal: share of samples with s = t. to_end: as in ISD.
-    w = sg (loss + offset)^-power per sample.
+    times: of t and s, ordered. w = sg (loss + offset)^-power per sample.
     """
 
     times: TimeDistribution = field(default_factory=LogitNormalTimes)
     diagonal: float = 0.75
+    """Share in [0, 1] of samples with s = t, which learn from the data alone; 0.75 in the paper."""
     to_end: float = later(float)
+    """Share in [0, 1] of the other samples with s at the data end, as in the last call when sampling."""
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     derivative: DerivativeKind = "exact"
+    """How dN/dt is taken: exact, by forward-mode AD, or finite-difference, by evaluations beside t."""
     step: float = 0.005
+    """Step of the finite difference, above 0, in units of the path's or network's time scale."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 1.0
+    """Power of the adaptive weight w, at least 0; 1 in the paper, 0 is no weight."""
     offset: float = 0.001
+    """Added to the loss in the adaptive weight w, above 0; 0.001 in the paper."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, self.diagonal, self.to_end)
@@ -230,20 +245,29 @@ class ESD(Objective):
     reverse mode over the forward-mode derivative, or over the three points of a finite difference. Its norm is
     excessive where the spatial Jacobian is large; clip it. The anchor is on every sample, R on those with s < t.
 
-    v*, times, diagonal, to_end, w: as in ISD; the paper's learned weight in (t, s) is left out; power 0 is no weight.
+    v*, times, w: as in ISD; the paper's learned weight in (t, s) is left out.
     """
 
     times: TimeDistribution = field(default_factory=UniformTimes)
     diagonal: float = 0.75
+    """Share in [0, 1] of samples with s = t, which have the anchor alone."""
     to_end: float = later(float)
+    """Share in [0, 1] of the other samples with s at the data end, as in the last call when sampling."""
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     derivative: DerivativeKind = "exact"
+    """How dN/dt is taken: exact, by forward-mode AD, or finite-difference, by evaluations beside t."""
     step: float = 0.005
+    """Step of the finite difference, above 0, in units of the path's or network's time scale."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 0.0
+    """Power of the adaptive weight w, at least 0; 0 is no weight."""
     offset: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, self.diagonal, self.to_end)

@@ -29,15 +29,17 @@ def conditioned(batch: Batch, dropout: float) -> Condition:
 class DiagonalMatching(Objective):
     """E w(t) |v(x_t, t) - v*|^2 with v* = alpha' x0 + sigma' eps, or the same error as a denoiser's.
 
-    measure "velocity": w = 1 (flow matching). "denoiser": |D - x0|^2 with EDM's weight
-    (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for networks with EDM's inner scaling; sd = sigma_data, or when that is
-    None what the flow map's configuration says.
+    measure "velocity": w = 1. "denoiser": |D - x0|^2 with EDM's weight (alpha^2 sd^2 + sigma^2)/(sigma sd)^2, for
+    networks with EDM's inner scaling; sd = sigma_data.
     """
 
     times: TimeDistribution = field(default_factory=LogitNormalTimes)
     measure: Literal["velocity", "denoiser"] = "velocity"
+    """What the error is of: the velocity (flow matching) or the denoiser (EDM)."""
     sigma_data: float | None = None
+    """The data's standard deviation in EDM's weight; None takes what the flow map's configuration says."""
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
@@ -79,6 +81,7 @@ class Regression(Objective):
     """
 
     dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label."""
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)

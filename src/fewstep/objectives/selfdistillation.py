@@ -50,20 +50,28 @@ class LSD(Objective):
     reverse mode over forward mode or over a finite difference, through dN/ds. Samples with s = t have the anchor
     |v(x_t, t) - v*|^2, v* as in ISD.
 
-    times: of t and s, ordered. diagonal: share with s = t. w = sg (loss + offset)^-power per sample; the paper's
-    learned weight in (t, s) is left out, and power 0 is no weight.
+    times: of t and s, ordered. w = sg (loss + offset)^-power per sample; the paper's learned weight in (t, s) is left
+    out.
     """
 
     times: TimeDistribution = field(default_factory=UniformTimes)
     diagonal: float = 0.75
+    """Share in (0, 1] of samples with s = t, which learn from the data alone."""
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     derivative: DerivativeKind = "exact"
+    """How dN/ds is taken: exact, by forward-mode AD, or finite-difference, by evaluations beside s."""
     step: float = 0.005
+    """Step of the finite difference, above 0, in units of the path's or network's time scale."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 0.0
+    """Power of the adaptive weight w, at least 0; 0 is no weight."""
     offset: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, self.diagonal)
@@ -129,20 +137,26 @@ class PSD(Objective):
 
     The two short jumps have no gradient. Samples with s = t have the anchor |v(x_t, t) - v*|^2, v* as in ISD.
 
-    times: of t and s, ordered. u: uniform between them or their middle, both on the clock on which `times` is uniform.
-    diagonal: share with s = t. w = sg (loss + offset)^-power per sample; the paper's learned weight in (t, s) is left
-    out, and power 0 is no weight.
+    times: of t and s, ordered. w = sg (loss + offset)^-power per sample; the paper's learned weight in (t, s) is left
+    out.
     """
 
     u: Literal["uniform", "midpoint"] = "uniform"
+    """Where the short jumps meet: uniform between t and s or their middle, where `times` is uniform."""
     times: TimeDistribution = field(default_factory=UniformTimes)
     diagonal: float = 0.75
+    """Share in (0, 1] of samples with s = t, which learn from the data alone."""
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 0.0
+    """Power of the adaptive weight w, at least 0; 0 is no weight."""
     offset: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, self.diagonal)
@@ -195,20 +209,27 @@ class Shortcut(Objective):
     t a multiple of 2 d and every d equally often; the rest is flow matching, |v(x_t, t) - v*|^2 at `times`, v* as in
     ISD. The short jumps of the smallest size are taken with N of the diagonal, which the data teach: nothing else does.
 
-    steps: a power of 2. decay: of the slow average that takes the short jumps; None takes them with the model itself.
-    w = sg (loss + offset)^-power per sample; power 0 is no weight.
+    w = sg (loss + offset)^-power per sample.
     """
 
     steps: int = 128
+    """Jumps of the smallest size that make up the clock: a power of 2, at least 2; 128 in the paper."""
     bootstrap: float = 0.25
+    """Share of the batch in [0, 1) that compares jumps; the rest is flow matching; 1/4 in the paper."""
     decay: float | None = 0.999
+    """Decay per step, in [0, 1), of the slow average that takes the short jumps; None takes the model itself."""
     times: TimeDistribution = field(default_factory=UniformTimes)
     guidance: TrainingGuidance = field(default_factory=NoGuidance)
     dropout: float = 0.1
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
     norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
     huber: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     power: float = 0.0
+    """Power of the adaptive weight w, at least 0; 0 is no weight."""
     offset: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0."""
 
     def __post_init__(self) -> None:
         check_settings(self.dropout, 1 - self.bootstrap)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.errors import CheckpointError
-from fewstep.files import replacing, write_atomically
+from fewstep.files import read_rows, replacing, write_atomically
 from fewstep.policies.policy import Policy
 from fewstep.policies.rollout import Rollout, wilson
 from fewstep.policies.simulation import Picture, Task
@@ -66,17 +66,7 @@ def write_rollouts(rows: list[Row], folder: Path) -> Path:
 def read_rollouts(folder: Path) -> list[Row]:
     """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
     file = folder / ROLLOUTS_FILE
-    try:
-        rows = json.loads(file.read_text()) if file.is_file() else []
-        if not isinstance(rows, list) or not all(
-            isinstance(row, dict) and set(row).issuperset(_IDENTITY + _SHOWN) for row in rows
-        ):
-            raise ValueError("not a list of rows, each with every figure")
-    except ValueError as error:
-        raise CheckpointError(
-            f"{file} is damaged ({error}): delete it, and run fewstep rollout {folder} anew"
-        ) from error
-    return rows
+    return read_rows(file, _IDENTITY + _SHOWN, f"delete it, and run fewstep rollout {folder} anew")
 
 
 def rollout_table(rows: list[Row]) -> str:

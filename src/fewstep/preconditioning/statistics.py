@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import CheckpointError, ConfigError
-from fewstep.files import write_atomically
+from fewstep.files import read_record, write_atomically
 from fewstep.serialization import from_json, to_json
 
 # Noise above this many deviations of the data counts as high: the limits of math.md §3.6 are drawn in from here, and
@@ -133,13 +133,9 @@ class TrajectoryStatistics:
     def load(file: FilePath | str) -> TrajectoryStatistics:
         """Read what `save` wrote; raises CheckpointError when it is missing or no JSON, ConfigError when it does not
         fit."""
-        try:
-            stored = json.loads(FilePath(file).read_text())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: no such file") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} is truncated or not a file of statistics ({error})") from error
-        return from_json(TrajectoryStatistics, stored, str(file))
+        if not FilePath(file).is_file():
+            raise CheckpointError(f"{file}: no such file")
+        return from_json(TrajectoryStatistics, read_record(FilePath(file), "estimate it anew"), str(file))
 
     def _tables(self) -> dict[str, Tensor]:
         """Every field of one value a noise level, by name."""

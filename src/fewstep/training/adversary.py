@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,9 @@ from fewstep.config import AdversaryConfig
 from fewstep.errors import CheckpointError
 from fewstep.flowmap import fit_weights
 from fewstep.objectives.adversarial import critic_loss
+from fewstep.training.optimizers import State, load_state
+
+_NAME = re.compile(r"optimizer\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
 
 
 class Adversary:
@@ -71,12 +75,11 @@ class Adversary:
         """Take over what `tensors` gave; raises CheckpointError when it belongs to another critic."""
         weights = {key[7:]: value for key, value in tensors.items() if key.startswith("critic.")}
         fit_weights(self.critic, weights, source)
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            head, _, rest = name.partition(".")
-            if head == "optimizer":
-                index, key = rest.split(".", 1)
-                state.setdefault(int(index), {})[key] = value
-        if state and sorted(state) != list(range(len(list(self.critic.parameters())))):
-            raise CheckpointError(f"{source}: the critic's optimiser state does not fit its {len(state)} parameters")
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        state: dict[int, State] = {}
+        for name in tensors.keys() - {f"critic.{key}" for key in weights}:
+            match = _NAME.fullmatch(name)
+            if match is None:
+                raise CheckpointError(f"{source} is no critic's state: it holds {name!r}")
+            state.setdefault(int(match["parameter"]), {})[match["key"]] = tensors[name]
+        if state:  # none before its first update
+            load_state(self.optimizer, state, source)

@@ -26,7 +26,17 @@ from torch import Tensor
 
 from fewstep.config import RunConfig
 from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
-from fewstep.files import LOCK_FILE, Lock, guarded, write_atomically
+from fewstep.files import (
+    LOCK_FILE,
+    Lock,
+    guarded,
+    parse_json,
+    read_lines,
+    read_record,
+    reading,
+    reading_line,
+    write_atomically,
+)
 from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
 from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
@@ -36,6 +46,7 @@ from fewstep.training.optimizers import Optimizers
 
 STATE_FILE = "state.json"
 CRITIC_FILE = "critic.safetensors"
+_DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 
 @dataclass(frozen=True)
@@ -112,15 +123,23 @@ class RunFolder:
         """The stored configuration and data; raises CheckpointError when this is no run, or one of a later format."""
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.root} is not a run: it has no config.json")
-        try:
-            record = json.loads(self.config_file.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{self.config_file} is damaged ({error})") from error
-        if isinstance(record, dict):
-            check_format(record, str(self.config_file))
-        if not isinstance(record, dict) or not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
-            raise CheckpointError(f"{self.config_file} is not a run's configuration")
+        record = read_record(self.config_file, "bring back a copy of it")
+        check_format(record, str(self.config_file))
+        if not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
+            raise CheckpointError(f"{self.config_file} is not a run's configuration: bring back a copy of it")
         return record
+
+    def data(self, *keys: str) -> dict[str, Any]:
+        """What is stored of the run's data; raises CheckpointError where one of these keys of _DATA is missing."""
+        data: Any = self.record()["data"]
+        missing = [key for key in keys if not isinstance(data, dict) or type(data.get(key)) is not _DATA[key]]
+        if missing:
+            raise CheckpointError(
+                f"{self.config_file} is damaged: it does not say what the run's data are ({', '.join(missing)}); "
+                "bring back a copy of it"
+            )
+        found: dict[str, Any] = data
+        return found
 
     def config(self) -> RunConfig:
         """The run's configuration."""
@@ -189,13 +208,15 @@ class RunFolder:
         return None
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The log's records; a torn last line is left out."""
-        records = []
-        for line in self.log_file.read_text().splitlines() if self.log_file.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        """The log's records, each of a step; a torn last line is left out.
+
+        Raises CheckpointError naming a line that is damaged.
+        """
+        records = read_lines(self.log_file)
+        for number, record in enumerate(records, start=1):
+            with reading_line(self.log_file, number):
+                if type(record["step"]) is not int or record["step"] < 1:
+                    raise ValueError(f"{record['step']!r} is no step")
         return records
 
     def append_log(self, record: dict[str, Any]) -> None:
@@ -206,7 +227,7 @@ class RunFolder:
     def truncate_log(self, step: int) -> None:
         """Drop lines after a checkpoint's step: they will be written again."""
         kept = "".join(json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step)
-        if not self.log_file.exists() or self.log_file.read_text() != kept:
+        if not self.log_file.exists() or self.log_file.read_bytes() != kept.encode():
             write_atomically(self.log_file, kept)
 
 
@@ -292,9 +313,11 @@ def load_checkpoint(
     """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
     weights = folder / "weights.safetensors"
     fit_weights(flow_map.network, read_weights(weights), str(weights))
-    optimizers.load(read_weights(folder / "optimizer.safetensors"))
+    states = folder / "optimizer.safetensors"
+    optimizers.load(read_weights(states), str(states))
     for i, ema in enumerate(emas):
-        ema.load(read_weights(folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")))
+        average = folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")
+        ema.load(read_weights(average), str(average))
     if adversary is not None:
         adversary.load(read_weights(folder / CRITIC_FILE), str(folder / CRITIC_FILE))
     return read_state(folder)
@@ -303,11 +326,9 @@ def load_checkpoint(
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's step, images and seconds; raises CheckpointError when the file is damaged."""
     file = folder / STATE_FILE
-    try:
-        state = json.loads(file.read_text())
+    with reading(file, "delete its checkpoint to go on from the one before"):
+        state = parse_json(file.read_bytes())
         return {"step": int(state["step"]), "images": int(state["images"]), "seconds": float(state["seconds"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error})") from error
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

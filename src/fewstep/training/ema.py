@@ -53,10 +53,10 @@ class EMA:
         for key in current.keys() - set(floating):
             self.weights[key].copy_(current[key])
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over stored averages; raises CheckpointError when they are of other names or shapes."""
+    def load(self, weights: dict[str, Tensor], source: str) -> None:
+        """Take over stored averages; raises CheckpointError, naming `source`, for other names or shapes."""
         if _shapes(weights) != _shapes(self.weights):
-            raise CheckpointError(f"the stored average {self.name} is of another architecture than this model")
+            raise CheckpointError(f"{source}: the average {self.name} is of another architecture than this model")
         for key, value in self.weights.items():
             value.copy_(weights[key])
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.config import OptimizerConfig
 from fewstep.errors import CheckpointError, ConfigError
+
+State = dict[str, Tensor]
+
+_NAME = re.compile(r"(?P<optimizer>[0-9]{1,9})\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
+_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+_ADVICE = "delete its checkpoint to go on from the one before"
 
 
 class Optimizers:
@@ -51,31 +57,46 @@ class Optimizers:
             for key, value in state.items()
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave; raises CheckpointError when it belongs to other parameters."""
-        states: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimizers]
+    def load(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Take over what `tensors` gave; raises CheckpointError, naming `source`, when it is of other parameters."""
+        states: list[dict[int, State]] = [{} for _ in self.optimizers]
         for name, value in tensors.items():
-            i, index, key = name.split(".", 2)
-            if int(i) >= len(states):
-                raise CheckpointError(f"optimizer state {name} belongs to another optimizer setting")
-            states[int(i)].setdefault(int(index), {})[key] = value
+            match = _NAME.fullmatch(name)
+            if match is None:
+                raise CheckpointError(f"{source} is no optimizer's state: it holds {name!r}; {_ADVICE}")
+            i, index = int(match["optimizer"]), int(match["parameter"])
+            if i >= len(states):
+                raise CheckpointError(f"{source}: the state {name} belongs to another optimizer setting; {_ADVICE}")
+            states[i].setdefault(index, {})[match["key"]] = value
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            _check_state(optimizer, state)
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            load_state(optimizer, state, source)
 
 
-def _check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
-    """Raise CheckpointError unless there is a state of its shape for every parameter."""
+def load_state(optimizer: torch.optim.Optimizer, state: dict[int, State], source: str) -> None:
+    """Take over a state by number of the parameter.
+
+    Raises CheckpointError, naming `source`, unless there is a whole one of its shape for every parameter.
+    """
     shapes = [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
     if sorted(state) != list(range(len(shapes))):
-        raise CheckpointError(f"optimizer state for {len(state)} parameters does not fit a model with {len(shapes)}")
+        raise CheckpointError(
+            f"{source}: optimizer state for {len(state)} parameters does not fit a model with {len(shapes)}; {_ADVICE}"
+        )
+    keys = _ADAMW if isinstance(optimizer, torch.optim.AdamW) else _MUON
     for index, values in state.items():
+        if values.keys() != keys:
+            raise CheckpointError(
+                f"{source}: the state of parameter {index} has {', '.join(sorted(values))}, not "
+                f"{', '.join(sorted(keys))}: it is of another optimizer, or damaged; {_ADVICE}"
+            )
         for key, value in values.items():
-            if value.ndim and list(value.shape) != shapes[index]:
+            wanted: list[int] = [] if key == "step" else shapes[index]
+            if list(value.shape) != wanted:
                 raise CheckpointError(
-                    f"optimizer state {key} of parameter {index} has shape {list(value.shape)}, not {shapes[index]}: "
-                    "it is of another architecture"
+                    f"{source}: optimizer state {key} of parameter {index} has shape {list(value.shape)}, not "
+                    f"{wanted}: it is of another architecture; {_ADVICE}"
                 )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

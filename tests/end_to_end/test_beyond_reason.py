@@ -1,0 +1,171 @@
+"""Stored files whose content is not what it should be, and options beyond reason: exit code 2 and one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import SMALL, STEPS, Command, Finished, contents
+from safetensors.torch import load_file, save_file
+
+from fewstep.training import RunFolder
+
+BINARY = b"\x80\xff\x00\n" * 9
+DEEP = b"[" * 100_000
+FIGURE: dict[str, Any] = {"method": "iSD", "nfe": 1, "frechet": 1.5, "extractor": "e", "reference": "r", "samples": 8}
+
+
+def assert_refused(shown: Finished, message: str) -> None:
+    """Exit code 2 and exactly one line, which says what is wrong."""
+    assert shown.code == 2, shown.out
+    (line,) = shown.err.splitlines()
+    assert line.startswith("fewstep: ")
+    assert re.search(message, line), line
+
+
+@pytest.fixture
+def run(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    shutil.copytree(small_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def change(file: Path, *keys: str, value: object) -> None:
+    """Set one value of a JSON file."""
+    record = place = json.loads(file.read_text())
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    file.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("content", [BINARY, DEEP, b"null", b"5", b"[1]", b"{}"], ids=str)
+@pytest.mark.parametrize("name", ["config.json", "checkpoint", "state.json", "figures.json", "log.jsonl", "study.json"])
+def test_a_report_names_the_damaged_file(name: str, content: bytes, run: Path, command: Command) -> None:
+    folder = RunFolder(run).last_checkpoint()
+    places = {"checkpoint": folder / "config.json", "state.json": folder / "state.json"}
+    file = places.get(name, run / name)
+    file.write_bytes(content + b"\n")
+    before = contents(run)
+    shown = command("report", run)
+    assert_refused(shown, rf"{file.name}(, line 1)? is (damaged|not a run's|not a fewstep)")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[1], [{}], [FIGURE, {}], [FIGURE | {"frechet": None}], [FIGURE | {"nfe": "1"}], [FIGURE | {"method": [1]}]],
+)
+def test_figures_that_are_none_are_named(rows: list[object], run: Path, command: Command) -> None:
+    (run / "figures.json").write_text(json.dumps(rows))
+    assert_refused(command("report", run), r"figures\.json is damaged .*: delete it, and run fewstep evaluate")
+
+
+@pytest.mark.parametrize("data", [{"classes": 10}, [], None, {"classes": "two"}])
+def test_a_run_that_does_not_say_what_its_data_are(data: object, run: Path, command: Command) -> None:
+    change(run / "config.json", "data", value=data)
+    assert_refused(command("report", run), r"config\.json is damaged: it does not say what .* data are \(.*train\)")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("flow_map", "shape"), [1, -8, 8], r"config\.json: samples of shape \(1, -8, 8\).* at least 1"),
+        (("flow_map", "num_classes"), -1, r"config\.json: .* -1 classes"),
+        (("flow_map", "sigma_data"), 10**400, r"config\.json is damaged \(the number 1000.* is too large\)"),
+        (("flow_map", "network", "width"), -5, r"config\.json is damaged \(an MLP needs width"),
+        (("flow_map", "network", "expansion"), float("nan"), r"config\.json is damaged \(an MLP needs"),
+        (("flow_map",), [1], r"config\.json must be an object"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_named(
+    keys: tuple[str, ...], value: object, message: str, run: Path, command: Command
+) -> None:
+    change(RunFolder(run).last_checkpoint() / "config.json", *keys, value=value)
+    assert_refused(command("sample", run), message)
+
+
+def test_a_curve_that_is_no_text_is_named(run: Path, small_run: Path, command: Command) -> None:
+    (run / "curve.jsonl").write_bytes(BINARY)
+    assert_refused(command("compare", run, small_run), r"curve\.jsonl, line 1 is damaged .*: delete that line")
+
+
+def test_a_model_of_values_that_are_not_finite_draws_nothing(run: Path, command: Command) -> None:
+    file = RunFolder(run).last_checkpoint() / "model.safetensors"
+    save_file({key: torch.full_like(value, torch.nan) for key, value in load_file(file).items()}, file)
+    before = contents(run)
+    assert_refused(command("sample", run), r"values that are not finite in 64 of 64 samples: take another checkpoint")
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--label 99999999999999999999", r"labels are no whole numbers of 64 bits"),
+        ("--omega inf", r"needs a finite omega"),
+        ("--omega 1e300", r"needs a finite omega"),
+    ],
+)
+def test_samples_beyond_reason(words: str, message: str, run: Path, command: Command) -> None:
+    before = contents(run)
+    assert_refused(command("sample", run, *words.split()), message)
+    assert contents(run) == before
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train digits --network.expansion nan", r"an MLP needs"),
+        ("train digits --network.expansion inf", r"an MLP needs"),
+        ("train digits --network.width 1000000000000", r"out of memory .*: take a smaller network"),
+        (f"train digits --out made/deep/{LONG}", r"cannot write made/deep/x+.*: File name too long"),
+        (f"train digits --out {LONG}", r"x+\.\.\.: File name too long"),
+        (f"sample {LONG}", r"x+\.\.\.: File name too long"),
+    ],
+)
+def test_options_beyond_reason(words: str, message: str, command: Command, tmp_path: Path) -> None:
+    assert_refused(command(*words.split(), *(SMALL[2:] if words.startswith("train") else ())), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("source", ["idx", "images", "npz", "latents", "demonstrations"])
+@pytest.mark.parametrize(
+    ("root", "reason"), [("~nosuchuser/x", "home"), (LONG, "File name too long"), (f"{LONG}/x", "File name too long")]
+)
+def test_data_in_no_place(source: str, root: str, reason: str, command: Command, tmp_path: Path) -> None:
+    words = ("train", "digits", "--data.source", source, "--data.root", root)
+    assert_refused(command(*words, *SMALL, *STEPS), rf"is no place to read data from \(.*{reason}.*\): give another")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried\nmore"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+    ],
+)
+def test_memory_that_runs_out(error: Exception, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fewstep.training.train", exhaust)
+    assert_refused(command("train", "digits", *SMALL), r"out of memory \(.+\): take a smaller network")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fewstep.training.train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        command("train", "digits", *SMALL)
