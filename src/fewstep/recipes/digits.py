@@ -26,8 +26,8 @@ def digits() -> RunConfig:
         objective=ISD(
             times=LogitNormalTimes(),
             diagonal=0.75,
-            to_end=0.75,
-            guidance=FixedGuidance(omega=1.3),
+            to_end=1.0,
+            guidance=FixedGuidance(omega=1.3, low=0.3),
             derivative="finite-difference",
             power=1.0,
             offset=1.0,
