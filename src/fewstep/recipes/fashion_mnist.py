@@ -61,7 +61,8 @@ def fashion_mnist_flow_matching() -> RunConfig:
 def fashion_mnist_dit() -> RunConfig:
     """iSD-T on Fashion-MNIST with a diffusion transformer of 4 layers on 4x4 patches, 1.3 million parameters.
 
-    No figure measured yet.
+    Measured: Frechet distance 16.9 / 9.2 / 7.5 at 1 / 2 / 4 steps (classifier features, 5,000 samples, real images
+    0.5). 67 minutes on one shared core.
     """
     base = fashion_mnist_unet()
     return replace(
@@ -85,7 +86,8 @@ def fashion_mnist_dit() -> RunConfig:
 def fashion_mnist_dit_flow_matching() -> RunConfig:
     """Flow matching with the network and settings of `fashion-mnist-dit`, sampled by Euler's method: its baseline.
 
-    No figure measured yet.
+    1.69 times the images, which cost the same. Measured: Frechet distance 117 / 59 / 9.1 at 1 / 2 / 32 steps (5,000
+    samples). 67 minutes on one shared core.
     """
     base = fashion_mnist_dit()
     return replace(
