@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -91,7 +91,7 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     flow_map = run.flow_map()
     acts = flow_map.control is not None
     view = None if acts else viewer(flow_map.to(best_device()), autoencoder)
-    rows, aligned = read_figures(run.root), read_alignments((run, *others))
+    rows, aligned = figures(run, others), read_alignments((run, *others))
     logs = {method_of(r): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
@@ -110,6 +110,14 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
         films=tuple(film for each in (run, *others) for film in films(each)),
     )
     return write_report(found, run.root / REPORT_FILE)
+
+
+def figures(run: RunFolder, others: Sequence[RunFolder]) -> list[Row]:
+    """The rows of a run's figures.json, and of others' those of a method and number of calls that it has not."""
+    own = read_figures(run.root)
+    known = {(row["method"], row["nfe"]) for row in own}
+    theirs = [row for other in others for row in read_figures(other.root)]
+    return own + [row for row in theirs if (row["method"], row["nfe"]) not in known]
 
 
 def films(run: RunFolder) -> tuple[Grid, ...]:

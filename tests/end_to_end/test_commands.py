@@ -249,6 +249,21 @@ def test_evaluate_and_report(
     assert rows[0]["extractor"] in page
 
 
+def test_a_report_has_the_figures_of_a_run_kept_inside(small_run: Path, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    shutil.copytree(small_run, run / "other")
+    common = {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "extractor": "some", "reference": "held out"}
+    common |= {"samples": 64, "seed": 0, "seconds": 1.0, "latency_ms": 1.0}
+    write_figures([{"method": "iSD-T", "nfe": 1, "frechet": 12.25} | common], run)
+    theirs = [{"method": "iSD-T", "nfe": 1, "frechet": 77.75}, {"method": "another", "nfe": 32, "frechet": 33.75}]
+    write_figures([row | common for row in theirs], run / "other")
+    assert command("report", run).code == 0
+    page = (run / "report.html").read_text()
+    assert all(shown in page for shown in ("12.2", "33.8", "another"))
+    assert "77.8" not in page
+
+
 def test_report_without_figures(small_run: Path, tmp_path: Path, command: Command) -> None:
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
