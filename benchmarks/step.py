@@ -1,12 +1,17 @@
 """What a training step costs: iSD, by exact and finite-difference derivative, as a multiple of a flow-matching step.
 
-    python benchmarks/step.py [--repeats 12] [--threads 1] [--out benchmarks/results/step.json]
+    python benchmarks/step.py [--repeats 30] [--threads 1] [--out benchmarks/results/step.json]
 
-All objectives take turns in one process on the same network and batch, so that a noisy machine slows all alike; the
-ratio is of medians. Peak memory is that of a process of its own per row, above what the model and data need.
+All objectives take turns in one process on the same network and batch, so that a noisy machine slows all alike. A turn
+gives each objective's step as a multiple of that turn's flow-matching step; the ratio is the median of turns, `low` and
+`high` are their quartiles. Peak memory is that of a process of its own per row, above what the model and data need.
+
 Evaluations are counted in a hook, in forward passes of the whole batch: a pass with tangents counts 2, a backward
-pass 2. The floor is what the objective cannot do without, by its definition (`floor_passes`), over flow matching's 3; a
-test holds the count against it, so that a redundant evaluation fails.
+pass 2. `floor` is what the objective cannot do without, by its definition (`floor_passes`), over flow matching's 3; a
+test holds the count against it, so that a redundant evaluation fails. It is a floor of operations, not of time: a pass
+without gradient can cost less than a third of one with it, and a pass that carries tangents more than one and a third.
+So the passes by themselves take turns too, and `priced` is the same count at the prices found there: what a step
+takes beyond it is spent outside the network.
 """
 
 from __future__ import annotations
@@ -17,13 +22,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fewstep import ISD, Batch, DiagonalMatching, DiTConfig, FixedGuidance, FlowMap, MLPConfig, NoGuidance, UNetConfig
+from fewstep.conditions import Condition
+from fewstep.derivatives import exact_derivative
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import Objective
 from fewstep.paths import Linear
@@ -73,8 +82,6 @@ def take_step(objective: Objective, flow_map: FlowMap, batch: Batch) -> None:
     """Loss and gradient."""
     flow_map.zero_grad(set_to_none=True)
     objective(flow_map, batch).mean().backward()
-    if batch.x0.is_cuda:
-        torch.cuda.synchronize()
 
 
 def evaluations(objective: Objective, flow_map: FlowMap, batch: Batch) -> float:
@@ -101,20 +108,68 @@ def floor_passes(objective: Objective) -> float:
     if not isinstance(objective, ISD):
         return 3.0
     derivative = 1 if objective.derivative == "exact" else 2
-    null = (1 - objective.dropout) if objective.guidance.active else 0.0
-    return 3.0 + null + (1 - objective.diagonal) * (3 + derivative)
+    return 3.0 + null_share(objective) + (1 - objective.diagonal) * (3 + derivative)
 
 
-def medians(flow_map: FlowMap, batch: Batch, repeats: int) -> dict[tuple[str, str], float]:
-    """Seconds of a step of every objective, taking turns."""
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in OBJECTIVES}
-    for repeat in range(repeats + 2):
-        for key, objective in OBJECTIVES.items():
+def null_share(objective: ISD) -> float:
+    """Share of the batch that guidance evaluates without its label."""
+    return (1 - objective.dropout) if objective.guidance.active else 0.0
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds of one pass of the whole batch: without gradient; with it and back; the same carrying tangents."""
+
+    forward: float
+    train: float
+    tangent: float
+
+    def of(self, objective: Objective) -> float:
+        """What the passes of `floor_passes` cost."""
+        if not isinstance(objective, ISD):
+            return self.train
+        second = self.tangent if objective.derivative == "exact" else self.train + 2 * self.forward
+        return self.train + null_share(objective) * self.forward + (1 - objective.diagonal) * second
+
+
+def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:
+    """The network's passes by themselves, at times as an objective draws them; as in `Prices`."""
+    t = batch.draws.uniform(1)
+    s, cond, v = t * batch.draws.uniform(2), Condition(batch.labels), batch.noise()
+
+    def forward() -> None:
+        with torch.no_grad():
+            flow_map.output(batch.x0, t, s, cond)
+
+    def back(output: torch.Tensor) -> None:
+        flow_map.zero_grad(set_to_none=True)
+        output.square().mean().backward()
+
+    def train() -> None:
+        back(flow_map.output(batch.x0, t, s, cond))
+
+    def tangent() -> None:
+        back(exact_derivative(lambda x, t: flow_map.output(x, t, s, cond), batch.x0, t, v)[0])
+
+    return {"forward": forward, "train": train, "tangent": tangent}
+
+
+def turns(flow_map: FlowMap, batch: Batch, repeats: int) -> tuple[dict[tuple[str, str], list[float]], Prices]:
+    """Seconds of a step of every objective in every turn, and the passes' medians; two turns warm up."""
+    alone = passes(flow_map, batch)
+    work: dict[tuple[str, str], Callable[[], None]] = {("pass", name): job for name, job in alone.items()}
+    for key, objective in OBJECTIVES.items():
+        work[key] = partial(take_step, objective, flow_map, batch)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
+    for turn in range(repeats + 2):
+        for key, job in work.items():
             start = time.perf_counter()
-            take_step(objective, flow_map, batch)
-            if repeat >= 2:
+            job()
+            if batch.x0.is_cuda:
+                torch.cuda.synchronize()
+            if turn >= 2:
                 seconds[key].append(time.perf_counter() - start)
-    return {key: statistics.median(values) for key, values in seconds.items()}
+    return seconds, Prices(**{name: statistics.median(seconds.pop(("pass", name))) for name in alone})
 
 
 def peak_mib(name: str, key: tuple[str, str], device: str) -> float:
@@ -146,7 +201,7 @@ def resident(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "step.json")
@@ -157,32 +212,43 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     rows = []
-    print(f"{'network':6} {'objective':20} {'derivative':18} {'ratio':>6} {'floor':>6} {'of floor':>9} {'peak MiB':>9}")
+    heads = f"{'ratio':>6} {'quartiles':>13} {'floor':>6} {'priced':>7} {'of it':>6} {'peak MiB':>9}"
+    print(f"{'network':7} {'objective':20} {'derivative':18} {heads}")
+    base = ("flow matching", "none")
+    base_cost = floor_passes(OBJECTIVES[base])
     for name, case in CASES.items():
         flow_map, batch = setting(name, options.device)
-        seconds = medians(flow_map, batch, options.repeats)
-        base = ("flow matching", "none")
-        base_cost = floor_passes(OBJECTIVES[base])
+        seconds, prices = turns(flow_map, batch, options.repeats)
+        base_seconds = statistics.median(seconds[base])
         for key, objective in OBJECTIVES.items():
+            found = [own / other for own, other in zip(seconds[key], seconds[base], strict=True)]
+            low, ratio, high = statistics.quantiles(found, n=4)
             cost = evaluations(objective, flow_map, batch)
             row = {
                 "objective": key[0],
                 "derivative": key[1],
                 "network": name,
                 "batch": case.batch,
-                "ratio": round(seconds[key] / seconds[base], 3),
+                "ratio": round(ratio, 3),
+                "low": round(low, 3),
+                "high": round(high, 3),
+                "turns": len(found),
                 "peak_mib": round(peak_mib(name, key, options.device), 1),
                 "evaluations": round(cost, 3),
                 "floor": round(floor_passes(objective) / base_cost, 3),
-                "seconds": round(seconds[key], 5),
+                "priced": round(prices.of(objective) / base_seconds, 3),
+                "seconds": round(statistics.median(seconds[key]), 5),
+                "forward_seconds": round(prices.forward, 5),
+                "train_seconds": round(prices.train, 5),
+                "tangent_seconds": round(prices.tangent, 5),
                 "device": options.device,
                 "threads": options.threads,
             }
             rows.append(row)
-            share = row["floor"] / row["ratio"]
+            quartiles = f"{low:.2f} to {high:.2f}"
             print(
-                f"{name:6} {key[0]:20} {key[1]:18} {row['ratio']:>6.2f} {row['floor']:>6.2f} {share:>9.0%} "
-                f"{row['peak_mib']:>9.0f}",
+                f"{name:7} {key[0]:20} {key[1]:18} {ratio:>6.2f} {quartiles:>13} {row['floor']:>6.2f} "
+                f"{row['priced']:>7.2f} {row['priced'] / ratio:>6.0%} {row['peak_mib']:>9.0f}",
                 flush=True,
             )
     options.out.parent.mkdir(parents=True, exist_ok=True)

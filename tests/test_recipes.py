@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.config import RunConfig, flow_map_config
+from fewstep.config import RunConfig, flow_map_config, make_preconditioning
 from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations import Demonstrations, save_demonstrations
 from fewstep.errors import ConfigError
@@ -20,8 +20,8 @@ from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.options import TrainOptions
 from fewstep.parsing import parse
-from fewstep.paths import EDM
-from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.paths import EDM, VP
+from fewstep.preconditioning import CMPreconditioning, TrajectoryStatistics
 from fewstep.preconditioning.estimation import noise_grid
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.serialization import from_json, to_json
@@ -232,7 +232,19 @@ def test_dropout_is_refused_where_evaluations_are_compared() -> None:
     assert replace(recipe("digits-flow-matching"), network=network).network == network
 
 
-def test_bcm_takes_the_input_scaling_alone() -> None:
+@pytest.mark.parametrize("name", ["bcm", "cm"])
+def test_what_holds_edms_scaling_takes_the_input_scaling_alone(name: str) -> None:
     """Its f and g are EDM's c_skip and c_out: with EDM's scaling they would be counted twice."""
-    with pytest.raises(ConfigError, match="edm-input"):
-        replace(recipe("digits-ct").model, scaling="edm")
+    with pytest.raises(ConfigError, match=f"{name} preconditioning .* edm-input"):
+        replace(recipe("digits-ct").model, preconditioning=name, scaling="edm")
+
+
+def test_cm_is_for_jumps_to_the_data_end_of_the_edm_path() -> None:
+    consistency = recipe("digits-ct")
+    model = replace(consistency.model, preconditioning="cm")
+    assert replace(consistency, model=model).model == model
+    with pytest.raises(ConfigError, match="no velocity, which ISD needs: train CT, ECT or CD with it"):
+        replace(recipe("digits"), model=model)
+    with pytest.raises(ConfigError, match="take the path edm"):
+        make_preconditioning("cm", VP(), 0.5)
+    assert make_preconditioning("cm", EDM(), 0.5) == CMPreconditioning(0.5, EDM().t_min)

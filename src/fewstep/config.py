@@ -30,6 +30,7 @@ from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.preconditioning import (
     AnalyticPreconditioning,
     BCMPreconditioning,
+    CMPreconditioning,
     EDMInputScaling,
     EDMScaling,
     EulerPreconditioning,
@@ -43,7 +44,7 @@ from fewstep.preconditioning import (
 )
 
 PathName = Literal["linear", "trig", "edm", "vp"]
-PreconditioningName = Literal["linear", "trig", "euler", "bcm", "analytic", "analytic-forward"]
+PreconditioningName = Literal["linear", "trig", "euler", "cm", "bcm", "analytic", "analytic-forward"]
 TrainingObjective = (
     ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM | Regression
 )
@@ -62,6 +63,7 @@ class ModelConfig:
     preconditioning: PreconditioningName = "linear"
     """What a jump X = f x + g N makes of the network's output N:
     linear (MeanFlow), trig (sCM), euler (CTM, DDIM's step), bcm (for edm-input scaling)
+    cm: consistency models' own, for jumps to the data end alone, on the edm path with edm-input scaling
     analytic: from statistics of the teacher or of the model itself; analytic-forward: its ablation
     """
     scaling: ScalingName = "identity"
@@ -72,9 +74,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
-        if self.preconditioning == "bcm" and self.scaling == "edm":
+        if self.preconditioning in ("cm", "bcm") and self.scaling == "edm":
             raise ConfigError(
-                "bcm preconditioning holds EDM's c_skip and c_out itself: take the inner scaling edm-input with it"
+                f"{self.preconditioning} preconditioning holds EDM's c_skip and c_out itself: "
+                "take the inner scaling edm-input with it"
             )
 
     @property
@@ -263,6 +266,11 @@ class RunConfig:
                 f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
                 "one network, which dropout makes different ones; set --network.dropout 0"
             )
+        if self.model.preconditioning == "cm" and not isinstance(self.objective, CT | ECT | CD):
+            raise ConfigError(
+                f"cm preconditioning jumps to the data end alone and has no velocity, which "
+                f"{type(self.objective).__name__} needs: train CT, ECT or CD with it, or take bcm"
+            )
         if not _anchored(self.objective):
             raise ConfigError(
                 f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
@@ -336,6 +344,10 @@ def make_preconditioning(
             return TrigPreconditioning()
         case "euler":
             return EulerPreconditioning(path)
+        case "cm":
+            if not isinstance(path, EDM):
+                raise ConfigError("cm preconditioning is of noise levels: take the path edm")
+            return CMPreconditioning(sigma_data, path.t_min)
         case "bcm":
             return BCMPreconditioning(sigma_data, path)
         case "analytic" | "analytic-forward":

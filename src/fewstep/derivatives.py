@@ -34,8 +34,7 @@ def exact_derivative(
 
     x, v (B, ...), t (B,). One evaluation with tangents replaces the evaluation that the loss needs anyway.
     """
-    output, tangent = jvp(fn, (x, t), (v, torch.ones_like(t)))
-    return output, tangent if attached else tangent.detach()
+    return jvp(fn, (x, t), (v, torch.ones_like(t)), attached)
 
 
 def finite_difference_nodes(
@@ -125,8 +124,7 @@ class OutputDerivative:
             return flow_map.output(x, t, s, cond)
 
         if self.kind == "exact":
-            value, tangent = jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),))
-            return value, tangent if self.attached else tangent.detach()
+            return jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),), self.attached)
 
         def pair(x: Tensor, s: Tensor) -> Tensor:
             return flow_map.output(x, torch.cat([t, t]), s, Condition.cat(cond, cond))

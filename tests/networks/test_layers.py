@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.networks.layers import (
+    Conv1d,
+    Conv2d,
     GroupNorm,
     LayerNorm,
+    Linear,
     RMSNorm,
     RotaryEmbedding2d,
     TimeEmbedding,
@@ -37,6 +44,68 @@ def test_token_norms_are_the_usual_ones() -> None:
     torch.testing.assert_close(LayerNorm(8, affine=False)(x), functional.layer_norm(x, (8,), eps=1e-6))
     torch.testing.assert_close(LayerNorm(8).double()(x), functional.layer_norm(x, (8,), eps=1e-6))
     torch.testing.assert_close(RMSNorm(8).double()(x), functional.rms_norm(x, (8,), eps=1e-6))
+
+
+PRODUCTS = {
+    "linear": (lambda: Linear(6, 5), lambda: nn.Linear(6, 5), (4, 3, 6)),
+    "linear without bias": (lambda: Linear(6, 5, bias=False), lambda: nn.Linear(6, 5, bias=False), (4, 6)),
+    "conv1d": (lambda: Conv1d(6, 5, 3, padding=1), lambda: nn.Conv1d(6, 5, 3, padding=1), (4, 6, 7)),
+    "conv2d": (lambda: Conv2d(6, 5, 3, padding=1), lambda: nn.Conv2d(6, 5, 3, padding=1), (4, 6, 7, 5)),
+}
+products = pytest.mark.parametrize(("own", "usual", "shape"), PRODUCTS.values(), ids=PRODUCTS)
+
+
+@products
+def test_products_are_the_usual_ones_with_and_without_tangents(
+    own: Callable[[], nn.Module], usual: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    layer, other = own().double(), usual().double()
+    other.load_state_dict(layer.state_dict())
+    x, dx = torch.randn(2, *shape, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), other(x))
+
+    def gradients(module: nn.Module) -> tuple[Tensor, ...]:
+        """Of the output and of its derivative, in reverse mode over forward mode."""
+        parts = torch.func.jvp(module, (x,), (dx,))
+        return *parts, *torch.autograd.grad(parts[0].square().sum() + parts[1].pow(4).sum(), module.parameters())
+
+    torch.testing.assert_close(gradients(layer), gradients(other))
+
+
+@pytest.mark.parametrize(
+    ("own", "usual", "shape", "moved"),
+    [(*case, moved) for name, case in PRODUCTS.items() for moved in ("weight", "bias")[: 1 + ("without" not in name)]],
+)
+def test_products_follow_weights_that_carry_tangents(
+    own: Callable[[], nn.Module], usual: Callable[[], nn.Module], shape: tuple[int, ...], moved: str
+) -> None:
+    layer, other = own().double(), usual().double()
+    other.load_state_dict(layer.state_dict())
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+    x, dx = torch.randn(2, *shape, dtype=torch.float64)
+
+    def output(module: nn.Module, x: Tensor, value: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {**weights, moved: value}, (x,))
+
+    primals, tangents = (x, weights[moved]), (dx, torch.randn_like(weights[moved]))
+    found = torch.func.jvp(partial(output, layer), primals, tangents)
+    torch.testing.assert_close(found, torch.func.jvp(partial(output, other), primals, tangents))
+
+
+@products
+def test_a_tangent_costs_one_product(
+    own: Callable[[], nn.Module], usual: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """PyTorch's layers take one more, with the zeros that stand for the weight's tangent."""
+
+    def operations(module: nn.Module, tangent: bool) -> int:
+        x = torch.randn(shape)
+        with FlopCounterMode(display=False) as counter:
+            torch.func.jvp(module, (x,), (x,)) if tangent else module(x)
+        return int(counter.get_total_flops())
+
+    assert operations(own(), True) == 2 * operations(own(), False)
+    assert operations(usual(), True) > 2 * operations(usual(), False)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(32, 8), (128, 32), (100, 25), (256, 32), (132, 22), (3, 1), (7, 1)])

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from fewstep.conditions import NULL_LABEL, Condition
 from fewstep.errors import ConfigError, ShapeError
+from fewstep.forward_mode import jvp
 from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
 from fewstep.networks.layers import ConditionEmbedding
 
@@ -222,6 +223,29 @@ def test_gradients_pass_through_torch_func_jvp(name: str) -> None:
     numeric = central_difference(function, (x, t), tangents, 1e-4).square().sum()
     for exact, approximate in zip(mixed, torch.autograd.grad(numeric, parameters), strict=True):
         torch.testing.assert_close(exact, approximate, rtol=1e-5, atol=1e-6)
+
+
+@each_network
+def test_a_derivative_that_nothing_passes_back_through_records_less(name: str) -> None:
+    network = perturbed(build(name, dtype=torch.float64))
+    x, t, s, cond = inputs(network, torch.float64)
+    tangents = (torch.randn_like(x), torch.randn_like(t))
+    parameters = list(network.parameters())
+
+    def recorded(attached: bool) -> tuple[int, Tensor, tuple[Tensor, ...]]:
+        """Numbers kept for the backward pass, the derivative, and the output's gradients."""
+        kept: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda v: kept.update({v.data_ptr(): v.numel()}) or v, lambda v: v
+        ):
+            out, derivative = jvp(lambda x, t: network(x, t, s, cond), (x, t), tangents, attached)
+        assert derivative.requires_grad == attached
+        gradients = torch.autograd.grad(out.square().sum(), parameters, materialize_grads=True)
+        return sum(kept.values()), derivative, gradients
+
+    (less, alone, gradients), (more, other, expected) = recorded(False), recorded(True)
+    assert less < 0.9 * more
+    torch.testing.assert_close((alone, gradients), (other, expected), rtol=0, atol=0)
 
 
 @each_network

@@ -15,6 +15,7 @@ from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.layers import (
     ConditionEmbedding,
+    Linear,
     RMSNorm,
     RotaryEmbedding2d,
     attention,
@@ -93,13 +94,13 @@ class DiT(Network):
         self.checkpoint = config.checkpoint
         size = channels * config.patch**2
         self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency, observation)
-        self.input = nn.Linear(size, config.width)
+        self.input = Linear(size, config.width)
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], config.width))
         self.rotary = RotaryEmbedding2d(config.width // config.heads, self.grid)
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.depth)])
         self.norm = RMSNorm(config.width)
-        self.modulation = zeroed(nn.Linear(config.width, 2 * config.width))
-        self.output = zeroed(nn.Linear(config.width, size))
+        self.modulation = zeroed(Linear(config.width, 2 * config.width))
+        self.output = zeroed(Linear(config.width, size))
 
     @property
     def last_layer(self) -> Tensor:
@@ -142,7 +143,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.modulation = zeroed(nn.Linear(config.width, 6 * config.width))
+        self.modulation = zeroed(Linear(config.width, 6 * config.width))
         self.attention_norm = RMSNorm(config.width)
         self.attention = SelfAttention(config.width, config.heads)
         self.mlp_norm = RMSNorm(config.width)
@@ -166,10 +167,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.project = nn.Linear(width, width)
+        self.project = Linear(width, width)
 
     def forward(self, h: Tensor, rotary: RotaryEmbedding2d) -> Tensor:
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -183,8 +184,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.first = nn.Linear(width, 2 * hidden)
-        self.last = nn.Linear(hidden, width)
+        self.first = Linear(width, 2 * hidden)
+        self.last = Linear(hidden, width)
 
     def forward(self, h: Tensor) -> Tensor:
         gate, value = self.first(h).chunk(2, -1)

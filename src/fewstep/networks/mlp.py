@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
-from fewstep.networks.layers import ConditionEmbedding, LayerNorm, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, LayerNorm, Linear, check_inputs, silu, zeroed
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class MLP(Network):
             config.embedding_width, num_classes, guided, config.max_frequency, observation
         )
         # One product yields the modulations of all blocks: many narrow ones would cost more in overhead than in work.
-        self.modulation = nn.Linear(config.embedding_width, config.depth * 2 * hidden)
+        self.modulation = Linear(config.embedding_width, config.depth * 2 * hidden)
         # Observations enter beside the sample too: the embedding, which holds them, is narrower than many of them.
         seen = math.prod(observation) if observation else 0
-        self.input = nn.Linear(size + seen, config.width)
+        self.input = Linear(size + seen, config.width)
         self.blocks = nn.ModuleList([ResidualBlock(config.width, hidden) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, affine=False)
-        self.output = zeroed(nn.Linear(config.width, size))
+        self.output = zeroed(Linear(config.width, size))
 
     @property
     def last_layer(self) -> Tensor:
@@ -92,8 +92,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.norm = LayerNorm(width, affine=False)
-        self.first = nn.Linear(width, hidden)
-        self.last = zeroed(nn.Linear(hidden, width))
+        self.first = Linear(width, hidden)
+        self.last = zeroed(Linear(hidden, width))
 
     def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         hidden = self.first(self.norm(h)) * (1 + scale) + shift

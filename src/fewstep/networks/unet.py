@@ -11,7 +11,7 @@ from torch.nn import functional
 from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
-from fewstep.networks.layers import ConditionEmbedding, GroupNorm, attention, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, Linear, attention, check_inputs, silu, zeroed
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class ResidualBlock(nn.Module):
         self.dropout = config.dropout
         self.first_norm = GroupNorm(wide_in)
         self.first = _convolution(wide_in, wide_out)
-        self.modulation = nn.Linear(config.embedding_width, 2 * wide_out)
+        self.modulation = Linear(config.embedding_width, 2 * wide_out)
         self.last_norm = GroupNorm(wide_out)
         self.last = _zeroed_convolution(wide_out, wide_out)
-        self.skip = nn.Identity() if wide_in == wide_out else nn.Conv2d(wide_in, wide_out, 1)
+        self.skip = nn.Identity() if wide_in == wide_out else Conv2d(wide_in, wide_out, 1)
         self.attend = SelfAttention(wide_out, config.head_width) if attend else nn.Identity()
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -148,8 +148,8 @@ class SelfAttention(nn.Module):
             )
         self.heads = channels // head_width
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.project = zeroed(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.project = zeroed(Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)
@@ -164,7 +164,7 @@ def _stage(config: UNetConfig, widths: list[tuple[int, int]], height: int) -> nn
 
 
 def _convolution(wide_in: int, wide_out: int) -> nn.Conv2d:
-    return nn.Conv2d(wide_in, wide_out, 3, padding=1)
+    return Conv2d(wide_in, wide_out, 3, padding=1)
 
 
 def _zeroed_convolution(wide_in: int, wide_out: int) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fewstep.conditions import Condition
 from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
-from fewstep.networks.layers import ConditionEmbedding, GroupNorm, check_inputs, silu
+from fewstep.networks.layers import ConditionEmbedding, Conv1d, GroupNorm, Linear, check_inputs, silu
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class ResidualBlock1d(nn.Module):
         super().__init__()
         self.first_norm = GroupNorm(wide_in)
         self.first = _convolution(wide_in, wide_out, config.kernel)
-        self.modulation = nn.Linear(config.embedding_width, 2 * wide_out)
+        self.modulation = Linear(config.embedding_width, 2 * wide_out)
         self.last_norm = GroupNorm(wide_out)
         self.last = _zeroed(_convolution(wide_out, wide_out, config.kernel))
-        self.skip = nn.Identity() if wide_in == wide_out else nn.Conv1d(wide_in, wide_out, 1)
+        self.skip = nn.Identity() if wide_in == wide_out else Conv1d(wide_in, wide_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding).chunk(2, 1)
@@ -128,7 +128,7 @@ def _stage(config: UNet1dConfig, widths: list[int], own: int) -> nn.ModuleList:
 
 
 def _convolution(wide_in: int, wide_out: int, kernel: int) -> nn.Conv1d:
-    return nn.Conv1d(wide_in, wide_out, kernel, padding=kernel // 2)
+    return Conv1d(wide_in, wide_out, kernel, padding=kernel // 2)
 
 
 def _zeroed(convolution: nn.Conv1d) -> nn.Conv1d:
