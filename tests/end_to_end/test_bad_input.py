@@ -250,10 +250,7 @@ def test_a_folder_that_is_no_run(name: str, what: str, command: Command, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["sample", "report", "evaluate"])
-def test_a_truncated_checkpoint(
-    name: str, run: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+def test_a_truncated_checkpoint(name: str, run: Path, command: Command) -> None:
     weights = RunFolder(run).last_checkpoint() / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     before = contents(run)
@@ -310,10 +307,7 @@ def test_samples_that_cannot_be_drawn(words: str, message: str, run: Path, comma
     assert contents(run) == before
 
 
-def test_too_few_samples_to_measure(
-    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+def test_too_few_samples_to_measure(run: Path, command: Command) -> None:
     assert_refused(command("evaluate", run, "--samples", -1), r"-1 samples at .* at least 4 samples")
 
 

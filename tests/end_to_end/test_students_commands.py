@@ -29,9 +29,8 @@ def teacher(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the teacher, and a cache of the test's own."""
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+def run(teacher: Path, tmp_path: Path) -> Path:
+    """A copy of the teacher."""
     shutil.copytree(teacher, tmp_path / "teacher")
     return tmp_path / "teacher"
 

@@ -22,12 +22,6 @@ FEW = ("--samples", 40, "--evaluations", 4)
 PLACED = StepTimes("map", 0.0, 1.0, (1.0, 0.3, 0.0), "half A of the tests")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One classifier for all of these tests."""
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.getbasetemp() / "tune-steps-cache"))
-
-
 @pytest.fixture
 def run(small_run: Path, tmp_path: Path) -> Path:
     """A copy of a finished run of ten steps."""
