@@ -22,7 +22,9 @@ SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}
 def step_costs(
     studies: Mapping[tuple[str, str], Any], objectives: Callable[[Any, str], dict[str, Objective]]
 ) -> list[dict[str, Any]]:
-    """Rows {dataset, network, objective, derivative, ratio, seconds}: medians, all objectives taking turns.
+    """Rows {dataset, network, objective, derivative, ratio, low, high, seconds}, all objectives taking turns.
+
+    ratio: the median over turns of a step's time over that turn's flow matching; low and high are its quartiles.
 
     Loss and gradient alone, on weights away from their zeros, with the network itself as slow average and teacher.
     """
@@ -32,15 +34,16 @@ def step_costs(
         named = {(name, "exact"): each for name, each in objectives(study, "exact").items()}
         named |= {(name, "finite-difference"): each for name, each in objectives(study, "finite-difference").items()}
         distinct = {key: each for key, each in named.items() if key[1] == "exact" or each != named[key[0], "exact"]}
-        seconds = medians(distinct, flow_map, batch)
+        seconds = turns(distinct, flow_map, batch)
         base = seconds["flow matching", "exact"]
         for (name, derivative), spent in seconds.items():
-            ratio = round(spent / base, 3)
+            found = [own / other for own, other in zip(spent, base, strict=True)]
+            low, ratio, high = (round(each, 3) for each in statistics.quantiles(found, n=4))
             rows.append(
                 {"dataset": dataset, "network": network, "objective": name, "derivative": derivative, "ratio": ratio}
-                | {"batch": study.batch, "seconds": round(spent, 5)}
+                | {"low": low, "high": high, "batch": study.batch, "seconds": round(statistics.median(spent), 5)}
             )
-            print(f"{dataset:8} {network:10} {name:34} {derivative:18} {ratio:6.2f}", flush=True)
+            print(f"{dataset:8} {network:10} {name:34} {derivative:18} {ratio:6.2f} ({low:.2f}-{high:.2f})", flush=True)
     return rows
 
 
@@ -56,9 +59,9 @@ def setting(study: Any, shape: tuple[int, ...]) -> tuple[FlowMap, Batch]:
     return FlowMap(Linear(), LinearPreconditioning(), network), batch
 
 
-def medians(
+def turns(
     objectives: Mapping[tuple[str, str], Objective], flow_map: FlowMap, batch: Batch
-) -> dict[tuple[str, str], float]:
+) -> dict[tuple[str, str], list[float]]:
     """Seconds of a step of each, taking turns; the first two rounds do not count."""
     companions = Companions(teacher=flow_map, target=flow_map)
     found: dict[tuple[str, str], list[float]] = {key: [] for key in objectives}
@@ -70,4 +73,4 @@ def medians(
             if repeat >= 2:
                 found[key].append(time.perf_counter() - start)
     assert any(isinstance(objective, DiagonalMatching) for objective in objectives.values())
-    return {key: statistics.median(values) for key, values in found.items()}
+    return found

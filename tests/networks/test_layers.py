@@ -92,6 +92,17 @@ def test_products_follow_weights_that_carry_tangents(
     torch.testing.assert_close(found, torch.func.jvp(partial(output, other), primals, tangents))
 
 
+@pytest.mark.parametrize("twice", [torch.func.jacfwd, torch.func.jacrev])
+def test_products_nest_in_transforms_of_transforms(twice: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    """Vectorised forward mode, and either mode over it: each level finds its own tangent."""
+    own, usual = (nn.Sequential(kind(3, 4), nn.Tanh(), kind(4, 2)).double() for kind in (Linear, nn.Linear))
+    usual.load_state_dict(own.state_dict())
+    x = torch.randn(3, dtype=torch.float64)
+    found, expected = (twice(torch.func.jacfwd(network))(x) for network in (own, usual))
+    assert expected.abs().max() > 1e-2
+    torch.testing.assert_close(found, expected)
+
+
 @products
 def test_a_tangent_costs_one_product(
     own: Callable[[], nn.Module], usual: Callable[[], nn.Module], shape: tuple[int, ...]
