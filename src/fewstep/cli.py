@@ -34,7 +34,13 @@ A RUN is the folder that `train` wrote, or a saved model. Add --help to a comman
 for example: fewstep train digits --help
 """
 
-_SHORTAGE = ("out of memory", "can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+_SHORTAGE = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+)
 
 
 @contextlib.contextmanager
@@ -79,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, TypeError) as error:
         if not _is_shortage(error):
             raise
         reason = str(error).strip().splitlines() or ["no more to be had"]

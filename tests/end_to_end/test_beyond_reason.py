@@ -126,6 +126,7 @@ LONG = "x" * 300
         ("train digits --network.expansion nan", r"an MLP needs"),
         ("train digits --network.expansion inf", r"an MLP needs"),
         ("train digits --network.width 1000000000000", r"out of memory .*: take a smaller network"),
+        ("train digits --network.width 1000000000000000000000000000000", r"out of memory .*: take a smaller network"),
         (f"train digits --out made/deep/{LONG}", r"cannot write made/deep/x+.*: File name too long"),
         (f"train digits --out {LONG}", r"x+\.\.\.: File name too long"),
         (f"sample {LONG}", r"x+\.\.\.: File name too long"),
