@@ -97,7 +97,7 @@ def largest_difference(one: Path, two: Path) -> float:
 BATCH = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
 SCRATCH = [
     "train", "digits", *SMALL, *BATCH, "--training.images", "640", "--training.ema-decay", "0.9",
-    "--objective.diagonal", "0.5",
+    "--objective.diagonal", "0.5", "--objective.derivative", "exact",
 ]  # fmt: skip
 TEACHER = ["train", "edm-digits", *SMALL, *BATCH, "--training.images", "320", "--data.labels"]
 STUDENT = [
@@ -109,10 +109,14 @@ STUDENT = [
 ESTIMATE = ["--points", "8", "--samples", "200"]
 
 
+# --multi_gpu is what makes accelerate start processes by torchrun; --machine.cpu then joins them by gloo.
+PAIR = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+
+
 def printed_by_two(folder: Path, commands: list[list[str]]) -> str:
     """What two processes print that run commands together, and then what two_processes.py adds."""
     script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *PAIR, str(script)]
     both = [*launch, str(folder), json.dumps(commands)]
     done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

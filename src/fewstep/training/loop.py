@@ -121,7 +121,9 @@ class Trainer:
         if config.objective.measures_features and self.attendants.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Attendants)")
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
-        self.module = self.accelerator.prepare(self.loss)
+        with warnings.catch_warnings():  # newer PyTorch has another name for it, which Accelerate cannot pass on
+            warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated", category=FutureWarning)
+            self.module = self.accelerator.prepare(self.loss)
         self.step, self.seconds = 0, 0.0
 
     def __enter__(self) -> Self:
