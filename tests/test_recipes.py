@@ -245,6 +245,15 @@ def test_cm_is_for_jumps_to_the_data_end_of_the_edm_path() -> None:
     assert replace(consistency, model=model).model == model
     with pytest.raises(ConfigError, match="no velocity, which ISD needs: train CT, ECT or CD with it"):
         replace(recipe("digits"), model=model)
+    with pytest.raises(ConfigError, match="take the inner scaling edm-input"):
+        replace(model, scaling="identity")
+    evaluation = replace(consistency.evaluation, gamma=0.5)
+    with pytest.raises(ConfigError, match=r"set --evaluation\.gamma 1 in place of 0\.5"):
+        replace(consistency, model=model, evaluation=evaluation)
+    single = replace(evaluation, steps=(1,))
+    assert replace(consistency, model=model, evaluation=single).evaluation == single
+    with pytest.raises(ConfigError, match=r"set --evaluation\.gamma 1"):
+        replace(consistency, model=model, evaluation=replace(single, curve_images=64, curve_steps=(1, 2)))
     with pytest.raises(ConfigError, match="take the path edm"):
         make_preconditioning("cm", VP(), 0.5)
     assert make_preconditioning("cm", EDM(), 0.5) == CMPreconditioning(0.5, EDM().t_min)

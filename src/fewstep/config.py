@@ -79,6 +79,8 @@ class ModelConfig:
                 f"{self.preconditioning} preconditioning holds EDM's c_skip and c_out itself: "
                 "take the inner scaling edm-input with it"
             )
+        if self.preconditioning == "cm" and self.scaling != "edm-input":
+            raise ConfigError("cm preconditioning is made for a scaled input: take the inner scaling edm-input with it")
 
     @property
     def analytic(self) -> bool:
@@ -266,15 +268,25 @@ class RunConfig:
                 f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
                 "one network, which dropout makes different ones; set --network.dropout 0"
             )
-        if self.model.preconditioning == "cm" and not isinstance(self.objective, CT | ECT | CD):
-            raise ConfigError(
-                f"cm preconditioning jumps to the data end alone and has no velocity, which "
-                f"{type(self.objective).__name__} needs: train CT, ECT or CD with it, or take bcm"
-            )
+        if self.model.preconditioning == "cm":
+            self._check_cm()
         if not _anchored(self.objective):
             raise ConfigError(
                 f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
                 "agrees with itself would do (docs/degeneracy.md); give it a share of them"
+            )
+
+    def _check_cm(self) -> None:
+        if not isinstance(self.objective, CT | ECT | CD):
+            raise ConfigError(
+                f"cm preconditioning jumps to the data end alone and has no velocity, which "
+                f"{type(self.objective).__name__} needs: train CT, ECT or CD with it, or take bcm"
+            )
+        curve = self.evaluation.curve_steps if self.evaluation.curve_images else ()
+        if max((*self.evaluation.steps, *curve)) > 1 and self.evaluation.gamma != 1:
+            raise ConfigError(
+                "cm preconditioning jumps to the data end alone, so that several steps take new noise in between: set "
+                f"--evaluation.gamma 1 in place of {self.evaluation.gamma}"
             )
 
 

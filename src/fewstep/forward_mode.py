@@ -12,7 +12,8 @@ from torch import Tensor
 
 
 class _Tangents(threading.local):
-    recorded = True
+    def __init__(self) -> None:
+        self.recorded = True  # of the instance: torch.compile reads a class's attribute once for all
 
 
 _TANGENTS = _Tangents()
@@ -25,7 +26,7 @@ def tangents_recorded() -> bool:
 
 @contextmanager
 def _recording(tangents: bool) -> Iterator[None]:
-    before, _TANGENTS.recorded = _TANGENTS.recorded, _TANGENTS.recorded and tangents
+    before, _TANGENTS.recorded = _TANGENTS.recorded, tangents
     try:
         yield
     finally:
@@ -37,7 +38,8 @@ def jvp(
 ) -> tuple[Any, Any]:
     """(fn(*primals), its directional derivative along the tangents); the derivative has no graph unless `attached`.
 
-    fewstep's layers then record none on the way either, which takes a third off the memory of a transformer's pass.
+    Products with weights in fewstep's layers then record none on the way either, which takes a third off the memory of
+    a transformer's pass. A derivative within `fn` that has to keep its graph is taken by this function, not by torch's.
     """
     with _recording(attached):
         found = torch.func.jvp(fn, primals, tangents)

@@ -32,6 +32,7 @@ from fewstep.evaluation import (
 from fewstep.files import parse_json, read_rows, reading, reading_line, write_atomically
 from fewstep.flowmap import FlowMap
 from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
+from fewstep.preconditioning import CMPreconditioning
 from fewstep.sampling import Generated, SamplingSettings, Spacing, generate
 from fewstep.schedules import SamplerName
 from fewstep.students import with_labels
@@ -79,6 +80,8 @@ def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSetting
     omegas = {each.omega for each in flow_map.step_times}
     omega = omegas.pop() if len(omegas) == 1 else 1.0
     tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
+    if isinstance(flow_map.preconditioning, CMPreconditioning):  # which has no other jumps
+        return SamplingSettings(sampler="gamma", gamma=1.0, omega=omega)
     if tuned is None:
         return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
     return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=omega)

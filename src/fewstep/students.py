@@ -107,8 +107,7 @@ def measure_alignment(
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
     ends_only = config.objective.to_data_end
-    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed)
-    jumps = jumps.to_the_end() if ends_only else jumps
+    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
     spaced = edm_grid if config.model.path == "edm" else uniform_grid
     grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]

@@ -14,7 +14,7 @@ from fewstep.cli import main
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where commands keep classifiers, in place of the user's own cache: one for all of a process's tests."""
+    """Where commands run in a test process keep classifiers: one place for all of them, not the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(folder))

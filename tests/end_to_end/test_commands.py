@@ -362,7 +362,10 @@ def test_a_run_that_jumps_to_data_alone_is_sampled_by_new_noise(
     else:
         refused = command("sample", str(run), "--sampler", "map", "--steps", "2")
         assert refused.code == 2
-        assert "CM preconditioning jumps to s = t_min = 0.002 alone" in refused.err
+        assert "jumps to s = t_min = 0.002 alone; sample by --sampler gamma --gamma 1" in refused.err
+        run = tmp_path / "model"
+        fewstep.load(tmp_path / "run").save_pretrained(run)
+        assert own == drawn()
     refused = command("sample", str(run), "--sampler", "map", "--gamma", "1")
     assert refused.code == 2
     assert "--gamma 1 is for the gamma sampler" in refused.err

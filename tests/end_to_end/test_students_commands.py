@@ -67,6 +67,24 @@ def test_statistics_are_estimated_once_kept_and_drawn(run: Path, command: Comman
     assert len(list((run / "statistics").iterdir())) == 2
 
 
+def test_a_student_that_jumps_to_the_data_alone_is_measured_and_teaches_nobody(
+    run: Path, archive: Path, command: Command
+) -> None:
+    data = ("--data.source", "npz", "--data.root", archive, *SMALL, *STEPS, "--evaluation.curve-images", 0)
+    model = ("--model.preconditioning", "cm", "--model.scaling", "edm-input", "--training.images", 64)
+    assert command("train", "cd-digits", *data, *model, "--teacher", run, "--initial", "", "--out", "cd").code == 0
+    shown = command("evaluate", "cd")
+    assert (shown.code, shown.err) == (0, "")
+    jumps = json.loads(Path("cd/alignment.json").read_text())["jumps"]
+    assert [[error is not None for error in row] for row in jumps["rmse"]] == [
+        [start < end == len(jumps["times"]) - 1 for end in range(len(jumps["times"]))]
+        for start in range(len(jumps["times"]))
+    ]
+    refused = command("train", "cd-digits", *data, "--teacher", "cd", "--out", "of-cd")
+    assert refused.code == 2
+    assert "the teacher cd has cm preconditioning, and so no velocity" in refused.err
+
+
 def test_statistics_are_the_students_where_nothing_else_is_said(
     run: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,8 +122,11 @@ def test_statistics_that_cannot_be_had(words: str, message: str, run: Path, comm
     assert not (run / "statistics").exists()
 
 
-def test_a_student_is_measured_beside_its_teacher(run: Path, archive: Path, command: Command, tmp_path: Path) -> None:
+def test_a_student_is_measured_beside_its_teacher(
+    run: Path, archive: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trained on a distance of features, without classes; measured with the labelled data's classifier."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     student = train_student(command, archive, run, "--objective.distance", "features")
     (classifier,) = (tmp_path / "cache").iterdir()
     assert "halves-classifier" in classifier.stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.forward_mode import jvp
 from fewstep.networks.layers import (
     Conv1d,
     Conv2d,
@@ -101,6 +103,43 @@ def test_products_nest_in_transforms_of_transforms(twice: Callable[..., Callable
     found, expected = (twice(torch.func.jacfwd(network))(x) for network in (own, usual))
     assert expected.abs().max() > 1e-2
     torch.testing.assert_close(found, expected)
+
+
+def test_products_take_vectorisation_within_forward_mode() -> None:
+    """Tangents are out of sight there: PyTorch's formula is what there is."""
+    layer, usual = Linear(3, 4).double(), nn.Linear(3, 4).double()
+    usual.load_state_dict(layer.state_dict())
+    x, dx = torch.randn(2, 5, 3, dtype=torch.float64)
+    for inner in (torch.func.vmap(layer), torch.func.vmap(lambda row: layer(row).square())):
+        expected = torch.func.jvp(usual if inner(x).equal(layer(x)) else lambda x: usual(x).square(), (x,), (dx,))
+        torch.testing.assert_close(torch.func.jvp(inner, (x,), (dx,)), expected)
+    weights = torch.randn(6, 4, 3, dtype=torch.float64)
+
+    def each(weight: Tensor, x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    found = torch.func.jvp(lambda x: torch.func.vmap(each, (0, None))(weights, x), (x,), (dx,))
+    products = torch.einsum("noi,bi->nbo", weights, x), torch.einsum("noi,bi->nbo", weights, dx)
+    torch.testing.assert_close(found, (products[0] + layer.bias, products[1]))
+
+
+def test_a_derivative_within_a_detached_one_keeps_its_graph() -> None:
+    """The inner derivative is part of the outer one's value, which the gradient passes through."""
+    layer, usual = Linear(3, 3).double(), nn.Linear(3, 3).double()
+    usual.load_state_dict(layer.state_dict())
+    x, dx = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def gradient(network: nn.Module, inner: bool, outer: bool) -> Tensor:
+        def residual(x: Tensor) -> Tensor:
+            value, change = jvp(lambda x: network(x).tanh(), (x,), (dx,), inner)
+            return value + change
+
+        value, change = jvp(residual, (x,), (dx,), outer)
+        loss = value.square().sum() + change.square().sum()
+        return torch.autograd.grad(loss, network.get_parameter("weight"))[0]
+
+    for inner, outer in itertools.product((False, True), repeat=2):
+        torch.testing.assert_close(gradient(layer, inner, outer), gradient(usual, inner, outer))
 
 
 @products

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from math import nan
 from typing import Any, Protocol
 
 import torch
@@ -60,11 +59,6 @@ class Alignment:
         if t not in self.times or s not in self.times or not s < t:
             raise ShapeError(f"no jump from {t} to {s} was measured: the times are {', '.join(map(str, self.times))}")
         return float(self.rmse[self.times.index(t), self.times.index(s)])
-
-    def to_the_end(self) -> Alignment:
-        """Of the jumps to the last time alone, for a student that learns no others."""
-        others = torch.arange(len(self.times)) < len(self.times) - 1
-        return replace(self, rmse=self.rmse.masked_fill(others, nan), stderr=self.stderr.masked_fill(others, nan))
 
     def row(self) -> dict[str, Any]:
         """The fields in order, ready for JSON: matrices as rows, None where there is no jump."""
@@ -126,14 +120,15 @@ def alignment(
     seed: int = 0,
     teacher_steps: int = 4,
     batch_size: int = 512,
+    ends_only: bool = False,
 ) -> Alignment:
     """Errors of the student's jumps between all pairs of times t > s, from x_t = alpha x0 + sigma eps at every t.
 
     x0: real samples (n, ...), n at least 2, on the models' device; cond: theirs. times: (K,) falling, in the student's
     clock. The teacher may live on another path. Each x_t is carried down all later times by one trajectory of the
     teacher, about 2 K (K - 1) teacher_steps evaluations for each sample, which the student's K (K - 1) / 2 are compared
-    with. The noise of sample k is a function of (seed, t's place, k). Raises ShapeError on times or counts that do
-    not fit.
+    with. The noise of sample k is a function of (seed, t's place, k). ends_only: measure the jumps to the last time
+    alone, of a student that learns no others. Raises ShapeError on times or counts that do not fit.
     """
     times = check_grid(student.path, times.to(x0.device, torch.float64))
     _check_counts(x0, batch_size)
@@ -141,7 +136,8 @@ def alignment(
     with _at_rest(student, teacher):
         for indices in torch.arange(len(x0), device=x0.device).split(batch_size):
             draws = Draws(seed, 0, indices)
-            parts.append(_squared_errors(student, teacher, x0[indices], times, cond[indices], draws, teacher_steps))
+            own = x0[indices], times, cond[indices], draws, teacher_steps
+            parts.append(_squared_errors(student, teacher, *own, ends_only))
     rmse, stderr = _root_mean(torch.cat(parts, dim=2))
     return Alignment(method, tuple(times.tolist()), rmse, stderr, len(x0), seed, teacher_steps)
 
@@ -187,9 +183,16 @@ def trajectory_alignment(
 
 
 def _squared_errors(
-    student: Student, teacher: Teacher, x0: Tensor, times: Tensor, cond: Condition, draws: Draws, steps: int
+    student: Student,
+    teacher: Teacher,
+    x0: Tensor,
+    times: Tensor,
+    cond: Condition,
+    draws: Draws,
+    steps: int,
+    ends_only: bool,
 ) -> Tensor:
-    """Mean squared error of every sample's jumps, (K, K, B) float64 on the CPU; NaN where s is not below t."""
+    """Mean squared error of every sample's jumps, (K, K, B) float64 on the CPU; NaN where none is measured."""
     path, denoise = student.path, denoiser_on(student.path, teacher)
     errors = torch.full((len(times), len(times), len(x0)), torch.nan, dtype=torch.float64)
     for i, t in enumerate(times.tolist()[:-1]):
@@ -197,6 +200,8 @@ def _squared_errors(
         x = path.interpolate(x0, eps, at(t, x0))
         states = trajectory(denoise, path, x, times[i:], steps, cond)
         for j, s in enumerate(times.tolist()[i + 1 :], start=1):
+            if ends_only and i + j < len(times) - 1:
+                continue
             errors[i, i + j] = _squared(student.jump(x, at(t, x), at(s, x), cond), states[j])
     return errors
 

@@ -40,8 +40,11 @@ def affine(
 ) -> Tensor:
     """product(x, bias), linear in x but for the bias. A tangent of x costs one product more, in place of two.
 
-    Where the weight or the bias carries a tangent, PyTorch's formula is what is needed.
+    Where the weight or the bias carries a tangent, PyTorch's formula is what is needed; where torch.func.vmap runs
+    within the differentiation, so that tangents are out of sight, it is what there is.
     """
+    if vectorised(x) or vectorised(weight):
+        return product(x, bias)
     primal, tangent = forward_ad.unpack_dual(x)
     if tangent is None or carries_tangent(weight) or (bias is not None and carries_tangent(bias)):
         return product(x, bias)
@@ -49,6 +52,11 @@ def affine(
         moved = product(tangent, None)
     found: Tensor = forward_ad.make_dual(product(primal, bias), moved)
     return found
+
+
+def vectorised(x: Tensor) -> bool:
+    """Whether the innermost transform that x passes through is torch.func.vmap; False under torch.compile."""
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_batchedtensor(x))
 
 
 class Linear(nn.Linear):

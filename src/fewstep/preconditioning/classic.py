@@ -93,7 +93,7 @@ class CMPreconditioning(Preconditioning):
         if not torch.compiler.is_compiling() and not bool((torch.abs(s - self.t_min) <= 1e-6).all()):
             raise UnsupportedError(
                 f"CM preconditioning jumps to s = t_min = {self.t_min} alone; "
-                "use Euler or BCM preconditioning for jumps to other times"
+                "sample by --sampler gamma --gamma 1, or train with Euler or BCM preconditioning"
             )
         variance = self.sigma_data**2
         gap = t - s

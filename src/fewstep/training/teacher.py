@@ -12,6 +12,7 @@ from fewstep.control import Control
 from fewstep.data import Dataset
 from fewstep.errors import CheckpointError, ConfigError
 from fewstep.flowmap import FlowMap, fit_weights
+from fewstep.preconditioning import CMPreconditioning
 from fewstep.training.checkpoint import load
 from fewstep.training.ema import EMA
 
@@ -31,6 +32,8 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
             f"classes, but the data {dataset.name} has shape {dataset.shape} and {dataset.num_classes} classes"
         )
+    if isinstance(teacher.preconditioning, CMPreconditioning):
+        raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
     check_control(config.teacher, teacher.control, dataset.control)
     return teacher
 
