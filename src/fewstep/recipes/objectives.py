@@ -64,7 +64,9 @@ def digits_shortcut() -> RunConfig:
 def digits_ct() -> RunConfig:
     """Consistency training on 8x8 digits: EDM path, BCM preconditioning, the grid doubling over the run.
 
-    Jumps to the data end alone, re-noised between steps. No figure of it is measured yet.
+    Jumps to the data end alone, re-noised between steps.
+    Measured: Frechet distance 9.6 / 10.2 / 10.1 at 1 / 2 / 4 steps (classifier features, real digits
+    1.6), 304 s on one shared core.
     """
     model = replace(EDM_MODEL, preconditioning="bcm", scaling="edm-input")
     return _to_the_end("digits-ct", CT(duration=digits().training.images, huber=_HUBER), model)
@@ -85,7 +87,9 @@ def digits_ect() -> RunConfig:
 def digits_sct() -> RunConfig:
     """Continuous-time consistency training on 8x8 digits: trig path, tangent warmed up over a fifth of the run.
 
-    Jumps to the data end alone, re-noised between steps. No figure of it is measured yet.
+    Jumps to the data end alone, re-noised between steps.
+    Measured: Frechet distance 17.5 / 20.1 / 21.6 at 1 / 2 / 4 steps (classifier features, real digits
+    1.6), 362 s on one shared core. Half of the samples have their class.
     """
     model = ModelConfig(path="trig", preconditioning="trig", scaling="unit")
     return _to_the_end("digits-sct", SCT(tangent=_tangent()), model)
