@@ -217,7 +217,10 @@ def test_any_of_a_runs_averages_is_sampled_and_measured(archive: Path, command: 
     assert found[0][1] != found[1][1]
 
 
-def test_evaluate_and_report(small_run: Path, tmp_path: Path, command: Command) -> None:
+def test_evaluate_and_report(
+    small_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     shown = command("evaluate", run)

