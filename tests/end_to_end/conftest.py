@@ -21,6 +21,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of few pixels: drawing them is most of a report's time. tests/test_reporting.py looks at whole ones."""
+    monkeypatch.setattr("fewstep.reporting.canvas._DPI", 60)
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Run `fewstep ...` in an empty folder and return what it left."""
