@@ -10,8 +10,8 @@ Evaluations are counted in a hook, in forward passes of the whole batch: a pass 
 pass 2. `floor` is what the objective cannot do without, by its definition (`floor_passes`), over flow matching's 3; a
 test holds the count against it, so that a redundant evaluation fails. It is a floor of operations, not of time: a pass
 without gradient can cost less than a third of one with it, and a pass that carries tangents more than one and a third.
-So the passes by themselves take turns too, and `priced` is the same count at the prices found there: what a step
-takes beyond it is spent outside the network.
+So the passes by themselves take turns too, and `priced` is the same count at the seconds found there, a part of the
+batch in proportion: what a step takes beyond it goes outside the network, or is what parts of a batch cost more.
 """
 
 from __future__ import annotations
@@ -99,37 +99,34 @@ def evaluations(objective: Objective, flow_map: FlowMap, batch: Batch) -> float:
     return total / len(batch.x0)
 
 
-def floor_passes(objective: Objective) -> float:
-    """Forward passes that the definition needs: forward 1 and backward 2 for each of the two terms, and the derivative.
-
-    The anchor's pass gives the velocity too, and the second term's pass the value of N: neither is paid twice. A
-    derivative costs 1 as a tangent and 2 as a difference; guidance 1 for the labels that are kept.
-    """
-    if not isinstance(objective, ISD):
-        return 3.0
-    derivative = 1 if objective.derivative == "exact" else 2
-    return 3.0 + null_share(objective) + (1 - objective.diagonal) * (3 + derivative)
-
-
-def null_share(objective: ISD) -> float:
-    """Share of the batch that guidance evaluates without its label."""
-    return (1 - objective.dropout) if objective.guidance.active else 0.0
-
-
 @dataclass(frozen=True)
 class Prices:
-    """Seconds of one pass of the whole batch: without gradient; with it and back; the same carrying tangents."""
+    """What one pass of the whole batch costs: without gradient; with it and back; the same carrying tangents."""
 
     forward: float
     train: float
     tangent: float
 
     def of(self, objective: Objective) -> float:
-        """What the passes of `floor_passes` cost."""
+        """What the passes cost that the objective's definition needs.
+
+        The anchor's pass gives the velocity too, and the second term's pass the value of N: neither is paid twice. A
+        derivative is a tangent of that pass, or a difference of two more; guidance one for the labels that are kept.
+        """
         if not isinstance(objective, ISD):
             return self.train
+        null = (1 - objective.dropout) if objective.guidance.active else 0.0
         second = self.tangent if objective.derivative == "exact" else self.train + 2 * self.forward
-        return self.train + null_share(objective) * self.forward + (1 - objective.diagonal) * second
+        return self.train + null * self.forward + (1 - objective.diagonal) * second
+
+
+OPERATIONS = Prices(forward=1.0, train=3.0, tangent=4.0)
+"""In forward passes: backward is 2, a tangent 1."""
+
+
+def floor_passes(objective: Objective) -> float:
+    """The operations that the objective's definition needs, in forward passes of the whole batch."""
+    return OPERATIONS.of(objective)
 
 
 def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:

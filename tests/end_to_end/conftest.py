@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of few pixels: drawing them is most of a report's time. tests/test_reporting.py looks at whole ones."""
-    monkeypatch.setattr("fewstep.reporting.canvas._DPI", 60)
+    monkeypatch.setattr("fewstep.reporting.canvas._DPI", 100)
 
 
 @pytest.fixture

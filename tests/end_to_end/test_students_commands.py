@@ -56,7 +56,7 @@ def test_statistics_are_estimated_once_kept_and_drawn(run: Path, command: Comman
     found = TrajectoryStatistics.load(file)
     assert (len(found.lam), found.samples) == (8, 16)
     with Image.open(file.with_suffix(".png")) as figure:
-        assert figure.width > 500
+        assert figure.width > 1000
     assert f"Figure: {file.with_suffix('.png')}" in shown.out
     stored = file.read_bytes()
     again = command("statistics", run, *QUICK, "--student", "cd-digits", "--no-shrink", "--cpu")
