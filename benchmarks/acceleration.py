@@ -32,20 +32,20 @@ import torch
 from torch import Tensor
 
 from acceleration_summary import LEVELS, RESULTS, summary
-from fewstep.conditions import Condition
-from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
-from fewstep.evaluation import Extractor, default_extractor, frechet_distance
-from fewstep.flowmap import FlowMap, at
+from fewstep.evaluation.metrics import Extractor, default_extractor, frechet_distance
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.ode import trajectory
+from fewstep.flow.times import edm_grid
+from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, TeacherSteps
-from fewstep.randomness import Draws
 from fewstep.recipes import recipe
-from fewstep.serialization import to_json
-from fewstep.solvers import trajectory
-from fewstep.times import edm_grid
+from fewstep.recipes.config import RunConfig
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
+from fewstep.utils.random import Draws
+from fewstep.utils.serialization import to_json
 
 MIDDLE = 1.9
 FIRST_JUMP = f"sample, 80 -> {MIDDLE:g} alone"

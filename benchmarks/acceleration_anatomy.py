@@ -36,17 +36,17 @@ import torch
 from torch import Tensor
 
 from acceleration import NOISE_SEED, methods
-from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
-from fewstep.evaluation import Extractor, default_extractor, frechet_distance
-from fewstep.flowmap import FlowMap, at, load_flow_map, save_flow_map
+from fewstep.evaluation.metrics import Extractor, default_extractor, frechet_distance
+from fewstep.flow.flow_map import FlowMap, at, load_flow_map, save_flow_map
+from fewstep.flow.ode import trajectory
+from fewstep.flow.preconditioning import EulerPreconditioning, Preconditioning
 from fewstep.objectives import Batch, Companions, Losses, Objective
-from fewstep.preconditioning import EulerPreconditioning, Preconditioning
-from fewstep.randomness import Draws
 from fewstep.recipes import recipe
-from fewstep.solvers import trajectory
+from fewstep.recipes.config import RunConfig
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
+from fewstep.utils.random import Draws
 
 RESULTS = Path(__file__).parent / "results" / "acceleration_anatomy.json"
 HIGHEST, LOWEST = 80.0, 0.002

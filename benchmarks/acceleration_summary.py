@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation import common_target, speedup, time_to
-from fewstep.evaluation.curves import mean_curve
-from fewstep.reporting.comparison import Course, Panel, Table, aligned, comparison_curves
+from fewstep.evaluation.metrics import common_target, speedup, time_to
+from fewstep.evaluation.metrics.curves import mean_curve
+from fewstep.evaluation.report.comparison import Course, Panel, Table, aligned, comparison_curves
 
 RESULTS = Path(__file__).parent / "results" / "acceleration"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "acceleration.png"

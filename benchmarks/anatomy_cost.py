@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 
 from fewstep.data import load_dataset
-from fewstep.objectives.inputs import Comparison
+from fewstep.objectives.pairs import Comparison
 from fewstep.recipes import recipe
 from fewstep.training import Attendants, Machine, RunFolder
 from fewstep.training.log import Window

@@ -46,14 +46,14 @@ from degeneracy_gaussian import (
     weight_apart,
 )
 from degeneracy_networks import DIGITS, F64, LOSSES, OBJECTIVES, PLAN, SEEDS, Truth, digits, exact_jump, mixture, train
-from fewstep.files import write_atomically
-from fewstep.flowmap import FlowMap, at
-from fewstep.oracles import GaussianData
-from fewstep.paths import Linear, Trig
-from fewstep.preconditioning import LinearPreconditioning, TrigPreconditioning
-from fewstep.reporting.canvas import LIGHT, figure_style, make_panels, to_png
-from fewstep.reporting.comparison import Table, aligned
-from fewstep.reporting.numbers import number, tick
+from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.evaluation.report.comparison import Table, aligned
+from fewstep.evaluation.report.numbers import number, tick
+from fewstep.flow.closed_form import GaussianData
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.paths import Linear, Trig
+from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.utils.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "degeneracy.json"
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "degeneracy.png"

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.flowmap import FlowMap
-from fewstep.forward_mode import jvp
+from fewstep.flow.closed_form import GaussianData
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning import Preconditioning, TrigPreconditioning
 from fewstep.objectives import eulerian_residual
-from fewstep.oracles import GaussianData
-from fewstep.paths import Path
-from fewstep.preconditioning import Preconditioning, TrigPreconditioning
+from fewstep.utils.forward_ad import jvp
 
 F64 = torch.float64
 OFFSET = 0.01

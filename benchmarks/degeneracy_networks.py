@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from degeneracy_gaussian import F64, OFFSET
-from fewstep.conditions import Condition
 from fewstep.data import DataConfig, load_dataset
-from fewstep.flowmap import FlowMap, at
+from fewstep.flow.closed_form import MixtureData
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.ode import reference_solution
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.flow.times import UniformTimes
 from fewstep.networks import MLPConfig
+from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Shortcut
-from fewstep.objectives.inputs import draw_pair, noised
-from fewstep.oracles import MixtureData
-from fewstep.paths import Linear
-from fewstep.preconditioning import LinearPreconditioning
-from fewstep.randomness import Draws
-from fewstep.solvers import reference_solution
-from fewstep.times import UniformTimes
+from fewstep.objectives.pairs import draw_pair, noised
+from fewstep.utils.random import Draws
 
 SEEDS = 3
 ROWS = 192

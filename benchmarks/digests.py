@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from fewstep.serialization import to_json
+from fewstep.utils.serialization import to_json
 
 
 def digest(*parts: Any) -> str:

@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.config import StatisticsConfig
 from fewstep.data import DataConfig, load_dataset
-from fewstep.oracles import toy_mixture
-from fewstep.paths import EDM
-from fewstep.preconditioning import (
+from fewstep.flow.closed_form import toy_mixture
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
     EulerPreconditioning,
     Preconditioning,
@@ -33,6 +31,8 @@ from fewstep.preconditioning import (
     consistency_gap,
     estimate_statistics,
 )
+from fewstep.networks.condition import Condition
+from fewstep.recipes.config import StatisticsConfig
 from fewstep.training import RunFolder, load
 from fewstep.training.statistics import data_mean, kept_statistics, prepared
 

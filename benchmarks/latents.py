@@ -27,21 +27,21 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from fewstep.autoencoders import Decoder, load_decoder
-from fewstep.config import EvaluationConfig, OptimizerConfig, RunConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.data.folder import decode_or_reason, list_images
-from fewstep.data.latents import EncodingSettings, Manifest
-from fewstep.encoding import EncodingWork, encode_folder, summary
-from fewstep.guidance import FixedGuidance
-from fewstep.measuring import measure_real, measure_run, table, write_figures, yardstick
+from fewstep.data.latents.autoencoders import Decoder, load_decoder
+from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
+from fewstep.data.latents.shards import EncodingSettings, Manifest
+from fewstep.evaluation.evaluate import measure_real, measure_run, table, write_figures, yardstick
+from fewstep.evaluation.report import image_grid, to_uint8
+from fewstep.flow.guidance import FixedGuidance
 from fewstep.networks import DiTConfig
 from fewstep.objectives import ISD
 from fewstep.recipes import recipe
-from fewstep.reporting import image_grid, to_uint8
-from fewstep.sampling import SamplingSettings, generate
+from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig
+from fewstep.sampling.decode import viewer
+from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.training import Machine, RunFolder, load, train
-from fewstep.viewing import viewer
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "latents.json", ROOT / "docs" / "figures" / "latents.png"

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 
 from digests import digest
-from fewstep.config import RunConfig
-from fewstep.control import FIRST_TEST_SEED
 from fewstep.data import load_dataset
-from fewstep.data.demonstrations import load_demonstrations, save_demonstrations
-from fewstep.measuring import training_seconds
+from fewstep.data.demonstrations.episodes import load_demonstrations, save_demonstrations
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.evaluation.evaluate import training_seconds
 from fewstep.policies.figures import rollout_row
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
-from fewstep.policies.tasks import TASKS as ALL_TASKS
-from fewstep.policies.tasks import find_task
+from fewstep.policies.tasks.registry import TASKS as ALL_TASKS
+from fewstep.policies.tasks.registry import find_task
 from fewstep.recipes import recipe
+from fewstep.recipes.config import RunConfig
 from fewstep.training import Machine, RunFolder, train
 from policies_summary import summarise
 

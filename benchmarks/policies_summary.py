@@ -11,9 +11,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fewstep.files import write_atomically
+from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
 from fewstep.policies.rollout import wilson
-from fewstep.reporting.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.utils.files import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "policies.md", DOCS / "figures" / "policies.png"

@@ -33,15 +33,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.config import RunConfig
 from fewstep.data import Dataset, load_dataset
-from fewstep.errors import TrainingDivergedError
-from fewstep.evaluation import Extractor, class_accuracy, default_extractor, frechet_distance
-from fewstep.flowmap import FlowMap
+from fewstep.evaluation.metrics import Extractor, class_accuracy, default_extractor, frechet_distance
+from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import DiagonalMatching
-from fewstep.sampling import SamplerName, SamplingSettings, generate
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.generate import SamplerName, SamplingSettings, generate
 from fewstep.training import Attendants, Machine, RunFolder
 from fewstep.training.loop import Trainer
+from fewstep.utils.errors import TrainingDivergedError
 from stability_plan import (
     SAMPLE_SEED,
     STUDIES,

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
 from fewstep.objectives import Batch, Companions, DiagonalMatching, Objective
-from fewstep.paths import Linear
-from fewstep.preconditioning import LinearPreconditioning
-from fewstep.randomness import Draws
+from fewstep.utils.random import Draws
 
 REPEATS = 8
 SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from digests import digest
-from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.data import DataConfig
-from fewstep.guidance import FixedGuidance
+from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
 from fewstep.objectives.base import Objective
-from fewstep.times import BetaTimes
+from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from stability_variants import ISDApart, ISDTimeUnit
 
 SAMPLE_SEED = 91_000

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fewstep.evaluation import time_to
-from fewstep.files import write_atomically
-from fewstep.reporting.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.evaluation.metrics import time_to
+from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.utils.files import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FIGURE = DOCS / "stability.md", DOCS / "figures" / "stability.png"

@@ -9,13 +9,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.flowmap import FlowMap
-from fewstep.forward_mode import jvp
+from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.condition import Condition
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.objectives.eulerian import distillation_error
-from fewstep.objectives.inputs import guided_condition, guided_velocity, noised, rows_on_and_off
-from fewstep.weights import adaptive_weight, error_norm
+from fewstep.objectives.losses import adaptive_weight, error_norm
+from fewstep.objectives.pairs import guided_condition, guided_velocity, noised, rows_on_and_off
+from fewstep.utils.forward_ad import jvp
 
 
 def on_the_diagonal(

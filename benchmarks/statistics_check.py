@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data import DataConfig, load_dataset
-from fewstep.oracles import MixtureData, toy_mixture
-from fewstep.paths import EDM
-from fewstep.preconditioning import TrajectoryStatistics, estimate_statistics
+from fewstep.flow.closed_form import MixtureData, toy_mixture
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import TrajectoryStatistics, estimate_statistics
 
 RESULTS = Path(__file__).parent / "results" / "statistics_check.json"
 BANDS = (80.0, 12.0, 2.0, 0.3, 0.06, 0.03, 0.0)

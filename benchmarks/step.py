@@ -31,13 +31,13 @@ import torch
 from torch import nn
 
 from fewstep import ISD, Batch, DiagonalMatching, DiTConfig, FixedGuidance, FlowMap, MLPConfig, NoGuidance, UNetConfig
-from fewstep.conditions import Condition
-from fewstep.derivatives import exact_derivative
+from fewstep.flow.derivatives import exact_derivative
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.networks.condition import Condition
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import Objective
-from fewstep.paths import Linear
-from fewstep.preconditioning import LinearPreconditioning
-from fewstep.randomness import Draws
+from fewstep.utils.random import Draws
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,31 @@
 """fewstep: generative models that need one to four network calls."""
 
 from fewstep._version import __version__
-from fewstep.conditions import NULL_LABEL, Condition
-from fewstep.config import RunConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.data.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
-from fewstep.errors import FewstepError
-from fewstep.flowmap import FlowMap, FlowMapConfig
-from fewstep.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
+from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
+from fewstep.flow.closed_form import GaussianData, MixtureData
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
+from fewstep.flow.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
+from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.preconditioning import (
+    AnalyticPreconditioning,
+    BCMPreconditioning,
+    CMPreconditioning,
+    EDMInputScaling,
+    EDMScaling,
+    EulerPreconditioning,
+    IdentityScaling,
+    LinearPreconditioning,
+    Preconditioning,
+    Scaling,
+    TrajectoryStatistics,
+    TrigPreconditioning,
+    UnitScaling,
+    consistency_gap,
+    estimate_statistics,
+)
 from fewstep.networks import DiTConfig, MLPConfig, Network, UNet1dConfig, UNetConfig
+from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CATALOGUE,
     CD,
@@ -31,28 +48,11 @@ from fewstep.objectives import (
     Shortcut,
     TeacherSteps,
 )
-from fewstep.oracles import GaussianData, MixtureData
-from fewstep.paths import EDM, VP, Linear, Path, Trig
 from fewstep.policies import Policy, Simulation, Task, load_policy, roll_out
-from fewstep.preconditioning import (
-    AnalyticPreconditioning,
-    BCMPreconditioning,
-    CMPreconditioning,
-    EDMInputScaling,
-    EDMScaling,
-    EulerPreconditioning,
-    IdentityScaling,
-    LinearPreconditioning,
-    Preconditioning,
-    Scaling,
-    TrajectoryStatistics,
-    TrigPreconditioning,
-    UnitScaling,
-    consistency_gap,
-    estimate_statistics,
-)
-from fewstep.sampling import SamplingSettings, generate
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.training import Machine, RunFolder, load, train
+from fewstep.utils.errors import FewstepError
 
 __all__ = [
     "CATALOGUE",

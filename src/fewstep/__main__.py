@@ -5,7 +5,7 @@ On CPUs accelerate launches one process whatever is asked for: take torchrun for
 
 import sys
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

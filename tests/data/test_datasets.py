@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import bytes_of, load, refused
 
 from fewstep.data import DataConfig, Dataset, Samples, batch_indices, load_dataset, random_flips
 from fewstep.data.labels import split
-from fewstep.errors import ConfigError, DataError, MissingExtraError, ShapeError
-from fewstep.randomness import Draws
+from fewstep.utils.errors import ConfigError, DataError, MissingExtraError, ShapeError
+from fewstep.utils.random import Draws
+from tests.support.sources import bytes_of, load, refused
 
 
 def test_fetch_brings_bytes_to_minus_one_to_one_and_leaves_floats() -> None:

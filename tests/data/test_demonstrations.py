@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.control import ChunkConfig, Normaliser
 from fewstep.data import DataConfig, load_dataset
-from fewstep.data.chunks import ChunkSet, load_chunks, split_episodes
-from fewstep.data.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
-from fewstep.errors import ConfigError, DataError, ShapeError
+from fewstep.data.demonstrations.chunks import ChunkSet, load_chunks, split_episodes
+from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
+from fewstep.data.demonstrations.normaliser import ChunkConfig, Normaliser
+from fewstep.utils.errors import ConfigError, DataError, ShapeError
 
 LENGTHS = (5, 3, 9, 4)
 
@@ -62,7 +62,7 @@ def test_an_archive_is_read_too(tmp_path: Path) -> None:
 @given(st.integers(1, 4), st.integers(1, 12))
 def test_chunks_never_cross_episodes(seen: int, horizon: int) -> None:
     demos, control = example(), None
-    from fewstep.control import Control
+    from fewstep.data.demonstrations.normaliser import Control
 
     same = Normaliser((-1.0,) * 3, (1.0,) * 3)
     control = Control("toy", ChunkConfig(seen, horizon, 1), same, Normaliser((-1.0,) * 2, (1.0,) * 2))

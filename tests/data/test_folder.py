@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sources import bytes_of, load, refused
 
 from fewstep.data import folder as folder_module
 from fewstep.data.folder import decode, list_images
-from fewstep.errors import DataError, FewstepWarning
+from fewstep.utils.errors import DataError, FewstepWarning
+from tests.support.sources import bytes_of, load, refused
 
 
 def write_image(path: Path, array: np.ndarray | None = None, **options: object) -> None:

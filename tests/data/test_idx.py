@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sources import bytes_of, load, refused
 
 from fewstep.data import idx as idx_module
+from tests.support.sources import bytes_of, load, refused
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data.importers import import_minari, import_robomimic
-from fewstep.errors import DataError, MissingExtraError
+from fewstep.data.demonstrations.importers import import_minari, import_robomimic
+from fewstep.utils.errors import DataError, MissingExtraError
 
 h5py = pytest.importorskip("h5py")
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sources import load, refused
 from torch import Tensor
 
-from fewstep.autoencoders import load_autoencoder
 from fewstep.data import Dataset
 from fewstep.data.labels import held_out
-from fewstep.data.latents import EncodingSettings
-from fewstep.encoding import EncodingWork, encode_folder
-from fewstep.errors import ConfigError, DataError
-from photographs import SIDE, save_autoencoder, save_pictures
+from fewstep.data.latents.autoencoders import load_autoencoder
+from fewstep.data.latents.encode import EncodingWork, encode_folder
+from fewstep.data.latents.shards import EncodingSettings
+from fewstep.utils.errors import ConfigError, DataError
+from tests.support.photographs import SIDE, save_autoencoder, save_pictures
+from tests.support.sources import load, refused
 
 SETTINGS = EncodingSettings(image_size=SIDE, shard_size=8, heldout=0.25)
 SCALE = 0.5

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sources import bytes_of, load, refused
+
+from tests.support.sources import bytes_of, load, refused
 
 
 def save(path: Path, **arrays: object) -> Path:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sources import load, refused
 
-from fewstep.data import DataConfig, load_dataset, mixture_parameters
-from fewstep.oracles import toy_mixture
-from fewstep.paths import EDM
-from fewstep.randomness import permutation
+from fewstep.data import DataConfig, load_dataset
+from fewstep.flow.closed_form import toy_mixture
+from fewstep.flow.paths import EDM
+from fewstep.utils.random import permutation
+from tests.support.sources import load, refused
 
 
 def test_samples_have_the_moments_of_the_mixture() -> None:
     """To within five standard errors of 50,000 samples."""
-    dataset, parameters = load("mixture"), mixture_parameters()
+    dataset, parameters = load("mixture"), toy_mixture()
     assert (dataset.name, dataset.shape, dataset.num_classes) == ("mixture", (1, 4, 4), 0)
     assert (len(dataset.train), len(dataset.heldout)) == (50_000, 10_000)
     x, weights = dataset.train.values.flatten(1).double(), parameters.weights
@@ -29,7 +29,7 @@ def test_samples_have_the_moments_of_the_mixture() -> None:
 
 def test_the_mixture_is_off_centre_wide_and_uneven() -> None:
     """What makes it a test of preconditionings: a mean to subtract, and directions of different spread."""
-    parameters = mixture_parameters()
+    parameters = toy_mixture()
     assert float(parameters.weights.sum()) == pytest.approx(1.0, abs=1e-12)
     assert float((parameters.weights @ parameters.means).norm()) > 1.5
     spread = parameters.means.std(0)

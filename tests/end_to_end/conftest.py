@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, STEPS, Command, Finished
 
-from fewstep.cli import main
+from fewstep.cli.main import main
+from tests.support.commands import SMALL, STEPS, Command, Finished
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,7 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of few pixels: drawing them is most of a report's time. tests/test_reporting.py looks at whole ones."""
-    monkeypatch.setattr("fewstep.reporting.canvas._DPI", 100)
+    monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
 
 
 @pytest.fixture

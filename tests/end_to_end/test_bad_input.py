@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from commands import ENVIRONMENT, SMALL, STEPS, Command, Finished, contents
 from PIL import Image
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.training import RunFolder
+from fewstep.utils.serialization import FORMAT
+from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, Finished, contents
 
 
 def assert_refused(shown: Finished, message: str) -> None:
@@ -262,11 +263,14 @@ def test_a_truncated_checkpoint(name: str, run: Path, command: Command) -> None:
 def test_a_file_of_a_later_format(part: str, run: Path, command: Command) -> None:
     file = (RunFolder(run).last_checkpoint() if part == "checkpoints" else run) / "config.json"
     record = json.loads(file.read_text())
-    assert record["format"] == 1
+    assert record["format"] == FORMAT
     later = {f"{key}_renamed": value for key, value in record.items() if key != "format"}
-    file.write_text(json.dumps(later | {"format": 2}))
+    file.write_text(json.dumps(later | {"format": FORMAT + 1}))
     before = contents(run)
-    assert_refused(command("sample", run), r"config\.json has format 2, .* formats up to 1: install a newer fewstep")
+    assert_refused(
+        command("sample", run),
+        rf"config\.json has format {FORMAT + 1}, .* formats up to {FORMAT}: install a newer fewstep",
+    )
     assert contents(run) == before
     for damaged in (True, "1", None, 0, 1.0):
         file.write_text(json.dumps(record | {"format": damaged}))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from commands import SMALL, STEPS, Command, Finished, contents
 from safetensors.torch import load_file, save_file
 
 from fewstep.training import RunFolder
+from tests.support.commands import SMALL, STEPS, Command, Finished, contents
 
 BINARY = b"\x80\xff\x00\n" * 9
 DEEP = b"[" * 100_000

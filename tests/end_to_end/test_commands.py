@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ENVIRONMENT, SMALL, STEPS, Command, contents
 from PIL import Image
 
 import fewstep
-from fewstep.cli import OVERVIEW
-from fewstep.commands import COMMANDS
-from fewstep.config import RunConfig
-from fewstep.errors import FewstepWarning
-from fewstep.kinds import choices
-from fewstep.measuring import read_figures, write_figures
+from fewstep.cli.commands import COMMANDS
+from fewstep.cli.kinds import choices
+from fewstep.cli.main import OVERVIEW
+from fewstep.cli.quickstart import policy_quickstart, quickstart
+from fewstep.evaluation.evaluate import read_figures, write_figures
+from fewstep.evaluation.report.run import report
 from fewstep.objectives import CATALOGUE
-from fewstep.quickstart import policy_quickstart, quickstart
 from fewstep.recipes import RECIPES, recipe
-from fewstep.runs import report
+from fewstep.recipes.config import RunConfig
 from fewstep.training import Machine, RunFolder
+from fewstep.utils.errors import FewstepWarning
+from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, contents
 
 
 def test_no_command_prints_the_overview(command: Command) -> None:
@@ -311,7 +311,7 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
         config = recipe(name)
         return replace(config, evaluation=replace(config.evaluation, samples=128))
 
-    monkeypatch.setattr("fewstep.quickstart.recipe", cheaper)
+    monkeypatch.setattr("fewstep.cli.quickstart.recipe", cheaper)
     page = quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
     shown = {(row["method"], row["nfe"]) for row in rows}
@@ -344,8 +344,8 @@ def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command
 def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.quickstart.POLICY_DEMONSTRATIONS", 12)
-    monkeypatch.setattr("fewstep.quickstart.POLICY_EPISODES", 3)
+    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_DEMONSTRATIONS", 12)
+    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_EPISODES", 3)
     machine, root = Machine(cpu=True, threads=1, quiet=True), tmp_path / "run"
     page = policy_quickstart(root, machine, seconds=0.3)
     printed = capsys.readouterr().out

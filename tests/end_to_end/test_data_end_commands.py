@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Command
 
 import fewstep
+from tests.support.commands import Command
 
 
 @pytest.mark.parametrize("preconditioning", ["bcm", "cm"])

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import Command, Finished, contents
 from PIL import Image
 
 import fewstep
-from fewstep.autoencoders import load_autoencoder
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import DataConfig, load_dataset
-from fewstep.errors import FewstepWarning
-from fewstep.evaluation import RandomConvExtractor
-from fewstep.measuring import yardstick
-from fewstep.reporting import RunReport
-from photographs import SIDE, save_autoencoder, save_pictures
+from fewstep.data.latents.autoencoders import load_autoencoder
+from fewstep.evaluation.evaluate import yardstick
+from fewstep.evaluation.metrics import RandomConvExtractor
+from fewstep.evaluation.report import RunReport
+from fewstep.utils.errors import FewstepWarning
+from tests.support.commands import Command, Finished, contents
+from tests.support.photographs import SIDE, save_autoencoder, save_pictures
 
 COUNT = 40
 ENCODE = ("--image-size", SIDE, "--shard-size", 16, "--heldout", 0.25, "--batch-size", 8, "--cpu", "--quiet")
@@ -125,7 +125,7 @@ def test_evaluate_and_report_see_decoded_images(
 ) -> None:
     """With the autoencoder at another place than the latents were encoded from; the page is not drawn."""
     pages: list[RunReport] = []
-    monkeypatch.setattr("fewstep.runs.write_report", lambda page, file: pages.append(page))
+    monkeypatch.setattr("fewstep.evaluation.report.run.write_report", lambda page, file: pages.append(page))
     shutil.copytree(studio / "run", tmp_path / "run")
     shown = command("evaluate", "run", "--autoencoder", moved)
     assert (shown.code, shown.err) == (0, "")

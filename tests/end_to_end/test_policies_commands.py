@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from commands import SMALL, Command
 
-from fewstep.policies.tasks import TASKS
-
-sys.path.append(str(Path(__file__).parent.parent / "policies"))
-from pointtask import point_task
+from fewstep.policies.tasks.registry import TASKS
+from tests.support.commands import SMALL, Command
+from tests.support.pointtask import point_task
 
 TRAIN = (
     *SMALL, "--training.batch-size", "64", "--training.images", "6400", "--training.checkpoint-images", "6400",

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from commands import ENVIRONMENT, SMALL, Command
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.data.demonstrations import Demonstrations, save_demonstrations
-from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
+from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.training import RunFolder
+from tests.support.commands import ENVIRONMENT, SMALL, Command
 
 
 def stored(run: Path) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import SMALL, STEPS, Command
 from PIL import Image
 
-from fewstep.cli import main
-from fewstep.preconditioning import TrajectoryStatistics
+from fewstep.cli.main import main
+from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.recipes import recipe
+from tests.support.commands import SMALL, STEPS, Command
 
 QUICK = ("--points", "8", "--samples", "16")
 
@@ -90,7 +90,7 @@ def test_statistics_are_the_students_where_nothing_else_is_said(
 ) -> None:
     own = recipe("ctm-digits")
     own = replace(own, statistics=replace(own.statistics, points=9, samples=12))
-    monkeypatch.setattr("fewstep.students.student_recipe", lambda *_: own)
+    monkeypatch.setattr("fewstep.evaluation.align.student_recipe", lambda *_: own)
     shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("statistics"))
     shown = command("statistics", "copy", "--cpu")
     assert "9 noise levels, 12 samples each" in shown.out

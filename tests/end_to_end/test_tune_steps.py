@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import SMALL, STEPS, Command, contents
 
 import fewstep
-from fewstep.commands import COMMANDS
-from fewstep.errors import FewstepWarning
-from fewstep.schedules import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
+from fewstep.cli.commands import COMMANDS
+from fewstep.sampling.step_times import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training import RunFolder
+from fewstep.utils.errors import FewstepWarning
+from tests.support.commands import SMALL, STEPS, Command, contents
 
 FEW = ("--samples", 40, "--evaluations", 4)
 PLACED = StepTimes("map", 0.0, 1.0, (1.0, 0.3, 0.0), "half A of the tests")

@@ -10,14 +10,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fewstep.cli import main
-from fewstep.config import RunConfig, TrainingConfig
+from fewstep.cli.main import main
 from fewstep.data import DataConfig, load_dataset
-from fewstep.errors import TrainingDivergedError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
+from fewstep.recipes.config import RunConfig, TrainingConfig
 from fewstep.training import Machine, RunFolder, train
+from fewstep.utils.errors import TrainingDivergedError
 
 RANK = int(os.environ["RANK"])
 MACHINE = Machine(cpu=True, threads=1, quiet=True)

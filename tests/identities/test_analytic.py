@@ -10,7 +10,26 @@ from typing import Literal
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig, load_flow_map, save_flow_map
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning import (
+    AnalyticPreconditioning,
+    EDMScaling,
+    EulerPreconditioning,
+    TrajectoryStatistics,
+    consistency_gap,
+)
+from fewstep.networks import MLPConfig
+from fewstep.networks.condition import Condition
+from fewstep.objectives import distillation_error, eulerian_residual
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import from_json, to_json
+from tests.support.cases import (
     F64,
     PATHS,
     SD,
@@ -25,25 +44,6 @@ from cases import (
     unit_triples,
     units,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from fewstep.conditions import Condition
-from fewstep.derivatives import OutputDerivative
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap, FlowMapConfig, load_flow_map, save_flow_map
-from fewstep.networks import MLPConfig
-from fewstep.objectives import distillation_error, eulerian_residual
-from fewstep.paths import EDM, Path
-from fewstep.preconditioning import (
-    AnalyticPreconditioning,
-    EDMScaling,
-    EulerPreconditioning,
-    TrajectoryStatistics,
-    consistency_gap,
-)
-from fewstep.serialization import from_json, to_json
 
 Form = Literal["backward", "forward"]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import SD, Callback, close, gaussian, noise, slope
-from test_consistency import OneTime, expected_gradient
-from test_objectives import draws
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.flowmap import FlowMap
+from fewstep.flow.closed_form import GaussianData
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import CMPreconditioning
+from fewstep.networks.condition import Condition
 from fewstep.objectives import CT, ECT, Batch
-from fewstep.oracles import GaussianData
-from fewstep.paths import EDM
-from fewstep.preconditioning import CMPreconditioning
+from tests.identities.test_consistency import OneTime, expected_gradient
+from tests.identities.test_objectives import draws
+from tests.support.cases import SD, Callback, close, gaussian, noise, slope
 
 PATH, CM = EDM(), CMPreconditioning(SD)
 OBJECTIVES = [CT(norm="l2", first=10, last=640, duration=600), ECT(norm="l2", stage_images=100)]

@@ -10,22 +10,15 @@ from typing import Any, final
 
 import pytest
 import torch
-from cases import F64, PATHS, SD, Callback, close, gaussian, noise, pair, random_network, scalings, slope
 from hypothesis import given
 from hypothesis import strategies as st
-from test_meanflow import every_pair, gradients, random_map, small_batch
-from test_objectives import LATE, assert_anchored, draws
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import DerivativeKind, OutputDerivative
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
-from fewstep.networks import UNetConfig
-from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Objective, Tangent, eulerian_residual
-from fewstep.oracles import GaussianOutput
-from fewstep.paths import EDM, Linear, Path, Trig
-from fewstep.preconditioning import (
+from fewstep.flow.closed_form import GaussianOutput
+from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, Linear, Path, Trig
+from fewstep.flow.preconditioning import (
     BCMPreconditioning,
     CMPreconditioning,
     EDMInputScaling,
@@ -33,9 +26,16 @@ from fewstep.preconditioning import (
     LinearPreconditioning,
     TrigPreconditioning,
 )
-from fewstep.randomness import Draws
-from fewstep.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
-from fewstep.weights import normalised
+from fewstep.flow.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.networks import UNetConfig
+from fewstep.networks.condition import Condition
+from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Objective, Tangent, eulerian_residual
+from fewstep.objectives.losses import normalised
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+from tests.identities.test_meanflow import every_pair, gradients, random_map, small_batch
+from tests.identities.test_objectives import LATE, assert_anchored, draws
+from tests.support.cases import F64, PATHS, SD, Callback, close, gaussian, noise, pair, random_network, scalings, slope
 
 BARE = Tangent(normalise=False)
 some_pairs = pytest.mark.parametrize(

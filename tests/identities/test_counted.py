@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import F64, SD, noise
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.errors import ConfigError, ShapeError
-from fewstep.flowmap import FlowMap, FlowMapConfig
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
+from fewstep.flow.paths import EDM, Linear
+from fewstep.flow.preconditioning import EulerPreconditioning, IdentityScaling, LinearPreconditioning
 from fewstep.networks import MLPConfig
 from fewstep.objectives import (
     CD,
@@ -33,9 +33,9 @@ from fewstep.objectives import (
     Regression,
     Shortcut,
 )
-from fewstep.paths import EDM, Linear
-from fewstep.preconditioning import EulerPreconditioning, IdentityScaling, LinearPreconditioning
-from fewstep.randomness import Draws
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.random import Draws
+from tests.support.cases import F64, SD, noise
 
 STEPS, SIZE, COUNT = 4, 2, 16
 LAST = slice(STEPS - 1, STEPS)

@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, Callback, close, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_objectives import draws
 from torch import Tensor
 
-from fewstep.flowmap import FlowMap
-from fewstep.forward_mode import jvp
+from fewstep.flow.closed_form import GaussianData
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Linear, Trig
+from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.times import UniformTimes
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Shortcut, eulerian_residual
 from fewstep.objectives.base import STREAM_NOISE, STREAM_S, STREAM_T
-from fewstep.oracles import GaussianData
-from fewstep.paths import Linear, Trig
-from fewstep.preconditioning import LinearPreconditioning, TrigPreconditioning
-from fewstep.randomness import Draws
-from fewstep.times import UniformTimes
+from fewstep.utils.forward_ad import jvp
+from fewstep.utils.random import Draws
+from tests.identities.test_objectives import draws
+from tests.support.cases import F64, Callback, close, noise
 
 
 def load_benchmark() -> ModuleType:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import F64
-from test_degeneracy import SELF_DISTILLED, G, case
 from torch import Tensor
+
+from tests.identities.test_degeneracy import SELF_DISTILLED, G, case
+from tests.support.cases import F64
 
 START = (0.4, 0.5, -0.3, 0.5)
 """theta, c, mu, d, all zero at the data's own map."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import F64, PAIRS, SD, clock, close, gaussian, noise, pair, random_network, slope
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import MIN_STEP, OutputDerivative, exact_derivative, finite_derivative, finite_difference_nodes
-from fewstep.flowmap import FlowMap
-from fewstep.forward_mode import jvp
-from fewstep.paths import EDM, VP, Linear, Path, Trig
-from fewstep.preconditioning import EDMScaling, LinearPreconditioning
+from fewstep.flow.derivatives import (
+    MIN_STEP,
+    OutputDerivative,
+    exact_derivative,
+    finite_derivative,
+    finite_difference_nodes,
+)
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.preconditioning import EDMScaling, LinearPreconditioning
+from fewstep.networks.condition import Condition
+from fewstep.utils.forward_ad import jvp
+from tests.support.cases import F64, PAIRS, SD, clock, close, gaussian, noise, pair, random_network, slope
 
 STEPS = [0.01, 0.005, 0.0025, 0.00125]
 NETWORK = random_network()

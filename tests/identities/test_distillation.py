@@ -6,19 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
-from test_analytic import wavy
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import AnalyticPreconditioning, EDMScaling, EulerPreconditioning
+from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, Batch, Companions, Objective, TeacherSteps
 from fewstep.objectives.distillation import jump_where_apart
-from fewstep.paths import EDM
-from fewstep.preconditioning import AnalyticPreconditioning, EDMScaling, EulerPreconditioning
-from fewstep.randomness import Draws
-from fewstep.weights import gradient_balance
+from fewstep.objectives.losses import gradient_balance
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+from tests.identities.test_analytic import wavy
+from tests.support.cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
 
 COUNT = 64
 MOVED = CTM(denoising=0.0)

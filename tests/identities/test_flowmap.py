@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewstep.flow.closed_form import GaussianData, MixtureData
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.paths import Linear, Path
+from fewstep.flow.preconditioning import CMPreconditioning, EulerPreconditioning, LinearPreconditioning
+from fewstep.utils.errors import ShapeError, UnsupportedError
+from tests.support.cases import (
     F64,
     PAIRS,
     PATHS,
@@ -25,15 +34,6 @@ from cases import (
     unit_triples,
     units,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from fewstep.errors import ShapeError, UnsupportedError
-from fewstep.flowmap import FlowMap, at
-from fewstep.oracles import GaussianData, MixtureData
-from fewstep.paths import Linear, Path
-from fewstep.preconditioning import CMPreconditioning, EulerPreconditioning, LinearPreconditioning
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())

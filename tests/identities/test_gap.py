@@ -7,13 +7,11 @@ from typing import Literal
 
 import pytest
 import torch
-from cases import F64, PATHS, clock, close, mixture, noise
 from torch import Tensor
 
-from fewstep.errors import ConfigError, ShapeError
-from fewstep.oracles import MixtureData, toy_mixture
-from fewstep.paths import EDM, Path
-from fewstep.preconditioning import (
+from fewstep.flow.closed_form import MixtureData, toy_mixture
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
     EulerPreconditioning,
     Preconditioning,
@@ -21,8 +19,10 @@ from fewstep.preconditioning import (
     consistency_gap,
     estimate_statistics,
 )
-from fewstep.preconditioning.gap import STREAM_NOISE
-from fewstep.randomness import Draws
+from fewstep.flow.preconditioning.gap import STREAM_NOISE
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.random import Draws
+from tests.support.cases import F64, PATHS, clock, close, mixture, noise
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, Callback, close, noise, random_network, scalings
-from test_objectives import draws, labelled_batch, labelled_map, part
 from torch import Tensor
 
-from fewstep.conditions import NULL_LABEL, Condition
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, drop_labels
+from fewstep.flow.closed_form import GaussianData, GaussianOutput
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, drop_labels
+from fewstep.flow.paths import Linear, Path, Trig
+from fewstep.flow.preconditioning import LinearPreconditioning, Preconditioning, TrigPreconditioning
 from fewstep.networks import Network
+from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CT,
     ECT,
@@ -33,9 +33,9 @@ from fewstep.objectives import (
     Shortcut,
     Tangent,
 )
-from fewstep.oracles import GaussianData, GaussianOutput
-from fewstep.paths import Linear, Path, Trig
-from fewstep.preconditioning import LinearPreconditioning, Preconditioning, TrigPreconditioning
+from fewstep.utils.errors import ConfigError
+from tests.identities.test_objectives import draws, labelled_batch, labelled_map, part
+from tests.support.cases import F64, Callback, close, noise, random_network, scalings
 
 COUNT = 40_000
 SPREAD = 0.5

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import F64, PAIRS, SD, close, gaussian, noise, pair, random_network, scalings
-from test_objectives import LATE, assert_anchored, draws
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import DerivativeKind, OutputDerivative
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.flow.times import UniformTimes
 from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
+from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, LSD, Batch, MeanFlow, Objective, eulerian_residual
-from fewstep.paths import Linear
-from fewstep.preconditioning import LinearPreconditioning
-from fewstep.times import UniformTimes
+from fewstep.utils.errors import ConfigError
+from tests.identities.test_objectives import LATE, assert_anchored, draws
+from tests.support.cases import F64, PAIRS, SD, close, gaussian, noise, pair, random_network, scalings
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 PLAIN = MeanFlow(UniformTimes(), diagonal=0.0, power=0.0, dropout=0.0)

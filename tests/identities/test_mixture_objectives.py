@@ -10,18 +10,18 @@ from typing import Any, final
 
 import pytest
 import torch
-from cases import F64, Callback, mixture, noise, pair, slope
-from test_objectives import draws
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import OutputDerivative
-from fewstep.flowmap import FlowMap
+from fewstep.flow.closed_form import MixtureData
+from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.ode import reference_solution
+from fewstep.flow.paths import Linear, Path
+from fewstep.flow.times import TimeDistribution
+from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, Objective, eulerian_residual
-from fewstep.oracles import MixtureData
-from fewstep.paths import Linear, Path
-from fewstep.solvers import reference_solution
-from fewstep.times import TimeDistribution
+from tests.identities.test_objectives import draws
+from tests.support.cases import F64, Callback, mixture, noise, pair, slope
 
 COUNT, STEPS = 32, 40
 TOLERANCE = 2e-5

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, PAIRS, SD, Callback, close, mixture, noise, pair, random_network, scalings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.conditions import NULL_LABEL, Condition
-from fewstep.config import OptimizerConfig
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
+from fewstep.flow.closed_form import GaussianData, GaussianOutput, MixtureData
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
+from fewstep.flow.paths import EDM, Linear, Path, Trig
+from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
+from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CT,
     CTM,
@@ -35,13 +36,12 @@ from fewstep.objectives import (
     Tangent,
 )
 from fewstep.objectives.base import STREAM_S, STREAM_T
-from fewstep.objectives.inputs import draw_pair, is_diagonal
-from fewstep.oracles import GaussianData, GaussianOutput, MixtureData
-from fewstep.paths import EDM, Linear, Path, Trig
-from fewstep.preconditioning import EulerPreconditioning, LinearPreconditioning
-from fewstep.randomness import Draws
-from fewstep.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
-from fewstep.weights import adaptive_weight, error_norm
+from fewstep.objectives.losses import adaptive_weight, error_norm
+from fewstep.objectives.pairs import draw_pair, is_diagonal
+from fewstep.recipes.config import OptimizerConfig
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+from tests.support.cases import F64, PAIRS, SD, Callback, close, mixture, noise, pair, random_network, scalings
 
 COUNT = 100_000
 LATE = BetaTimes(4.0, 1.0)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import F64, PATHS, clock, close, gaussian, means, noise, sample_shapes, sds, units
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.errors import ConfigError
-from fewstep.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.utils.errors import ConfigError
+from tests.support.cases import F64, PATHS, clock, close, gaussian, means, noise, sample_shapes, sds, units
 
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 

@@ -6,15 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import F64, PAIRS, PATHS, SD, clock, close, noise, pair, random_network, unit_triples, units
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.config import PathName, make_path, make_preconditioning
-from fewstep.errors import ConfigError, UnsupportedError
-from fewstep.flowmap import FlowMap
-from fewstep.paths import EDM, Path
-from fewstep.preconditioning import (
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning import (
     BCMPreconditioning,
     CMPreconditioning,
     EDMInputScaling,
@@ -23,6 +20,9 @@ from fewstep.preconditioning import (
     Scaling,
     UnitScaling,
 )
+from fewstep.recipes.config import PathName, make_path, make_preconditioning
+from fewstep.utils.errors import ConfigError, UnsupportedError
+from tests.support.cases import F64, PAIRS, PATHS, SD, clock, close, noise, pair, random_network, unit_triples, units
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())

@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from torch import Tensor
+
+from fewstep.flow.closed_form import GaussianData, GaussianOutput
+from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Linear, Path, Trig
+from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.networks.condition import Condition
+from fewstep.objectives import ESD, ISD, distillation_error, eulerian_residual
+from tests.support.cases import (
     PAIRS,
     SD,
     Callback,
@@ -22,16 +32,6 @@ from cases import (
     slope,
     unit_triples,
 )
-from hypothesis import given, settings
-from torch import Tensor
-
-from fewstep.conditions import Condition
-from fewstep.derivatives import OutputDerivative
-from fewstep.flowmap import FlowMap
-from fewstep.objectives import ESD, ISD, distillation_error, eulerian_residual
-from fewstep.oracles import GaussianData, GaussianOutput
-from fewstep.paths import Linear, Path, Trig
-from fewstep.preconditioning import LinearPreconditioning, TrigPreconditioning
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 

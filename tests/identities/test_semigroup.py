@@ -7,20 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import F64, PATHS, Callback, close, gaussian, noise, pair, slope
-from test_analytic import wavy
-from test_meanflow import BARE, every_pair, gradients, random_map, small_batch
-from test_objectives import LATE, assert_anchored, draws
 from torch import Tensor
 
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, Linear
+from fewstep.flow.preconditioning import AnalyticPreconditioning, LinearPreconditioning
+from fewstep.flow.times import UniformTimes
 from fewstep.objectives import LSD, PSD, Batch, Companions, Losses, Objective, Shortcut
 from fewstep.objectives.base import STREAM_S, STREAM_T
-from fewstep.objectives.selfdistillation import STREAM_SIZE
-from fewstep.paths import EDM, Linear
-from fewstep.preconditioning import AnalyticPreconditioning, LinearPreconditioning
-from fewstep.times import UniformTimes
+from fewstep.objectives.self_distillation import STREAM_SIZE
+from fewstep.utils.errors import ConfigError
+from tests.identities.test_analytic import wavy
+from tests.identities.test_meanflow import BARE, every_pair, gradients, random_map, small_batch
+from tests.identities.test_objectives import LATE, assert_anchored, draws
+from tests.support.cases import F64, PATHS, Callback, close, gaussian, noise, pair, slope
 
 OFF = {"diagonal": 0.0, "dropout": 0.0}
 JUMPS = Shortcut(steps=8, bootstrap=1.0, decay=None, dropout=0.0)

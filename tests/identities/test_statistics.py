@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import F64, PATHS, SD, clock, close, gaussian, noise, random_network
 from torch import Tensor
 
-from fewstep.errors import CheckpointError, ConfigError, FewstepError, ShapeError
-from fewstep.flowmap import FlowMap
-from fewstep.oracles import MixtureData
-from fewstep.paths import EDM, Linear, Path
-from fewstep.preconditioning import (
+from fewstep.flow.closed_form import MixtureData
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, Linear, Path
+from fewstep.flow.preconditioning import (
     EDMScaling,
     EulerPreconditioning,
     LinearPreconditioning,
@@ -26,9 +24,11 @@ from fewstep.preconditioning import (
     TrajectoryStatistics,
     estimate_statistics,
 )
-from fewstep.preconditioning.estimation import noise_grid
-from fewstep.preconditioning.interpolation import Curve, locate, slopes
-from fewstep.serialization import to_json
+from fewstep.flow.preconditioning.estimation import noise_grid
+from fewstep.flow.preconditioning.interpolation import Curve, locate, slopes
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, ShapeError
+from fewstep.utils.serialization import to_json
+from tests.support.cases import F64, PATHS, SD, clock, close, gaussian, noise, random_network
 
 DIMENSION, POINTS = 16, 40
 WIDE = torch.linspace(0.4, 1.6, DIMENSION, dtype=F64)

@@ -13,14 +13,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import F64, SD, close, gaussian, noise
 from torch import Tensor
 
-from fewstep.oracles import toy_mixture
-from fewstep.paths import EDM
-from fewstep.preconditioning import TrajectoryStatistics, estimate_statistics
-from fewstep.preconditioning.estimation import noise_grid
-from fewstep.preconditioning.interpolation import derivative, slopes, widths
+from fewstep.flow.closed_form import toy_mixture
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import TrajectoryStatistics, estimate_statistics
+from fewstep.flow.preconditioning.estimation import noise_grid
+from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
+from tests.support.cases import F64, SD, close, gaussian, noise
 
 
 def load_check() -> ModuleType:

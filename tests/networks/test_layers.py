@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.forward_mode import jvp
 from fewstep.networks.layers import (
     Conv1d,
     Conv2d,
@@ -25,6 +24,7 @@ from fewstep.networks.layers import (
     attention,
     default_groups,
 )
+from fewstep.utils.forward_ad import jvp
 
 
 @pytest.mark.parametrize("shape", [(4, 12, 5, 7), (2, 12, 9), (2, 12, 1, 1)])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fewstep.conditions import NULL_LABEL, Condition
-from fewstep.errors import ConfigError, ShapeError
-from fewstep.forward_mode import jvp
 from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
+from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.networks.layers import ConditionEmbedding
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.forward_ad import jvp
 
 SMALL: dict[str, tuple[NetworkConfig, tuple[int, ...]]] = {
     "mlp": (MLPConfig(width=24, depth=2, embedding_width=16), (2, 3)),

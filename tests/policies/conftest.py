@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pointtask import point_task, run_config
 
 from fewstep.data import load_dataset
-from fewstep.data.demonstrations import save_demonstrations
+from fewstep.data.demonstrations.episodes import save_demonstrations
 from fewstep.policies.rollout import record
 from fewstep.training import Machine, RunFolder, train
+from tests.support.pointtask import point_task, run_config
 
 
 @pytest.fixture(scope="session")

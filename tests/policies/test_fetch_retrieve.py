@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.policies.fetch_retrieve import RETRIEVE, retrieve
-from fewstep.policies.fetch_tasks import push
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.simulation import Simulation, Vector
+from fewstep.policies.tasks.fetch import push
+from fewstep.policies.tasks.fetch_retrieve import RETRIEVE, retrieve
 
 pytest.importorskip("gymnasium_robotics")
 

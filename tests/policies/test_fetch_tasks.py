@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.policies.fetch_tasks import FETCH_TASKS, pick_and_place, push
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.simulation import Simulation, Task, Vector
-from fewstep.policies.tasks import find_task
+from fewstep.policies.tasks.fetch import FETCH_TASKS, pick_and_place, push
+from fewstep.policies.tasks.registry import find_task
 
 pytest.importorskip("gymnasium_robotics")
 

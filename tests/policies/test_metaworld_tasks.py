@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.policies.metaworld_tasks import METAWORLD_TASKS, MetaworldSimulation
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.simulation import Task
-from fewstep.policies.tasks import find_task
+from fewstep.policies.tasks.metaworld import METAWORLD_TASKS, MetaworldSimulation
+from fewstep.policies.tasks.registry import find_task
 
 SOMETIMES_FAILING = ("metaworld-stick-pull", "metaworld-peg-insert-side")
 """From some starts their experts never arrive."""

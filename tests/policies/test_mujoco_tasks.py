@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewstep import policies
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.errors import MissingExtraError, UnsupportedError
-from fewstep.policies.fetch_retrieve import RETRIEVE
-from fewstep.policies.fetch_tasks import FETCH_TASKS
-from fewstep.policies.metaworld_tasks import METAWORLD_TASKS
-from fewstep.policies.mujoco_tasks import EXPERT_NOISE, HEIGHT, WIDTH, NoisyExpert, packages_of
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.policies import tasks
 from fewstep.policies.simulation import Simulation, Task, Vector
-from fewstep.policies.tasks import find_task
+from fewstep.policies.tasks.fetch import FETCH_TASKS
+from fewstep.policies.tasks.fetch_retrieve import RETRIEVE
+from fewstep.policies.tasks.metaworld import METAWORLD_TASKS
+from fewstep.policies.tasks.mujoco import EXPERT_NOISE, HEIGHT, WIDTH, NoisyExpert, packages_of
+from fewstep.policies.tasks.registry import find_task
+from fewstep.utils.errors import MissingExtraError, UnsupportedError
 
 TASKS = {task.name: task for task in (*METAWORLD_TASKS, *FETCH_TASKS, RETRIEVE)}
 PACKAGES = ("metaworld", "gymnasium_robotics", "gymnasium", "mujoco")
@@ -159,11 +159,11 @@ def test_the_noise_of_an_expert_has_its_scale_and_stays_in_bounds() -> None:
     assert abs((1 - drawn).mean() - EXPERT_NOISE / np.sqrt(2 * np.pi)) < 0.1 * EXPERT_NOISE
 
 
-@pytest.mark.parametrize("module", ["mujoco_tasks", "metaworld_tasks", "fetch_tasks", "fetch_retrieve"])
+@pytest.mark.parametrize("module", ["mujoco", "metaworld", "fetch", "fetch_retrieve"])
 def test_the_tasks_are_known_without_their_packages(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in PACKAGES:
         monkeypatch.setitem(sys.modules, package, None)
-    assert runpy.run_path(str(Path(policies.__file__).with_name(f"{module}.py")))["np"] is np
+    assert runpy.run_path(str(Path(tasks.__file__).with_name(f"{module}.py")))["np"] is np
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError, ShapeError
-from fewstep.forward_mode import jvp
 from fewstep.networks import MLPConfig, Network, NetworkConfig, UNet1dConfig
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.forward_ad import jvp
 
 CONFIGS: dict[str, NetworkConfig] = {
     "mlp": MLPConfig(width=16, depth=1, embedding_width=8),

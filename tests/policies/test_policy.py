@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pointtask import seeing
 
-from fewstep.errors import CheckpointError, ConfigError, ShapeError
 from fewstep.policies.policy import Policy, load_policy
 from fewstep.training import load
+from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
+from tests.support.pointtask import seeing
 
 
 def test_chunks_have_the_shape_and_stay_within_the_bounds(point_run: Path) -> None:

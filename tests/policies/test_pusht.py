@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.errors import MissingExtraError
-from fewstep.policies.pusht import PUSHT, PushT, drawn_start
-from fewstep.policies.pusht_table import make_table, place
-from fewstep.policies.tasks import find_task
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.policies.tasks.pusht import PUSHT, PushT, drawn_start
+from fewstep.policies.tasks.pusht_table import make_table, place
+from fewstep.policies.tasks.registry import find_task
+from fewstep.utils.errors import MissingExtraError
 
 pytest.importorskip("gym_pusht")
 

@@ -8,9 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.policies.pusht import PUSHT, PushT
-from fewstep.policies.pusht_expert import (
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.policies.simulation import Vector
+from fewstep.policies.tasks.pusht import PUSHT, PushT
+from fewstep.policies.tasks.pusht_expert import (
     PushTable,
     PushTExpert,
     Roads,
@@ -20,8 +21,7 @@ from fewstep.policies.pusht_expert import (
     to_block,
     to_world,
 )
-from fewstep.policies.pusht_table import GOAL_POSE, make_table, place
-from fewstep.policies.simulation import Vector
+from fewstep.policies.tasks.pusht_table import GOAL_POSE, make_table, place
 
 pytest.importorskip("gym_pusht")
 

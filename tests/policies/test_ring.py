@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.errors import MissingExtraError
-from fewstep.policies.ring import RING, RingExpert, RingMaze
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.simulation import Vector
-from fewstep.policies.tasks import find_task
+from fewstep.policies.tasks.registry import find_task
+from fewstep.policies.tasks.ring import RING, RingExpert, RingMaze
+from fewstep.utils.errors import MissingExtraError
 
 pytest.importorskip("gymnasium_robotics")
 

@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pointtask import PointExpert, PointSimulation, point_task
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.figures import read_rollouts, read_strip, rollout_row, rollout_table, save_film, write_rollouts
 from fewstep.policies.policy import load_policy
 from fewstep.policies.rollout import Rollout, expert_rollout, film, record, roll_out, wilson
 from fewstep.policies.running import Episode
 from fewstep.policies.simulation import Outcome, Picture, Simulation, Vector
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from tests.support.pointtask import PointExpert, PointSimulation, point_task
 
 
 def test_the_policy_reaches_the_goal(point_run: Path) -> None:

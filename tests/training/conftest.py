@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import KINDS, MACHINE, TEACHER, student
 
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.training import RunFolder, train
+from tests.support.tiny import KINDS, MACHINE, TEACHER, student
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import KINDS, MACHINE, TINY, snapshot
 
 from fewstep.data import Dataset
-from fewstep.errors import CheckpointError
 from fewstep.training import RunFolder, train
 from fewstep.training.checkpoint import read_state
+from fewstep.utils.errors import CheckpointError
+from tests.support.tiny import KINDS, MACHINE, TINY, snapshot
 
 BINARY = bytes(range(256)) * 2
 

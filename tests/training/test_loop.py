@@ -13,7 +13,22 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import (
+from torch import Tensor
+
+import fewstep
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
+from fewstep.networks import MLPConfig
+from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
+from fewstep.recipes.config import OptimizerConfig, TrainingConfig
+from fewstep.training import Attendants, RunFolder, build, train
+from fewstep.training.loop import Trainer, TrainStep
+from fewstep.training.optimizers import Optimizers, schedule
+from fewstep.training.setup import check_guidance, split_batch
+from fewstep.utils.errors import ConfigError, FewstepWarning, MissingExtraError, TrainingDivergedError
+from fewstep.utils.random import Draws
+from tests.support.tiny import (
     KINDS,
     MACHINE,
     TINY,
@@ -21,21 +36,6 @@ from tiny import (
     snapshot,
     stored_tensors,
 )
-from torch import Tensor
-
-import fewstep
-from fewstep.config import OptimizerConfig, TrainingConfig
-from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import ConfigError, FewstepWarning, MissingExtraError, TrainingDivergedError
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import DrawnGuidance, FixedGuidance
-from fewstep.networks import MLPConfig
-from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
-from fewstep.randomness import Draws
-from fewstep.training import Attendants, RunFolder, build, train
-from fewstep.training.loop import Trainer, TrainStep
-from fewstep.training.optimizers import Optimizers, schedule
-from fewstep.training.setup import check_guidance, split_batch
 
 
 @pytest.mark.parametrize("micro_batch", [8, 5, 31])

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.config import OptimizerConfig, RunConfig, TrainingConfig
-from fewstep.control import ChunkConfig
 from fewstep.data import DataConfig, load_dataset
-from fewstep.data.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
-from fewstep.errors import ConfigError
+from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
+from fewstep.data.demonstrations.normaliser import ChunkConfig
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ISD, SCD, DiagonalMatching, Objective, Regression, Tangent
+from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.training import Machine, RunFolder, load, train
 from fewstep.training.setup import acting
+from fewstep.utils.errors import ConfigError
 
 QUIET = Machine(cpu=True, quiet=True, threads=1)
 

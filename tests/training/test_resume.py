@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
+
+import fewstep
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.objectives import DiagonalMatching
+from fewstep.recipes.config import RunConfig
+from fewstep.training import Attendants, RunFolder, build, checkpoint, train
+from fewstep.training.loop import Trainer
+from fewstep.training.optimizers import Optimizers
+from fewstep.utils.errors import CheckpointError, ConfigError
+from tests.support.tiny import (
     KINDS,
     MACHINE,
     TINY,
@@ -24,15 +33,6 @@ from tiny import (
     noise_and_times,
     snapshot,
 )
-
-import fewstep
-from fewstep.config import RunConfig
-from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import CheckpointError, ConfigError
-from fewstep.objectives import DiagonalMatching
-from fewstep.training import Attendants, RunFolder, build, checkpoint, train
-from fewstep.training.loop import Trainer
-from fewstep.training.optimizers import Optimizers
 
 
 @pytest.mark.parametrize("kind", KINDS)

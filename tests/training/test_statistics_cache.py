@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Killed, interrupt_after
 from torch import Tensor
 
 import fewstep
-from fewstep.conditions import Condition
-from fewstep.config import StatisticsConfig
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.data.base import Samples
-from fewstep.errors import CheckpointError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import EulerPreconditioning, StatisticsEstimator, TrajectoryStatistics
+from fewstep.flow.preconditioning.estimation import Moments
 from fewstep.networks import Network
-from fewstep.paths import EDM
-from fewstep.preconditioning import EulerPreconditioning, StatisticsEstimator, TrajectoryStatistics
-from fewstep.preconditioning.estimation import Moments
+from fewstep.networks.condition import Condition
+from fewstep.recipes.config import StatisticsConfig
 from fewstep.training import statistics
 from fewstep.training.statistics import (
     ConditionedDenoiser,
@@ -34,6 +32,8 @@ from fewstep.training.statistics import (
     make_estimator,
     prepared,
 )
+from fewstep.utils.errors import CheckpointError
+from tests.support.tiny import Killed, interrupt_after
 
 SETTINGS = StatisticsConfig(points=4, samples=160)
 """Three portions: 64, 64 and 32 samples."""

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import (
+from torch import Tensor
+
+import fewstep
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning import StatisticsEstimator
+from fewstep.networks import MLPConfig
+from fewstep.networks.condition import Condition
+from fewstep.recipes.config import RunConfig
+from fewstep.training import Attendants, RunFolder, build, train
+from fewstep.training.loop import Trainer
+from fewstep.training.statistics import Team, estimate_together
+from fewstep.training.teacher import SlowAverage, load_teacher
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
+from tests.support.tiny import (
     MACHINE,
     STUDENTS,
     TEACHER,
@@ -24,20 +38,6 @@ from tiny import (
     snapshot,
     student,
 )
-from torch import Tensor
-
-import fewstep
-from fewstep.conditions import Condition
-from fewstep.config import RunConfig
-from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.errors import CheckpointError, ConfigError, FewstepWarning
-from fewstep.flowmap import FlowMap
-from fewstep.networks import MLPConfig
-from fewstep.preconditioning import StatisticsEstimator
-from fewstep.training import Attendants, RunFolder, build, train
-from fewstep.training.loop import Trainer
-from fewstep.training.statistics import Team, estimate_together
-from fewstep.training.teacher import SlowAverage, load_teacher
 
 PERTURBATION = 0.1
 

@@ -4,16 +4,13 @@ from fewstep.data.augment import random_flips
 from fewstep.data.base import Dataset, Samples, SampleSet
 from fewstep.data.order import batch_indices
 from fewstep.data.sources import DataConfig, load_dataset
-from fewstep.data.toys import MixtureParameters, mixture_parameters
 
 __all__ = [
     "DataConfig",
     "Dataset",
-    "MixtureParameters",
     "SampleSet",
     "Samples",
     "batch_indices",
     "load_dataset",
-    "mixture_parameters",
     "random_flips",
 ]

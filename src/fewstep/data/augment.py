@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fewstep.randomness import Draws
+from fewstep.utils.random import Draws
 
 
 def random_flips(draws: Draws, stream: int) -> Tensor:

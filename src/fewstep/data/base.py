@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.autoencoders import Decoding
-from fewstep.control import Control
-from fewstep.errors import DataError
-from fewstep.shapes import expand
+from fewstep.data.demonstrations.normaliser import Control
+from fewstep.data.latents.autoencoders import Decoding
+from fewstep.utils.errors import DataError
+from fewstep.utils.tensors import expand
 
 _CHUNK_ELEMENTS = 1 << 22
 

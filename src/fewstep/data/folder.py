@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from fewstep.data.base import Loaded, Samples, source_path
-from fewstep.errors import DataError, FewstepWarning
+from fewstep.utils.errors import DataError, FewstepWarning
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _FORMATS = ("PNG", "JPEG", "WEBP")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.data.labels import numbered_classes
-from fewstep.errors import DataError
+from fewstep.utils.errors import DataError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _UNSIGNED_BYTES = 0x08

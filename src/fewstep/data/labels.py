@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import Samples
-from fewstep.errors import DataError
-from fewstep.randomness import permutation
+from fewstep.utils.errors import DataError
+from fewstep.utils.random import permutation
 
 _MOST_CLASSES = 1 << 20
 _BEFORE_TRAINING = -1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.data.labels import numbered_classes
-from fewstep.errors import DataError
+from fewstep.utils.errors import DataError
 
 Layout = Literal["auto", "chw", "hwc"]
 # What numpy and zipfile raise on broken or foreign archives: RuntimeError is encryption or an unknown compression,

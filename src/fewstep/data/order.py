@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fewstep.errors import ShapeError
-from fewstep.randomness import permutation
+from fewstep.utils.errors import ShapeError
+from fewstep.utils.random import permutation
 
 
 def batch_indices(count: int, seed: int, start: int, size: int) -> Tensor:

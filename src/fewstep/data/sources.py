@@ -8,18 +8,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fewstep.control import ChunkConfig
 from fewstep.data.base import Dataset, Loaded, Samples, chunks
-from fewstep.data.chunks import load_chunks
+from fewstep.data.demonstrations.chunks import load_chunks
+from fewstep.data.demonstrations.normaliser import ChunkConfig
 from fewstep.data.folder import load_folder
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import split
-from fewstep.data.latents import load_latents
+from fewstep.data.latents.shards import load_latents
 from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
-from fewstep.errors import ConfigError, DataError, MissingExtraError
-from fewstep.randomness import Draws
-from fewstep.serialization import later
+from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
+from fewstep.utils.random import Draws
+from fewstep.utils.serialization import later
 
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
 _LUMA = (19595, 38470, 7471)

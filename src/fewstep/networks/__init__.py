@@ -1,7 +1,7 @@
 """Networks F(x, t, s, cond), and the settings that build them."""
 
 from fewstep.networks.base import Network, NetworkConfig
-from fewstep.networks.critic import Critic, CriticConfig
+from fewstep.networks.discriminator import Critic, CriticConfig
 from fewstep.networks.dit import DiT, DiTConfig
 from fewstep.networks.mlp import MLP, MLPConfig
 from fewstep.networks.unet import UNet, UNetConfig

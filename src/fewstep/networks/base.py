@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError
 
 
 class Network(nn.Module, ABC):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.condition import Condition
 from fewstep.networks.layers import (
     ConditionEmbedding,
     Linear,
@@ -24,6 +23,7 @@ from fewstep.networks.layers import (
     silu,
     zeroed,
 )
+from fewstep.utils.errors import ConfigError
 
 _PUBLISHED = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth and heads of each size in table 1 of 2212.09748."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError, ShapeError
-from fewstep.forward_mode import tangents_recorded
-from fewstep.shapes import check_batch, expand
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.forward_ad import tangents_recorded
+from fewstep.utils.tensors import check_batch, expand
 
 
 def check_inputs(x: Tensor, t: Tensor, s: Tensor, shape: tuple[int, ...]) -> None:

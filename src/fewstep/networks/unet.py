@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, Linear, attention, check_inputs, silu, zeroed
+from fewstep.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

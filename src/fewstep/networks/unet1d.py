@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
 from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, Conv1d, GroupNorm, Linear, check_inputs, silu
+from fewstep.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)

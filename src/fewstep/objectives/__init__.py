@@ -1,12 +1,12 @@
 """Training objectives: functions of a flow map and a batch."""
 
 from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
-from fewstep.objectives.catalogue import CATALOGUE, Entry
 from fewstep.objectives.consistency import CT, ECT, SCD, SCT, Tangent
 from fewstep.objectives.distillation import CD, CTM, TeacherSteps
 from fewstep.objectives.eulerian import ESD, ISD, MeanFlow, distillation_error, eulerian_residual
-from fewstep.objectives.matching import DiagonalMatching, Regression
-from fewstep.objectives.selfdistillation import LSD, PSD, Shortcut
+from fewstep.objectives.flow_matching import DiagonalMatching, Regression
+from fewstep.objectives.self_distillation import LSD, PSD, Shortcut
+from fewstep.objectives.table import CATALOGUE, Entry
 
 __all__ = [
     "ALONE",

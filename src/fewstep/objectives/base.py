@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import NoGuidance, TrainingGuidance
-from fewstep.randomness import Draws
-from fewstep.shapes import expand
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+from fewstep.utils.tensors import expand
 
 STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
 

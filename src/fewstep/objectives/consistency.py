@@ -12,22 +12,22 @@ from typing import final, get_args
 import torch
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import DerivativeKind, OutputDerivative
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.ode import denoiser_on
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning import CMPreconditioning, TrigPreconditioning
+from fewstep.flow.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.distillation import check_decay
 from fewstep.objectives.eulerian import eulerian_residual
-from fewstep.objectives.inputs import Comparison, check_settings, guided_condition, guided_velocity, noised
-from fewstep.objectives.matching import conditioned
-from fewstep.paths import EDM, Path
-from fewstep.preconditioning import CMPreconditioning, TrigPreconditioning
-from fewstep.shapes import check_choice, expand
-from fewstep.solvers import denoiser_on
-from fewstep.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
-from fewstep.weights import LossNorm, error_norm, normalised
+from fewstep.objectives.flow_matching import conditioned
+from fewstep.objectives.losses import LossNorm, error_norm, normalised
+from fewstep.objectives.pairs import Comparison, check_settings, guided_condition, guided_velocity, noised
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_choice, expand
 
 
 @final

@@ -13,16 +13,16 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.errors import ConfigError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.ode import SolverName, denoiser_on, solve
+from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.networks import Network
-from fewstep.objectives.adversarial import generator_loss
+from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Generated, Losses, Objective
-from fewstep.objectives.matching import check_dropout, conditioned, denoising_loss, deviation_of
-from fewstep.solvers import SolverName, denoiser_on, solve
-from fewstep.times import LogNormalTimes, TimeDistribution, edm_grid
-from fewstep.weights import error_norm, gradient_balance
+from fewstep.objectives.flow_matching import check_dropout, conditioned, denoising_loss, deviation_of
+from fewstep.objectives.gan import generator_loss
+from fewstep.objectives.losses import error_norm, gradient_balance
+from fewstep.utils.errors import ConfigError
 
 STREAM_U, STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 13, 14, 15
 

@@ -11,12 +11,15 @@ from typing import final
 import torch
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.derivatives import DerivativeKind, OutputDerivative
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.preconditioning.base import origin_weight_derivative
+from fewstep.flow.times import BetaTimes, LogitNormalTimes, TimeDistribution, UniformTimes
+from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
-from fewstep.objectives.inputs import (
+from fewstep.objectives.losses import LossNorm
+from fewstep.objectives.pairs import (
     Comparison,
     Measure,
     anchor_error,
@@ -29,11 +32,8 @@ from fewstep.objectives.inputs import (
     rows_on_and_off,
     split_losses,
 )
-from fewstep.preconditioning.base import origin_weight_derivative
-from fewstep.serialization import later
-from fewstep.shapes import expand
-from fewstep.times import BetaTimes, LogitNormalTimes, TimeDistribution, UniformTimes
-from fewstep.weights import LossNorm
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import expand
 
 
 def eulerian_residual(

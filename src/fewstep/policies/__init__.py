@@ -4,7 +4,7 @@ from fewstep.policies.policy import Policy, load_policy
 from fewstep.policies.rollout import Rollout, record, roll_out, wilson
 from fewstep.policies.running import Episode
 from fewstep.policies.simulation import Expert, Outcome, Simulation, Task
-from fewstep.policies.tasks import TASKS, find_task
+from fewstep.policies.tasks.registry import TASKS, find_task
 
 __all__ = [
     "TASKS",

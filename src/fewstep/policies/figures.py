@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
-from fewstep.files import read_rows, replacing, write_atomically
 from fewstep.policies.policy import Policy
 from fewstep.policies.rollout import Rollout, wilson
 from fewstep.policies.simulation import Picture, Task
+from fewstep.utils.errors import CheckpointError
+from fewstep.utils.files import read_rows, replacing, write_atomically
 
 Row = dict[str, Any]
 ROLLOUTS_FILE = "rollouts.json"

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.conditions import Condition
-from fewstep.errors import CheckpointError, ConfigError, ShapeError
-from fewstep.flowmap import FlowMap
-from fewstep.randomness import Draws
-from fewstep.sampling import Sampler, SamplingSettings, prior_noise
-from fewstep.schedules import SamplerName
+from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.condition import Condition
+from fewstep.sampling.generate import Sampler, SamplingSettings, prior_noise
+from fewstep.sampling.step_times import SamplerName
 from fewstep.training import load
+from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
+from fewstep.utils.random import Draws
 
 DEFAULT_STEPS = 1
 

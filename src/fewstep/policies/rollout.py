@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.control import FIRST_TEST_SEED
-from fewstep.data.demonstrations import Demonstrations
-from fewstep.errors import ConfigError, DataError, FewstepError, UnsupportedError
+from fewstep.data.demonstrations.episodes import Demonstrations
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.policies.policy import Policy, stacked
 from fewstep.policies.running import Episode, Running, Simulations
 from fewstep.policies.simulation import Expert, Picture, Task
+from fewstep.utils.errors import ConfigError, DataError, FewstepError, UnsupportedError
 
 Progress = Callable[[str], None]
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.errors import DataError, FewstepError, UnsupportedError
 from fewstep.policies.simulation import Outcome, Picture, Simulation, Task, Vector
+from fewstep.utils.errors import DataError, FewstepError, UnsupportedError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.errors import UnsupportedError
+from fewstep.utils.errors import UnsupportedError
 
 Vector = NDArray[np.float32]
 Picture = NDArray[np.uint8]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewstep.config import RunConfig
-from fewstep.errors import ConfigError
+from fewstep.recipes.config import RunConfig
 from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
 from fewstep.recipes.distillation import cd_digits, ctm_digits, ctm_fashion_mnist, ctm_mixture
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
@@ -31,6 +30,7 @@ from fewstep.recipes.objectives import (
     digits_shortcut,
 )
 from fewstep.recipes.policies import policy_flow_matching, policy_mlp, policy_regression, policy_unet
+from fewstep.utils.errors import ConfigError
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,

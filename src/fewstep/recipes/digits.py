@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.data import DataConfig
-from fewstep.guidance import FixedGuidance
+from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.times import BetaTimes, LogitNormalTimes
 from fewstep.networks import MLPConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
-from fewstep.times import BetaTimes, LogitNormalTimes
+from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 def digits() -> RunConfig:

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, StatisticsConfig, TrainingConfig
 from fewstep.objectives import CD, CTM, TeacherSteps
+from fewstep.recipes.config import (
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StatisticsConfig,
+    TrainingConfig,
+)
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 
 _STUDENT = ModelConfig(path="edm", preconditioning="analytic", scaling="edm")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.data import DataConfig
-from fewstep.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
+from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig
 from fewstep.objectives import ISD
-from fewstep.times import BetaTimes
-from fewstep.weights import LossNorm
+from fewstep.objectives.losses import LossNorm
+from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 @dataclass(frozen=True)

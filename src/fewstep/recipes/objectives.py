@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.config import ModelConfig, RunConfig, TrainingObjective
 from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, MeanFlow, Shortcut, Tangent
+from fewstep.recipes.config import ModelConfig, RunConfig, TrainingObjective
 from fewstep.recipes.digits import digits
 from fewstep.recipes.edm import EDM_MODEL, edm_digits
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.data import DataConfig
+from fewstep.flow.times import BetaTimes
 from fewstep.networks import MLPConfig, UNet1dConfig
 from fewstep.objectives import ISD, DiagonalMatching, Regression
-from fewstep.times import BetaTimes
+from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 def policy_mlp() -> RunConfig:

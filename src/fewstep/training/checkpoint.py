@@ -2,7 +2,7 @@
 
 RUN/config.json          the run's configuration and what the data measured
 RUN/log.jsonl            one JSON object per line
-RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.tuning)
+RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.evaluation.tune_steps)
 RUN/checkpoints/step-N/  config.json + model.safetensors (the first EMA: a saved FlowMap), weights.safetensors,
                          optimizer.safetensors, ema-NAME.safetensors, state.json
 """
@@ -24,9 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.config import RunConfig
-from fewstep.errors import CheckpointError, FewstepError, FewstepWarning
-from fewstep.files import (
+from fewstep.flow.flow_map import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.step_times import TIMES_FILE, TunedSteps, read_tuned_steps
+from fewstep.training.ema import EMA, ema_names
+from fewstep.training.gan import Adversary
+from fewstep.training.optimizers import Optimizers
+from fewstep.utils.errors import CheckpointError, FewstepError, FewstepWarning
+from fewstep.utils.files import (
     LOCK_FILE,
     Lock,
     guarded,
@@ -37,12 +42,7 @@ from fewstep.files import (
     reading_line,
     write_atomically,
 )
-from fewstep.flowmap import WEIGHTS_FILE, FlowMap, fit_weights, load_flow_map, read_weights, save_flow_map
-from fewstep.schedules import TIMES_FILE, TunedSteps, read_tuned_steps
-from fewstep.serialization import FORMAT, JSON, check_format, differences, from_json, to_json
-from fewstep.training.adversary import Adversary
-from fewstep.training.ema import EMA, ema_names
-from fewstep.training.optimizers import Optimizers
+from fewstep.utils.serialization import FORMAT, JSON, differences, from_json, in_this_format, to_json
 
 STATE_FILE = "state.json"
 CRITIC_FILE = "critic.safetensors"
@@ -124,7 +124,7 @@ class RunFolder:
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.root} is not a run: it has no config.json")
         record = read_record(self.config_file, "bring back a copy of it")
-        check_format(record, str(self.config_file))
+        record = in_this_format(record, str(self.config_file))
         if not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
             raise CheckpointError(f"{self.config_file} is not a run's configuration: bring back a copy of it")
         return record

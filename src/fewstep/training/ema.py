@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import CheckpointError, ConfigError
 
 
 def power_exponent(sigma_rel: float) -> float:

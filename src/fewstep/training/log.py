@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.errors import MissingExtraError, TrainingDivergedError
-from fewstep.training.anatomy import Recent
 from fewstep.training.checkpoint import RunFolder
+from fewstep.training.gradient_stats import Recent
+from fewstep.utils.errors import MissingExtraError, TrainingDivergedError
 
 
 class Window:

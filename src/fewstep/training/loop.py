@@ -17,24 +17,24 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from fewstep.config import RunConfig
 from fewstep.data import Dataset
-from fewstep.errors import ConfigError, FewstepWarning, TrainingDivergedError
-from fewstep.flowmap import FlowMap
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
-from fewstep.preconditioning import TrajectoryStatistics
-from fewstep.serialization import JSON
-from fewstep.training.adversary import Adversary
-from fewstep.training.anatomy import term_norms
+from fewstep.recipes.config import RunConfig
 from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
-from fewstep.training.interface import Attendants, Machine, TrainingResult, Watcher
+from fewstep.training.gan import Adversary
+from fewstep.training.gradient_stats import term_norms
 from fewstep.training.log import Window, diverged, tensorboard_writer
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
+from fewstep.training.settings import Attendants, Machine, TrainingResult, Watcher
 from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
+from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
+from fewstep.utils.serialization import JSON
 
 
 class TrainStep(nn.Module):

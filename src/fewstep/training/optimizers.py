@@ -8,8 +8,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import OptimizerConfig
-from fewstep.errors import CheckpointError, ConfigError
+from fewstep.recipes.config import OptimizerConfig
+from fewstep.utils.errors import CheckpointError, ConfigError
 
 State = dict[str, Tensor]
 

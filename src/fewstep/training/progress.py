@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fewstep.config import RunConfig
+from fewstep.recipes.config import RunConfig
 
 
 class ProgressBar:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fewstep.config import RunConfig, TrainingConfig, flow_map_config
-from fewstep.control import ActingName
 from fewstep.data import Dataset, batch_indices, random_flips
-from fewstep.errors import ConfigError, FewstepWarning
-from fewstep.flowmap import FlowMap
-from fewstep.guidance import FixedGuidance
+from fewstep.data.demonstrations.normaliser import ActingName
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.networks import Network
 from fewstep.objectives import Batch, Regression
-from fewstep.preconditioning import TrajectoryStatistics
-from fewstep.randomness import Draws
-from fewstep.serialization import JSON
+from fewstep.recipes.config import RunConfig, TrainingConfig, flow_map_config
 from fewstep.training.teacher import start_from
+from fewstep.utils.errors import ConfigError, FewstepWarning
+from fewstep.utils.random import Draws
+from fewstep.utils.serialization import JSON
 
 STREAM_FLIP = 30
 

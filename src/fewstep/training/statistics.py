@@ -16,18 +16,18 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.conditions import Condition
-from fewstep.config import RunConfig, StatisticsConfig
 from fewstep.data import Dataset
-from fewstep.errors import CheckpointError, FewstepError
-from fewstep.files import write_atomically
-from fewstep.flowmap import FlowMap, read_config, read_weights
-from fewstep.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
-from fewstep.randomness import shuffled_rows
-from fewstep.serialization import to_json
+from fewstep.flow.flow_map import FlowMap, read_config, read_weights
+from fewstep.flow.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
+from fewstep.networks.condition import Condition
+from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.training.checkpoint import RunFolder
 from fewstep.training.setup import build
 from fewstep.training.teacher import fingerprint
+from fewstep.utils.errors import CheckpointError, FewstepError
+from fewstep.utils.files import write_atomically
+from fewstep.utils.random import shuffled_rows
+from fewstep.utils.serialization import to_json
 
 Progress = Callable[[int, int], None]
 

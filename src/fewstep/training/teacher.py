@@ -7,14 +7,14 @@ import hashlib
 
 from torch import nn
 
-from fewstep.config import RunConfig
-from fewstep.control import Control
 from fewstep.data import Dataset
-from fewstep.errors import CheckpointError, ConfigError
-from fewstep.flowmap import FlowMap, fit_weights
-from fewstep.preconditioning import CMPreconditioning
+from fewstep.data.demonstrations.normaliser import Control
+from fewstep.flow.flow_map import FlowMap, fit_weights
+from fewstep.flow.preconditioning import CMPreconditioning
+from fewstep.recipes.config import RunConfig
 from fewstep.training.checkpoint import load
 from fewstep.training.ema import EMA
+from fewstep.utils.errors import CheckpointError, ConfigError
 
 
 def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:

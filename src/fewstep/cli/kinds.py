@@ -1,0 +1,88 @@
+"""Settings that are one of several dataclasses, such as a run's network or an objective's times: chosen by name.
+
+The command line gives the name in place of a value, `--network dit --objective.times logit-normal`; what was set in
+the setting before is then that kind's own defaults, and its fields follow as usual, `--network.depth 6`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import concrete_classes
+
+T = TypeVar("T")
+
+
+def kind_name(cls: type) -> str:
+    """LogitNormalTimes -> logit-normal, DiTConfig -> dit, FixedGuidance -> fixed."""
+    stem = re.sub(r"(?<=.)(Config|Times|Guidance)$", "", cls.__name__)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", stem).lower()
+
+
+def kinds_of(owner: object, field: str) -> dict[str, type]:
+    """The kinds that a field of a dataclass may have, by name; empty where there is no choice."""
+    found = concrete_classes(typing.get_type_hints(type(owner))[field])
+    return {kind_name(cls): cls for cls in found} if len(found) > 1 else {}
+
+
+def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, dict[str, type]]]:
+    """Every setting with a choice of kinds, as ('objective.times', kinds)."""
+    for item in dataclasses.fields(settings):  # type: ignore[arg-type]  # callers pass dataclasses
+        value = getattr(settings, item.name)
+        if dataclasses.is_dataclass(value):
+            if kinds := kinds_of(settings, item.name):
+                yield prefix + item.name, kinds
+            yield from choices(value, f"{prefix}{item.name}.")
+
+
+def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T, list[str]]:
+    """Settings with the kinds that the words `--OPTION KIND` or `--OPTION=KIND` name, and the other words.
+
+    prefix: of the settings' own names, which the options leave out. Raises ConfigError for a kind that is not there.
+    """
+    rest = list(args)
+    done: set[str] = set()
+    while True:
+        known = {name.removeprefix(prefix): (name, kinds) for name, kinds in choices(settings)}
+        option = next((name for name in known if name not in done and _position(rest, name) is not None), None)
+        if option is None:
+            return settings, rest
+        done.add(option)
+        position = _position(rest, option)
+        while position is not None:  # the last one counts, as of any option
+            word, rest = _taken(rest, position)
+            name, kinds = known[option]
+            kind = kinds.get(word.replace("_", "-").lower())
+            if kind is None and not (word == "" and {"-h", "--help"} & set(rest)):
+                raise ConfigError(f"--{option} must be one of {', '.join(kinds)}; got {word or 'nothing'}")
+            settings = settings if kind is None else _with_kind(settings, name.split("."), kind)
+            position = _position(rest, option)
+
+
+def _position(args: list[str], option: str) -> int | None:
+    spelled = f"--{option.replace('_', '-')}"
+    named = (word.split("=")[0] for word in args)
+    found = (i for i, name in enumerate(named) if name[:2] == "--" and name.replace("_", "-") == spelled)
+    return next(found, None)
+
+
+def _taken(args: list[str], position: int) -> tuple[str, list[str]]:
+    """The value of the option at that position, and the other words."""
+    _, equals, value = args[position].partition("=")
+    end = position + 1
+    if not equals and end < len(args) and not args[end].startswith("--"):
+        value, end = args[end], end + 1
+    return value, args[:position] + args[end:]
+
+
+def _with_kind(settings: Any, names: list[str], kind: type) -> Any:
+    head, *rest = names
+    value = getattr(settings, head)
+    if rest:
+        return dataclasses.replace(settings, **{head: _with_kind(value, rest, kind)})
+    return settings if type(value) is kind else dataclasses.replace(settings, **{head: kind()})

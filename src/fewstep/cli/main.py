@@ -1,0 +1,114 @@
+"""The command line: which command, and what becomes of its failures."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+from fewstep._version import __version__
+from fewstep.cli.commands import COMMANDS
+from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning
+
+OVERVIEW = f"""fewstep {__version__}: generative models that need one to four network calls.
+
+  fewstep quickstart           train on real digits, measure, write a report: minutes on a laptop
+  fewstep recipes              what can be trained, the figure to expect, the cost
+  fewstep objectives           every training objective: formula, velocity, gradient, evaluations, paper
+  fewstep train RECIPE         train it, or go on where it stopped; every option can be set by name
+  fewstep sample RUN           draw images from a trained run
+  fewstep tune-steps RUN       place its 2 and 4 steps better, by search on held-out data; sample uses them then
+  fewstep evaluate RUN         measure its samples against held-out data
+  fewstep report RUN           write RUN/report.html, one self-contained page
+  fewstep encode FOLDER        turn a folder of images into latents to train on, with an autoencoder of yours
+  fewstep statistics RUN       what an analytic preconditioning computes from a teacher: estimated, drawn, its cost
+  fewstep policy-quickstart    the same for a robot: a maze with two ways, its policy, its page
+  fewstep demos TASK           record demonstrations of a robot's task, to train a policy on
+  fewstep rollout RUN          let a policy act: success, episode length, time per decision
+  fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
+
+A RUN is the folder that `train` wrote, or a saved model. Add --help to a command for its options,
+for example: fewstep train digits --help
+"""
+
+_SHORTAGE = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, fewstep's own warnings are one line each, without the place in the code that gave them."""
+    usual = warnings.formatwarning
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, FewstepWarning):
+            return f"fewstep: {' '.join(str(message).split())}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory ran out: of PyTorch's errors only the words tell, as importing it would slow every --help."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORTAGE)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with one line on standard error for bad input."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
+        with _plain_warnings():
+            COMMANDS[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+    except FewstepError as error:
+        print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not _is_shortage(error):
+            raise
+        reason = str(error).strip().splitlines() or ["no more to be had"]
+        print(
+            f"fewstep: out of memory ({reason[0]}): take a smaller network, smaller batches or fewer samples, or "
+            "--machine.micro-batch to train",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("fewstep: interrupted; the same command goes on from what was saved, or begins anew", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Whatever is still buffered goes nowhere, or exit would report it anew.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"fewstep: {str(error.filename)[:100]}...: {error.strerror}: give a shorter one", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Typed options from the words of a command line, with one clear line for what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import tyro
+
+from fewstep.cli.kinds import choices, choose_kinds
+from fewstep.utils.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:
+    """Options of a command; raises ConfigError for an unknown one, naming the closest known, or an unfit value."""
+    complaint = io.StringIO()
+    description = None
+    if default is not None:
+        default, args = choose_kinds(default, args, prefix="run.")
+        description = _with_choices(default)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(
+                cls,
+                args=list(args),
+                prog=f"fewstep {command}",
+                default=default,
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+                return_unknown_args=True,
+            )
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ConfigError(f"fewstep {command}: {_first_paragraph(complaint.getvalue())}") from error
+    if unknown:
+        known = _option_names(default if default is not None else cls)
+        known += [] if default is None else [f"--{name.removeprefix('run.')}" for name, _ in choices(default)]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"fewstep {command}: unknown option {unknown[0]}{hint} (--help lists every option)")
+    return cast(T, parsed)
+
+
+def _with_choices(default: object) -> str | None:
+    """What a command does, and the settings whose kind can be chosen; None where there are none."""
+    lines = [f"  --{name.removeprefix('run.')} {{{','.join(kinds)}}}" for name, kinds in choices(default)]
+    about = "Of these settings the kind can be chosen, with its own defaults; --help after it lists its options:"
+    return "\n\n".join([(type(default).__doc__ or "").strip(), about, "\n".join(lines)]) if lines else None
+
+
+def _first_paragraph(box: str) -> str:
+    """What a framed message of tyro says before its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    rules = [i for i, line in enumerate(lines) if line.startswith(("─", "╰"))]
+    return " ".join(lines[: rules[0]] if rules else lines)
+
+
+def _option_names(options: object, prefix: str = "--") -> list[str]:
+    """The option strings of a dataclass, nested fields by dots."""
+    names: list[str] = []
+    for item in dataclasses.fields(options):  # type: ignore[arg-type]  # callers pass dataclasses
+        name = prefix + item.name.replace("_", "-")
+        value = None if isinstance(options, type) else getattr(options, item.name)
+        nested = dataclasses.is_dataclass(value)
+        inner = prefix if item.name == "run" else f"{name}."
+        names += _option_names(value, inner) if nested else [name]
+    return names

@@ -1,0 +1,1 @@
+"""Demonstrations of a robot's task: episodes, the chunks cut from them, and what normalises them."""

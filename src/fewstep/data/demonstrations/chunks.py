@@ -1,0 +1,126 @@
+"""Chunks of demonstrations: what was seen last, and the actions that follow."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fewstep.data.base import Context, Dataset, SampleSet
+from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations
+from fewstep.data.demonstrations.normaliser import ChunkConfig, Control, Normaliser
+from fewstep.utils.errors import DataError
+from fewstep.utils.random import Draws
+
+_SPLIT = 54
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkSet(SampleSet):
+    """One sample for every step of some episodes: the actions from there on, (horizon, Da), normalised.
+
+    It is conditioned on the observations up to that step, (To, Do), the first one repeated where an episode has only
+    begun. Beyond an episode's end the last action is repeated and not counted. Episodes are never crossed.
+    """
+
+    demonstrations: Demonstrations
+    episodes: Tensor
+    control: Control
+
+    @cached_property
+    def _steps(self) -> Tensor:
+        """Where every sample is, which episode's first step lies behind it and last before it: (N, 3) int64."""
+        rows = []
+        for episode in self.episodes.tolist():
+            start, end = int(self.demonstrations.starts[episode]), int(self.demonstrations.ends[episode])
+            steps = torch.arange(start, end)
+            rows.append(torch.stack([steps, torch.full_like(steps, start), torch.full_like(steps, end - 1)], 1))
+        return torch.cat(rows)
+
+    @cached_property
+    def _actions(self) -> Tensor:
+        return self.control.actions.encode(self.demonstrations.actions)
+
+    @cached_property
+    def _observations(self) -> Tensor:
+        return self.control.observations.encode(self.demonstrations.observations)
+
+    @property
+    def labels(self) -> Tensor | None:
+        return None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.control.chunks.horizon, self.demonstrations.actions.shape[1]
+
+    def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if mirror is not None:
+            raise DataError("chunks of actions have no mirror images")
+        step, _, last = self._steps[indices.cpu()].unbind(1)
+        ahead = step[:, None] + torch.arange(self.control.chunks.horizon)
+        return self._actions[torch.minimum(ahead, last[:, None])], None
+
+    def context(self, indices: Tensor) -> Context:
+        step, first, last = self._steps[indices.cpu()].unbind(1)
+        count = self.control.chunks.n_obs_steps
+        behind = step[:, None] - torch.arange(count - 1, -1, -1)
+        ahead = step[:, None] + torch.arange(self.control.chunks.horizon)
+        seen = self._observations[torch.maximum(behind, first[:, None])]
+        return Context(seen, (ahead <= last[:, None])[:, :, None])
+
+    def moments(self) -> tuple[float, float]:
+        values = self._actions[self._steps[:, 0]].double()
+        return float(values.mean()), float(values.std(correction=0))
+
+    @property
+    def data_range(self) -> tuple[float, float] | None:
+        return None
+
+    @property
+    def has_mirrors(self) -> bool:
+        return False
+
+    def update(self, digest: hashlib.blake2b) -> None:
+        digest.update(repr(self.control).encode())
+        for values in (self._actions, self._observations, self._steps):
+            digest.update(values.contiguous().numpy().data)
+
+
+def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Dataset:
+    """The demonstrations of a file as chunks; whole episodes are held out. Normalisers are fitted on the others.
+
+    Raises DataError as `load_demonstrations` does, and for fewer than two episodes.
+    """
+    if not file:
+        raise DataError("no demonstrations given: name a file with --data.root (record one with `fewstep demos TASK`)")
+    demonstrations = load_demonstrations(file)
+    if len(demonstrations) < 2:
+        raise DataError(f"{file} has {len(demonstrations)} episode: at least 2 are needed, to train and to hold out")
+    train, held = split_episodes(len(demonstrations), heldout, seed)
+    steps = torch.cat(
+        [torch.arange(int(demonstrations.starts[e]), int(demonstrations.ends[e])) for e in train.tolist()]
+    )
+    control = Control(
+        demonstrations.task,
+        chunks,
+        Normaliser.fit(demonstrations.observations[steps]),
+        Normaliser.fit(demonstrations.actions[steps]),
+        demonstrations.action_low,
+        demonstrations.action_high,
+    )
+    parts = [ChunkSet(demonstrations, part, control) for part in (train, held)]
+    return Dataset(demonstrations.task or "demonstrations", parts[0], parts[1], control=control)
+
+
+def split_episodes(count: int, heldout: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the episodes to train on and of those held out, at least one each, both rising."""
+    order = torch.argsort(Draws(seed, 0, torch.arange(count)).uniform(_SPLIT), stable=True)
+    held = min(max(1, math.floor(count * heldout)), count - 1)
+    return order[held:].sort().values, order[:held].sort().values

@@ -1,0 +1,175 @@
+"""Demonstrations: episodes of observations and actions in one file, and the chunks that a policy learns from."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fewstep.data.base import source_path
+from fewstep.utils.errors import DataError
+from fewstep.utils.files import parse_json, write_atomically
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstrations:
+    """Episodes one after the other: step i shows observations[i], at which actions[i] was taken.
+
+    observations: (N, Do) float32. actions: (N, Da) float32. ends: (E,) int64, rising to N: episode e holds the steps
+    ends[e - 1] .. ends[e] - 1. task: the task's name, empty when unknown. action_low, action_high: bounds (Da,), empty
+    when unknown. Raises DataError for other shapes or types, values that are not finite, episodes without steps, or
+    bounds that do not fit.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    ends: Tensor
+    task: str = ""
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        observations, actions, ends = self.observations, self.actions, self.ends
+        if observations.ndim != 2 or actions.ndim != 2 or len(observations) != len(actions) or 0 in actions.shape:
+            raise DataError(
+                f"observations of shape {tuple(observations.shape)} and actions of shape {tuple(actions.shape)}: give "
+                "(N, Do) and (N, Da) of the same N, at least 1"
+            )
+        if observations.dtype != torch.float32 or actions.dtype != torch.float32 or ends.dtype != torch.int64:
+            raise DataError(
+                f"observations are {observations.dtype}, actions {actions.dtype}, episode ends {ends.dtype}: give "
+                "float32, float32 and int64"
+            )
+        for name, values in (("observations", observations), ("actions", actions)):
+            bad = torch.nonzero(~values.isfinite().all(1))
+            if len(bad):
+                raise DataError(f"step {int(bad[0])} has {name} that are not finite: repair or drop its episode")
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if ends.ndim == 1 and len(ends) else ends
+        if ends.ndim != 1 or not len(ends) or int(ends[-1]) != len(actions) or bool((ends <= starts).any()):
+            raise DataError(f"episode ends must rise from at least 1 to the {len(actions)} steps, one per episode")
+        check_bounds(actions, self.action_low, self.action_high)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def starts(self) -> Tensor:
+        """First step of every episode, (E,)."""
+        return torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+
+
+def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...]) -> None:
+    """Raise DataError unless there are no bounds, or finite ones low < high (Da,) that hold all actions (N, Da)."""
+    if not low and not high:
+        return
+    if len(low) != actions.shape[1] or len(high) != actions.shape[1]:
+        raise DataError(
+            f"action bounds of {len(low)} and {len(high)} numbers for actions of {actions.shape[1]}: give one of each "
+            "per number, or none"
+        )
+    if not all(math.isfinite(a) and math.isfinite(b) and a < b for a, b in zip(low, high, strict=True)):
+        raise DataError(f"action bounds {low} and {high} must be finite, the first below the second")
+    slack = 1e-4 * (torch.tensor(high) - torch.tensor(low))
+    outside = (actions < torch.tensor(low) - slack) | (actions > torch.tensor(high) + slack)
+    if bool(outside.any()):
+        step, number = torch.nonzero(outside)[0].tolist()
+        raise DataError(
+            f"action {actions[step, number]:g} of step {step} lies outside its bounds [{low[number]:g}, "
+            f"{high[number]:g}]: clip the actions as they were carried out, or leave out the bounds"
+        )
+
+
+def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
+    """Write observations, actions, episode_ends, the task's name and the bounds, as `load_demonstrations` reads them.
+
+    A .npz file holds them all as arrays; any other is safetensors, with the last two as JSON in its header.
+    """
+    if file.suffix == ".npz":
+        _write_npz(demonstrations, file)
+        return file
+    tensors = {
+        "observations": demonstrations.observations.contiguous(),
+        "actions": demonstrations.actions.contiguous(),
+        "episode_ends": demonstrations.ends.contiguous(),
+    }
+    about = {
+        "task": demonstrations.task,
+        "action_low": demonstrations.action_low,
+        "action_high": demonstrations.action_high,
+    }
+    write_atomically(file, save(tensors, {"demonstrations": json.dumps(about)}))
+    return file
+
+
+def _write_npz(demonstrations: Demonstrations, file: Path) -> None:
+    packed = io.BytesIO()
+    np.savez(
+        packed,
+        observations=demonstrations.observations.numpy(),
+        actions=demonstrations.actions.numpy(),
+        episode_ends=demonstrations.ends.numpy(),
+        task=np.array(demonstrations.task),
+        action_low=np.array(demonstrations.action_low),
+        action_high=np.array(demonstrations.action_high),
+    )
+    write_atomically(file, packed.getvalue())
+
+
+def load_demonstrations(file: Path | str) -> Demonstrations:
+    """Read a .safetensors or .npz file with observations (N, Do), actions (N, Da) and episode_ends (E,).
+
+    An .npz may also hold `task` and `action_low`, `action_high`. Numbers of other widths are converted. Raises
+    DataError naming the file when it is missing, damaged, or lacks an array.
+    """
+    file = source_path(file)
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; record demonstrations with `fewstep demos TASK`")
+    arrays, about = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
+    missing = [name for name in ("observations", "actions", "episode_ends") if name not in arrays]
+    if missing:
+        raise DataError(f"{file} lacks {', '.join(missing)}: demonstrations have observations, actions, episode_ends")
+    try:
+        return Demonstrations(
+            arrays["observations"].to(torch.float32),
+            arrays["actions"].to(torch.float32),
+            arrays["episode_ends"].to(torch.int64),
+            str(about.get("task", "")),
+            tuple(float(value) for value in about.get("action_low", ())),
+            tuple(float(value) for value in about.get("action_high", ())),
+        )
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file}: what it says of the task or its bounds cannot be read ({error})") from error
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            about = parse_json((opened.metadata() or {}).get("demonstrations", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged or not a safetensors file ({error})") from error
+    return arrays, about if isinstance(about, dict) else {}
+
+
+def _read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            found = {name: opened[name] for name in opened.files}
+        arrays = {name: torch.from_numpy(found[name]) for name in found if found[name].dtype.kind in "fiu"}
+    except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file} is damaged or not an .npz archive ({error})") from error
+    about = {key: found[key].tolist() for key in ("task", "action_low", "action_high") if key in found}
+    return arrays, about

@@ -1,0 +1,98 @@
+"""How a policy sees and acts: what ties the numbers of a flow map to a robot, stored with its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.utils.errors import ConfigError, ShapeError
+
+FIRST_TEST_SEED = 100_000
+"""Starts of episodes from here on are for rollouts; demonstrations take those below."""
+
+ActingName = Literal["map", "gamma", "euler", "mean"]
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """How demonstrations are cut: observations in, actions out."""
+
+    n_obs_steps: int = 2
+    """Observations that the policy sees, the last ones: at least 1."""
+    horizon: int = 16
+    """Actions that it answers with, the next ones."""
+    n_action_steps: int = 8
+    """How many of those are taken before the policy looks again: from 1 to the horizon."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless 1 <= n_action_steps <= horizon and n_obs_steps >= 1."""
+        if not 1 <= self.n_action_steps <= self.horizon or self.n_obs_steps < 1:
+            raise ConfigError(
+                f"{self.n_obs_steps} observations in, {self.horizon} actions out of which {self.n_action_steps} are "
+                "taken: take at least one of each, and no more actions than the horizon has"
+            )
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """u = 2 (x - low)/(high - low) - 1 per number: what lies within [low, high] comes to [-1, 1].
+
+    A number that hardly varied, high - low at most 1e-4, or 1e-6 of its size, is not stretched: it becomes x - low,
+    near zero where it stays what it was. Rounding, or a joint that nothing moves, would enter as large as the rest.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @staticmethod
+    def fit(values: Tensor) -> Normaliser:
+        """The least and the greatest of each number, values (N, D)."""
+        low, high = values.double().amin(0), values.double().amax(0)
+        return Normaliser(tuple(low.tolist()), tuple(high.tolist()))
+
+    def encode(self, values: Tensor) -> Tensor:
+        """(..., D) in the robot's units -> (..., D) normalised, same type; raises ShapeError for another D."""
+        centre, scale = self._affine(values)
+        return (values - centre) / scale
+
+    def decode(self, values: Tensor) -> Tensor:
+        """The inverse of `encode`."""
+        centre, scale = self._affine(values)
+        return centre + scale * values
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if like.ndim == 0 or like.shape[-1] != len(self.low):
+            raise ShapeError(f"values of shape {tuple(like.shape)} for a normaliser of {len(self.low)} numbers")
+        low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))
+        varied = high - low > torch.maximum(torch.tensor(1e-4, dtype=torch.float64), 1e-6 * high.abs())
+        centre = torch.where(varied, (low + high) / 2, low)
+        scale = torch.where(varied, (high - low) / 2, 1.0)
+        return centre.to(like), scale.to(like)
+
+
+@dataclass(frozen=True)
+class Control:
+    """What turns a flow map over chunks of actions into a policy.
+
+    task: its name, empty when unknown. chunks: the windows in and out. observations, actions: fitted on the
+    demonstrations. action_low, action_high: bounds (Da,) that actions are clipped to; empty for none. sampler: what
+    turns noise into actions: jumps, those with fresh noise between (gamma = 1), Euler's method, or one jump from zero.
+    """
+
+    task: str
+    chunks: ChunkConfig
+    observations: Normaliser
+    actions: Normaliser
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
+    sampler: ActingName = "map"
+
+    def bounded(self, actions: Tensor) -> Tensor:
+        """Actions (..., Da) within the bounds."""
+        if not self.action_low:
+            return actions
+        low, high = (torch.tensor(bound).to(actions) for bound in (self.action_low, self.action_high))
+        return actions.clamp(low, high)

@@ -1,0 +1,196 @@
+"""Autoencoders between images and latents: loaded from a local folder, identified, and put to work both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
+from fewstep.utils.files import read_record
+
+CONFIG_FILE = "config.json"
+_KIND = "AutoencoderKL"
+_AT_ONCE, _AT_ONCE_ON_CPU = 16, 4  # larger batches spend more of a CPU's time on memory than they save
+# What diffusers raises on folders that hold no such model, or another.
+_UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class AutoencoderIdentity:
+    """Which autoencoder: its class, sixteen hex digits each of its configuration and its weights, and where it lay.
+
+    The path is a hint: an autoencoder that was moved is the same.
+    """
+
+    kind: str
+    config: str
+    weights: str
+    path: str
+
+    def same_as(self, other: AutoencoderIdentity) -> bool:
+        """Whether both are one autoencoder, wherever it lies."""
+        return self == replace(other, path=self.path)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How samples of latents become images: decode(mean + std x / scale), channel by channel.
+
+    mean, std: of the autoencoder's latents, (C,). scale: the standard deviation of the samples x. image_shape: of an
+    image, (C, H, W).
+    """
+
+    autoencoder: AutoencoderIdentity
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+    image_shape: tuple[int, int, int]
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """z = mean + std x / scale: samples x (n, C, h, w) in the autoencoder's own units."""
+        mean, std = self._channels(samples)
+        return mean + std / self.scale * samples
+
+    def samples(self, latents: Tensor) -> Tensor:
+        """x = scale (z - mean) / std: the inverse of `latents`."""
+        mean, std = self._channels(latents)
+        return self.scale / std * (latents - mean)
+
+    def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if like.ndim != 4 or like.shape[1] != len(self.mean):
+            raise ShapeError(f"latents have shape (n, {len(self.mean)}, h, w), got {tuple(like.shape)}")
+        mean, std = (torch.tensor(values, dtype=torch.float64).to(like) for values in (self.mean, self.std))
+        return mean[:, None, None], std[:, None, None]
+
+
+class Autoencoder:
+    """A diffusers AutoencoderKL in float32: images (n, C, H, W) in [-1, 1] to latents (n, c, h, w) and back.
+
+    Latents are the model's own, without the scaling factor that diffusion pipelines multiply them by.
+    """
+
+    def __init__(self, model: Any, identity: AutoencoderIdentity, device: torch.device) -> None:
+        self._model = model.to(device).eval().requires_grad_(False)
+        self.identity, self.device = identity, device
+        self.image_channels = int(model.config.in_channels)
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        """Pixels to a latent's side."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, each (n, c, h, w), on the autoencoder's device."""
+        posterior = self._model.encode(images.to(self.device)).latent_dist
+        return posterior.mean, posterior.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents, about [-1, 1], on the autoencoder's device."""
+        images: Tensor = self._model.decode(latents.to(self.device)).sample
+        return images
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoding with its autoencoder."""
+
+    decoding: Decoding
+    autoencoder: Autoencoder
+
+    def images(self, samples: Tensor) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] on the CPU, of samples (n, c, h, w); a few at a time pass the autoencoder."""
+        count = _AT_ONCE_ON_CPU if self.autoencoder.device.type == "cpu" else _AT_ONCE
+        return torch.cat([self._decode(part) for part in torch.split(samples, count)])
+
+    def _decode(self, samples: Tensor) -> Tensor:
+        latents = self.decoding.latents(samples.float().to(self.autoencoder.device))
+        return self.autoencoder.decode(latents).clamp(-1.0, 1.0).cpu()
+
+
+def load_decoder(decoding: Decoding, path: Path | None, device: torch.device) -> Decoder:
+    """The decoder of some latents, its autoencoder taken from `path`, or from where it lay when they were encoded.
+
+    Raises CheckpointError when it is missing, damaged, or another autoencoder; MissingExtraError without diffusers.
+    """
+    place = Path(decoding.autoencoder.path) if path is None else path
+    try:
+        found = load_autoencoder(place, device)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the autoencoder that makes images of these latents cannot be read: {error}; give where it lies now with "
+            "--autoencoder"
+        ) from error
+    if not found.identity.same_as(decoding.autoencoder):
+        raise CheckpointError(
+            f"{place} holds another autoencoder (weights {found.identity.weights}) than the latents were encoded with "
+            f"(weights {decoding.autoencoder.weights}): give that one with --autoencoder"
+        )
+    return Decoder(decoding, found)
+
+
+def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
+    """The AutoencoderKL that diffusers' `save_pretrained` wrote to a folder; nothing is downloaded or unpickled.
+
+    Raises CheckpointError when the folder is missing, damaged or holds another kind of model, MissingExtraError
+    without the extra [diffusers].
+    """
+    settings = _read_settings(folder)
+    kind = settings.get("_class_name")
+    if kind != _KIND:
+        raise CheckpointError(f"{folder} holds a model of class {kind!r}: give the folder of an {_KIND}")
+    model_class = _diffusers_class()
+    try:
+        model, info = model_class.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{folder} holds no {_KIND} that can be read from safetensors: {_first_words(error)}"
+        ) from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{folder} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}"
+        )
+    return Autoencoder(model, _identify(folder, settings, model), device)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_FILE}: give the folder of an {_KIND}, such as the folder vae of a pipeline"
+        )
+    return read_record(file, "copy the model again")
+
+
+def _diffusers_class() -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except (ImportError, RuntimeError) as error:  # RuntimeError: one of its own extras does not fit torch
+        raise MissingExtraError(f"autoencoders need diffusers: pip install 'fewstep[diffusers]' ({error})") from error
+    return AutoencoderKL
+
+
+def _identify(folder: Path, settings: dict[str, Any], model: Any) -> AutoencoderIdentity:
+    """Keys of the configuration that begin with an underscore tell of versions and places, not of the model."""
+    own = {key: value for key, value in settings.items() if not key.startswith("_")}
+    config = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=8)
+    weights = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(model.state_dict().items()):
+        weights.update(f"{key}{tuple(value.shape)}".encode())
+        weights.update(value.contiguous().numpy().data)
+    return AutoencoderIdentity(_KIND, config.hexdigest(), weights.hexdigest(), str(folder.resolve()))
+
+
+def _first_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,375 @@
+"""From a folder of images to latents in shards (fewstep.data.latents.shards): streamed, and resumable to the byte.
+
+A shard is written whole or not at all, and knows the images it was made of; the manifest, written last, is measured on
+the shards as they are stored. So a command that was stopped and repeated ends with the files of one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.data.folder import Listing, decode_or_reason, list_images, report_unreadable
+from fewstep.data.labels import held_out
+from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
+from fewstep.data.latents.shards import (
+    MANIFEST_FILE,
+    VERSION,
+    ChannelMoments,
+    EncodingSettings,
+    Manifest,
+    Shard,
+    fingerprint,
+    map_shard,
+    read_manifest,
+)
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError
+from fewstep.utils.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
+from fewstep.utils.random import Draws
+from fewstep.utils.serialization import JSON, differences, to_json
+
+RECORD_FILE = "encoding.json"
+_HEADER = "fewstep_latents"
+_POSTERIOR_STREAM = 60
+_PLAIN, _MIRRORED = 0, 1
+_THREADS = 8
+_MEASURED_AT_ONCE = 256
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+Failure = tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class EncodingWork:
+    """How the work is done; decides no more than the last bits of the latents.
+
+    batch_size: images that pass the autoencoder at once. skip_unreadable: warn about unreadable images instead of
+    failing. cpu: stay on the CPU even where a GPU is present. quiet: no progress bar.
+    """
+
+    batch_size: int = 16
+    skip_unreadable: bool = False
+    cpu: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batches of {self.batch_size} images: give at least 1")
+
+
+ORDINARY = EncodingWork()
+
+
+def encode_folder(
+    images: Path,
+    autoencoder: Path,
+    out: Path,
+    settings: EncodingSettings,
+    scale: float = 1.0,
+    work: EncodingWork = ORDINARY,
+) -> Manifest:
+    """Encode a folder of images (fewstep.data.folder) into `out`, or go on where it was stopped.
+
+    scale: the standard deviation that the latents' channels are given when they are read; it may be changed by encoding
+    again, which keeps the shards. Raises DataError for images that cannot be found or read, CheckpointError for an
+    autoencoder that cannot be read, or for a folder that cannot be written or holds other latents.
+    """
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"the latents' standard deviation is {scale}; it must be positive and finite")
+    listing = list_images(str(images))
+    device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
+    model = load_autoencoder(autoencoder, device)
+    _check_sizes(model, settings)
+    lock = _open_folder(out, model.identity, settings)
+    try:
+        encoder = Encoder(listing, model, out, settings, work)
+        fresh = encoder.write_shards()
+        manifest = encoder.measure(scale, fresh)
+        write_atomically(out / MANIFEST_FILE, json.dumps(to_json(manifest), indent=2) + "\n")
+    finally:
+        lock.discard()  # a folder of latents is data to hand on: it keeps no lock
+    return manifest
+
+
+def _check_sizes(model: Autoencoder, settings: EncodingSettings) -> None:
+    if settings.image_size % model.factor:
+        raise ConfigError(
+            f"images of side {settings.image_size} do not divide by {model.factor}, as this autoencoder needs: choose "
+            f"another --image-size, such as {max(1, settings.image_size // model.factor) * model.factor}"
+        )
+    if model.image_channels not in (1, 3):
+        raise CheckpointError(f"the autoencoder takes images of {model.image_channels} channels, not of 1 or 3")
+
+
+def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> Lock:
+    """Start the folder, or check that it holds the same, and keep other processes from encoding into it.
+
+    Raises CheckpointError showing every difference, or when another process encodes into it.
+    """
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
+    lock = Lock(out, f"{out} is being encoded into by another process: wait for it, or give another folder with --out")
+    try:
+        _check_folder(out, autoencoder, settings)
+    except BaseException:
+        lock.discard()
+        raise
+    return lock
+
+
+def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
+    file = out / RECORD_FILE
+    record: dict[str, JSON] = {
+        "version": VERSION,
+        "autoencoder": to_json(autoencoder),
+        "settings": to_json(settings),
+    }
+    if not file.is_file():
+        if out.is_dir() and any(
+            path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()
+        ):
+            raise CheckpointError(f"{out} is not empty and holds no latents: give another folder with --out")
+        write_atomically(file, json.dumps(record, indent=2) + "\n")
+    lines = differences(_read_record(file), _without_path(record))
+    if lines:
+        raise CheckpointError(
+            f"{out} holds latents that were encoded otherwise ({'; '.join(lines[:8])}): repeat the command that began "
+            "them, or give another folder with --out"
+        )
+    for pattern in (f".{RECORD_FILE}.*", f".{MANIFEST_FILE}.*", ".latents-*"):
+        for leftover in out.glob(pattern):
+            with guarded(leftover):
+                leftover.unlink()
+
+
+def _read_record(file: Path) -> JSON:
+    with reading(file, "delete its folder and encode anew"):
+        return _without_path(parse_json(file.read_bytes()))
+
+
+def _without_path(record: dict[str, Any]) -> JSON:
+    """The record without where the autoencoder lies, which may change between starts."""
+    return record | {"autoencoder": {key: value for key, value in record["autoencoder"].items() if key != "path"}}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The work on one folder of latents."""
+
+    listing: Listing
+    model: Autoencoder
+    out: Path
+    settings: EncodingSettings
+    work: EncodingWork
+
+    def write_shards(self) -> set[str]:
+        """Write the shards that are missing; the names of those written. Raises as `encode_folder` does."""
+        fresh: set[str] = set()
+        failures: list[Failure] = []
+        count, size = len(self.listing.files), self.settings.shard_size
+        with self._bar(count, "encoding") as bar:
+            for number, start in enumerate(range(0, count, size)):
+                positions = range(start, min(start + size, count))
+                file = self.out / f"latents-{number:05d}.safetensors"
+                if file.is_file():
+                    failures += self._check_shard(file, positions)
+                    bar.update(len(positions))
+                    continue
+                content, unreadable = self._encode_shard(positions, bar)
+                write_atomically(file, content)
+                failures += unreadable
+                fresh.add(file.name)
+        surplus = sorted(self.out.glob("latents-*.safetensors"))[-(-count // size) :]
+        if surplus:
+            raise CheckpointError(f"{surplus[0]} is of images that are gone: give another folder with --out")
+        if failures:
+            report_unreadable(failures, self.listing, skip=True)
+        return fresh
+
+    def measure(self, scale: float, fresh: set[str]) -> Manifest:
+        """What the shards hold, by one pass over them; those not `fresh` must be as an earlier manifest says."""
+        files = sorted(self.out.glob("latents-*.safetensors"))
+        kept = [map_shard(file) for file in files]
+        counts = [len(tensors["indices"]) for tensors in kept]
+        labels = torch.cat([tensors["labels"] for tensors in kept]) if self.listing.labels is not None else None
+        if sum(counts) == 0:
+            raise DataError(f"none of the {len(self.listing.files)} images in '{self.listing.root}' could be read")
+        training = ~held_out(sum(counts), labels, self.settings.heldout, self.settings.seed)
+        earlier = self._earlier()
+        moments, shards = ChannelMoments(), []
+        with self._bar(sum(counts), "measuring") as bar:
+            for file, tensors, rows in zip(files, kept, training.split(counts), strict=True):
+                for part, chosen in zip(
+                    tensors["latents"].split(_MEASURED_AT_ONCE), rows.split(_MEASURED_AT_ONCE), strict=True
+                ):
+                    moments.add(part[chosen])
+                    bar.update(len(part))
+                shards.append(Shard(file.name, len(rows), file.stat().st_size, fingerprint(file)))
+                if file.name not in fresh and earlier.get(file.name, shards[-1]) != shards[-1]:
+                    raise DataError(f"'{file}' is damaged: delete it and run the same command again")
+        mean, std = moments.result()
+        weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
+        variance = (torch.stack([tensors["posterior_variance"] for tensors in kept]) * weights).sum(0)
+        side, latents = self.settings.image_size, kept[0]["latents"]
+        return Manifest(
+            version=VERSION,
+            autoencoder=self.model.identity,
+            settings=self.settings,
+            scale=scale,
+            shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
+            image_shape=(self.model.image_channels, side, side),
+            count=sum(counts),
+            class_names=self.listing.class_names,
+            mean=mean,
+            std=std,
+            posterior_std=tuple(variance.sqrt().tolist()),
+            shards=tuple(shards),
+        )
+
+    def _earlier(self) -> dict[str, Shard]:
+        """The shards that a manifest knows of; none where there is none that can be read."""
+        try:
+            return {shard.file: shard for shard in read_manifest(self.out).shards}
+        except DataError:
+            return {}
+
+    def _check_shard(self, file: Path, positions: range) -> list[Failure]:
+        """Raise CheckpointError unless a shard is of these images; the unreadable ones among them."""
+        try:
+            with safe_open(file, framework="pt") as handle:
+                header = parse_json(handle.metadata()[_HEADER])
+            made_of, failures = header["images"], header["failures"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}): delete it and run the same command again") from error
+        if made_of != self._content(positions):
+            raise CheckpointError(
+                f"{file} is of other images than {self._name(positions[0])} to {self._name(positions[-1])} are now: "
+                "bring the images back as they were, or give another folder with --out"
+            )
+        return [(self.listing.root / name, why) for name, why in failures]
+
+    def _name(self, position: int) -> str:
+        return str(self.listing.files[position].relative_to(self.listing.root))
+
+    def _content(self, positions: range) -> str:
+        """Sixteen hex digits of the images' names, sizes in bytes, and classes; other pixels in as many bytes pass."""
+        digest = hashlib.blake2b(digest_size=8)
+        for position in positions:
+            file = self.listing.files[position]
+            label = None if self.listing.labels is None else self.listing.labels[position]
+            digest.update(f"{self._name(position)}\0{file.stat().st_size}\0{label}\0".encode())
+        return digest.hexdigest()
+
+    def _encode_shard(self, positions: range, bar: tqdm[Any]) -> tuple[bytes, list[Failure]]:
+        """The shard of these images, and the unreadable ones; raises DataError for them unless they may be skipped."""
+        images, skip = self._content(positions), self.work.skip_unreadable
+        parts: list[dict[str, Tensor]] = []
+        failures: list[Failure] = []
+        batches = [positions[i : i + self.work.batch_size] for i in range(0, len(positions), self.work.batch_size)]
+        for batch, found in zip(batches, self._read_ahead(batches), strict=True):
+            pairs = list(zip(batch, found, strict=True))
+            failures += [(self.listing.files[i], why) for i, why in pairs if isinstance(why, str)]
+            kept = [(i, pixels) for i, pixels in pairs if isinstance(pixels, Tensor)]
+            if kept and (skip or not failures):
+                parts.append(self._encode([i for i, _ in kept], torch.stack([pixels for _, pixels in kept])))
+            bar.update(len(batch))
+        if failures and not skip:
+            report_unreadable(failures, self.listing, skip=False)
+        if not parts:
+            parts.append(self._nothing())
+        named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
+        header = json.dumps({"images": images, "failures": named})
+        return safetensors.torch.save(self._joined(parts), {_HEADER: header}), failures
+
+    def _joined(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Batches as one shard; the posterior's variance is averaged over images."""
+        tensors = {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
+        if self.listing.labels is not None:
+            tensors["labels"] = torch.tensor(self.listing.labels)[tensors["indices"]]
+        count = max(len(tensors["indices"]), 1)
+        tensors["posterior_variance"] = tensors["posterior_variance"].sum(0) / count
+        return tensors
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """What is stored of no image at all, in the right shapes: a shard of which none could be read."""
+        side = self.settings.image_size
+        blank = torch.zeros(1, self.model.image_channels, side, side, dtype=torch.uint8)
+        return {key: value[:0] for key, value in self._encode([0], blank).items()}
+
+    def _encode(self, numbers: list[int], pixels: Tensor) -> dict[str, Tensor]:
+        """What is stored of images (n, C, H, W), uint8, with these numbers in the listing."""
+        indices = torch.tensor(numbers)
+        images = pixels.to(self.model.device).float() / 127.5 - 1.0
+        mean, std = self.model.encode(images)
+        stored = {"indices": indices, "latents": self._drawn(mean, std, indices, _PLAIN)}
+        stored["posterior_variance"] = std.double().square().mean((2, 3)).cpu()
+        if self.settings.flip:
+            stored["mirrored"] = self._drawn(*self.model.encode(images.flip(-1)), indices, _MIRRORED)
+        return stored
+
+    def _drawn(self, mean: Tensor, std: Tensor, indices: Tensor, side: int) -> Tensor:
+        """The posterior's mean, or one draw from it, as stored; the draw is a function of seed, image and side."""
+        latents = mean
+        if self.settings.posterior == "sample":
+            draws = Draws(self.settings.seed, side, indices)
+            latents = mean + std * draws.normal(_POSTERIOR_STREAM, tuple(mean.shape[1:])).to(mean)
+        stored = latents.to(_DTYPES[self.settings.dtype]).cpu()
+        wrong = (~stored.isfinite()).flatten(1).any(1)
+        if bool(wrong.any()):
+            name = self._name(int(indices[wrong][0]))
+            raise DataError(f"the latents of '{name}' are not finite as {self.settings.dtype}: try --dtype float32")
+        return stored
+
+    def _read_ahead(self, batches: list[range]) -> Iterator[list[Tensor | str]]:
+        """Each batch's pixels (C, H, W), or why an image has none; two batches are decoded ahead."""
+        read = partial(read_image, image_size=self.settings.image_size, channels=self.model.image_channels)
+        waiting: deque[Iterator[Tensor | str]] = deque()
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for batch in batches:
+                waiting.append(pool.map(read, [self.listing.files[position] for position in batch]))
+                if len(waiting) > 2:
+                    yield list(waiting.popleft())
+            while waiting:
+                yield list(waiting.popleft())
+
+    def _bar(self, count: int, what: str) -> tqdm[Any]:
+        return tqdm(total=count, desc=what, unit=" images", disable=self.work.quiet, file=sys.stderr)
+
+
+def summary(manifest: Manifest) -> str:
+    """What a folder of latents holds, in one line."""
+    heldout = int(held_out(manifest.count, None, manifest.settings.heldout, 0).sum())
+    megabytes = sum(shard.size for shard in manifest.shards) / 1e6
+    share = max(a / b for a, b in zip(manifest.posterior_std, manifest.std, strict=True))
+    return (
+        f"{manifest.count:,} images ({heldout:,} held out{', mirrored too' if manifest.settings.flip else ''}) in "
+        f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents, {megabytes:,.1f} MB; the "
+        f"posterior's standard deviation is at most {100 * share:.3g} % of a channel's"
+    )
+
+
+def read_image(file: Path, image_size: int, channels: int) -> Tensor | str:
+    """Pixels (channels, image_size, image_size), uint8, of an image file, grey or in colour; or why there are none."""
+    pixels = decode_or_reason(file, image_size)
+    if isinstance(pixels, str):
+        return pixels
+    converted = np.array(Image.fromarray(pixels).convert("RGB" if channels == 3 else "L"))
+    return torch.from_numpy(converted).reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,287 @@
+"""Latents of images, encoded once (fewstep.data.latents.encode) and read from shards: they need not fit into memory.
+
+DIR/latents.json            the manifest: autoencoder, settings, shapes, classes, what was measured, the shards
+DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where flips are stored, `labels` (n,) where
+                            there are classes, `indices` (n,): each image's number in the folder's listing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.data.base import Dataset, SampleSet, source_path
+from fewstep.data.labels import held_out
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoding
+from fewstep.utils.errors import ConfigError, DataError
+from fewstep.utils.files import parse_json, reading
+from fewstep.utils.serialization import from_json
+
+VERSION = 1
+MANIFEST_FILE = "latents.json"
+Posterior = Literal["sample", "mean"]
+StoredType = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """What, with the images and the autoencoder, decides the latents that are stored.
+
+    Raises ConfigError for values out of range.
+    """
+
+    image_size: int = 256
+    """Side of the square that images are resized and cut to."""
+    flip: bool = True
+    """Store the latent of every mirrored image too, for training with flips: latents cannot be mirrored exactly."""
+    posterior: Posterior = "sample"
+    """sample: one draw from each image's posterior, decided by the seed and the image's number; mean: its mean."""
+    dtype: StoredType = "float16"
+    """Of the stored latents."""
+    shard_size: int = 4096
+    """Images in a shard: what is lost at most when the command is stopped."""
+    heldout: float = 0.05
+    """Fraction held out of training, evenly over classes."""
+    seed: int = 0
+    """Of the posterior's draws and of the split."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.shard_size < 1 or not 0 < self.heldout < 1 or not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"latents of images of side {self.image_size} in shards of {self.shard_size}, {self.heldout} held out, "
+                f"seed {self.seed}: give sizes from 1, a fraction between 0 and 1, ends excluded, and a seed from 0"
+            )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of latents: its name, images, size in bytes, and sixteen hex digits of its content."""
+
+    file: str
+    count: int
+    size: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds.
+
+    shape: of a latent, (c, h, w); image_shape: of an image, (C, H, W). count: images. mean, std: of the training part's
+    latents by channel, unmirrored, as stored. posterior_std: root mean square by channel of the posteriors' standard
+    deviations, over all images: what a fresh draw would change. scale: the standard deviation that a channel is given
+    when read.
+    """
+
+    version: int
+    autoencoder: AutoencoderIdentity
+    settings: EncodingSettings
+    scale: float
+    shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    count: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    posterior_std: tuple[float, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def decoding(self) -> Decoding:
+        """How samples read from the folder become images."""
+        return Decoding(self.autoencoder, self.mean, self.std, self.scale, self.image_shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any latent, label or statistic; not with where the autoencoder lies."""
+        parts = (self.scale, self.mean, self.std, self.class_names, tuple(shard.fingerprint for shard in self.shards))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of latents; raises DataError when it is missing, damaged, or of another version."""
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        begun = any(folder.glob("latents-*.safetensors"))
+        advice = "its encoding was stopped, run the same fewstep encode again" if begun else "make it by fewstep encode"
+        raise DataError(f"'{folder}' has no {MANIFEST_FILE}: {advice}")
+    with reading(f"'{file}'", "run the same fewstep encode again to write it anew", DataError):
+        stored = parse_json(file.read_bytes())
+        version = stored["version"]
+    if version != VERSION:
+        raise DataError(f"'{file}' is of version {version}, not {VERSION}, which this program reads: encode anew")
+    try:
+        return from_json(Manifest, stored, str(file))
+    except ConfigError as error:
+        raise DataError(f"{error}: run the same fewstep encode again to write it anew") from error
+
+
+def load_latents(root: str, with_labels: bool = True) -> Dataset:
+    """The latents of a folder, each channel brought to mean 0 and the manifest's standard deviation.
+
+    Split as they were when encoded. Shards are mapped, not read: their content is checked when first used, their
+    names, sizes and labels here. Raises DataError for a folder without manifest, and shards missing or damaged.
+    """
+    folder = source_path(root)
+    if not root or not folder.is_dir():
+        raise DataError(f"source 'latents' needs root, a folder that fewstep encode wrote: '{root}' is no folder")
+    manifest = read_manifest(folder)
+    shards = LatentShards(folder, manifest)
+    labels = shards.labels()
+    held = held_out(manifest.count, labels, manifest.settings.heldout, manifest.settings.seed)
+    kept = labels if with_labels else None
+    parts = []
+    for rows in ((~held).nonzero().flatten(), held.nonzero().flatten()):
+        parts.append(LatentSamples(shards, rows, None if kept is None else kept[rows]))
+    names = () if kept is None else manifest.class_names
+    return Dataset(folder.resolve().name, parts[0], parts[1], len(names), names, manifest.decoding)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSamples(SampleSet):
+    """Some rows of the latents in a folder: rows (N,) int64; labels (N,) int64 or None."""
+
+    shards: LatentShards
+    rows: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.shards.manifest.shape
+
+    def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        indices = indices.cpu()
+        latents = self.shards.read(self.rows[indices], None if mirror is None else mirror.cpu())
+        labels = None if self.labels is None else self.labels[indices]
+        return self.shards.manifest.decoding.samples(latents), labels
+
+    def moments(self) -> tuple[float, float]:
+        """0 and the scale, which the training part's channels were measured to be brought to."""
+        return 0.0, self.shards.manifest.scale
+
+    @property
+    def data_range(self) -> None:
+        return None
+
+    @property
+    def has_mirrors(self) -> bool:
+        return self.shards.manifest.settings.flip
+
+    def update(self, digest: hashlib.blake2b) -> None:
+        digest.update(self.shards.manifest.fingerprint.encode())
+        digest.update(self.rows.numpy().data)
+        if self.labels is not None:
+            digest.update(self.labels.numpy().data)
+
+
+class LatentShards:
+    """The shards of a folder, mapped into memory as they are used."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        counts = torch.tensor([shard.count for shard in manifest.shards])
+        self._ends = counts.cumsum(0)
+        self._starts = self._ends - counts
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+        for shard in manifest.shards:
+            file = folder / shard.file
+            size = file.stat().st_size if file.is_file() else None
+            if size != shard.size:
+                found = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
+                raise DataError(f"'{file}' {found}: delete what is left of it and run the same fewstep encode again")
+
+    def labels(self) -> Tensor | None:
+        """The class of every image, (count,) int64; None without classes."""
+        if not self.manifest.class_names:
+            return None
+        return torch.cat([map_shard(self.folder / shard.file)["labels"].clone() for shard in self.manifest.shards])
+
+    def read(self, rows: Tensor, mirror: Tensor | None = None) -> Tensor:
+        """Stored latents as float32 (n, c, h, w) of rows (n,) int64; mirror (n,) bool: of the mirrored image.
+
+        Raises DataError when no mirrored images were encoded.
+        """
+        if mirror is not None and not self.manifest.settings.flip:
+            raise DataError(f"'{self.folder}' holds no latents of mirrored images: encode with --flip")
+        found = torch.empty(len(rows), *self.manifest.shape)
+        numbers = torch.bucketize(rows, self._ends, right=True)
+        places = (rows - self._starts[numbers]).tolist()
+        flipped = [False] * len(rows) if mirror is None else mirror.tolist()
+        for i, (number, place, flip) in enumerate(zip(numbers.tolist(), places, flipped, strict=True)):
+            found[i] = self._tensors(number)["mirrored" if flip else "latents"][place]
+        return found
+
+    def _tensors(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, its content checked when it is first used."""
+        if number not in self._mapped:
+            shard = self.manifest.shards[number]
+            file = self.folder / shard.file
+            tensors = map_shard(file)
+            shape = (shard.count, *self.manifest.shape)
+            keys = ("latents", "mirrored") if self.manifest.settings.flip else ("latents",)
+            fits = all(key in tensors and tuple(tensors[key].shape) == shape for key in keys)
+            if not fits or fingerprint(file) != shard.fingerprint:
+                raise DataError(f"'{file}' is damaged: delete it and run the same fewstep encode again")
+            self._mapped[number] = tensors
+        return self._mapped[number]
+
+
+def map_shard(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped from the file rather than read; raises DataError when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"'{file}' is damaged ({error}): delete it and run the same fewstep encode again") from error
+
+
+def fingerprint(file: Path) -> str:
+    """Sixteen hex digits of a file's content."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+@dataclass
+class ChannelMoments:
+    """Mean and standard deviation by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
+
+    count: int = 0
+    mean: Tensor | None = None
+    squares: Tensor | None = None
+
+    def add(self, latents: Tensor) -> None:
+        """Latents (n, c, h, w) of any type; n may be 0."""
+        if len(latents) == 0:
+            return
+        values = latents.double().transpose(0, 1).flatten(1)
+        count, mean = values.shape[1], values.mean(1)
+        squares = (values - mean[:, None]).square().sum(1)
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total, shift = self.count + count, mean - self.mean
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, standard deviation), each (c,); raises DataError unless they are finite and no channel is constant."""
+        if self.mean is None or self.squares is None:
+            raise DataError("there are no latents to measure")
+        mean, std = self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
+        wrong = [i for i, value in enumerate(std) if not 0 < value < math.inf]
+        if wrong:
+            raise DataError(
+                f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}: nothing can be learnt of it"
+            )
+        return tuple(mean), tuple(std)

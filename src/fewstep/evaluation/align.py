@@ -1,0 +1,318 @@
+"""Students and their teachers: how well a student follows its teacher, what its preconditioning costs to compute."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.evaluation.metrics import alignment, default_extractor, trajectory_alignment
+from fewstep.evaluation.report import Curve, Jumps, statistics_figure
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM
+from fewstep.flow.paths import Path as TimePath
+from fewstep.flow.preconditioning import AnalyticPreconditioning, EulerPreconditioning, TrajectoryStatistics
+from fewstep.flow.times import edm_grid, uniform_grid
+from fewstep.networks.condition import Condition
+from fewstep.recipes import RECIPES, recipe
+from fewstep.recipes.config import RunConfig, StatisticsConfig
+from fewstep.sampling.generate import STREAM_PRIOR
+from fewstep.training.checkpoint import RunFolder, load
+from fewstep.training.loop import Trainer
+from fewstep.training.settings import Attendants, Machine
+from fewstep.training.setup import join_processes
+from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
+from fewstep.training.teacher import fingerprint
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+from fewstep.utils.files import parse_json, reading, write_atomically
+from fewstep.utils.random import Draws
+
+Record = dict[str, Any]
+ALIGNMENT_FILE = "alignment.json"
+SAMPLES = 512
+STEPS = (1, 2, 4)
+_PLACES = (0, 5, 9, 11, 17)
+_STARTS = (80.0, 12.9, 1.9)
+
+
+def with_labels(data: DataConfig, dataset: Dataset) -> Dataset:
+    """The same samples with the classes that an unconditional run leaves out: what its classifier is trained on."""
+    return dataset if data.labels else load_dataset(replace(data, labels=True))
+
+
+def perception(config: RunConfig, dataset: Dataset, cache: Path | None) -> Callable[[Tensor], Tensor] | None:
+    """The features that the run's objective compares, of the data set's own classifier; None when it compares none."""
+    if not config.objective.measures_features:
+        return None
+    return default_extractor(with_labels(config.data, dataset), cache=cache).perceive
+
+
+def teacher_name(config: RunConfig) -> str:
+    """The recipe of the run's teacher, or the name of its folder where that is no run."""
+    try:
+        return RunFolder(Path(config.teacher)).config().recipe
+    except FewstepError:
+        return Path(config.teacher).name
+
+
+def teacher_of(run: RunFolder, place: Path | None = None) -> FlowMap:
+    """The model that the run was distilled from, in `place` or where it lay in training.
+
+    Raises CheckpointError when it is missing or has other weights.
+    """
+    folder = run.config().teacher if place is None else str(place)
+    teacher = load(folder).requires_grad_(False)
+    if run.record().get("teacher") not in (None, fingerprint(teacher)):
+        raise CheckpointError(f"{folder} has other weights than the teacher of {run.root} had")
+    return teacher
+
+
+def alignment_times(path: TimePath) -> Tensor:
+    """Times from t_max to t_min, float64: on the EDM path 80, 12.9, 1.9, 0.59 and 0.002.
+
+    Elsewhere the path's own ends and the same noise levels between them, as far as the path has them. Points of the
+    grid of 18 levels that teachers walk on (fewstep.objectives.TeacherSteps).
+    """
+    times = path.time_from_tau(edm_grid(EDM(), 17)[list(_PLACES)]).clamp(path.t_min, path.t_max)
+    times[0], times[-1] = path.t_max, path.t_min
+    falling: Tensor = torch.unique(times).flip(0)
+    return falling
+
+
+def measure_alignment(
+    run: RunFolder, dataset: Dataset, method: str, place: Path | None = None, samples: int = SAMPLES
+) -> Record:
+    """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
+
+    On at most `samples` held-out samples, their labels given where there are classes. Of a student that learns jumps to
+    the data end alone, those alone, and samples in 1 step. place: of the teacher, as in `teacher_of`. Returns
+    {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
+    """
+    config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, teacher = run.flow_map().to(device), teacher_of(run, place).to(device)
+    indices = torch.arange(min(samples, len(dataset.heldout)))
+    x0, labels = dataset.heldout.fetch(indices)
+    cond = Condition(None if labels is None else labels.to(device))
+    times, seed = alignment_times(student.path), config.evaluation.seed
+    ends_only = config.objective.to_data_end
+    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
+    eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
+    spaced = edm_grid if config.model.path == "edm" else uniform_grid
+    grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
+    walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
+    return {
+        "teacher": teacher_name(config),
+        "jumps": jumps.row(),
+        "trajectories": [each.row() for each in walks],
+    }
+
+
+def align(run: RunFolder, dataset: Dataset, method: str, teacher: Path | None = None) -> str:
+    """Measure the run's alignment with its teacher, store it in alignment.json, and say it in one line.
+
+    method: the run, as figures name it. A teacher that is no longer where it lay is no error, only said; one that is
+    given and does not fit is.
+    """
+    try:
+        record = measure_alignment(run, dataset, method, teacher)
+    except CheckpointError as error:
+        if teacher is not None:
+            raise
+        return f"Alignment not measured, give the run's teacher with --teacher: {error}"
+    write_alignment(record, run.root)
+    return alignment_line(record)
+
+
+def write_alignment(record: Record, folder: Path) -> Path:
+    """Store what `measure_alignment` found in alignment.json."""
+    file = folder / ALIGNMENT_FILE
+    write_atomically(file, json.dumps(record, indent=2) + "\n")
+    return file
+
+
+def read_alignments(runs: tuple[RunFolder, ...]) -> tuple[Record, ...]:
+    """What is stored in those of the runs that were measured; raises CheckpointError when a file is damaged."""
+    found = []
+    for file in (run.root / ALIGNMENT_FILE for run in runs):
+        with reading(file, f"delete it, and run fewstep evaluate {file.parent} anew"):
+            if file.is_file():
+                record = parse_json(file.read_bytes())
+                found.append({key: record[key] for key in ("teacher", "jumps", "trajectories")})
+    return tuple(found)
+
+
+def alignment_line(record: Record) -> str:
+    """The samples' errors and the worst jump, in one line."""
+    jumps, times = record["jumps"], record["jumps"]["times"]
+    worst, t, s = max(
+        (value, times[i], times[j])
+        for i, row in enumerate(jumps["rmse"])
+        for j, value in enumerate(row)
+        if value is not None
+    )
+    walks = ", ".join(f"{each['rmse']:.3g} in {each['steps']}" for each in record["trajectories"])
+    plural = "step" if walks.endswith(" in 1") else "steps"
+    return (
+        f"Alignment with {record['teacher']}, RMS error per element over {jumps['samples']} samples: "
+        f"{walks} {plural}; its worst jump {worst:.3g} ({t:.3g} to {s:.3g})"
+    )
+
+
+def survey(run: RunFolder, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool) -> str:
+    """What `fewstep statistics` does: estimate, time the student's training, draw; returns what there is to say.
+
+    student: a recipe's name, or nothing for the CTM recipe of this teacher's. given: settings of the statistics that
+    are not to be the student's. Several processes (torchrun) share the samples; the first of them speaks and draws, and
+    no training is timed. Raises what its parts raise.
+    """
+    config = run.config()
+    run.last_checkpoint()
+    chosen, dataset = student_recipe(config, student), load_dataset(config.data)
+    settings = replace(StatisticsConfig() if chosen is None else chosen.statistics, **given)
+    accelerator = join_processes(cpu)
+    kept = teacher_statistics(run, settings, dataset, accelerator)
+    if not accelerator.is_main_process:
+        return ""
+    alone = accelerator.num_processes == 1
+    cost = training_cost(chosen, run, settings, dataset, cache, cpu) if chosen is not None and alone else None
+    return f"{cost_lines(kept, cost)}\nFigure: {draw_statistics(kept)}"
+
+
+@dataclass(frozen=True)
+class KeptStatistics:
+    """A teacher's statistics: the plain estimate, what is used of it, its file, and whether it was there before."""
+
+    estimate: TrajectoryStatistics
+    used: TrajectoryStatistics
+    file: Path
+    was_kept: bool
+
+
+def teacher_statistics(
+    run: RunFolder, settings: StatisticsConfig, dataset: Dataset, accelerator: Accelerator
+) -> KeptStatistics:
+    """The statistics of a trained run on its own data, estimated with a progress bar unless they are kept already.
+
+    Raises what `kept_statistics` raises, and CheckpointError when the folder is no trained run.
+    """
+    team, teacher = Team.of(accelerator), run.flow_map().requires_grad_(False).to(accelerator.device)
+    file = cache_file(run.root, teacher, dataset, settings)
+    was_kept = file.is_file()
+    quiet = was_kept or team.count > 1
+    with tqdm(total=settings.samples, desc="statistics", unit="sample", disable=quiet, leave=False) as bar:
+
+        def progress(done: int, samples: int) -> None:
+            bar.update(done - bar.n)
+
+        kept_statistics(run.root, teacher, dataset, settings, progress, team)
+    accelerator.wait_for_everyone()
+    estimate = TrajectoryStatistics.load(file)
+    return KeptStatistics(estimate, prepared(estimate, settings, dataset), file, was_kept)
+
+
+def student_recipe(teacher: RunConfig, name: str = "") -> RunConfig | None:
+    """The recipe of that name, or the CTM recipe that distils the teacher's recipe, or None.
+
+    Raises ConfigError for a recipe that is unknown or distils no teacher.
+    """
+    if name:
+        config = recipe(name)
+        if not config.objective.needs_teacher:
+            students = ", ".join(each for each in RECIPES if recipe(each).objective.needs_teacher)
+            raise ConfigError(f"recipe {name!r} distils no teacher; students: {students}")
+        return config
+    found = (recipe(each) for each in RECIPES if each.startswith("ctm-"))
+    return next((each for each in found if each.teacher == f"runs/{teacher.recipe}"), None)
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What training a recipe takes on this machine: its steps and the seconds of one."""
+
+    recipe: str
+    steps: int
+    step_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.steps * self.step_seconds
+
+
+def training_cost(
+    student: RunConfig,
+    teacher: RunFolder,
+    settings: StatisticsConfig,
+    dataset: Dataset,
+    cache: Path | None,
+    cpu: bool,
+) -> TrainingCost:
+    """Time three steps of the student's own training after one to warm up; the median stands for all.
+
+    It distils this teacher, on the teacher's data; where it starts from the teacher's weights it has its network.
+    """
+    own = teacher.config()
+    network = own.network if student.initial == "teacher" else student.network
+    student = replace(student, teacher=str(teacher.root), data=own.data, network=network, statistics=settings)
+    with tempfile.TemporaryDirectory() as folder:
+        attendants = Attendants(features=perception(student, dataset, cache))
+        run, machine = RunFolder(Path(folder)), Machine(cpu=cpu, quiet=True)
+        with Trainer(student, dataset, run, machine, attendants) as trainer:
+            trainer.flow_map.train()
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                trainer.take_step()
+                seconds.append(time.perf_counter() - start)
+    steps = math.ceil(student.training.images / student.training.batch_size)
+    return TrainingCost(student.recipe, steps, statistics.median(seconds[1:]))
+
+
+def draw_statistics(kept: KeptStatistics) -> Path:
+    """Write the figure of l, s and the coefficients beside the statistics: KEY.png."""
+    before, after, levels = kept.estimate, kept.used, kept.used.tau.tolist()
+    l = Curve(before.l.tolist(), before.l_stderr.tolist(), after.l.tolist())  # noqa: E741  (math.md §3.1)
+    s = Curve(before.s.tolist(), before.s_stderr.tolist(), after.s.tolist())
+    starts = [min(start, levels[0]) for start in _STARTS if start > levels[-1]]
+    jumps = [_jumps(kept.used, start) for start in dict.fromkeys(starts)]
+    file = kept.file.with_suffix(".png")
+    write_atomically(file, statistics_figure(levels, l, s, jumps))
+    return file
+
+
+def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
+    """Coefficients on the EDM path from one level down to the lowest of the statistics."""
+    path, lowest = EDM(), float(found.tau[-1])
+    levels = torch.logspace(math.log10(start), math.log10(lowest), 120, dtype=torch.float64).clamp(lowest, start)
+    t = torch.full_like(levels, start)
+    (f, g), (euler_f, euler_g) = (
+        each.coefficients(t, levels)
+        for each in (AnalyticPreconditioning(found, "backward", path), EulerPreconditioning(path))
+    )
+    return Jumps(start, levels.tolist(), f.tolist(), g.tolist(), euler_f.tolist(), euler_g.tolist())
+
+
+def cost_lines(kept: KeptStatistics, cost: TrainingCost | None) -> str:
+    """How long the statistics took, for what, where they lie, and their share of the student's training."""
+    found = kept.estimate
+    origin = "kept from an earlier estimate, as its seconds are" if kept.was_kept else "estimated now"
+    share = ""
+    if cost is not None:
+        part = 100 * found.seconds / cost.seconds
+        share = f" = {part:.2g} % of training {cost.recipe} ({cost.steps:,} steps of {cost.step_seconds:.2g} s)"
+    return (
+        f"{len(found.lam)} noise levels, {found.samples} samples each: {found.seconds:.3g} s{share}\n"
+        f"Statistics: {kept.file}, {origin}"
+    )

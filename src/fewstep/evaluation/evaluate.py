@@ -1,0 +1,362 @@
+"""What is measured of a run: how it is sampled, how good its samples are, where the figures are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data import Dataset
+from fewstep.data.latents.autoencoders import load_decoder
+from fewstep.evaluation.align import with_labels
+from fewstep.evaluation.metrics import (
+    DecodedExtractor,
+    Extractor,
+    InceptionExtractor,
+    Measurement,
+    RandomConvExtractor,
+    ReferenceFeatures,
+    default_extractor,
+    frechet_distance,
+    measure,
+    reference_features,
+)
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning import CMPreconditioning
+from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
+from fewstep.recipes.config import EvaluationConfig, RunConfig
+from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
+from fewstep.sampling.step_times import SamplerName
+from fewstep.training.checkpoint import RunFolder, read_state
+from fewstep.training.settings import Watcher
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.files import parse_json, read_rows, reading, reading_line, write_atomically
+
+Row = dict[str, Any]
+FIGURES_FILE = "figures.json"
+CURVE_FILE = "curve.jsonl"
+_SHOWN: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "extractor": str,
+    "reference": str,
+    "nfe": (int, float),
+    "frechet": (int, float),
+}
+
+
+def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:
+    """The run's own sampler at these step counts: the map; for a model of the diagonal alone Euler's method, or on the
+    EDM path Heun's.
+    """
+    evaluation, on_edm = config.evaluation, config.model.path == "edm"
+    diagonal: SamplerName = "heun" if on_edm else "euler"
+    jumping: SamplerName = "gamma" if evaluation.gamma else "map"
+    sampler = diagonal if config.objective.on_diagonal else jumping
+    base = SamplingSettings(
+        sampler=sampler, gamma=evaluation.gamma, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+    )
+    return [replace(base, steps=count) for count in steps]
+
+
+def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSettings:
+    """The sampler, gamma and guidance that a run is measured by; gamma is 0.5 where that has none.
+
+    A saved model does not say how it was trained: the sampler that its times for so many steps were tuned for, else the
+    map; the guidance that all its tuned times are for, else none.
+    """
+    run = RunFolder(folder)
+    if run.config_file.is_file() and run.checkpoints():
+        own = sampler_settings(run.config(), (1,))[0]
+        return SamplingSettings(
+            sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega if flow_map.num_classes else 1.0
+        )
+    omegas = {each.omega for each in flow_map.step_times}
+    omega = omegas.pop() if len(omegas) == 1 else 1.0
+    tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
+    if isinstance(flow_map.preconditioning, CMPreconditioning):  # which has no other jumps
+        return SamplingSettings(sampler="gamma", gamma=1.0, omega=omega)
+    if tuned is None:
+        return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
+    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=omega)
+
+
+def spacing(config: RunConfig) -> Spacing:
+    """How the run's step times are spaced: as EDM's on its path."""
+    return "edm" if config.model.path == "edm" else "uniform"
+
+
+def method_of(run: RunFolder) -> str:
+    """The run's objective as figures name it; raises CheckpointError where the run does not say what its data are."""
+    return method_name(run.config(), run.data("classes")["classes"])
+
+
+def method_name(config: RunConfig, classes: int) -> str:
+    """The objective as figures name it; classes: how many the data have, without which nothing is guided."""
+    match config.objective:
+        case DiagonalMatching(measure="velocity"):
+            return "flow matching"
+        case DiagonalMatching():
+            return "denoising"
+        case Regression():
+            return "regression"
+        case ISD():
+            return "iSD-T" if config.objective.guidance.active and classes else "iSD"
+        case CD():
+            return f"CD, {config.model.preconditioning}"
+        case CTM():
+            return f"CTM, {config.model.preconditioning}"
+        case objective:
+            return next(entry.name for entry in CATALOGUE if entry.objective is type(objective))
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What samples are measured with: the extractor and the held-out part's features."""
+
+    extractor: Extractor
+    reference: ReferenceFeatures
+
+
+def yardstick(
+    dataset: Dataset, cache: Path | None, inception: Path | None = None, autoencoder: Path | None = None
+) -> Yardstick:
+    """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given.
+
+    Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
+    on those: without Inception their features are random convolutions.
+    """
+    if dataset.control is not None:
+        raise ConfigError(
+            f"{dataset.name} is a robot's actions, which no features measure: let the policy act, with fewstep rollout"
+        )
+    if dataset.decoding is not None:
+        decoder = load_decoder(dataset.decoding, autoencoder, best_device())
+        random = RandomConvExtractor(dataset.decoding.image_shape)
+        seen = DecodedExtractor(random if inception is None else InceptionExtractor(inception), decoder)
+        return Yardstick(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
+    if autoencoder is not None:
+        raise ConfigError(f"the samples of {dataset.name} are no latents: leave out --autoencoder")
+    extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
+    return Yardstick(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
+
+
+def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
+    """Appends points of the learning curve to RUN/curve.jsonl, which `fewstep compare` reads.
+
+    Each point is the Frechet distance of the averaged model's samples, by the run's own sampler at `curve_steps`.
+    """
+    settings = config.evaluation
+    sticks: list[Yardstick] = []
+    foreign = dataset.decoding is not None or dataset.control is not None
+    if settings.curve_images and foreign:  # what they lack is said before the training
+        sticks.append(yardstick(dataset, cache))
+
+    def watch(flow_map: FlowMap, step: int) -> None:
+        if not sticks:  # at the first point: its classifier may have to be trained
+            sticks.append(yardstick(with_labels(config.data, dataset), cache))
+        images = step * config.training.batch_size
+        points: list[Row] = []
+        for each in sampler_settings(config, settings.curve_steps):
+            drawn, features = drawn_features(flow_map, settings.curve_samples, each, sticks[0].extractor)
+            sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
+            value = frechet_distance(features, sticks[0].reference.features) if sound else math.nan
+            points.append(
+                {"images": images, "step": step, "seconds": _seconds_at(run, step)}
+                | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value}
+            )
+        write_curve(run, points)
+
+    return watch
+
+
+def drawn_features(
+    flow_map: FlowMap, count: int, settings: SamplingSettings, extractor: Extractor
+) -> tuple[Generated, Tensor]:
+    """`count` samples, and their features (count, d)."""
+    drawn = generate(flow_map, count, settings)
+    return drawn, extractor.features(_within_range(flow_map, drawn.samples))
+
+
+def write_curve(run: RunFolder, points: list[Row]) -> None:
+    """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
+
+    A line that cannot be read ends what is kept, as in the log.
+    """
+    file, step = run.root / CURVE_FILE, points[0]["step"]
+    measures = {point["measure"] for point in points}
+    kept: list[Row] = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            found = parse_json(line)
+            if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
+                kept.append(found)
+        except (ValueError, KeyError, TypeError):
+            break
+    write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
+
+
+def _seconds_at(run: RunFolder, step: int) -> float | None:
+    """Training time behind a step, from the log's last line at its pace; None before there is one."""
+    log = run.read_log()
+    with reading_line(run.log_file, len(log)):
+        return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
+
+
+def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
+    """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
+    count = min(samples, len(dataset.train))
+    images, labels = dataset.train.fetch(torch.arange(count))
+    found = measure(
+        images, labels, stick.reference, stick.extractor, method="real data (training part)", nfe=0, seed=0, seconds=0.0
+    )
+    return _row(found, 0.0)
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def measure_run(
+    run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None, weights: str = ""
+) -> list[Row]:
+    """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own.
+
+    weights: as of `RunFolder.flow_map`; named in the method of each row unless they are the first EMA's.
+
+    Tuned step times have rows of their own beside the default's, whose `tuned_on` says which held-out samples chose
+    them: they are among those measured against, so that the default's rows alone have seen none.
+    """
+    config, flow_map = run.config(), run.flow_map(weights).to(best_device())
+    config = config if evaluation is None else replace(config, evaluation=evaluation)
+    settings = config.evaluation
+    name = method_of(run) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
+    name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
+    plans = [(name, each) for each in sampler_settings(config, settings.steps)]
+    plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(flow_map, each))]
+    if not (config.objective.on_diagonal or config.objective.to_data_end):
+        plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    return [
+        _row(measure_settings(flow_map, each, label, settings.samples, stick), training_seconds(run), settings.omega)
+        | {"tuned_on": found.source if (found := each.tuned(flow_map.step_times)) else None}
+        for label, each in plans
+    ]
+
+
+def tuned_settings(flow_map: FlowMap, settings: SamplingSettings) -> SamplingSettings | None:
+    """The same at the step times tuned for the flow map; None where it has none for them."""
+    free = replace(settings, spacing="auto")
+    return free if free.tuned(flow_map.step_times) else None
+
+
+def reference_settings(config: RunConfig) -> SamplingSettings:
+    """Heun's method at about `reference_steps` evaluations."""
+    evaluation = config.evaluation
+    steps = max(1, (evaluation.reference_steps + 1) // 2)
+    return SamplingSettings(
+        sampler="heun", steps=steps, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+    )
+
+
+def measure_settings(
+    flow_map: FlowMap, settings: SamplingSettings, method: str, count: int, stick: Yardstick
+) -> Measurement:
+    """Draw `count` samples and measure them."""
+    drawn = generate(flow_map, count, settings)
+    return measure(
+        _within_range(flow_map, drawn.samples),
+        drawn.labels,
+        stick.reference,
+        stick.extractor,
+        method=method,
+        nfe=round(drawn.nfe),
+        seed=settings.seed,
+        seconds=drawn.seconds,
+        latency_ms=latency(flow_map, settings),
+    )
+
+
+def _within_range(flow_map: FlowMap, images: Tensor) -> Tensor:
+    """Samples cut to the range of the data, where they have one."""
+    if flow_map.config is None or flow_map.config.data_range is None:
+        return images
+    return images.clamp(*flow_map.config.data_range)
+
+
+def latency(flow_map: FlowMap, settings: SamplingSettings, repeats: int = 5) -> float:
+    """Median milliseconds to draw one sample alone, after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        generate(flow_map, 1, settings)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def training_seconds(run: RunFolder) -> float:
+    """Seconds of training behind the newest checkpoint."""
+    return float(read_state(run.last_checkpoint())["seconds"])
+
+
+def _row(found: Measurement, seconds: float, omega: float = 1.0) -> Row:
+    """A measurement as stored: `seconds` is training time there, `sampling_seconds` the time to draw all samples."""
+    row = found.row()
+    return row | {
+        "seconds": seconds,
+        "sampling_seconds": row["seconds"],
+        "omega": omega,
+        "device": str(best_device()),
+    }
+
+
+def write_figures(rows: list[Row], folder: Path) -> Path:
+    """Store rows in figures.json beside those stored earlier; a row measured anew replaces its older self."""
+
+    def identity(row: Row) -> tuple[Any, ...]:
+        keys = ("method", "nfe", "extractor", "reference", "samples", "seed", "omega")
+        return tuple(row.get(key) for key in keys)
+
+    fresh = {identity(row) for row in rows}
+    kept = [row for row in read_figures(folder) if identity(row) not in fresh]
+    file = folder / FIGURES_FILE
+    write_atomically(file, json.dumps([*rows, *kept], indent=2) + "\n")
+    return file
+
+
+def read_figures(folder: Path) -> list[Row]:
+    """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
+    file = folder / FIGURES_FILE
+    advice = f"delete it, and run fewstep evaluate {folder} anew"
+    rows = read_rows(file, _SHOWN, advice)
+    with reading(file, advice):
+        for row in rows:
+            if not all(isinstance(row[key], kind) for key, kind in _SHOWN.items()):
+                raise ValueError(f"a method, distance or number of calls is none: {row['method']!r}")
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as aligned text."""
+    heads = f"{'Frechet':>9} {'accuracy':>9} {'precision':>10} {'recall':>7} {'ms/sample':>10}"
+    width = max([32, *(len(row["method"]) for row in rows)])
+    lines = [f"{'method':{width}} {'NFE':>4} {heads}"]
+    for row in rows:
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
+        latency_ms = "" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}"
+        lines.append(
+            f"{row['method']:{width}} {row['nfe']:>4} {row['frechet']:>9.2f} {accuracy:>9} "
+            f"{row['precision']:>10.2f} {row['recall']:>7.2f} {latency_ms:>10}"
+        )
+    if rows:
+        first = rows[0]
+        lines.append(f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID.")
+    if any(row.get("tuned_on") for row in rows):
+        lines.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
+    return "\n".join(lines)

@@ -1,0 +1,195 @@
+"""Runs of one study side by side: a figure of their learning curves, and the page that holds it with the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fewstep.evaluation.report.canvas import (
+    DARK,
+    LIGHT,
+    Palette,
+    figure_style,
+    legend_above,
+    make_panels,
+    scale_values,
+    shorten,
+    spreads,
+    to_png,
+)
+from fewstep.evaluation.report.html import Pairs, document, header, link, plot
+from fewstep.evaluation.report.numbers import tick
+from fewstep.utils.errors import DataError
+from fewstep.utils.files import write_atomically
+
+_STYLE = """.figures th, .figures td { padding-left: 11px; padding-right: 11px; }
+.figures th:first-child { text-align: left; padding-left: 20px; }
+.figures th[scope="row"] { font-weight: 600; min-width: 11em; }
+.figures th[scope="col"] { color: var(--muted); font-weight: 500; font-size: 0.82rem; white-space: nowrap; }
+.figures tbody tr + tr th { border-top-color: transparent; padding-top: 4px; }
+.figures tbody + tbody th[scope="col"] { padding-top: 26px; }
+.figures tbody:last-child tr:last-child > * { padding-bottom: 16px; }
+"""
+"""What the tables of a comparison add to page.css."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One method's line: images seen, the mean over its runs, and their lowest and highest value."""
+
+    method: str
+    images: tuple[float, ...]
+    mean: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The lines of one measure, and the levels that the table's targets lie at."""
+
+    title: str
+    courses: tuple[Course, ...]
+    levels: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown, as many in each row as heads: the first names a method, the others are figures."""
+
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def aligned(tables: Sequence[Table]) -> str:
+    """Tables of as many columns each as text, aligned throughout: the first column to the left, the others right."""
+    lines = [line for table in tables for line in (table.heads, *table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def shown(line: tuple[str, ...]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join([line[0].ljust(widths[0]), *rest]).rstrip()
+
+    return "\n\n".join("\n".join(shown(line) for line in (table.heads, *table.rows)) for table in tables)
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """A run as the page lists it: its name, the address of its report or nothing, its seed and differing settings."""
+
+    name: str
+    address: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """What the page shows: facts are headline figures, note explains the tables, settings head the runs' values."""
+
+    title: str
+    summary: str
+    facts: Pairs
+    panels: tuple[Panel, ...]
+    tables: tuple[Table, ...]
+    note: str
+    settings: tuple[str, ...]
+    runs: tuple[RunEntry, ...]
+
+
+def comparison_curves(panels: Sequence[Panel], *, columns: int = 3, dark: bool = False) -> bytes:
+    """Values against images seen as PNG: a panel for every measure, a line and a band for every method.
+
+    Three panels stand in one row where `columns` allows it, other numbers in pairs. Dashed levels are targets. Raises
+    DataError when no panel has a point.
+    """
+    drawn = [panel for panel in panels if any(course.images for course in panel.courses)]
+    if not drawn:
+        raise DataError("there is no learning curve to draw: no measured value is finite")
+    methods = list(dict.fromkeys(course.method for panel in drawn for course in panel.courses))
+    palette = DARK if dark else LIGHT
+    with rc_context(figure_style(palette)):
+        figure, axes = make_panels(len(drawn), min(columns, 2 if len(drawn) % 3 else 3), height=3.1)
+        for axis, panel in zip(axes, drawn, strict=True):
+            _draw(axis, panel, methods, palette)
+        handles = [Line2D([], [], color=palette.colour(i)) for i in range(len(methods))]
+        names = [shorten(method, 40) for method in methods]
+        if any(panel.levels for panel in drawn):
+            handles.append(Line2D([], [], color=palette.muted, linewidth=1.0, linestyle=(0, (5, 3))))
+            names.append("targets")
+        legend_above(figure, handles, names)
+        return to_png(figure)
+
+
+def _draw(axis: Axes, panel: Panel, methods: Sequence[str], palette: Palette) -> None:
+    values = list(panel.levels)
+    for level in panel.levels:
+        axis.axhline(level, color=palette.muted, linewidth=1.0, linestyle=(0, (5, 3)))
+    for course in panel.courses:
+        colour = palette.colour(methods.index(course.method))
+        axis.fill_between(course.images, course.low, course.high, color=colour, alpha=0.18, linewidth=0)
+        marker = "o" if len(course.images) < 30 else ""
+        axis.plot(course.images, course.mean, color=colour, marker=marker, markersize=3)
+        values += [*course.low, *course.high]
+    axis.set_title(shorten(panel.title, 44))
+    axis.set_xlabel("images seen")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(FuncFormatter(tick))
+    scale_values(axis, values, logarithmic=spreads(values))
+
+
+def write_page(page: ComparisonPage, file: Path) -> Path:
+    """Render the comparison into one file; raises CheckpointError when it cannot be written."""
+    write_atomically(file, render(page))
+    return file
+
+
+def render(page: ComparisonPage) -> str:
+    """The page as HTML: no scripts, no addresses to load from, all text escaped."""
+    parts = (header(page.title, page.summary, page.facts), _curves(page), _tables(page), _runs(page))
+    return document(page.title, "\n".join(parts), _STYLE)
+
+
+def _curves(page: ComparisonPage) -> str:
+    alt = f"Learning curves: {', '.join(panel.title for panel in page.panels)}"
+    caption = (
+        "Lines: the mean over a method's runs, geometric where all values are positive. Bands: from their lowest to "
+        "their highest value. Lower is better."
+    )
+    figure = plot(lambda wide, dark: comparison_curves(page.panels, columns=wide, dark=dark), 3, alt, caption)
+    return f"<section>\n<h2>Learning curves</h2>\n{figure}</section>"
+
+
+def _tables(page: ComparisonPage) -> str:
+    table = _table([(each.heads, [(escape(row[0]), *row[1:]) for row in each.rows]) for each in page.tables])
+    note = f'<p class="note">{escape(page.note)}</p>'
+    return f"<section>\n<h2>Images to the same quality</h2>\n{table}\n{note}\n</section>"
+
+
+def _runs(page: ComparisonPage) -> str:
+    rows = [(link(run.name, run.address) if run.address else escape(run.name), *run.values) for run in page.runs]
+    table = _table([(("Run", *page.settings), rows)])
+    return f"<section>\n<h2>Runs and the settings in which they differ</h2>\n{table}\n</section>"
+
+
+def _table(groups: Sequence[tuple[Sequence[str], Sequence[tuple[str, ...]]]]) -> str:
+    """Groups of rows under heads of their own; the first cell of a row is HTML already, the others are text."""
+    bodies = "\n".join(f"<tbody>\n{_row_of_heads(heads)}\n{_rows(rows)}\n</tbody>" for heads, rows in groups)
+    return f'<div class="scroll card"><table class="figures">\n{bodies}\n</table></div>'
+
+
+def _row_of_heads(heads: Sequence[str]) -> str:
+    return "<tr>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in heads) + "</tr>"
+
+
+def _rows(rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        for name, *cells in rows
+    )

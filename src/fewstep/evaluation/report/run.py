@@ -1,0 +1,198 @@
+"""What a run shows: sample grids while it trains, and its report page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+from fewstep.evaluation.align import read_alignments, teacher_name
+from fewstep.evaluation.evaluate import (
+    Row,
+    best_device,
+    method_name,
+    method_of,
+    read_figures,
+    reference_settings,
+    sampler_settings,
+    tuned_settings,
+)
+from fewstep.evaluation.report import Grid, RunReport, save_grid, write_report
+from fewstep.flow.flow_map import FlowMap
+from fewstep.policies.figures import read_rollouts, read_strip
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.decode import Viewer, preview, viewer
+from fewstep.sampling.generate import generate
+from fewstep.training.checkpoint import RunFolder, read_state
+from fewstep.training.settings import Watcher
+from fewstep.utils.files import parse_json, reading
+
+REPORT_FILE = "report.html"
+STUDY_FILE = "study.json"
+
+
+def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
+    """Draws a grid of the averaged model at the first two step counts of the recipe: samples/step-N.png."""
+
+    views: list[Viewer] = []
+
+    def watch(flow_map: FlowMap, step: int) -> None:
+        if not views:
+            views.append(preview(flow_map))
+        rows = [
+            generate(flow_map, count, settings).samples
+            for settings in sampler_settings(config, config.evaluation.steps[:2])
+        ]
+        images, file = views[0].thumbnails(torch.cat(rows)), run.samples / f"step-{step:08d}.png"
+        save_grid(images, file, columns=20, data_range=views[0].data_range)
+
+    return watch
+
+
+def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
+    """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise."""
+    config, flow_map = run.config(), run.flow_map().to(best_device())
+    name = method_of(run)
+    plans = []
+    for settings in sampler_settings(config, config.evaluation.steps[:3]):
+        tuned = tuned_settings(flow_map, settings)
+        plans.append((f"{name}, tuned times", tuned) if tuned else (name, settings))
+    if not config.objective.to_data_end:
+        plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    drawn = [(label, generate(flow_map, count, settings)) for label, settings in plans]
+    return tuple(
+        Grid(
+            f"{label}, {_calls(round(found.nfe))}",
+            "Same noise and classes in every grid.",
+            view.thumbnails(found.samples),
+            10,
+        )
+        for label, found in drawn
+    )
+
+
+def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
+    """Runs kept inside the run's folder to be compared with it."""
+    found = [RunFolder(path) for path in sorted(run.root.iterdir()) if path.is_dir()]
+    return tuple(each for each in found if each.config_file.is_file() and each.checkpoints())
+
+
+def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> Path:
+    """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run.
+
+    autoencoder: where the one that decodes latents lies now, if it was moved.
+    """
+    data = run.data("name", "shape", "classes", "train")
+    others = baselines(run)
+    config, record = run.config(), run.record()
+    flow_map = run.flow_map()
+    acts = flow_map.control is not None
+    view = None if acts else viewer(flow_map.to(best_device()), autoencoder)
+    rows, aligned = figures(run, others), read_alignments((run, *others))
+    logs = {method_of(r): r.read_log() for r in (run, *others)}
+    found = RunReport(
+        title=title or f"fewstep: {config.recipe}",
+        summary="\n\n".join((_summary(config, data), *_tuning(flow_map))),
+        facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
+        grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
+        logs=logs,
+        rows=rows,
+        cost=_cost(run, others),
+        settings=record,
+        links=study_links(run),
+        data_range=None if view is None else view.data_range,
+        alignments=tuple(each["jumps"] for each in aligned),
+        trajectories=tuple(row for each in aligned for row in each["trajectories"]),
+        episodes=tuple(row for each in (run, *others) for row in read_rollouts(each.root)),
+        films=tuple(film for each in (run, *others) for film in films(each)),
+    )
+    return write_report(found, run.root / REPORT_FILE)
+
+
+def figures(run: RunFolder, others: Sequence[RunFolder]) -> list[Row]:
+    """The rows of a run's figures.json, and of others' those of a method and number of calls that it has not."""
+    own = read_figures(run.root)
+    known = {(row["method"], row["nfe"]) for row in own}
+    theirs = [row for other in others for row in read_figures(other.root)]
+    return own + [row for row in theirs if (row["method"], row["nfe"]) not in known]
+
+
+def films(run: RunFolder) -> tuple[Grid, ...]:
+    """The pictures of the episode that `fewstep rollout --film` drew, if it did."""
+    pictures = read_strip(run.root)
+    if pictures is None:
+        return ()
+    title, note = f"{method_of(run)}, one episode", "From left to right, evenly spaced in time."
+    return (Grid(title, note, pictures, len(pictures)),)
+
+
+def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
+    """Links to the comparison that the run is part of, and to the reports of its other runs, as far as they exist.
+
+    Raises CheckpointError when study.json, which `fewstep compare` writes, is damaged.
+    """
+    file = run.root / STUDY_FILE
+    if not file.is_file():
+        return ()
+    with reading(file, "delete it, or run fewstep compare anew"):
+        study = parse_json(file.read_bytes())
+        pages = [("Comparison", str(study["comparison"]))]
+        pages += [(Path(name).name, f"{name}/{REPORT_FILE}") for name in map(str, study["runs"])]
+    return tuple((text, quote(page)) for text, page in pages if (run.root / page).is_file())
+
+
+def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
+    distilled = config.objective.needs_teacher
+    origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
+    return (
+        f"{method_name(config, data['classes'])}, {origin} on {data['train']} samples of {data['name']} "
+        f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
+        f"{config.model.preconditioning} preconditioning."
+    )
+
+
+def _tuning(flow_map: FlowMap) -> Iterator[str]:
+    """A paragraph on each number of steps whose times were tuned."""
+    for each in flow_map.step_times:
+        times = " ".join(f"{t:.4g}" for t in each.times)
+        yield f"{each.steps} steps are taken at the times {times}, tuned on {each.source}."
+
+
+def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
+    own = [row for row in rows if row["method"] == method][:3]
+    real = [row for row in rows if row["nfe"] == 0]
+    cards = [(f"Frechet distance, {_calls(row['nfe'])}", f"{row['frechet']:.2f}") for row in own]
+    return tuple(cards + [("real training data", f"{row['frechet']:.2f}") for row in real])
+
+
+def _policy_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
+    rows = [row for row in read_rollouts(run.root) if row["steps"]]
+    last = tuple(rows[-1][key] for key in ("task", "first_seed", "seed", "episodes")) if rows else ()
+    rows = [row for row in rows if tuple(row[key] for key in ("task", "first_seed", "seed", "episodes")) == last]
+    rows.sort(key=lambda row: int(row["steps"]))
+    cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
+    times = [(f"Time per decision, {_calls(rows[0]['steps'])}", f"{rows[0]['latency_ms']:.2f} ms")] if rows else []
+    return tuple(cards + times)
+
+
+def _calls(nfe: int) -> str:
+    return "1 network call" if nfe == 1 else f"{nfe} network calls"
+
+
+def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
+    lines = []
+    for each in (run, *others):
+        flow_map = each.flow_map()
+        state = read_state(each.last_checkpoint())
+        parameters = sum(p.numel() for p in flow_map.parameters())
+        lines.append(
+            (
+                method_of(each),
+                f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
+                f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters",
+            )
+        )
+    return tuple(lines)

@@ -1,0 +1,151 @@
+"""Policies at work: demonstrations recorded or imported, policies let loose in their task, figures kept."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
+from fewstep.data.demonstrations.importers import ROBOMIMIC_KEYS, import_minari, import_robomimic
+from fewstep.evaluation.evaluate import method_of
+from fewstep.policies.figures import Row, rollout_row, rollout_table, save_film, write_rollouts
+from fewstep.policies.policy import Policy, load_policy
+from fewstep.policies.rollout import expert_rollout, film, record, roll_out
+from fewstep.policies.simulation import Task
+from fewstep.policies.tasks.registry import find_task
+from fewstep.training.checkpoint import RunFolder
+from fewstep.utils.errors import CheckpointError, ConfigError
+
+Progress = Callable[[str], None]
+
+
+def record_demonstrations(name: str, count: int, out: Path | None, first_seed: int, progress: Progress | None) -> str:
+    """Record the expert of a task into a file; what there is to say of it. ConfigError for a file that exists."""
+    task = find_task(name)
+    file = _new_file(out, task.name)
+    found = record(task, count, first_seed, progress)
+    save_demonstrations(found.demonstrations, file)
+    raised = f", {len(found.errors)} of them by an error ({found.errors[0]})" if found.errors else ""
+    return (
+        f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
+        + (f"Routes: {', '.join(f'{name} {n}' for name, n in found.routes.items())}\n" if found.routes else "")
+        + described(file, found.demonstrations)
+    )
+
+
+def import_demonstrations(
+    name: str, minari: Path | None, robomimic: Path | None, keys: tuple[str, ...], split: str, out: Path | None
+) -> str:
+    """Turn another format's file into demonstrations; what there is to say of it. Raises ConfigError as above."""
+    if minari is not None and robomimic is not None:
+        raise ConfigError("--from-minari and --from-robomimic are given: import one at a time")
+    if minari is not None and split:
+        raise ConfigError("--split names a list of episodes in a robomimic file: a Minari data set has none")
+    source = minari or robomimic
+    assert source is not None  # the caller has looked
+    file = _new_file(out, name or source.stem)
+    if minari is not None:
+        found = import_minari(minari, keys, name)
+    else:
+        found = import_robomimic(source, keys or ROBOMIMIC_KEYS, split, name)
+    save_demonstrations(found, file)
+    return described(file, found)
+
+
+def described(file: Path, found: Demonstrations) -> str:
+    """Where demonstrations are, how large, and what to do next."""
+    return (
+        f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
+        f"numbers, actions of {found.actions.shape[1]}\nNext: fewstep train policy-mlp --data.root {file}"
+    )
+
+
+def _new_file(out: Path | None, name: str) -> Path:
+    file = out or Path("demos") / f"{name}.safetensors"
+    if file.suffix not in (".safetensors", ".npz"):
+        raise ConfigError(f"{file}: give FILE.safetensors or FILE.npz")
+    if file.exists():
+        raise ConfigError(f"{file} exists: give another file with --out, or remove it first")
+    return file
+
+
+def measure_rollouts(
+    folder: Path,
+    steps: tuple[int, ...],
+    name: str,
+    episodes: int,
+    seed: int,
+    first_seed: int,
+    at_once: int,
+    progress: Progress | None,
+) -> tuple[list[Row], Task, Policy]:
+    """A row for each number of steps, those of the recipe when none is given; the task, and the policy of the first."""
+    method, usual = _of_run(folder)
+    counts = steps or usual
+    policies = [load_policy(folder, count, seed) for count in counts]
+    trained_for = policies[0].control.task
+    if not (name or trained_for):
+        raise ConfigError(f"{folder} does not say which task it was trained for: name one with --task")
+    task = find_task(name or trained_for)
+    rows = []
+    for policy in policies:
+        label = f"{method}, {policy.steps} step{'s' if policy.steps > 1 else ''}: "
+        told = None if progress is None else _labelled(progress, label)
+        found = roll_out(policy, task, episodes, first_seed, at_once, told)
+        rows.append(rollout_row(found, task, method, first_seed, policy))
+    return rows, task, policies[0]
+
+
+def _of_run(folder: Path) -> tuple[str, tuple[int, ...]]:
+    """(method, step counts) of a run; of a saved model, which does not say, a name and one step."""
+    run = RunFolder(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (run.config_file.is_file() and run.checkpoints()):
+        return "saved policy", (1,)
+    config = run.config()
+    return method_of(run), config.evaluation.steps
+
+
+def _labelled(progress: Progress, label: str) -> Progress:
+    return lambda text: progress(label + text)
+
+
+def expert_row(task: Task, episodes: int, first_seed: int) -> Row:
+    """The expert's figures at the same starts."""
+    return rollout_row(expert_rollout(task, episodes, first_seed), task, "expert", first_seed)
+
+
+def draw_film(policy: Policy, task: Task, seed: int, folder: Path) -> Path:
+    """One episode as pictures in the run's folder; raises UnsupportedError where they cannot be drawn."""
+    return save_film(film(policy, task, seed)[1], folder)
+
+
+def choose_drawing() -> None:
+    """Let MuJoCo draw in memory by OSMesa, where that is installed and nothing else was chosen.
+
+    MuJoCo reads its variable when it is first imported: call this before any task is made.
+    """
+    if "MUJOCO_GL" not in os.environ and ctypes.util.find_library("OSMesa"):
+        os.environ["MUJOCO_GL"] = "osmesa"
+
+
+def shown_on_terminal(text: str) -> None:
+    """Progress on one line of standard error."""
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+__all__ = [
+    "choose_drawing",
+    "draw_film",
+    "expert_row",
+    "import_demonstrations",
+    "measure_rollouts",
+    "record_demonstrations",
+    "rollout_table",
+    "shown_on_terminal",
+    "write_rollouts",
+]

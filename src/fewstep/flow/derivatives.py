@@ -1,0 +1,138 @@
+"""The total derivative dN/dt = J_N v + d_t N along the flow (math.md §5.4) and dN/ds, exact or by finite differences.
+
+Forward-mode AD cannot cross every layer: fewstep's own networks are written so that it can (networks/layers.py);
+a foreign network with fused attention or nn.GroupNorm on non-contiguous input needs the finite difference. Both
+assume a deterministic network: no dropout between the evaluations. Networks are called as fn(x, t) -> N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.forward_ad import jvp
+from fewstep.utils.tensors import check_choice, expand
+
+OutputFunction = Callable[[Tensor, Tensor], Tensor]
+DerivativeKind = Literal["exact", "finite-difference"]
+
+MIN_STEP = 1e-4
+
+
+def exact_derivative(
+    fn: OutputFunction, x: Tensor, t: Tensor, v: Tensor, attached: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(N, dN/dt) by one forward-mode JVP with tangent (v, 1); N keeps its graph, dN/dt keeps its own if `attached`.
+
+    x, v (B, ...), t (B,). One evaluation with tangents replaces the evaluation that the loss needs anyway.
+    """
+    return jvp(fn, (x, t), (v, torch.ones_like(t)), attached)
+
+
+def finite_difference_nodes(
+    t: Tensor, low: Tensor, high: Tensor | float, step: float, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Two offsets (a, b) from t for a second-order difference that stays within [low, high].
+
+    Central (-h, h) inside; (-h, -2h) where t + h > high; (h, 2h) where t - h < low. h shrinks to a third of the
+    interval when that is shorter than 3 h, but never below 1e-4. step and that limit are in units of `scale`, the time
+    over which the path changes (Path.time_scale).
+    """
+    h = torch.clamp((high - low) / (3 * scale), min=MIN_STEP, max=step) * scale
+    above, below = t + h > high, t - h < low
+    first = torch.where(below & ~above, h, -h)
+    second = torch.where(above, -2 * h, torch.where(below, 2 * h, h))
+    return first, second
+
+
+def finite_derivative(
+    fn: OutputFunction,
+    pair_fn: OutputFunction,
+    x: Tensor,
+    t: Tensor,
+    v: Tensor,
+    nodes: tuple[Tensor, Tensor],
+    attached: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(N, dN/dt) with dN/dt by the parabola through offsets 0, a, b: error O(h^2) inside and at both ends.
+
+    fn evaluates one batch and keeps its graph; pair_fn evaluates two batches stacked, (2B, ...), without a graph
+    unless `attached`.
+    d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
+    """
+    output = fn(x, t)
+    rounded = torch.is_autocast_enabled(x.device.type)
+    # A difference over h amplifies rounding by 1/h: under bf16 its three points are taken in full precision.
+    with torch.set_grad_enabled(attached and torch.is_grad_enabled()), torch.autocast(x.device.type, enabled=False):
+        centre = fn(x, t) if rounded else output
+        a, b = nodes
+        shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
+        at_a, at_b = pair_fn(shifted_x, torch.cat([t + a, t + b])).chunk(2)
+        scale = a * b * (b - a)
+        weight_a, weight_b = (expand(w, x).to(x.dtype) for w in (b * b / scale, -(a * a) / scale))
+        return output, weight_a * (at_a - centre) + weight_b * (at_b - centre)
+
+
+@final
+@dataclass(frozen=True)
+class OutputDerivative:
+    """How the derivatives of N(x, t, s) are taken.
+
+    step: of the finite difference, in units of the time over which the path or the network's clock changes.
+    attached: whether the derivative keeps its graph, for losses whose gradient flows through it too.
+    """
+
+    kind: DerivativeKind = "exact"
+    step: float = 0.005
+    attached: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown kind, or a step that is not positive and finite."""
+        check_choice("derivative", self.kind, get_args(DerivativeKind))
+        if not 0 < self.step < math.inf:
+            raise ConfigError(f"step is {self.step}; it must be positive and finite")
+
+    def along_flow(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            return flow_map.output(x, t, s, cond)
+
+        if self.kind == "exact":
+            return exact_derivative(output, x, t, v, self.attached)
+
+        def pair(x: Tensor, t: Tensor) -> Tensor:
+            return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
+
+        nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, _time_scale(flow_map, t))
+        return finite_derivative(output, pair, x, t, v, nodes, self.attached)
+
+    def at_end(self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """(N, dN/ds) at (x, t, s), s the time where the jump ends; N keeps its graph."""
+
+        def output(x: Tensor, s: Tensor) -> Tensor:
+            return flow_map.output(x, t, s, cond)
+
+        if self.kind == "exact":
+            return jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),), self.attached)
+
+        def pair(x: Tensor, s: Tensor) -> Tensor:
+            return flow_map.output(x, torch.cat([t, t]), s, Condition.cat(cond, cond))
+
+        low = torch.full_like(s, flow_map.path.t_min)
+        nodes = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s))
+        return finite_derivative(output, pair, x, s, torch.zeros_like(x), nodes, self.attached)
+
+
+def _time_scale(flow_map: FlowMap, t: Tensor) -> Tensor:
+    return torch.minimum(flow_map.path.time_scale(t), flow_map.scaling.time_scale(t))

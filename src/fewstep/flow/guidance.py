@@ -1,0 +1,197 @@
+"""Classifier-free guidance: in training targets (math.md §5.3) and when sampling a model trained without it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Path
+from fewstep.networks.condition import NULL_LABEL, Condition
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.random import Draws
+from fewstep.utils.tensors import expand
+
+_MOST = torch.finfo(torch.float32).max  # what is more is infinite to samples
+_STREAM_OMEGA, _STREAM_LOW, _STREAM_HIGH, _STREAM_DROP = 40, 41, 42, 43
+
+
+class TrainingGuidance(ABC):
+    """How strongly the training target is guided. Subclasses are final frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def conditions_network(self) -> bool:
+        """Whether the strength and interval are inputs of the network."""
+
+    @property
+    @abstractmethod
+    def active(self) -> bool:
+        """Whether any target differs from the unguided one (else no null evaluation is needed)."""
+
+    @abstractmethod
+    def draw(self, draws: Draws) -> Tensor:
+        """(B, 3): log omega and the interval's ends as fractions of the path's unit clock."""
+
+
+@final
+@dataclass(frozen=True)
+class NoGuidance(TrainingGuidance):
+    """omega = 1 everywhere: the target is the conditional velocity."""
+
+    @property
+    def conditions_network(self) -> bool:
+        return False
+
+    @property
+    def active(self) -> bool:
+        return False
+
+    def draw(self, draws: Draws) -> Tensor:
+        return unguided(len(draws.indices)).to(draws.indices.device)
+
+
+@final
+@dataclass(frozen=True)
+class FixedGuidance(TrainingGuidance):
+    """One omega for the whole training, applied where low <= unit time <= high (2404.07724)."""
+
+    omega: float = 1.5
+    """Strength, above 0: 1 is no guidance, above it targets are pushed towards their class."""
+    low: float = 0.0
+    """Where guidance begins, as a fraction of the path's clock; 0 is the data end."""
+    high: float = 1.0
+    """Where it ends, from low to 1; 1 is the noise end."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.omega < math.inf and 0 <= self.low <= self.high <= 1):
+            raise ConfigError(f"guidance needs a finite omega > 0 and 0 <= low <= high <= 1, got {self}")
+
+    @property
+    def conditions_network(self) -> bool:
+        return False
+
+    @property
+    def active(self) -> bool:
+        return self.omega != 1.0
+
+    def draw(self, draws: Draws) -> Tensor:
+        row = torch.tensor([math.log(self.omega), self.low, self.high], dtype=torch.float64)
+        return row.to(draws.indices.device).expand(len(draws.indices), 3)
+
+
+@final
+@dataclass(frozen=True)
+class DrawnGuidance(TrainingGuidance):
+    """log omega uniform on [0, log omega_max]; the interval's ends uniform on [0, 1/2] and [1/2, 1] of the unit clock.
+
+    All three numbers are inputs of the network, so the user chooses them when sampling.
+    """
+
+    omega_max: float = 8.0
+    """Largest strength drawn, above 1; 8 in iSD-T."""
+    full: float = 0.5
+    """Share in [0, 1] of samples whose interval is the whole range."""
+
+    def __post_init__(self) -> None:
+        if not (1 < self.omega_max < math.inf and 0 <= self.full <= 1):
+            raise ConfigError(f"drawn guidance needs a finite omega_max > 1 and full in [0, 1], got {self}")
+
+    @property
+    def conditions_network(self) -> bool:
+        return True
+
+    @property
+    def active(self) -> bool:
+        return True
+
+    def draw(self, draws: Draws) -> Tensor:
+        log_omega = draws.uniform(_STREAM_OMEGA) * math.log(self.omega_max)
+        u, w = draws.uniform(_STREAM_LOW), draws.uniform(_STREAM_HIGH)
+        partial = u >= self.full
+        inner = (u - self.full) / max(1 - self.full, 1e-12)
+        low = torch.where(partial, inner / 2, 0.0)
+        high = torch.where(partial, (1 + w) / 2, 1.0)
+        return torch.stack([log_omega, low, high], dim=1)
+
+
+def unguided(count: int) -> Tensor:
+    """omega = 1 on the whole range: (count, 3) float64."""
+    return torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(count, 3)
+
+
+def omega_at(path: Path, guidance: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """Strength at time t: omega inside the interval; 1 outside it and for samples without a label. (B,) float64."""
+    low, high = path.time_from_unit(guidance[:, 1]), path.time_from_unit(guidance[:, 2])
+    inside = (t >= low) & (t <= high) & (labels >= 0)
+    return torch.where(inside, guidance[:, 0].exp(), 1.0)
+
+
+def drop_labels(labels: Tensor, probability: float, draws: Draws) -> Tensor:
+    """Labels replaced by NULL_LABEL with the given probability, per sample; a new tensor."""
+    return torch.where(draws.uniform(_STREAM_DROP) < probability, NULL_LABEL, labels)
+
+
+def guide(null: Tensor, conditional: Tensor, omega: Tensor) -> Tensor:
+    """v_null + omega (v_cond - v_null); omega (B,)."""
+    return null + expand(omega, null).to(null.dtype) * (conditional - null)
+
+
+def sampling_condition(
+    labels: Tensor | None, guided: bool, omega: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+) -> Condition:
+    """The condition for sampling; omega and interval become inputs of a network trained with drawn guidance.
+
+    Raises ShapeError unless omega > 0 is finite as float32 and 0 <= low <= high <= 1.
+    """
+    _check_strength(omega, interval)
+    cond = Condition(labels)
+    if not guided or labels is None:
+        return cond
+    row = torch.tensor([math.log(omega), *interval], dtype=torch.float64, device=labels.device)
+    return replace(cond, guidance=row.expand(len(labels), 3))
+
+
+class ClassifierFreeGuidance:
+    """A flow map's jumps and velocities pushed from the null label's: null + omega (conditional - null) (2207.12598).
+
+    For maps trained without training guidance; every call costs two network evaluations per sample. Applied where
+    low <= unit time <= high (2404.07724), the plain conditional value elsewhere.
+    """
+
+    def __init__(self, flow_map: FlowMap, omega: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
+        if flow_map.num_classes == 0:
+            raise ConfigError("guidance needs a model with class labels; this one has none: leave guidance at 1")
+        _check_strength(omega, interval)
+        self.flow_map, self.path = flow_map, flow_map.path
+        self.row = torch.tensor([[math.log(omega), *interval]], dtype=torch.float64)
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """Guided X(x, t, s)."""
+        doubled = self.flow_map.jump(torch.cat([x, x]), torch.cat([t, t]), torch.cat([s, s]), _with_null(cond))
+        return self._guide(doubled, t, cond)
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """Guided v(x, t)."""
+        doubled = self.flow_map.velocity(torch.cat([x, x]), torch.cat([t, t]), _with_null(cond))
+        return self._guide(doubled, t, cond)
+
+    def _guide(self, doubled: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        conditional, null = doubled.chunk(2)
+        labels = torch.full_like(t, NULL_LABEL).long() if cond.labels is None else cond.labels
+        row = self.row.to(t.device).expand(len(t), 3)
+        return guide(null, conditional, omega_at(self.path, row, t, labels))
+
+
+def _check_strength(omega: float, interval: tuple[float, float]) -> None:
+    if not (0 < omega <= _MOST and 0 <= interval[0] <= interval[1] <= 1):
+        raise ShapeError(f"guidance {omega} on {interval}: needs a finite omega > 0 and an interval in [0, 1]")
+
+
+def _with_null(cond: Condition) -> Condition:
+    return Condition.cat(cond, cond.without_labels())

@@ -1,0 +1,237 @@
+"""ODE solvers of a teacher and the reference solution (math.md §4), on any path, with times per sample.
+
+With tau = sigma/alpha, y = x/alpha and lambda = -log tau the PF-ODE is dy/dtau = (y - D)/tau, and every step from t
+down to s is the DDIM step with a denoiser D* of its own,
+
+    x_s = (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) D*,
+
+finite where tau is 0 or infinite. A denoiser is called as denoise(x (B, ...), t (B,), cond) -> (B, ...), in the path's
+coordinates and clock. Coefficients are float64 and applied in the dtype of x; gradients are the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, assert_never
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning import EulerPreconditioning
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ShapeError
+from fewstep.utils.runge_kutta import runge_kutta_step
+from fewstep.utils.tensors import check_batch, expand
+
+SolverName = Literal["euler", "heun", "dpm-solver++"]
+Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
+
+PURE_NOISE = 1e6
+"""The noise level tau above which a sample is noise alone: Heun's weight tau_t/tau_s loses its meaning there."""
+
+_SMOOTH = (1e-4, 1e3)
+_UNCONDITIONAL = Condition()
+
+
+class Teacher(Protocol):
+    """A model of the denoiser on a path of its own: a flow map, or a foreign model wrapped."""
+
+    path: Path
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+def denoiser_on(path: Path, teacher: Teacher) -> Denoiser:
+    """The teacher's denoiser in the coordinates and clock of `path`.
+
+    D(x, t) = D_teacher(c x, t'), tau'(t') = tau(t) and c = sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)); t' is
+    held within the teacher's own range, so that beyond it the teacher sees the level next to the one asked for.
+    """
+    if teacher.path == path:
+        return teacher.denoise
+
+    def denoise(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        ends = t.new_tensor([teacher.path.t_min, teacher.path.t_max])
+        own = teacher.path.time_from_tau(path.tau(t).clamp(*teacher.path.tau(ends))).clamp(*ends)
+        here, there = path.values(t), teacher.path.values(own)
+        scale = torch.hypot(there.alpha, there.sigma) / torch.hypot(here.alpha, here.sigma)
+        return teacher.denoise(expand(scale, x).to(x.dtype) * x, own, cond)
+
+    return denoise
+
+
+def ddim(path: Path, x: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """(sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) D (DDIM, 2010.02502); x, D (B, ...), t, s (B,)."""
+    f, g = (expand(value, x).to(x.dtype) for value in EulerPreconditioning(path).coefficients(t, s))
+    return f * x + g * denoised
+
+
+def euler_step(
+    denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Condition = _UNCONDITIONAL
+) -> Tensor:
+    """Euler's method in lambda: D* = D(x, t). One evaluation, order 1; x (B, ...), t, s (B,)."""
+    return ddim(path, x, denoise(x, t, cond), t, s)
+
+
+def heun_step(
+    denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Condition = _UNCONDITIONAL
+) -> Tensor:
+    """Heun's method in tau on y = x/alpha (EDM, 2206.00364), of order 2; x (B, ...), t, s (B,).
+
+    D* = D_t + (tau_t/tau_s) (D_s - D_t)/2, D_s the denoiser at Euler's guess: y_s is y + (tau_s - tau_t) times the mean
+    of the slopes (y - D)/tau at both ends. Two evaluations; one for a sample whose step ends at tau_s = 0 or starts at
+    tau_t > PURE_NOISE, which is Euler's.
+    """
+    at_t = denoise(x, t, cond)
+    guess = ddim(path, x, at_t, t, s)
+    tau_t, tau_s = path.tau(t), path.tau(s)
+    rows = torch.nonzero((tau_s > 0) & (tau_t <= PURE_NOISE)).squeeze(1)
+    if len(rows) == 0:
+        return guess
+    at_s = denoise(guess[rows], s[rows], cond[rows])
+    weight = expand(tau_t[rows] / tau_s[rows] / 2, x).to(x.dtype)
+    corrected = ddim(path, x[rows], at_t[rows] + weight * (at_s - at_t[rows]), t[rows], s[rows])
+    return guess.index_copy(0, rows, corrected)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What DPM-Solver++(2M) keeps of each sample's last step: its D (B, ...) and its length in lambda, h (B,).
+
+    h is infinite for a sample that has taken no step.
+    """
+
+    denoised: Tensor
+    h: Tensor
+
+    @staticmethod
+    def empty(x: Tensor) -> Memory:
+        """Of samples that have taken no step; x (B, ...)."""
+        return Memory(x, torch.full(x.shape[:1], torch.inf, dtype=torch.float64, device=x.device))
+
+    def __getitem__(self, rows: Tensor) -> Memory:
+        return Memory(self.denoised[rows], self.h[rows])
+
+    def replaced(self, rows: Tensor, own: Memory) -> Memory:
+        """The same memory with that of the samples `rows` replaced by their own."""
+        denoised = self.denoised.index_copy(0, rows, own.denoised.to(self.denoised.dtype))
+        return Memory(denoised, self.h.index_copy(0, rows, own.h))
+
+
+def dpm_solver_step(
+    denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, memory: Memory, cond: Condition = _UNCONDITIONAL
+) -> tuple[Tensor, Memory]:
+    """DPM-Solver++(2M) (2211.01095): (x_s, memory of this step); x (B, ...), t, s (B,).
+
+    D* = D + (h / 2 h_before) (D - D_before), h = log(tau_t/tau_s). One evaluation, order 2; the first step and one that
+    starts at infinite tau or ends at tau = 0 are Euler's.
+    """
+    denoised = denoise(x, t, cond)
+    h = path.tau(t).log() - path.tau(s).log()
+    weight = expand(torch.where(torch.isfinite(h), h, 0.0) / (2 * memory.h), x).to(x.dtype)
+    ahead = denoised + weight * (denoised - memory.denoised)
+    return ddim(path, x, ahead, t, s), Memory(denoised, h)
+
+
+def solve(
+    denoise: Denoiser, path: Path, x: Tensor, times: Tensor, solver: SolverName, cond: Condition = _UNCONDITIONAL
+) -> Tensor:
+    """x at the last of `times`, from x (B, ...) at the first.
+
+    times: (B, K + 1) per sample or (K + 1,) for all, falling weakly: where two in a row are equal the sample rests and
+    is not evaluated. A sample that moves k times costs k evaluations by "euler" and "dpm-solver++", 2 k by "heun", less
+    its steps that are Euler's (`heun_step`). Raises ShapeError for times that rise or do not fit x.
+    """
+    times = _per_sample(x, times)
+    memory = Memory.empty(x)
+    for t, s in zip(times.T[:-1], times.T[1:], strict=True):
+        rows = torch.nonzero(s < t).squeeze(1)
+        if len(rows) == 0:
+            continue
+        now, t, s, own = x[rows], t[rows], s[rows], cond[rows]
+        match solver:
+            case "euler":
+                moved = euler_step(denoise, path, now, t, s, own)
+            case "heun":
+                moved = heun_step(denoise, path, now, t, s, own)
+            case "dpm-solver++":
+                moved, last = dpm_solver_step(denoise, path, now, t, s, memory[rows], own)
+                memory = memory.replaced(rows, last)
+            case _:
+                assert_never(solver)
+        x = x.index_copy(0, rows, moved)
+    return x
+
+
+def trajectory(
+    denoise: Denoiser, path: Path, x: Tensor, grid: Tensor, steps: int = 1, cond: Condition = _UNCONDITIONAL
+) -> Tensor:
+    """The states (K + 1, B, ...) at every time of `grid`, (K + 1,) or (B, K + 1) falling weakly, from x at the first.
+
+    Between two times of the grid it is the `reference_solution` by `steps` steps.
+    """
+    times = _per_sample(x, grid)
+    states = [x]
+    for t, s in zip(times.T[:-1], times.T[1:], strict=True):
+        states.append(reference_solution(denoise, path, states[-1], t, s, steps, cond))
+    return torch.stack(states)
+
+
+def reference_solution(
+    denoise: Denoiser,
+    path: Path,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    steps: int = 32,
+    cond: Condition = _UNCONDITIONAL,
+) -> Tensor:
+    """The solution at s (B,) from x (B, ...) at t (B,), s <= t, by `steps` of the classical Runge-Kutta method.
+
+    Of order 4 and evenly spaced in log tau, on z = x/sqrt(alpha^2 + sigma^2): dz/dlog tau = a (a z - D) with
+    a = 1/sqrt(1 + tau^2), bounded everywhere. What lies beyond tau = 1e3 or below 1e-4 is one step of Euler's each,
+    exact to about 1e-6. 4 * steps evaluations and up to two more; a sample with s = t costs none.
+    """
+    if steps < 1:
+        raise ShapeError(f"{steps} steps asked for: a solution needs at least 1")
+    check_batch(x, t, s)
+    low, high = (path.time_from_tau(t.new_tensor(end)) for end in _SMOOTH)
+    first = torch.where(path.tau(t) > _SMOOTH[1], high, t).clamp(min=s)
+    last = torch.minimum(torch.where(path.tau(s) < _SMOOTH[0], low, s), first)
+    x = solve(denoise, path, x, torch.stack([t, first], 1), "euler", cond)
+    rows = torch.nonzero(last < first).squeeze(1)
+    if len(rows):
+        solved = _runge_kutta(denoise, path, x[rows], first[rows], last[rows], steps, cond[rows])
+        x = x.index_copy(0, rows, solved)
+    return solve(denoise, path, x, torch.stack([last, s], 1), "euler", cond)
+
+
+def _runge_kutta(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int, cond: Condition) -> Tensor:
+    def slope(log_tau: Tensor, z: Tensor) -> Tensor:
+        time = path.time_from_tau(log_tau.exp()).clamp(min=s, max=t)
+        p = path.values(time)
+        norm = torch.hypot(p.alpha, p.sigma)
+        size, a = (expand(value, z).to(z.dtype) for value in (norm, p.alpha / norm))
+        return a * (a * z - denoise(size * z, time, cond))
+
+    start, end = path.tau(t).log(), path.tau(s).log()
+    h = (end - start) / steps
+    ends = [torch.hypot(p.alpha, p.sigma) for p in (path.values(t), path.values(s))]
+    z = x / expand(ends[0], x).to(x.dtype)
+    for i in range(steps):
+        z = runge_kutta_step(slope, z, start + i * h, h)
+    return expand(ends[1], x).to(x.dtype) * z
+
+
+def _per_sample(x: Tensor, times: Tensor) -> Tensor:
+    """Times as (B, K + 1); raises ShapeError when they rise or do not fit."""
+    times = times.to(x.device)
+    times = times.expand(len(x), -1) if times.ndim == 1 else times
+    if times.ndim != 2 or times.shape[1] < 1:
+        raise ShapeError(f"times of shape {tuple(times.shape)}: give (K + 1,) or one row per sample")
+    check_batch(x, times[:, 0])
+    if not bool((times[:, 1:] <= times[:, :-1]).all()):
+        raise ShapeError("times rise somewhere: a solver goes from noise down to data")
+    return times

@@ -1,0 +1,228 @@
+"""Probability paths x_t = alpha(t) x0 + sigma(t) eps, with t = t_min at data and t = t_max at noise (math.md §1).
+
+Times are tensors in the path's own clock; values and time derivatives come together, in the dtype of t. Every
+conversion between denoiser D = E[x0|x_t], noise E = (x - alpha D)/sigma and PF-ODE velocity v = alpha' D + sigma' E
+is written once, in a form that stays finite where the noise-to-signal ratio tau = sigma/alpha is infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import expand
+
+
+class PathValues(NamedTuple):
+    """alpha, sigma and their derivatives in t, each of the shape and dtype of t."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+    def over(self, x: Tensor) -> PathValues:
+        """The same values broadcast over samples x (B, ...), in the dtype of x."""
+        return PathValues(*(expand(value, x).to(x.dtype) for value in self))
+
+
+@dataclass(frozen=True)
+class Path(ABC):
+    """A path: its clock's range and its values. Subclasses are final."""
+
+    @property
+    @abstractmethod
+    def t_min(self) -> float:
+        """The data end of the clock."""
+
+    @property
+    @abstractmethod
+    def t_max(self) -> float:
+        """The noise end of the clock."""
+
+    @abstractmethod
+    def values(self, t: Tensor) -> PathValues:
+        """alpha, sigma, alpha', sigma' at times t."""
+
+    @abstractmethod
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        """The time at which sigma/alpha = tau (tau may be infinite where the path reaches pure noise)."""
+
+    def tau(self, t: Tensor) -> Tensor:
+        """Noise level of the equivalent EDM path, sigma/alpha."""
+        values = self.values(t)
+        return values.sigma / values.alpha
+
+    def time_from_unit(self, u: Tensor) -> Tensor:
+        """Clock time at fraction u in [0, 1] of the range: 0 is data, 1 is noise."""
+        return self.t_min * (1 - u) + self.t_max * u
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        """The span of time over which the path changes at t: the unit of finite-difference steps. 1 on short clocks."""
+        return torch.ones_like(t)
+
+    def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps; x0 and eps (B, ...), t (B,)."""
+        p = self.values(t).over(x0)
+        return p.alpha * x0 + p.sigma * eps
+
+    def conditional_velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """alpha' x0 + sigma' eps, whose mean given x_t is the PF-ODE velocity."""
+        p = self.values(t).over(x0)
+        return p.d_alpha * x0 + p.d_sigma * eps
+
+    def denoised_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """D = (sigma' x - sigma v) / (sigma' alpha - sigma alpha')."""
+        p = self.values(t).over(x)
+        return (p.d_sigma * x - p.sigma * v) / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)
+
+    def noise_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """E = (alpha v - alpha' x) / (sigma' alpha - sigma alpha')."""
+        p = self.values(t).over(x)
+        return (p.alpha * v - p.d_alpha * x) / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)
+
+    def velocity_from_denoised(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """v = alpha' D + sigma' (x - alpha D)/sigma; needs sigma(t) > 0."""
+        p = self.values(t).over(x)
+        return p.d_alpha * denoised + p.d_sigma * (x - p.alpha * denoised) / p.sigma
+
+    def prior(self, eps: Tensor) -> Tensor:
+        """Noise to start from, sigma(t_max) eps; eps (B, ...) standard normal."""
+        t = torch.full(eps.shape[:1], self.t_max, dtype=torch.float64, device=eps.device)
+        return self.values(t).over(eps).sigma * eps
+
+
+def _check_range(name: str, low: float, high: float) -> None:
+    if not (0 <= low < high and math.isfinite(high)):
+        raise ConfigError(f"{name}: the clock's range [{low}, {high}] is empty or negative; give 0 <= t_min < t_max")
+
+
+@dataclass(frozen=True)
+class EDM(Path):
+    """Variance-exploding path of EDM (2206.00364): alpha = 1, sigma = t."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _check_range("EDM", self.sigma_min, self.sigma_max)
+        if self.sigma_min == 0:
+            raise ConfigError("EDM: sigma_min is 0; its clock is uniform in log t and needs sigma_min > 0")
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def values(self, t: Tensor) -> PathValues:
+        one = torch.ones_like(t)
+        return PathValues(one, t, torch.zeros_like(t), one)
+
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        return tau
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        """t itself: everything on this path is a function of log t."""
+        return t
+
+    def time_from_unit(self, u: Tensor) -> Tensor:
+        """Uniform in log t; exact at both ends, and differentiable there."""
+        return self.sigma_min ** (1 - u) * self.sigma_max**u
+
+
+@dataclass(frozen=True)
+class Linear(Path):
+    """Straight path of flow matching (2210.02747): alpha = 1 - t, sigma = t on [0, 1]."""
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def values(self, t: Tensor) -> PathValues:
+        one = torch.ones_like(t)
+        return PathValues(1 - t, t, -one, one)
+
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        return 1 / (1 + 1 / tau)
+
+
+@dataclass(frozen=True)
+class Trig(Path):
+    """TrigFlow (2410.11081): alpha = cos t, sigma = sigma_data sin t on [0, pi/2]; t is in radians."""
+
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise ConfigError(f"Trig: sigma_data is {self.sigma_data}; it must be positive")
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return math.pi / 2
+
+    def values(self, t: Tensor) -> PathValues:
+        cos, sin = torch.cos(t), torch.sin(t)
+        return PathValues(cos, self.sigma_data * sin, -sin, self.sigma_data * cos)
+
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        return torch.atan(tau / self.sigma_data)
+
+
+@dataclass(frozen=True)
+class VP(Path):
+    """Variance-preserving path with linear beta (2011.13456): log abar = -(beta_min t + (beta_max - beta_min) t^2/2).
+
+    alpha = sqrt(abar), sigma = sqrt(1 - abar) on [epsilon, 1]; epsilon > 0 since sigma' is infinite at 0.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_range("VP", self.epsilon, 1.0)
+        if self.epsilon == 0 or not 0 < self.beta_min <= self.beta_max:
+            raise ConfigError(f"VP: needs epsilon > 0 and 0 < beta_min <= beta_max, got {self}")
+
+    @property
+    def t_min(self) -> float:
+        return self.epsilon
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def values(self, t: Tensor) -> PathValues:
+        slope = self.beta_max - self.beta_min
+        log_abar = -(self.beta_min * t + 0.5 * slope * t * t)
+        alpha = torch.exp(0.5 * log_abar)
+        sigma = torch.sqrt(-torch.expm1(log_abar))
+        d_alpha = -0.5 * (self.beta_min + slope * t) * alpha
+        return PathValues(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        """tau/tau' = 2 sigma^2/beta(t), one unit of log tau: 2 t near data, where sigma grows as sqrt(t)."""
+        beta = self.beta_min + (self.beta_max - self.beta_min) * t
+        return 2 * self.values(t).sigma ** 2 / beta
+
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        exponent = torch.log1p(tau * tau)
+        return 2 * exponent / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * exponent))

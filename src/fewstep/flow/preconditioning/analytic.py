@@ -1,0 +1,213 @@
+"""Analytic-Precond (2502.02922): jump coefficients from the teacher's own statistics (math.md §3).
+
+On the EDM path with lambda = -log t, A = lambda - int l and S = int s, the teacher's ODE is exactly
+d(e^A x)/dlambda = e^{A+S} h with h = e^{-S} (D - l x); the jump holds h constant. l and s make it as constant as two
+functions of time can.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.interpolation import Curve, Place, locate
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.utils.errors import ConfigError
+
+# Nodes and weights of the five-point Gauss-Legendre rule on [0, 1]: (x, w) of [-1, 1] halved.
+_INNER, _OUTER = (0.5384693101056831, 0.47862867049936647), (0.906179845938664, 0.23692688505618908)
+_NODES = ((-_OUTER[0], _OUTER[1]), (-_INNER[0], _INNER[1]), (0.0, 128 / 225), _INNER, _OUTER)
+
+
+class Tables(NamedTuple):
+    """What the coefficients look up: the curves of l and s, and integrals of exp(A + S) over runs of whole cells.
+
+    runs: the k-th (cells - 2^k + 1,) holds the logarithms of the integrals over the 2^k cells from each cell on. Any
+    range is a sum of at most log2(cells) of them, all positive, so that no digits are lost where A + S falls or rises
+    by many powers of e; differences of one cumulative table would lose them.
+    """
+
+    start: float
+    end: float
+    step: float
+    l: Curve  # noqa: E741  (math.md §3.1)
+    s: Curve
+    rule: Tensor
+    runs: tuple[Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> Tables:
+        """The same tables on another device."""
+        l_curve, s_curve = (Curve(c.cells.to(device), c.area.to(device), c.step) for c in (self.l, self.s))
+        runs = tuple(each.to(device) for each in self.runs)
+        return self._replace(l=l_curve, s=s_curve, rule=self.rule.to(device), runs=runs)
+
+    def place(self, lam: Tensor) -> Place:
+        return locate(lam, self.start, self.step, len(self.l.cells))
+
+    def a(self, place: Place) -> Tensor:
+        """A = lambda - int l."""
+        return self.start + self.step * (place.cell + place.fraction) - self.l.integral(place)
+
+    def within(self, cell: Tensor, low: Tensor, high: Tensor, reference: Tensor) -> Tensor:
+        """The integral of exp(A + S - reference) over the fractions low..high of a cell, by Gauss-Legendre."""
+        node = low[..., None] + (high - low)[..., None] * self.rule[0]
+        place = Place(cell[..., None].expand(node.shape), node)
+        height = torch.exp(self.a(place) + self.s.integral(place) - reference[..., None])
+        return self.step * (high - low) * (height * self.rule[1]).sum(-1)
+
+    def whole(self, first: Tensor, stop: Tensor, reference: Tensor) -> Tensor:
+        """The integral of exp(A + S - reference) over the cells first .. stop - 1; 0 where there are none."""
+        left, total = (stop - first).clamp(min=0), torch.zeros_like(reference)
+        for k, run in enumerate(self.runs):
+            taken = (left >> k) % 2 == 1
+            log_part = run[first.clamp(max=len(run) - 1)] - reference
+            total = total + torch.exp(torch.where(taken, log_part, -torch.inf))
+            first = torch.where(taken, first + 2**k, first)
+        return total
+
+    def between(self, t: Place, s: Place, reference: Tensor) -> Tensor:
+        """The integral of exp(A + S - reference) from t to s, relatively as exact as the curves are."""
+        rising = (s.cell < t.cell) | ((s.cell == t.cell) & (s.fraction < t.fraction))
+        first = Place(torch.where(rising, s.cell, t.cell), torch.where(rising, s.fraction, t.fraction))
+        last = Place(torch.where(rising, t.cell, s.cell), torch.where(rising, t.fraction, s.fraction))
+        return torch.where(rising, -1.0, 1.0) * self._along(first, last, reference)
+
+    def _along(self, t: Place, s: Place, reference: Tensor) -> Tensor:
+        """`between` for t before s."""
+        same, one = t.cell == s.cell, torch.ones_like(t.fraction)
+        head = self.within(t.cell, t.fraction, torch.where(same, s.fraction, one), reference)
+        tail = self.within(s.cell, torch.where(same, s.fraction, 0 * one), s.fraction, reference)
+        return head + tail + self.whole(t.cell + 1, s.cell, reference)
+
+
+def build_tables(statistics: TrajectoryStatistics) -> Tables:
+    """The tables of one set of statistics; float64, on the CPU."""
+    start, points = float(statistics.lam[0]), len(statistics.lam)
+    step = (float(statistics.lam[-1]) - start) / (points - 1)
+    curve_l, curve_s = (Curve.through(values.cpu(), step) for values in (statistics.l, statistics.s))
+    rule = torch.tensor([[(1 + x) / 2, w / 2] for x, w in _NODES], dtype=torch.float64).T
+    bare = Tables(start, float(statistics.lam[-1]), step, curve_l, curve_s, rule)
+    cell, left = torch.arange(points - 1), torch.zeros(points - 1, dtype=torch.float64)
+    middle = Place(cell, left + 0.5)
+    height = bare.a(middle) + curve_s.integral(middle)
+    runs = [height + torch.log(bare.within(cell, left, left + 1, height))]
+    while (reach := 2 ** (len(runs) - 1)) < len(runs[-1]):
+        runs.append(torch.logaddexp(runs[-1][:-reach], runs[-1][reach:]))
+    return bare._replace(runs=tuple(runs))
+
+
+@final
+@dataclass(frozen=True)
+class AnalyticPreconditioning(Preconditioning):
+    """f and g from l and s (math.md §3.3): with E = exp(A_t - A_s), on the EDM path at noise levels tau_t -> tau_s,
+
+    backward (h frozen at s): J = int exp(A - A_s + S - S_s) dlambda, f = E/(1 + l_s J), g = J/(1 + l_s J);
+    forward (h frozen at t):  J = int exp(A - A_s + S - S_t) dlambda, f = E - l_t J,     g = J.
+    N is the denoiser on the diagonal. Students train with the backward form: forward's g grows without bound on long
+    jumps. l = s = 0 is Euler's preconditioning. Beyond the noise levels of the statistics the jump goes on with Euler
+    steps, so that any path's whole clock is covered. Coefficients are computed in float64 and returned in the dtype of
+    the times.
+    """
+
+    denoises: ClassVar[bool] = True
+    statistics: TrajectoryStatistics
+    form: Literal["backward", "forward"] = "backward"
+    path: Path = EDM()
+    _tables: ClassVar[dict[torch.device, Tables]]
+
+    def __post_init__(self) -> None:
+        if self.form not in ("backward", "forward"):
+            raise ConfigError(f"analytic preconditioning: form is {self.form!r}; it must be 'backward' or 'forward'")
+        if not isinstance(self.statistics, TrajectoryStatistics):
+            raise ConfigError(
+                f"analytic preconditioning takes TrajectoryStatistics, not {type(self.statistics).__name__}: "
+                "TrajectoryStatistics.load(FILE) reads them"
+            )
+        tables = build_tables(self.statistics)
+        self._refuse_wild_jumps(tables)
+        object.__setattr__(self, "_tables", {torch.device("cpu"): tables})
+
+    @property
+    def origin(self) -> Tensor | None:
+        """The mean about which the jump is taken (math.md §3.6); None when it is zero."""
+        return self.statistics.origin
+
+    @property
+    def frozen_at(self) -> Literal["t", "s"]:
+        return "s" if self.form == "backward" else "t"
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, g). With scale = alpha inside the table and sigma over its end beyond it,
+
+        f = f0 scale_s/scale_t, g = g0 scale_s + f (scale_t - alpha_t) - (scale_s - alpha_s),
+        f0, g0 between the noise levels held within the table: the Euler steps beyond it, without dividing by alpha.
+        Of whole numbers in the default dtype.
+        """
+        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
+        t, s = (time.double() for time in torch.broadcast_tensors(t, s))
+        tables = self._tables_on(t.device)
+        (lam_t, scale_t, excess_t), (lam_s, scale_s, excess_s) = self._clamped(t, tables), self._clamped(s, tables)
+        f, g = self._between(lam_t, lam_s, tables)
+        clean = scale_t == 0
+        f = torch.where(clean, 1.0, f * scale_s / torch.where(clean, 1.0, scale_t))
+        return f.to(dtype), (g * scale_s + f * excess_t - excess_s).to(dtype)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Euler's, for any l and s."""
+        return EulerPreconditioning(self.path).diagonal(t)
+
+    def _refuse_wild_jumps(self, tables: Tables) -> None:
+        """Raise ConfigError where a jump between two levels of the statistics has no finite f or no positive g."""
+        lam = self.statistics.lam
+        few = torch.combinations(lam[:: max(1, len(lam) // 40)], 2)
+        ends = [(lam[:-1], lam[1:]), (lam[:1].expand(len(lam) - 1), lam[1:]), (lam[:-1], lam[-1:].expand(len(lam) - 1))]
+        starts, stops = (torch.cat([each[i] for each in ends] + [few[:, i]]) for i in (0, 1))
+        f, g = self._between(starts, stops, tables)
+        wild = torch.nonzero(~(f.isfinite() & g.isfinite() & (g > 0)))
+        if len(wild):
+            i, steepest = int(wild[0]), float(self.statistics.s.abs().max())
+            t, s = math.exp(-float(starts[i])), math.exp(-float(stops[i]))
+            raise ConfigError(
+                f"the statistics give the jump from noise {t:.3g} to {s:.3g} f = {float(f[i]):.3g}, g = "
+                f"{float(g[i]):.3g}, where f must be finite and g positive (s reaches {steepest:.3g}): "
+                "train the teacher longer, or estimate with more samples"
+            )
+
+    def _clamped(self, t: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+        """(lambda held within the table, scale, scale - alpha) at times t.
+
+        scale = sigma/tau at the table's end where tau lies beyond it, else alpha. alpha is divided by only where it
+        is not small against sigma, so that values and derivatives stay finite where tau is 0 or infinite.
+        """
+        p = self.path.values(t)
+        highest, lowest = math.exp(-tables.start), math.exp(-tables.end)
+        above, below = p.sigma > highest * p.alpha, p.sigma < lowest * p.alpha
+        beyond = above | below
+        held = torch.where(above, torch.full_like(t, highest), lowest)
+        tau = torch.where(beyond, held, p.sigma / torch.where(beyond, 1.0, p.alpha))
+        scale = torch.where(beyond, p.sigma / held, p.alpha)
+        return -torch.log(tau), scale, scale - p.alpha
+
+    def _between(self, lam_t: Tensor, lam_s: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """(f, g) between two places of the table on the EDM path."""
+        t, s = tables.place(lam_t), tables.place(lam_s)
+        a_t, a_s = tables.a(t), tables.a(s)
+        e = torch.exp(a_t - a_s)
+        if self.form == "forward":
+            j = tables.between(t, s, a_s + tables.s.integral(t))
+            return e - tables.l.value(t) * j, j
+        j = tables.between(t, s, a_s + tables.s.integral(s))
+        implicit = 1 + tables.l.value(s) * j
+        return e / implicit, j / implicit
+
+    def _tables_on(self, device: torch.device) -> Tables:
+        if device not in self._tables:
+            self._tables[device] = next(iter(self._tables.values())).to(device)
+        return self._tables[device]

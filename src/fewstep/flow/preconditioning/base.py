@@ -1,0 +1,72 @@
+"""Preconditioning as a value: the jump X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s) (math.md §2).
+
+f(t, t) = 1 and g(t, t) = 0 hold for every preconditioning, so any network satisfies the boundary condition. What
+the network means on the diagonal follows from (f, g): v(x, t) = f_s x + g_s N(x, t, t), with f_s, g_s the derivatives
+in s at s = t.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import Path
+from fewstep.utils.forward_ad import jvp
+
+
+class JumpDerivatives(NamedTuple):
+    """f, g and their derivatives in the starting time t, broadcast over (t, s)."""
+
+    f: Tensor
+    g: Tensor
+    f_t: Tensor
+    g_t: Tensor
+
+
+class Preconditioning(ABC):
+    """Jump coefficients; subclasses are final frozen dataclasses.
+
+    target_in_network: whether the Eulerian residual may be added to the network's output (g_t < 0 on the whole
+    range), or a step is taken in the map (math.md §5.1). denoises: whether N(x, t, t) is the denoiser.
+    """
+
+    target_in_network: ClassVar[bool] = False
+    denoises: ClassVar[bool] = False
+
+    @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, g) for jumps t -> s, broadcasting, differentiable, in the dtype of the times."""
+
+    @abstractmethod
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(f_s, g_s) at s = t, so that v = f_s x + g_s N(x, t, t)."""
+
+    @property
+    def origin(self) -> Tensor | None:
+        """m in X = f x + g N + (alpha_s - alpha_t f - g) m (math.md §3.6), of a sample's shape; None for zero."""
+        return None
+
+    @property
+    def frozen_at(self) -> Literal["t", "s"]:
+        """The end of the jump at which N would equal the denoiser if the jump's approximation were exact."""
+        return "t"
+
+    def derivatives(self, t: Tensor, s: Tensor) -> JumpDerivatives:
+        """(f, g, f_t, g_t) at (t, s)."""
+        t, s = (time.contiguous() for time in torch.broadcast_tensors(t, s))
+        (f, g), (f_t, g_t) = jvp(lambda time: self.coefficients(time, s), (t,), (torch.ones_like(t),))
+        return JumpDerivatives(f, g, f_t, g_t)
+
+
+def origin_weight(path: Path, f: Tensor, g: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """alpha_s - alpha_t f - g, the weight of the origin in a jump of coefficients (f, g); 0 at t = s (math.md §3.6)."""
+    return path.values(s).alpha - path.values(t).alpha * f - g
+
+
+def origin_weight_derivative(path: Path, d: JumpDerivatives, t: Tensor) -> Tensor:
+    """The derivative of `origin_weight` in t: -alpha_t' f - alpha_t f_t - g_t."""
+    p = path.values(t)
+    return -p.d_alpha * d.f - p.alpha * d.f_t - d.g_t

@@ -1,0 +1,129 @@
+"""The consistency gap: how far a first-order jump along the true trajectory is from the denoiser (math.md §3.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.random import Draws
+from fewstep.utils.runge_kutta import runge_kutta_step
+from fewstep.utils.tensors import expand
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+STREAM_NOISE = 1
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ConsistencyGap:
+    """The gap at K jumps t -> s: rms and its standard error, each (K,) float64."""
+
+    t: Tensor
+    s: Tensor
+    rms: Tensor
+    stderr: Tensor
+
+
+def consistency_gap(
+    preconditioning: Preconditioning,
+    denoiser: Denoiser,
+    data: Tensor,
+    t: Tensor | float,
+    s: Tensor | float,
+    *,
+    path: Path = EDM(),
+    samples: int = 256,
+    seed: int = 0,
+    solver_steps: int = 128,
+    end: Literal["t", "s"] | None = None,
+) -> ConsistencyGap:
+    """sqrt(E|N* - D|^2 / dim), the root mean square over samples and their elements, at each of K jumps t -> s, where
+
+      N*(x_t, t, s) = (X(x_t, t, s) - f x_t - (alpha_s - alpha_t f - g) m)/g
+    is what a perfect student's network gives, X by the Runge-Kutta method of order 4 in `solver_steps` steps of equal
+    length in log tau, and D the denoiser at (x_t, t), or at (X, s) where the preconditioning freezes its residual there
+    (Preconditioning.frozen_at). `end` overrides which.
+
+    denoiser: (x, t) -> (B, ...) in the path's coordinates. data (n, ...): the first `samples` rows, cycled; every jump
+    sees the same x0 and eps. t, s (K,) in the path's clock with s < t and sigma/alpha positive and finite at both, or
+    ShapeError.
+    """
+    if samples < 2 or solver_steps < 1:
+        raise ConfigError(
+            f"the gap needs at least 2 samples and 1 step of the solver, got {samples} and {solver_steps}"
+        )
+    if not len(data):
+        raise ShapeError("the gap needs data (n, ...), n at least 1")
+    t, s = (torch.as_tensor(times, dtype=torch.float64, device=data.device).reshape(-1) for times in (t, s))
+    _check(path, t, s)
+    numbers = torch.arange(samples, device=data.device)
+    x0 = data[numbers % len(data)]
+    eps = Draws(seed, 0, numbers).normal(STREAM_NOISE, tuple(x0.shape[1:]), x0.dtype)
+    side = preconditioning.frozen_at if end is None else end
+    rows = []
+    with torch.no_grad():
+        for time_t, time_s in zip(t, s, strict=True):
+            pair = time_t.expand(samples), time_s.expand(samples)
+            error = _error(preconditioning, denoiser, path, x0, eps, pair, solver_steps, side)
+            rows.append(error.square().flatten(1).mean(1))
+    square = torch.stack(rows)
+    rms = square.mean(1).sqrt()
+    stderr = square.std(1) / math.sqrt(samples) / (2 * rms.clamp_min(torch.finfo(torch.float64).tiny))
+    return ConsistencyGap(t, s, rms, stderr)
+
+
+def _error(
+    preconditioning: Preconditioning,
+    denoiser: Denoiser,
+    path: Path,
+    x0: Tensor,
+    eps: Tensor,
+    pair: tuple[Tensor, Tensor],
+    steps: int,
+    side: Literal["t", "s"],
+) -> Tensor:
+    """N* - D of every sample (B, ...), float64."""
+    t, s = pair
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        return denoiser(x.to(x0.dtype), time).double()
+
+    x = path.interpolate(x0.double(), eps.double(), t)
+    landed = _solution(denoise, path, x, t, s, steps)
+    f, g = preconditioning.coefficients(t, s)
+    student = landed - expand(f, x) * x
+    if preconditioning.origin is not None:
+        student = student - expand(origin_weight(path, f, g, t, s), x) * preconditioning.origin.to(x)
+    frozen = denoise(x, t) if side == "t" else denoise(landed, s)
+    return student / expand(g, x) - frozen
+
+
+def _solution(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int) -> Tensor:
+    """X(x, t, s) from dz/dlambda = D/tau for z = x/sigma, lambda = -log tau, by classical Runge-Kutta."""
+    lam, end = -torch.log(path.tau(t)), -torch.log(path.tau(s))
+    z, h = x / expand(path.values(t).sigma, x), (end - lam) / steps
+
+    def rate(lam: Tensor, z: Tensor) -> Tensor:
+        time = path.time_from_tau(torch.exp(-lam))
+        return expand(torch.exp(lam), z) * denoise(expand(path.values(time).sigma, z) * z, time)
+
+    for i in range(steps):
+        z = runge_kutta_step(rate, z, lam + i * h, h)
+    return expand(path.values(s).sigma, z) * z
+
+
+def _check(path: Path, t: Tensor, s: Tensor) -> None:
+    if t.ndim != 1 or t.shape != s.shape or not bool((s < t).all()):
+        raise ShapeError(f"jumps must be times t and s (K,) with s < t, got shapes {tuple(t.shape)}, {tuple(s.shape)}")
+    p_t, p_s = path.values(t), path.values(s)
+    if not bool((p_t.alpha > 1e-9).all() and (p_s.sigma > 0).all()):
+        raise ShapeError("the consistency gap needs a finite, positive noise level sigma/alpha at t and at s")

@@ -1,0 +1,142 @@
+"""The preconditionings of the literature in closed form (math.md §2).
+
+Those defined on the EDM path travel to any path by y = x/alpha at noise level tau = sigma/alpha:
+f_path = (alpha_s/alpha_t) f(tau_t, tau_s), g_path = alpha_s g(tau_t, tau_s) (math.md §3.5), written out so that
+they stay finite where alpha is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.utils.errors import ConfigError, UnsupportedError
+
+
+@final
+@dataclass(frozen=True)
+class LinearPreconditioning(Preconditioning):
+    """f = 1, g = s - t (MeanFlow, 2505.13447); N is the velocity on the diagonal, the mean velocity off it."""
+
+    target_in_network: ClassVar[bool] = True
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        g = s - t
+        return torch.ones_like(g), g
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class TrigPreconditioning(Preconditioning):
+    """f = cos(t - s), g = -sin(t - s) (sCM, 2410.11081); N is the velocity per radian on the diagonal.
+
+    For clocks no longer than pi/2: beyond, g is no longer monotone in s.
+    """
+
+    target_in_network: ClassVar[bool] = True
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cos(t - s), -torch.sin(t - s)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class EulerPreconditioning(Preconditioning):
+    """f = sigma_s/sigma_t, g = alpha_s - alpha_t sigma_s/sigma_t: the DDIM step; N is the denoiser on the diagonal.
+
+    On the EDM path f = s/t, g = 1 - s/t (CTM, 2310.02279). Needs sigma_t > 0 off the diagonal and for `diagonal`: there
+    is no velocity at sigma = 0, where it would be 0/0.
+    """
+
+    denoises: ClassVar[bool] = True
+    path: Path = EDM()
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        at_t, at_s = self.path.values(t), self.path.values(s)
+        clean = at_t.sigma == 0
+        f = torch.where(clean, 1.0, at_s.sigma / torch.where(clean, 1.0, at_t.sigma))
+        return f, at_s.alpha - at_t.alpha * f
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.path.values(t)
+        f_s = p.d_sigma / p.sigma
+        return f_s, p.d_alpha - p.alpha * f_s
+
+
+@final
+@dataclass(frozen=True)
+class CMPreconditioning(Preconditioning):
+    """c_skip and c_out of consistency models (2303.01469) for the raw network; maps to s = t_min alone, EDM path.
+
+    f = sd^2 / ((t - t_min)^2 + sd^2), g = sd (t - t_min) / sqrt(t^2 + sd^2).
+    """
+
+    sigma_data: float = 0.5
+    t_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        _check_sigma_data("CM", self.sigma_data)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, g); raises UnsupportedError when some s is not t_min (not checked under torch.compile)."""
+        if not torch.compiler.is_compiling() and not bool((torch.abs(s - self.t_min) <= 1e-6).all()):
+            raise UnsupportedError(
+                f"CM preconditioning jumps to s = t_min = {self.t_min} alone; "
+                "sample by --sampler gamma --gamma 1, or train with Euler or BCM preconditioning"
+            )
+        variance = self.sigma_data**2
+        gap = t - s
+        return variance / (gap * gap + variance), self.sigma_data * gap / torch.sqrt(t * t + variance)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """CM has no diagonal: always raises UnsupportedError."""
+        raise UnsupportedError(
+            "CM preconditioning has no diagonal: it jumps to t_min alone, so the network gives no velocity"
+        )
+
+
+@final
+@dataclass(frozen=True)
+class BCMPreconditioning(Preconditioning):
+    """Bidirectional consistency models (2403.18035) for the raw network: on the EDM path
+
+    f = (sd^2 + t s)/(sd^2 + t^2), g = sd (t - s)/sqrt(sd^2 + t^2); equal to Euler with EDM's inner scaling.
+    """
+
+    sigma_data: float = 0.5
+    path: Path = EDM()
+
+    def __post_init__(self) -> None:
+        _check_sigma_data("BCM", self.sigma_data)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        at_t, at_s = self.path.values(t), self.path.values(s)
+        variance = self.sigma_data**2
+        total = variance * at_t.alpha**2 + at_t.sigma**2
+        f = (variance * at_s.alpha * at_t.alpha + at_t.sigma * at_s.sigma) / total
+        g = self.sigma_data * (at_s.alpha * at_t.sigma - at_t.alpha * at_s.sigma) / torch.sqrt(total)
+        return f, g
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.path.values(t)
+        variance = self.sigma_data**2
+        total = variance * p.alpha**2 + p.sigma**2
+        f_s = (variance * p.d_alpha * p.alpha + p.sigma * p.d_sigma) / total
+        g_s = self.sigma_data * (p.d_alpha * p.sigma - p.alpha * p.d_sigma) / torch.sqrt(total)
+        return f_s, g_s
+
+
+def _check_sigma_data(name: str, sigma_data: float) -> None:
+    if not sigma_data > 0:
+        raise ConfigError(f"{name}: sigma_data is {sigma_data}; it must be positive")

@@ -1,0 +1,142 @@
+"""Inner scaling: N(x, t, s) = c_skip(t) x + c_out(t) F(c_in(t) x, c_noise(t), c_noise(s)) (math.md §2).
+
+Separate from the jump coefficients: it sets the size of what the raw network F reads and writes. EDM's scaling makes
+N a denoiser, and belongs to preconditionings whose N is one on the diagonal (Euler, analytic).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import EDM, Path
+from fewstep.utils.errors import ConfigError
+
+_LOG_TAU_LIMIT = 8.0
+
+
+class ScalingValues(NamedTuple):
+    """c_skip, c_out, c_in at times t, each of the shape of t."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+
+
+class Scaling(ABC):
+    """Subclasses are final frozen dataclasses."""
+
+    @abstractmethod
+    def values(self, t: Tensor) -> ScalingValues:
+        """c_skip, c_out, c_in at times t."""
+
+    @abstractmethod
+    def c_noise(self, t: Tensor) -> Tensor:
+        """The clock that the network sees; finite on the whole range."""
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        """The span of time over which that clock changes by one of its units: for finite-difference steps."""
+        return torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class IdentityScaling(Scaling):
+    """c_skip = 0, c_out = c_in = 1, c_noise = t: the network reads x and writes N as they are."""
+
+    def values(self, t: Tensor) -> ScalingValues:
+        one = torch.ones_like(t)
+        return ScalingValues(torch.zeros_like(t), one, one)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return t
+
+
+@final
+@dataclass(frozen=True)
+class UnitScaling(Scaling):
+    """c_skip = 0, c_out = sigma_data, c_in = 1/sigma_data, c_noise = t: TrigFlow's (2410.11081)."""
+
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self.sigma_data)
+
+    def values(self, t: Tensor) -> ScalingValues:
+        one = torch.ones_like(t)
+        return ScalingValues(torch.zeros_like(t), self.sigma_data * one, one / self.sigma_data)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return t
+
+
+@final
+@dataclass(frozen=True)
+class EDMScaling(Scaling):
+    """EDM's scaling (2206.00364, table 1) on any path, with S = alpha^2 sd^2 + sigma^2:
+
+    c_skip = alpha sd^2 / S, c_out = sd sigma / sqrt S, c_in = 1 / sqrt S, c_noise = log(tau)/4.
+    On the EDM path these are EDM's own. log tau is held within [-8, 8]: c_noise is finite at tau = 0 and infinity.
+    """
+
+    sigma_data: float = 0.5
+    path: Path = EDM()
+
+    def __post_init__(self) -> None:
+        _check(self.sigma_data)
+
+    def values(self, t: Tensor) -> ScalingValues:
+        p = self.path.values(t)
+        variance = self.sigma_data**2
+        root = torch.sqrt(variance * p.alpha**2 + p.sigma**2)
+        return ScalingValues(p.alpha * variance / root**2, self.sigma_data * p.sigma / root, 1 / root)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return _c_noise(self.path, t)
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        return _log_time_scale(self.path, t)
+
+
+@final
+@dataclass(frozen=True)
+class EDMInputScaling(Scaling):
+    """EDM's c_in and c_noise with c_skip = 0, c_out = 1: for CM and BCM, whose (f, g) hold c_skip and c_out."""
+
+    sigma_data: float = 0.5
+    path: Path = EDM()
+
+    def __post_init__(self) -> None:
+        _check(self.sigma_data)
+
+    def values(self, t: Tensor) -> ScalingValues:
+        c_in = EDMScaling(self.sigma_data, self.path).values(t).c_in
+        return ScalingValues(torch.zeros_like(t), torch.ones_like(t), c_in)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return _c_noise(self.path, t)
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        return _log_time_scale(self.path, t)
+
+
+def _c_noise(path: Path, t: Tensor) -> Tensor:
+    p = path.values(t)
+    tiny = torch.finfo(t.dtype).tiny
+    log_tau = torch.log(p.sigma.clamp_min(tiny)) - torch.log(p.alpha.clamp_min(tiny))
+    return log_tau.clamp(-_LOG_TAU_LIMIT, _LOG_TAU_LIMIT) / 4
+
+
+def _log_time_scale(path: Path, t: Tensor) -> Tensor:
+    """tau / tau' = alpha sigma / (sigma' alpha - sigma alpha'), at least 1e-3: one unit of log tau."""
+    p = path.values(t)
+    return (p.alpha * p.sigma / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)).clamp(min=1e-3)
+
+
+def _check(sigma_data: float) -> None:
+    if not sigma_data > 0:
+        raise ConfigError(f"inner scaling: sigma_data is {sigma_data}; it must be positive")

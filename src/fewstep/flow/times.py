@@ -1,0 +1,162 @@
+"""Distributions of training times, of (t, s) pairs, and the grids that samplers walk.
+
+A distribution is the inverse of its cumulative function, so that a uniform draw per sample (fewstep.utils.random) gives
+the time. Draws are in float64 in the path's own clock.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import Path
+from fewstep.utils.errors import ConfigError, ShapeError
+
+
+class TimeDistribution(ABC):
+    """Subclasses are final frozen dataclasses."""
+
+    @abstractmethod
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        """The time below which a share u in (0, 1) of the draws lies; u (B,) float64."""
+
+
+@final
+@dataclass(frozen=True)
+class UniformTimes(TimeDistribution):
+    """Uniform on the path's unit clock (on EDM: uniform in log t)."""
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(u)
+
+
+@final
+@dataclass(frozen=True)
+class BetaTimes(TimeDistribution):
+    """Beta(a, b) on the path's unit clock, where one of a, b is 1 (so that the quantile is closed form).
+
+    Beta(a, 1): u^(1/a); Beta(1, b): 1 - (1 - u)^(1/b). iSD (2601.22679) draws t and s from one.
+    """
+
+    a: float = 0.8
+    """Above 0; 0.8 in iSD. Below 1, with b = 1, more times lie near the data."""
+    b: float = 1.0
+    """Above 0; 1 in iSD. Below 1, with a = 1, more times lie near the noise."""
+
+    def __post_init__(self) -> None:
+        if not (self.a > 0 and self.b > 0 and 1.0 in (self.a, self.b)):
+            raise ConfigError(f"BetaTimes({self.a}, {self.b}): both must be positive and one of them 1")
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(u ** (1 / self.a) if self.b == 1.0 else 1 - (1 - u) ** (1 / self.b))
+
+
+@final
+@dataclass(frozen=True)
+class LogitNormalTimes(TimeDistribution):
+    """logit of the unit clock is N(mean, std^2) (2403.03206)."""
+
+    mean: float = -0.4
+    """Mean of the logit: the lower, the more times lie near the data; -0.4 in MeanFlow."""
+    std: float = 1.0
+    """Standard deviation of the logit, above 0; 1 in MeanFlow."""
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        return path.time_from_unit(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)))
+
+
+@final
+@dataclass(frozen=True)
+class LogNormalTimes(TimeDistribution):
+    """log tau is N(mean, std^2), held within the path's range (EDM, 2206.00364)."""
+
+    mean: float = -1.2
+    """Mean of log tau, tau = sigma/alpha the noise level; -1.2 in EDM."""
+    std: float = 1.2
+    """Standard deviation of log tau, above 0; 1.2 in EDM."""
+
+    def __post_init__(self) -> None:
+        _check_normal(self.mean, self.std)
+
+    def quantile(self, path: Path, u: Tensor) -> Tensor:
+        tau = torch.exp(self.mean + self.std * torch.special.ndtri(u))
+        return path.time_from_tau(tau).clamp(path.t_min, path.t_max)
+
+
+def _check_normal(mean: float, std: float) -> None:
+    if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+        raise ConfigError(f"times of mean {mean} and std {std}: both must be finite, std positive")
+
+
+def ordered_pair(distribution: TimeDistribution, path: Path, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """(t, s) with s <= t from two independent draws."""
+    first, second = distribution.quantile(path, u), distribution.quantile(path, w)
+    return torch.maximum(first, second), torch.minimum(first, second)
+
+
+def uniform_grid(path: Path, steps: int) -> Tensor:
+    """steps + 1 times from t_max down to t_min, evenly spaced on the unit clock; float64."""
+    _check_steps(steps)
+    grid = path.time_from_unit(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
+    grid[0], grid[-1] = path.t_max, path.t_min
+    return grid
+
+
+def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
+    """steps + 1 noise levels with tau^(1/rho) evenly spaced (EDM, 2206.00364), as times of the path; float64.
+
+    From the path's own ends, its tau held within EDM's [0.002, 80]; the first and last are exactly t_max and t_min.
+    """
+    _check_steps(steps)
+    ends = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    high, low = (path.tau(ends).clamp(0.002, 80.0) ** (1 / rho)).tolist()
+    tau = (high + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (low - high)) ** rho
+    grid = path.time_from_tau(tau).clamp(path.t_min, path.t_max)
+    grid[0], grid[-1] = path.t_max, path.t_min
+    return grid
+
+
+def doubling_cells(images: int, first: int, last: int, duration: int) -> int:
+    """Cells of a grid that doubles from `first` up to `last` over `duration` images seen (iCT, 2310.14189).
+
+    min(first 2^k, last) with k = floor(images / (duration / (log2 floor(last / first) + 1))): equally long stages, and
+    a shorter last one where the logarithm is not whole.
+    """
+    stages = math.log2(last // first) + 1
+    return min(first << math.floor(min(images * stages / duration, stages) + 1e-9), last)
+
+
+def falling_ratio(tau: Tensor, images: int, q: float, stage_images: int, stages: int, k: float, b: float) -> Tensor:
+    """1 - n(tau)/q^a with n = 1 + k sigmoid(-b tau), at least 0: the level tau_u/tau_t of ECT (2406.14548); (B,).
+
+    a = 1 + floor(images / stage_images), at most `stages`, for images seen; at tau of infinity it is 1 - 1/q^a.
+    """
+    a = min(1 + images // stage_images, stages)
+    return (1 - (1 + k * torch.sigmoid(-b * tau)) / q**a).clamp(min=0)
+
+
+def warm_up(images: int, duration: int) -> float:
+    """Rises from 0 to 1 over `duration` images seen; 1 throughout where that is 0."""
+    return 1.0 if duration == 0 else min(images / duration, 1.0)
+
+
+def check_grid(path: Path, times: Tensor) -> Tensor:
+    """A user's own times: strictly falling, within the path's range; raises ShapeError otherwise."""
+    slack = 1e-9 * math.fabs(path.t_max)
+    falling = times.ndim == 1 and len(times) >= 2 and bool((times[1:] < times[:-1]).all())
+    if not falling or float(times[0]) > path.t_max + slack or float(times[-1]) < path.t_min - slack:
+        raise ShapeError(f"times {times.tolist()} must fall strictly within [{path.t_min}, {path.t_max}]")
+    return times
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ShapeError(f"{steps} steps asked for: a sampler needs at least 1")

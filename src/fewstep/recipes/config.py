@@ -1,0 +1,384 @@
+"""A run's configuration: frozen dataclasses, and how it becomes a flow map."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fewstep.data import DataConfig
+from fewstep.flow.flow_map import FlowMapConfig
+from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.preconditioning import (
+    AnalyticPreconditioning,
+    BCMPreconditioning,
+    CMPreconditioning,
+    EDMInputScaling,
+    EDMScaling,
+    EulerPreconditioning,
+    IdentityScaling,
+    LinearPreconditioning,
+    Preconditioning,
+    Scaling,
+    TrajectoryStatistics,
+    TrigPreconditioning,
+    UnitScaling,
+)
+from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
+from fewstep.objectives import (
+    CD,
+    CT,
+    CTM,
+    ECT,
+    ESD,
+    ISD,
+    LSD,
+    PSD,
+    SCD,
+    SCT,
+    DiagonalMatching,
+    MeanFlow,
+    Regression,
+    Shortcut,
+)
+from fewstep.utils.errors import ConfigError
+
+PathName = Literal["linear", "trig", "edm", "vp"]
+PreconditioningName = Literal["linear", "trig", "euler", "cm", "bcm", "analytic", "analytic-forward"]
+TrainingObjective = (
+    ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM | Regression
+)
+DIFFERENTIATED = (ISD, MeanFlow, ESD, LSD, SCT, SCD)
+"""Objectives that compare evaluations of one network at neighbouring times."""
+
+ScalingName = Literal["identity", "unit", "edm", "edm-input"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The flow map: which path, preconditioning and inner scaling; they share the data's standard deviation."""
+
+    path: PathName = "linear"
+    """From data to noise: linear (flow matching), trig (TrigFlow), edm or vp (variance exploding, preserving)."""
+    preconditioning: PreconditioningName = "linear"
+    """What a jump X = f x + g N makes of the network's output N:
+    linear (MeanFlow), trig (sCM), euler (CTM, DDIM's step), bcm (for edm-input scaling)
+    cm: consistency models' own, for jumps to the data end alone, on the edm path with edm-input scaling
+    analytic: from statistics of the teacher or of the model itself; analytic-forward: its ablation
+    """
+    scaling: ScalingName = "identity"
+    """Of the network's input and output: identity, unit (TrigFlow), edm (EDM) or edm-input (EDM, input alone)."""
+    sigma_data: float | None = None
+    """Standard deviation of the data; None measures it on the training data."""
+
+    def __post_init__(self) -> None:
+        if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
+            raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
+        if self.preconditioning in ("cm", "bcm") and self.scaling == "edm":
+            raise ConfigError(
+                f"{self.preconditioning} preconditioning holds EDM's c_skip and c_out itself: "
+                "take the inner scaling edm-input with it"
+            )
+        if self.preconditioning == "cm" and self.scaling != "edm-input":
+            raise ConfigError("cm preconditioning is made for a scaled input: take the inner scaling edm-input with it")
+
+    @property
+    def analytic(self) -> bool:
+        """Whether the preconditioning is computed from statistics."""
+        return self.preconditioning in ("analytic", "analytic-forward")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What moves the weights, and how far."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything, or muon for the matrices of the network's blocks and AdamW for the rest."""
+    lr: float = 1e-4
+    """Learning rate of AdamW."""
+    matrix_lr: float = 5e-4
+    """Learning rate of Muon."""
+    beta1: float = 0.9
+    """Decay of AdamW's average of gradients, in [0, 1)."""
+    beta2: float = 0.99
+    """Decay of AdamW's average of their squares, in [0, 1)."""
+    weight_decay: float = 0.0
+    """Each step takes this times the learning rate off the weights; 0 takes nothing."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 never clips."""
+    warmup_images: int = 10_000
+    """Images over which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine", "rsqrt"] = "constant"
+    """After the warm-up: constant, cosine to 0, or 1/sqrt beyond decay_images (EDM2)."""
+    decay_images: int = 1_000_000
+    """Images after which rsqrt begins to fall; the other decays ignore it."""
+
+    def __post_init__(self) -> None:
+        rates = 0 < self.lr < math.inf and 0 < self.matrix_lr < math.inf
+        if not (rates and self.clip >= 0 and self.warmup_images >= 0):
+            raise ConfigError("learning rates must be positive and finite, clip and warmup_images at least 0")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.decay_images >= 1):
+            raise ConfigError("beta1 and beta2 must lie in [0, 1), weight_decay be at least 0, decay_images at least 1")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Durations are in images seen, whatever the batch size."""
+
+    images: int = 1_000_000
+    """How long to train."""
+    batch_size: int = 256
+    """Global batch: over all processes and accumulation steps."""
+    seed: int = 0
+    """Decides the first weights, the order of the data, and every draw of noise and times."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16 evaluates the network in bfloat16 where that is safe (autocast); no does all in float32."""
+    flip: bool = False
+    """Mirror training images at random."""
+    ema_power: tuple[float, ...] = (0.1,)
+    """Relative widths of power-function averages (EDM2); the first average is the model that is sampled."""
+    ema_decay: tuple[float, ...] = ()
+    """Decays of constant averages, per step."""
+    log_images: int = 12_800
+    """Images between lines of the log."""
+    sample_images: int = 100_000
+    """Images between sample grids; 0 for none."""
+    checkpoint_images: int = 100_000
+    """Images between checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    seconds: float = 0.0
+    """Longest training time in seconds; 0 for no limit. It makes the length of the run depend on the machine."""
+
+    def __post_init__(self) -> None:
+        if min(self.images, self.batch_size, self.log_images, self.checkpoint_images, self.keep) < 1:
+            raise ConfigError("images, batch_size, log_images, checkpoint_images and keep must be at least 1")
+        if self.sample_images < 0 or not 0 <= self.seconds < math.inf:
+            raise ConfigError("sample_images and seconds must be finite and at least 0")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What `fewstep evaluate` and the report measure."""
+
+    samples: int = 2000
+    """Generated samples per measurement."""
+    steps: tuple[int, ...] = (1, 2, 4, 16)
+    """Steps of the map sampler (of the ODE sampler, for models trained on the diagonal alone)."""
+    reference_steps: int = 32
+    """Steps of the ODE reference."""
+    omega: float = 1.0
+    """Guidance when sampling; choose it by the Frechet distance."""
+    gamma: float = 0.0
+    """Of gamma-sampling: 1 re-noises fully between steps, as consistency models must; 0 is the map itself."""
+    seed: int = 1000
+    """Decides the noise that samples start from."""
+    curve_images: int = 0
+    """Images between points of the learning curve that `fewstep compare` reads; 0 for none."""
+    curve_steps: tuple[int, ...] = (1, 2)
+    """Step counts that the learning curve measures."""
+    curve_samples: int = 1000
+    """Generated samples per point of the learning curve."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or min(*self.steps, self.reference_steps) < 1 or self.samples < 4:
+            raise ConfigError(
+                f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
+                "needs at least 4 samples and one step count, each at least 1"
+            )
+        if not (0 <= self.gamma <= 1 and 0 < self.omega < math.inf):
+            raise ConfigError(f"gamma is {self.gamma} and omega {self.omega}: gamma lies in [0, 1], omega is positive")
+        if not self.curve_steps or min(self.curve_steps) < 1 or self.curve_samples < 4 or self.curve_images < 0:
+            raise ConfigError(
+                f"a learning curve every {self.curve_images} images of {self.curve_samples} samples at "
+                f"{self.curve_steps} steps: needs curve_images of at least 0 (0 for none), at least 4 samples and one "
+                "step count, each at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class StatisticsConfig:
+    """How the statistics of an analytic preconditioning are estimated (fewstep.flow.preconditioning.statistics)."""
+
+    points: int = 120
+    """Noise levels, uniform in lambda."""
+    samples: int = 256
+    """Samples at each level."""
+    probes: int = 1
+    """Rademacher probes of the trace; 0 uses Stein's identity; -1 is exact up to 64 dimensions, else one probe."""
+    centred: bool = True
+    """About the data's mean; otherwise about zero, as published."""
+    shrink: bool = True
+    """Draw uncertain estimates at high noise to their limit."""
+    use: Literal["both", "l", "s"] = "both"
+    """Ablation: leave the other one at zero (s estimated afresh for l = 0)."""
+    refresh_images: int = 0
+    """Images between estimates from the averaged model itself; 0 estimates from the teacher, once."""
+    seed: int = 0
+    """Decides which samples are drawn, their noise and the probes."""
+
+    def __post_init__(self) -> None:
+        if self.points < 4 or self.samples < 2 or self.refresh_images < 0 or self.probes < -1:
+            raise ConfigError(
+                f"statistics at {self.points} points of {self.samples} samples: needs at least 4 points, 2 samples, "
+                "probes of at least -1 and refresh_images of at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """The critic of an adversarial loss; used where the objective's adversarial weight is positive."""
+
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    lr: float = 5e-4
+    """Learning rate of the critic's AdamW, above 0."""
+    start_images: int = 0
+    """Images after which the adversarial loss begins."""
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0 or self.start_images < 0:
+            raise ConfigError("the critic's learning rate must be positive and start_images at least 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the weights of a run, and what is measured of it."""
+
+    recipe: str
+    """Name of the recipe, which the command line has given already: leave this out."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    network: MLPConfig | UNetConfig | DiTConfig | UNet1dConfig = field(default_factory=MLPConfig)
+    objective: TrainingObjective = field(default_factory=ISD)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    teacher: str = ""
+    """Run or saved model to distil; its statistics serve an analytic preconditioning."""
+    initial: str = ""
+    """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.network, UNetConfig) and self.network.dropout and isinstance(self.objective, DIFFERENTIATED):
+            raise ConfigError(
+                f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
+                "one network, which dropout makes different ones; set --network.dropout 0"
+            )
+        if self.model.preconditioning == "cm":
+            self._check_cm()
+        if not _anchored(self.objective):
+            raise ConfigError(
+                f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
+                "agrees with itself would do (docs/degeneracy.md); give it a share of them"
+            )
+
+    def _check_cm(self) -> None:
+        if not isinstance(self.objective, CT | ECT | CD):
+            raise ConfigError(
+                f"cm preconditioning jumps to the data end alone and has no velocity, which "
+                f"{type(self.objective).__name__} needs: train CT, ECT or CD with it, or take bcm"
+            )
+        curve = self.evaluation.curve_steps if self.evaluation.curve_images else ()
+        if max((*self.evaluation.steps, *curve)) > 1 and self.evaluation.gamma != 1:
+            raise ConfigError(
+                "cm preconditioning jumps to the data end alone, so that several steps take new noise in between: set "
+                f"--evaluation.gamma 1 in place of {self.evaluation.gamma}"
+            )
+
+
+def _anchored(objective: TrainingObjective) -> bool:
+    """Whether anything in the objective ties the map to the data."""
+    match objective:
+        case LSD() | PSD():
+            return objective.diagonal > 0
+        case Shortcut():
+            return objective.bootstrap < 1
+        case _:
+            return True
+
+
+def flow_map_config(
+    config: RunConfig,
+    shape: tuple[int, ...],
+    sigma_data: float,
+    num_classes: int = 0,
+    class_names: tuple[str, ...] = (),
+    data_range: tuple[float, float] | None = None,
+    statistics: TrajectoryStatistics | None = None,
+) -> FlowMapConfig:
+    """The flow map of a run on such data; statistics: for an analytic preconditioning."""
+    model = config.model
+    sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
+    path = make_path(model.path, sigma_data)
+    return FlowMapConfig(
+        path=path,
+        preconditioning=make_preconditioning(model.preconditioning, path, sigma_data, statistics),
+        scaling=make_scaling(model.scaling, path, sigma_data),
+        network=config.network,
+        shape=shape,
+        num_classes=num_classes,
+        guided=config.objective.guided and num_classes > 0,
+        sigma_data=sigma_data,
+        class_names=class_names,
+        data_range=data_range,
+    )
+
+
+def make_path(name: PathName, sigma_data: float) -> Path:
+    """The path of that name with the published range."""
+    match name:
+        case "linear":
+            return Linear()
+        case "trig":
+            return Trig(sigma_data)
+        case "edm":
+            return EDM()
+        case "vp":
+            return VP()
+
+
+def make_preconditioning(
+    name: PreconditioningName, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None
+) -> Preconditioning:
+    """The preconditioning of that name on a path; raises ConfigError where it has no meaning."""
+    match name:
+        case "linear":
+            return LinearPreconditioning()
+        case "trig":
+            if path.t_max > Trig().t_max + 1e-9:
+                raise ConfigError(
+                    "trig preconditioning needs a clock of at most pi/2: take the path trig, linear or vp"
+                )
+            return TrigPreconditioning()
+        case "euler":
+            return EulerPreconditioning(path)
+        case "cm":
+            if not isinstance(path, EDM):
+                raise ConfigError("cm preconditioning is of noise levels: take the path edm")
+            return CMPreconditioning(sigma_data, path.t_min)
+        case "bcm":
+            return BCMPreconditioning(sigma_data, path)
+        case "analytic" | "analytic-forward":
+            if statistics is None:
+                raise ConfigError(
+                    f"preconditioning {name!r} is computed from statistics: name a teacher with --teacher, or set "
+                    "--statistics.refresh-images to estimate them from the model itself"
+                )
+            return AnalyticPreconditioning(statistics, "backward" if name == "analytic" else "forward", path)
+
+
+def make_scaling(name: ScalingName, path: Path, sigma_data: float) -> Scaling:
+    """The inner scaling of that name."""
+    match name:
+        case "identity":
+            return IdentityScaling()
+        case "unit":
+            return UnitScaling(sigma_data)
+        case "edm":
+            return EDMScaling(sigma_data, path)
+        case "edm-input":
+            return EDMInputScaling(sigma_data, path)

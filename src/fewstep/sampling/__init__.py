@@ -1,0 +1,1 @@
+"""From a flow map to samples: samplers, step times, decoding, pictures."""

@@ -1,0 +1,293 @@
+"""Samplers: one function each, one signature (math.md §6).
+
+A sampler takes noise x (B, ...) at times[0], strictly falling times, conditions and the random numbers of these
+samples, and returns samples at times[-1]. Network evaluations (NFE) are counted, not assumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.guidance import ClassifierFreeGuidance, sampling_condition
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.times import check_grid, edm_grid, uniform_grid
+from fewstep.networks.condition import Condition
+from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
+from fewstep.utils.errors import ShapeError
+from fewstep.utils.random import Draws
+
+STREAM_PRIOR, STREAM_RENOISE = 20, 1000
+Spacing = Literal["auto", "uniform", "edm"]
+
+
+class Model(Protocol):
+    """What a sampler needs: a flow map, or one wrapped in guidance."""
+
+    path: Path
+
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+Sampler = Callable[[Model, Tensor, Tensor, Condition, Draws], Tensor]
+
+
+def map_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """x <- X(x, t_i, t_{i+1}): one evaluation a step."""
+    for t, s in _steps(times):
+        x = model.jump(x, at(t, x), at(s, x), cond)
+    return x
+
+
+def gamma_sampler(gamma: float) -> Sampler:
+    """CTM's gamma-sampling (2310.02279): jump past s, then add noise back up to s.
+
+    gamma = 0 is `map_sampler`; gamma = 1 jumps to data and re-noises, the multistep sampler of consistency models
+    (2303.01469). On the path: with x = alpha(y) at noise level tau, jump to tau' = sqrt(1 - gamma^2) tau_s, rescale
+    by alpha_s/alpha', add alpha_s gamma tau_s of noise.
+    """
+    if not 0 <= gamma <= 1:
+        raise ShapeError(f"gamma is {gamma}; it must lie in [0, 1]")
+
+    def sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+        path = model.path
+        for i, (t, s) in enumerate(_steps(times)):
+            if s == float(times[-1]) or gamma == 0:
+                x = model.jump(x, at(t, x), at(s, x), cond)
+                continue
+            tau_s = path.tau(torch.tensor(s, dtype=torch.float64))
+            lower = path.time_from_tau(tau_s * (1 - gamma * gamma) ** 0.5).clamp(min=path.t_min)
+            x = model.jump(x, at(t, x), at(float(lower), x), cond)
+            low, high = path.values(lower), path.values(torch.tensor(s, dtype=torch.float64))
+            added = (high.sigma**2 - (high.alpha / low.alpha * low.sigma) ** 2).clamp(min=0).sqrt()
+            noise = draws.normal(STREAM_RENOISE + i, tuple(x.shape[1:]), x.dtype)
+            x = float(high.alpha / low.alpha) * x + float(added) * noise
+        return x
+
+    return sampler
+
+
+def euler_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """Euler's method on the PF-ODE in the path's clock: one evaluation a step, order 1."""
+    for t, s in _steps(times):
+        x = x + (s - t) * model.velocity(x, at(t, x), cond)
+    return x
+
+
+def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
+    """Heun's method (EDM, 2206.00364): two evaluations a step, order 2; the last is Euler's, as sigma may be 0."""
+    for t, s in _steps(times):
+        slope = model.velocity(x, at(t, x), cond)
+        guess = x + (s - t) * slope
+        if s == float(times[-1]):
+            return guess
+        x = x + (s - t) * 0.5 * (slope + model.velocity(guess, at(s, x), cond))
+    return x
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample. times overrides steps.
+
+    spacing: uniform on the path's unit clock, or EDM's (rho = 7); auto takes the times tuned for the flow map where it
+    has them for this sampler, guidance and number of steps, else EDM's on the EDM path and uniform ones elsewhere.
+
+    omega: guidance strength, on the unit times of interval. A network trained with drawn guidance takes it as an
+    input; otherwise omega != 1 doubles the evaluations.
+    """
+
+    sampler: SamplerName = "map"
+    steps: int = 2
+    times: tuple[float, ...] = ()
+    spacing: Spacing = "auto"
+    gamma: float = 0.0
+    omega: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    batch_size: int = 512
+
+    def grid(self, path: Path, known: tuple[StepTimes, ...] = ()) -> Tensor:
+        """The times to walk, of those `known` for the flow map if any are meant.
+
+        Raises ShapeError for fewer than one step or times that do not fall.
+        """
+        tuned = self.tuned(known)
+        own = self.times if tuned is None else tuned.times
+        if own:
+            times = check_grid(path, torch.tensor(own, dtype=torch.float64))
+            if abs(float(times[0]) - path.t_max) > 1e-6 * path.t_max:
+                raise ShapeError(
+                    f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
+                )
+            if float(times[-1]) - path.t_min > 1e-6 * path.t_max:
+                raise ShapeError(
+                    f"times end at {float(times[-1]):g}, where samples are noisy: end at t_min = {path.t_min:g}"
+                )
+            return times
+        edm = self.spacing == "edm" or (self.spacing == "auto" and isinstance(path, EDM))
+        return edm_grid(path, self.steps) if edm else uniform_grid(path, self.steps)
+
+    def tuned(self, known: tuple[StepTimes, ...]) -> StepTimes | None:
+        """Those of the known times that these settings are sampled at; None where others are asked for."""
+        everywhere = self.omega == 1.0 or self.interval == (0.0, 1.0)
+        if self.times or self.spacing != "auto" or not everywhere:
+            return None
+        return next((each for each in known if each.purpose == self.purpose), None)
+
+    @property
+    def purpose(self) -> Purpose:
+        """What step times are tuned for (StepTimes.purpose): gamma counts for its sampler only, whose 0 is the map."""
+        gamma = self.gamma if self.sampler == "gamma" else 0.0
+        return "map" if self.sampler == "gamma" and gamma == 0 else self.sampler, gamma, self.omega, self.steps
+
+    def function(self) -> Sampler:
+        """The sampler itself."""
+        match self.sampler:
+            case "map":
+                return map_sampler
+            case "gamma":
+                return gamma_sampler(self.gamma)
+            case "euler":
+                return euler_sampler
+            case "heun":
+                return heun_sampler
+        raise ShapeError(f"there is no sampler {self.sampler!r}: take map, gamma, euler or heun")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples (n, ...) on the CPU, their labels, network evaluations per sample, and seconds of sampling."""
+
+    samples: Tensor
+    labels: Tensor | None
+    nfe: float
+    seconds: float
+
+    def check_finite(self) -> None:
+        """Raise ShapeError where a value is NaN or infinite: such samples are nothing to look at."""
+        broken = int((~self.samples.flatten(1).isfinite().all(1)).sum())
+        if broken:
+            raise ShapeError(
+                f"the model gives values that are not finite in {broken} of {len(self.samples)} samples: take another "
+                "checkpoint or its other weights, or weaker guidance"
+            )
+
+
+def default_labels(indices: Tensor, num_classes: int) -> Tensor | None:
+    """Sample k gets class k mod num_classes."""
+    return indices % num_classes if num_classes else None
+
+
+def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
+    """x at t_max: sample k of a seed is the same whatever the batch; (n, *shape) float32."""
+    return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
+
+
+@torch.no_grad()
+def generate(
+    flow_map: FlowMap,
+    count: int,
+    settings: SamplingSettings,
+    labels: Tensor | Sequence[int] | None = None,
+    first: int = 0,
+) -> Generated:
+    """Draw samples first .. first + count - 1 of the seed in batches, on the flow map's device.
+
+    labels: (count,) whole numbers, -1 for no class, default k mod num_classes. Raises ShapeError for labels out of
+    range, a count or batch size below 1, or settings that do not fit.
+    """
+    if count < 1 or settings.batch_size < 1:
+        raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
+    labels = _check_labels(labels, count, first, flow_map.num_classes)
+    times, sampler = settings.grid(flow_map.path, flow_map.step_times), settings.function()
+    model = _guided(flow_map, settings)
+    device = next(flow_map.parameters()).device
+    batches = []
+    with counting(flow_map.network) as counter, evaluating(flow_map):
+        start = time.perf_counter()
+        for low in range(0, count, settings.batch_size):
+            part = slice(low, min(low + settings.batch_size, count))
+            draws = Draws(settings.seed, 0, torch.arange(first + part.start, first + part.stop, device=device))
+            own = None if labels is None else labels[part].to(device)
+            cond = sampling_condition(own, flow_map.guided, settings.omega, settings.interval)
+            batches.append(sampler(model, prior_noise(flow_map, draws), times, cond, draws).cpu())
+        seconds = time.perf_counter() - start
+    return Generated(torch.cat(batches), labels, counter.rows / count, seconds)
+
+
+def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
+    if settings.omega == 1.0 or flow_map.guided:
+        return flow_map
+    return ClassifierFreeGuidance(flow_map, settings.omega, settings.interval)
+
+
+def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:
+    if labels is None:
+        return default_labels(torch.arange(first, first + count), num_classes)
+    if num_classes == 0:
+        raise ShapeError("class labels given, but this model was trained without classes: leave them out")
+    labels = _whole_numbers(labels)
+    if labels.shape != (count,):
+        raise ShapeError(f"{tuple(labels.shape)} labels for {count} samples: give one per sample")
+    wrong = labels[(labels < -1) | (labels >= num_classes)]
+    if len(wrong):
+        raise ShapeError(f"class {int(wrong[0])} is out of range: this model knows classes 0 to {num_classes - 1}")
+    return labels
+
+
+def _whole_numbers(labels: Tensor | Sequence[int]) -> Tensor:
+    """Labels as int64; raises ShapeError for others than whole numbers of 64 bits."""
+    try:
+        found = torch.as_tensor(labels)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ShapeError(f"the labels are no whole numbers of 64 bits ({reason}): give a class per sample") from error
+    whole = found.long() if found.dtype != torch.bool and not found.is_complex() else None
+    if whole is None or not bool((whole == found).all()):
+        raise ShapeError(f"labels of {found.dtype} that are no whole numbers of 64 bits: give a class per sample")
+    return whole
+
+
+def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
+    return itertools.pairwise(times.tolist())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; the mode it had after."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@dataclass
+class _Counter:
+    rows: int = 0
+
+
+@contextmanager
+def counting(network: nn.Module) -> Iterator[_Counter]:
+    """Count the rows that pass through the network: evaluations times samples."""
+    counter = _Counter()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        counter.rows += len(inputs[0])
+
+    handle = network.register_forward_pre_hook(count)
+    try:
+        yield counter
+    finally:
+        handle.remove()

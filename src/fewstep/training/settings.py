@@ -1,0 +1,58 @@
+"""What a run is given beside its recipe, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.utils.errors import ConfigError
+
+Watcher = Callable[[FlowMap, int], None]
+"""Called with the averaged model and the step when samples are due; on the main process alone."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run happens; does not decide the weights, but for `micro_batch` with CTM's balance, taken a part."""
+
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
+    micro_batch: int = 0
+    """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (extra [track])."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a finished run has done."""
+
+    step: int
+    images: int
+    seconds: float
+    main_process: bool = True
+    """False in all processes but the first."""
+
+
+@dataclass(frozen=True)
+class Attendants:
+    """What the caller adds to a run without deciding where it happens.
+
+    watch: called when samples are due. curve: called when a point of the learning curve is due. features: images to
+    features with gradient, for objectives that compare them.
+    """
+
+    watch: Watcher | None = None
+    curve: Watcher | None = None
+    features: Callable[[Tensor], Tensor] | None = None

@@ -1,0 +1,1 @@
+"""Tools that know nothing of models: errors, files, serialization, tensors, random numbers, forward-mode AD."""

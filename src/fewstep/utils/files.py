@@ -1,0 +1,222 @@
+"""Files written aside and renamed, so that a reader never meets half a one; one clear error when it fails.
+
+Reading stored JSON: whatever is wrong with a file ends in one line that names it and says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+_PATIENCE = 100  # attempts to make a file in a folder that others remove
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+# What code that takes a stored file apart raises when the file is not what it should be.
+_SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, ConfigError)
+
+
+class guarded:
+    """`with guarded(file):` turns an OSError (disk full, no permission) into a CheckpointError that names the file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"cannot write {self.target}: {reason}; free some space or give another folder with --out"
+            ) from error
+
+
+class reading:
+    """`with reading(file, advice):` turns what a damaged file does to its reader into one line of the given kind.
+
+    It names the file, the reason, and what to do about it.
+    """
+
+    def __init__(self, file: Path | str, advice: str, kind: type[FewstepError] = CheckpointError) -> None:
+        self.file, self.advice, self.kind = file, advice, kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _SPOILT):
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise self.kind(f"{self.file} is damaged ({reason}): {self.advice}") from error
+
+
+def parse_json(text: bytes | str) -> Any:
+    """What JSON says; raises ValueError alone, for bytes that are not UTF-8 and numbers that are no float too."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode(), parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _whole_number(digits: str) -> int:
+    try:
+        float(number := int(digits))
+    except OverflowError as error:
+        raise ValueError(f"the number {digits[:20]}... is too large") from error
+    return number
+
+
+def read_record(file: Path, advice: str, kind: type[FewstepError] = CheckpointError) -> dict[str, Any]:
+    """The JSON object in a file; raises `kind`, with the advice, when it cannot be read or is none."""
+    with reading(file, advice, kind):
+        return _object(parse_json(file.read_bytes()))
+
+
+def read_rows(file: Path, keys: Collection[str], advice: str) -> list[dict[str, Any]]:
+    """The JSON list of objects in a file, none where there is no file.
+
+    Raises CheckpointError, with the advice, when it cannot be read, is none, or one of the objects lacks a key.
+    """
+    with reading(file, advice):
+        rows = parse_json(file.read_bytes()) if file.is_file() else []
+        if not isinstance(rows, list):
+            raise ValueError("it is no list")
+        for row in rows:
+            if not _object(row).keys() >= set(keys):
+                raise KeyError(", ".join(sorted(set(keys) - set(row))))
+    return rows
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line, none where there is no file; a line without its end is left out.
+
+    Raises CheckpointError for a line that cannot be read.
+    """
+    with reading(file, "delete it"):
+        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        with reading_line(file, number):
+            found.append(_object(parse_json(line)))
+    return found
+
+
+def reading_line(file: Path, number: int) -> reading:
+    """`reading` for a line, counted from 1, of a file that can do without it."""
+    return reading(f"{file}, line {number}", "delete that line")
+
+
+def _object(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ValueError(f"{repr(found)[:40]} is no object")
+    return found
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A path beside `file` to write to, renamed to `file` at the end of the block and removed when the block fails.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    with guarded(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            yield aside
+            os.replace(aside, file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write text (as UTF-8) or bytes aside and rename them into place; raises CheckpointError when the disk refuses."""
+    with replacing(file) as aside, aside.open("wb") as file_aside:
+        file_aside.write(content.encode() if isinstance(content, str) else content)
+        file_aside.flush()
+        os.fsync(file_aside.fileno())
+
+
+class Lock:
+    """A file `.lock` in a folder, held by one holder at a time until `release`, or until its process ends.
+
+    A child that was forked meanwhile holds it on if the process is killed. Raises CheckpointError with `message` when
+    another holds it, or when the folder cannot be written. Does nothing where the system or the file system knows no
+    such locks.
+    """
+
+    def __init__(self, folder: Path, message: str) -> None:
+        self.folder = folder
+        self._handle: BinaryIO | None = None
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        while fcntl is not None and self._handle is None:
+            handle = self._open()
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                handle.close()
+                if error.errno in _NO_LOCKS:
+                    return
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise CheckpointError(message) from error
+                with guarded(folder / LOCK_FILE):
+                    raise
+            if self._is_current(handle):
+                self._handle = handle
+            else:  # its holder has discarded it meanwhile: another may hold the new one
+                handle.close()
+
+    def _open(self) -> BinaryIO:
+        file = self.folder / LOCK_FILE
+        with guarded(file):
+            try:
+                for _ in range(_PATIENCE):
+                    with suppress(FileNotFoundError, FileExistsError):  # another may discard its own just now
+                        return self._create(file)
+                return self._create(file)
+            except OSError:
+                self._remove_made()
+                raise
+
+    def _create(self, file: Path) -> BinaryIO:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
+
+    def _is_current(self, handle: BinaryIO) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle.fileno()), (self.folder / LOCK_FILE).stat())
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Let others have it; again does nothing. The file stays."""
+        if self._handle is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # a forked child's copy of the handle would keep it
+            self._handle.close()
+            self._handle = None
+
+    def discard(self) -> None:
+        """`release`, and leave no trace: the file goes, and the folders that were made for it, where they are empty."""
+        if self._handle is not None:
+            with suppress(OSError):
+                (self.folder / LOCK_FILE).unlink()
+            self._remove_made()
+        self.release()
+
+    def _remove_made(self) -> None:
+        """Remove the folders that were made for it, where they are empty."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()

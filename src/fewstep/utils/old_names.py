@@ -1,0 +1,39 @@
+"""The one table of old names: what files of format 1 call things, and what they are called now.
+
+TYPES: old class -> new class. FIELDS: for each class, by its new name, old field -> new field. A new field with dots
+lies in a part of its own: `"diagonal": "pairs.flow_matching_ratio"`. VALUES: for a field, by its new name, old value ->
+new value. A file is translated before it is read, so that nothing else in fewstep knows an old name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TYPES: dict[str, str] = {}
+
+FIELDS: dict[str, dict[str, str]] = {}
+
+VALUES: dict[tuple[str, str], dict[Any, Any]] = {}
+
+
+def translated(stored: Any) -> Any:
+    """JSON values of format 1 in today's names; every object that carries a `type` is looked up, however deep."""
+    if isinstance(stored, list):
+        return [translated(item) for item in stored]
+    if not isinstance(stored, dict):
+        return stored
+    old = stored.get("type")
+    if not isinstance(old, str):
+        return {key: translated(value) for key, value in stored.items()}
+    name = TYPES.get(old, old)
+    found: dict[str, Any] = {"type": name}
+    for key, value in stored.items():
+        if key != "type":
+            *parts, field = FIELDS.get(name, {}).get(key, key).split(".")
+            place = found
+            for part in parts:
+                place = place.setdefault(part, {})
+            known = VALUES.get((name, ".".join((*parts, field))), {})
+            simple = isinstance(value, (str, int, float, bool)) or value is None
+            place[field] = known[value] if simple and value in known else translated(value)
+    return found

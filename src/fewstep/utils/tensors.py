@@ -1,0 +1,35 @@
+"""Shapes and choices: expand per-sample values over samples, and say clearly what does not fit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewstep.utils.errors import ConfigError, ShapeError
+
+
+def expand(value: Tensor, like: Tensor) -> Tensor:
+    """View per-sample values (B,) or a scalar () so that they broadcast over `like` (B, ...)."""
+    if value.ndim == 0:
+        return value
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def check_batch(x: Tensor, *times: Tensor) -> None:
+    """Raise ShapeError unless x is (B, ...) and every time is (B,)."""
+    for time in times:
+        if time.shape != x.shape[:1]:
+            raise ShapeError(
+                f"times of shape {tuple(time.shape)} do not fit samples of shape {tuple(x.shape)}: "
+                f"pass one time per sample, shape ({x.shape[0] if x.ndim else 'B'},)"
+            )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the value is one of the choices: what the command line refuses, in Python too."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def per_sample_mean(value: Tensor) -> Tensor:
+    """Mean over everything but the batch: (B, ...) -> (B,)."""
+    return value.flatten(1).mean(1) if value.ndim > 1 else value

@@ -1,0 +1,163 @@
+"""Autoencoders: loaded from a folder and nowhere else, told apart by what they are, and true to diffusers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, Decoding, load_autoencoder, load_decoder
+from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
+from tests.support.photographs import SIDE, save_autoencoder
+
+CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+IDENTITY = AutoencoderIdentity("AutoencoderKL", "c", "w", "here")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AutoencoderKL]:
+    folder = tmp_path_factory.mktemp("autoencoder") / "vae"
+    return folder, save_autoencoder(folder)
+
+
+@pytest.fixture
+def folder(saved: tuple[Path, AutoencoderKL], tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    shutil.copytree(saved[0], tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_it_encodes_and_decodes_as_diffusers_does(saved: tuple[Path, AutoencoderKL]) -> None:
+    found, model = load_autoencoder(saved[0], CPU), saved[1]
+    images = torch.rand(3, 3, SIDE, SIDE) * 2 - 1
+    mean, std = found.encode(images)
+    with torch.no_grad():
+        posterior = model.encode(images).latent_dist
+        decoded = model.decode(mean).sample
+    assert mean.shape == std.shape == (3, 4, SIDE // 2, SIDE // 2)
+    assert found.factor == 2
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(std, posterior.std)
+    torch.testing.assert_close(found.decode(mean), decoded)
+
+
+def test_decoding_inverts_what_samples_are_brought_to() -> None:
+    decoding = Decoding(IDENTITY, (0.5, -2.0), (3.0, 0.1), 0.7, (3, 16, 16))
+    latents = torch.randn(5, 2, 3, 3, dtype=torch.float64)
+    samples = decoding.samples(latents)
+    expected = torch.stack([(latents[:, 0] - 0.5) / 3.0 * 0.7, (latents[:, 1] + 2.0) / 0.1 * 0.7], 1)
+    torch.testing.assert_close(samples, expected)
+    torch.testing.assert_close(decoding.latents(samples), latents)
+    with pytest.raises(ShapeError, match=r"\(n, 2, h, w\), got \(5, 3, 3, 3\)"):
+        decoding.latents(torch.zeros(5, 3, 3, 3))
+
+
+def test_images_are_decoded_from_their_own_units_and_cut_to_their_range(saved: tuple[Path, AutoencoderKL]) -> None:
+    autoencoder = load_autoencoder(saved[0], CPU)
+    decoding = Decoding(autoencoder.identity, (0.1, 0.2, 0.3, 0.4), (5.0, 6.0, 7.0, 8.0), 0.5, (3, SIDE, SIDE))
+    samples = 20 * torch.randn(19, 4, SIDE // 2, SIDE // 2)
+    images = Decoder(decoding, autoencoder).images(samples)
+    whole = autoencoder.decode(decoding.latents(samples))
+    assert float(whole.abs().max()) > 1
+    torch.testing.assert_close(images, whole.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_moved_autoencoder_is_the_same_and_a_changed_one_is_not(
+    saved: tuple[Path, AutoencoderKL], folder: Path, tmp_path: Path
+) -> None:
+    first, moved = (load_autoencoder(each, CPU).identity for each in (saved[0], folder))
+    assert first.path != moved.path
+    assert moved.same_as(first)
+    weights = load_file(folder / WEIGHTS)
+    key = min(weights)
+    save_file(weights | {key: weights[key] + 1e-3}, folder / WEIGHTS)
+    assert not load_autoencoder(folder, CPU).identity.same_as(first)
+    shutil.copy(saved[0] / WEIGHTS, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"_diffusers_version": "0.1"}))
+    assert load_autoencoder(folder, CPU).identity.same_as(first)
+    (folder / "config.json").write_text(json.dumps(settings | {"scaling_factor": 0.5}))
+    assert not load_autoencoder(folder, CPU).identity.same_as(first)
+
+
+def test_a_decoder_takes_only_the_autoencoder_of_its_latents(
+    saved: tuple[Path, AutoencoderKL], folder: Path, tmp_path: Path
+) -> None:
+    identity = load_autoencoder(saved[0], CPU).identity
+    decoding = Decoding(replace(identity, path=str(tmp_path / "gone")), (0.0,), (1.0,), 1.0, (3, SIDE, SIDE))
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*gone has no config\.json.* with --autoencoder$"):
+        load_decoder(decoding, None, CPU)
+    assert load_decoder(decoding, folder, CPU).autoencoder.identity.same_as(identity)
+    save_autoencoder(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"other holds another autoencoder \(weights \w{16}\).*--autoencoder$"):
+        load_decoder(decoding, tmp_path / "other", CPU)
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def spoil_class(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"_class_name": "VQModel"}))
+
+
+def spoil_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def spoil_width(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"latent_channels": 5}))
+
+
+def truncate(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / WEIGHTS)
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, r"vae has no config\.json: give the folder of an AutoencoderKL"),
+        (spoil_config, r"config\.json is damaged"),
+        (spoil_list, r"config\.json is damaged .*is no object"),
+        (spoil_class, r"a model of class 'VQModel': give the folder of an AutoencoderKL"),
+        (spoil_width, r"holds no AutoencoderKL that can be read from safetensors|lacks"),
+        (truncate, r"holds no AutoencoderKL that can be read from safetensors"),
+        (drop_a_weight, r"decoder\.conv_in\.bias"),
+        (pickle_weights, r"holds no AutoencoderKL that can be read from safetensors"),
+    ],
+)
+def test_what_is_no_autoencoder_is_refused(spoil: Callable[[Path], None], message: str, folder: Path) -> None:
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_autoencoder(folder, CPU)
+
+
+def test_without_diffusers_the_extra_is_named(
+    saved: tuple[Path, AutoencoderKL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fewstep\[diffusers\]'"):
+        load_autoencoder(saved[0], CPU)

@@ -1,0 +1,128 @@
+"""The cost of training counted from settings: against the network itself, and against what a step evaluates."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.networks import DiTConfig
+from fewstep.networks.condition import Condition
+from fewstep.networks.layers import carries_tangent
+from fewstep.objectives import CTM, ISD, Batch, DiagonalMatching, MeanFlow
+from fewstep.recipes import AT_SCALE, RECIPES, recipe
+from fewstep.recipes.cost import (
+    Cost,
+    Peak,
+    cost_lines,
+    difference_passes,
+    forward_flops,
+    parameters,
+    passes,
+    training_cost,
+)
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "classes", "guided"),
+    [
+        (DiTConfig.of("B", 4), (4, 32, 32), 1000, False),
+        (DiTConfig.of("XL", 1), (32, 16, 16), 1000, True),
+        (DiTConfig(width=48, depth=2, heads=3, patch=2, mlp_ratio=3.0), (3, 8, 12), 0, False),
+        (DiTConfig(width=16, depth=0, heads=2, patch=1), (2, 2, 3), 1, True),
+    ],
+)
+def test_parameters_and_flops_are_those_of_the_network(
+    config: DiTConfig, shape: tuple[int, int, int], classes: int, guided: bool
+) -> None:
+    with torch.device("meta"), torch.no_grad():  # shapes without the memory of 700 million weights
+        network = config.build(shape, classes, guided)
+        labels = torch.zeros(1, dtype=torch.long) if classes else None
+        cond = Condition(labels, torch.empty(1, 3) if guided else None)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, *shape), torch.empty(1), torch.empty(1), cond)
+    assert parameters(config, shape, classes, guided) == sum(p.numel() for p in network.parameters())
+    assert forward_flops(config, shape, guided) == counter.get_total_flops()
+
+
+def step_benchmark() -> ModuleType:
+    file = Path(__file__).parents[2] / "benchmarks" / "step.py"
+    spec = importlib.util.spec_from_file_location("step_passes", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
+@pytest.mark.parametrize("diagonal", [0.0, 0.75])
+@pytest.mark.parametrize("omega", [1.0, 2.0])
+def test_passes_are_the_floor_that_steps_are_held_to(derivative: str, diagonal: float, omega: float) -> None:
+    """benchmarks/step.py counts evaluations in a hook; tests/test_step_benchmark.py holds that count to its floor."""
+    objective = ISD(derivative=derivative, diagonal=diagonal, guidance=FixedGuidance(omega), dropout=0.2)
+    assert passes(objective) == pytest.approx(step_benchmark().floor_passes(objective))
+
+
+def test_passes_of_other_objectives() -> None:
+    assert passes(DiagonalMatching()) == 3
+    assert passes(ISD(guidance=DrawnGuidance(), dropout=0.1, derivative="finite-difference")) == pytest.approx(8.9)
+    with pytest.raises(ConfigError, match="the evaluations of MeanFlow are not counted"):
+        passes(MeanFlow())
+    with pytest.raises(ConfigError, match="CTM are not counted"):
+        passes(CTM())
+
+
+@pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
+def test_passes_under_bf16_are_what_autocast_lets_through(derivative: str) -> None:
+    """Forward passes of the whole batch by the type they come in, and two backward ones of 2 each."""
+    config = DiTConfig(width=32, depth=1, heads=2, patch=4)
+    network = config.build((1, 8, 8), 0, False)
+    seen: dict[torch.dtype, float] = {torch.bfloat16: 0.0, torch.float32: 0.0}
+
+    def count(module: torch.nn.Module, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        seen[out.dtype] += (1 + carries_tangent(*given[:3])) * len(out) / 8
+
+    network.register_forward_hook(count)
+    objective = ISD(derivative=derivative, diagonal=0.0, guidance=NoGuidance())
+    draws = Draws(3, 0, torch.arange(8))
+    batch = Batch(draws.normal(0, (1, 8, 8)), None, draws)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        losses = objective(FlowMap(Linear(), LinearPreconditioning(), network), batch)
+    assert losses.loss.requires_grad
+    assert seen[torch.float32] == difference_passes(objective)
+    assert sum(seen.values()) + 2 * 2 == passes(objective, bf16=True)
+
+
+def test_hours_at_a_peak() -> None:
+    cost = Cost(parameters=10, forward=3_000, passes=2.5, images=4_000_000)
+    assert cost.flops == 3e10
+    assert cost.hours(Peak(1e6, 1e5), utilisation=0.5) == pytest.approx(3e10 / 5e5 / 3600)
+    assert cost.hours(Peak(1e6, 1e5)) == pytest.approx(cost.hours(Peak(1e6, 1e5), 0.2) / 2)
+    half = Cost(parameters=10, forward=3_000, passes=2.5, images=4_000_000, wide=0.5)
+    assert half.hours(Peak(1e6, 1e5), 1.0) == pytest.approx(1.2e10 * (2 / 1e6 + 0.5 / 1e5) / 3600)
+    assert "(an assumption)" in " ".join(cost_lines(cost))
+
+
+def test_recipes_on_latents_have_a_cost() -> None:
+    """ImageNet's published steps: 600,000 of 256 samples against 400,000; XL against B."""
+    assert set(AT_SCALE) == {name for name in RECIPES if recipe(name).data.source == "latents"}
+    costs = {name: training_cost(recipe(name), data.shape, data.classes) for name, data in AT_SCALE.items()}
+    assert costs["imagenet256-dit-b4"].images == 400_000 * 256
+    assert costs["imagenet256-dit-xl1"].flops > 20 * costs["imagenet256-dit-b4"].flops
+    assert costs["celebahq256-dit-b4"].passes == 9
+    assert costs["celebahq256-dit-b4"].wide == 3
+    with pytest.raises(ConfigError, match="only a DiT's"):
+        training_cost(recipe("digits"), (1, 8, 8), 10)

@@ -1,0 +1,153 @@
+"""Locks on folders: one holder, no leak, and no lock where the system has none. Stored records: one kind of error."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from fewstep.utils import files
+from fewstep.utils.errors import CheckpointError, DataError
+from fewstep.utils.files import Lock, read_lines, read_record, read_rows
+
+fcntl = pytest.importorskip("fcntl")
+
+
+def test_one_holds_a_folder_until_it_is_released(tmp_path: Path) -> None:
+    first = Lock(tmp_path / "new", "held")
+    with pytest.raises(CheckpointError, match=r"^held$"):
+        Lock(tmp_path / "new", "held")
+    Lock(tmp_path / "another", "held").release()
+    first.release()
+    first.release()
+    Lock(tmp_path / "new", "held").release()
+
+
+def test_a_copy_of_the_handle_does_not_keep_a_released_lock(tmp_path: Path) -> None:
+    lock = Lock(tmp_path, "held")
+    assert lock._handle is not None
+    copy = os.dup(lock._handle.fileno())  # as a forked child has
+    lock.release()
+    Lock(tmp_path, "held").release()
+    os.close(copy)
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"),
+    [(errno.ENOLCK, None), (errno.EACCES, r"^held$"), (errno.EIO, r"cannot write .*\.lock: Input/output error")],
+)
+def test_what_a_file_system_may_answer(
+    number: int, refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(handle: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if refused is None:
+        Lock(tmp_path, "held").release()
+    else:
+        with pytest.raises(CheckpointError, match=refused):
+            Lock(tmp_path, "held")
+
+
+def test_a_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    Lock(tmp_path, "held")
+    Lock(tmp_path, "held").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_discarded_lock_leaves_no_trace(tmp_path: Path) -> None:
+    Lock(tmp_path / "new", "held").discard()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "letter.txt").write_text("dear")
+    lock = Lock(tmp_path / "kept", "held")
+    lock.discard()
+    lock.discard()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["letter.txt"]
+
+
+def test_a_discarded_lock_leaves_the_folders_that_were_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Lock(tmp_path / "mine", "held").discard()
+    Lock(tmp_path / "mine" / "a" / "b", "held").discard()
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_refused_lock_leaves_no_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write .*File name too long"):
+        Lock(tmp_path / "made" / "deep" / ("x" * 300), "held")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match=r"cannot write .*File name too long"):
+        Lock(tmp_path / "mine" / "deep" / ("x" * 300), "held")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\x80\xff", b"[" * 100_000, b"[1" + b"0" * 400 + b"]", b"[1" + b"0" * 5000 + b"]", b"[1]", b"null"],
+)
+def test_what_is_no_record_is_refused_in_one_kind(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_record(file, "mend it")
+    with pytest.raises(DataError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_record(file, "mend it", DataError)
+    with pytest.raises(CheckpointError, match=r"record\.json is damaged \(.+\): mend it"):
+        read_rows(file, (), "mend it")
+
+
+def test_records_are_read_with_what_json_says(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert (read_rows(file, ("a",), ""), read_lines(file)) == ([], [])
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_record(file, "mend it")
+    file.write_text('[{"a": 1}, {"b": 2, "a": "\u00fc"}]', encoding="utf-8")
+    assert read_rows(file, ("a",), "") == [{"a": 1}, {"b": 2, "a": "\u00fc"}]
+    with pytest.raises(CheckpointError, match=r"file is damaged \(it lacks 'b'\): mend it"):
+        read_rows(file, ("b",), "mend it")
+    file.write_text('{"a": Infinity}\n{"a": 2}\n{"a": 3}')
+    assert read_lines(file) == [{"a": math.inf}, {"a": 2}]
+    file.write_text('{"a": 1}\n\n{"a": 3}\n')
+    with pytest.raises(CheckpointError, match=r"file, line 2 is damaged .*: delete that line"):
+        read_lines(file)
+
+
+def test_a_folder_that_another_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Path.mkdir
+    removed = []
+
+    def mkdir(self: Path, *words: bool, **more: bool) -> None:
+        made(self, *words, **more)
+        if not removed:
+            removed.append(self)
+            self.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    lock = Lock(tmp_path / "run", "held")
+    with pytest.raises(CheckpointError, match=r"^held$"):
+        Lock(tmp_path / "run", "held")
+    lock.release()
+
+
+def test_a_lock_on_a_discarded_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another opens the file, its holder discards it, a third takes the new one: the other must not hold as well."""
+    first = Lock(tmp_path / "run", "held")
+    flock, held = fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        if not held:
+            held.append(first)
+            first.discard()
+            held.append(Lock(tmp_path / "run", "held"))
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(CheckpointError, match=r"^held$"):
+        Lock(tmp_path / "run", "held")
