@@ -29,7 +29,8 @@ def translated(stored: Any) -> Any:
     found: dict[str, Any] = {"type": name}
     for key, value in stored.items():
         if key != "type":
-            *parts, field = FIELDS.get(name, {}).get(key, key).split(".")
+            renamed: str = FIELDS.get(name, {}).get(key) or key
+            *parts, field = renamed.split(".")
             place = found
             for part in parts:
                 place = place.setdefault(part, {})
