@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import expand
+
+Acting = Literal["map", "gamma", "euler", "mean"]
+"""How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
 
 STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
 
@@ -150,6 +153,28 @@ class Objective(ABC):
     def to_data_end(self) -> bool:
         """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
         return False
+
+    @property
+    def anchored(self) -> bool:
+        """Whether anything in it ties the map to the data, or to a teacher, with these settings."""
+        return True
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it compares evaluations of one network at neighbouring times, which dropout would make two."""
+        return False
+
+    @property
+    def needs_velocity(self) -> bool:
+        """Whether it reads the velocity off the diagonal, which CM preconditioning has not."""
+        return True
+
+    @property
+    def acting(self) -> Acting:
+        """The sampler that a policy trained by it acts with."""
+        if self.on_diagonal:
+            return "euler"
+        return "gamma" if self.to_data_end else "map"
 
     @property
     def needs_teacher(self) -> bool:

@@ -68,6 +68,10 @@ class CT(Objective):
         return True
 
     @property
+    def needs_velocity(self) -> bool:
+        return False
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -129,6 +133,10 @@ class ECT(Objective):
     @property
     def to_data_end(self) -> bool:
         return True
+
+    @property
+    def needs_velocity(self) -> bool:
+        return False
 
     @property
     def label_dropout(self) -> float:
@@ -252,6 +260,10 @@ class SCT(Objective):
         return True
 
     @property
+    def differentiates(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -283,6 +295,10 @@ class SCD(Objective):
 
     @property
     def to_data_end(self) -> bool:
+        return True
+
+    @property
+    def differentiates(self) -> bool:
         return True
 
     @property

@@ -92,6 +92,10 @@ class CD(Objective):
         return True
 
     @property
+    def needs_velocity(self) -> bool:
+        return False
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 

@@ -136,6 +136,10 @@ class ISD(Objective):
         return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
+    def differentiates(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -211,6 +215,10 @@ class MeanFlow(Objective):
         return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
+    def differentiates(self) -> bool:
+        return True
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -278,6 +286,10 @@ class ESD(Objective):
     def measure(self) -> Measure:
         """What makes a loss of its errors."""
         return Measure(self.norm, self.huber, self.power, self.offset)
+
+    @property
+    def differentiates(self) -> bool:
+        return True
 
     @property
     def label_dropout(self) -> float:

@@ -13,7 +13,7 @@ from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.guidance import drop_labels
 from fewstep.flow.times import LogitNormalTimes, TimeDistribution
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, STREAM_T, Acting, Batch, Companions, Losses, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import expand, per_sample_mean
 
@@ -85,6 +85,10 @@ class Regression(Objective):
 
     def __post_init__(self) -> None:
         check_dropout(self.dropout)
+
+    @property
+    def acting(self) -> Acting:
+        return "mean"
 
     @property
     def label_dropout(self) -> float:

@@ -84,6 +84,14 @@ class LSD(Objective):
         return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
+    def differentiates(self) -> bool:
+        return True
+
+    @property
+    def anchored(self) -> bool:
+        return self.diagonal > 0
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -169,6 +177,10 @@ class PSD(Objective):
         return Measure(self.norm, self.huber, self.power, self.offset)
 
     @property
+    def anchored(self) -> bool:
+        return self.diagonal > 0
+
+    @property
     def label_dropout(self) -> float:
         return self.dropout
 
@@ -243,6 +255,10 @@ class Shortcut(Objective):
     def measure(self) -> Measure:
         """What makes a loss of its errors."""
         return Measure(self.norm, self.huber, self.power, self.offset)
+
+    @property
+    def anchored(self) -> bool:
+        return self.bootstrap < 1
 
     @property
     def label_dropout(self) -> float:
