@@ -1,16 +1,18 @@
-"""Locks on folders: one holder, no leak, and no lock where the system has none. Stored records: one kind of error."""
+"""Locks on folders: one holder, no leak, no stale one. Stored records: one kind of error."""
 
 from __future__ import annotations
 
 import errno
 import math
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fewstep.utils import files
-from fewstep.utils.errors import CheckpointError, DataError
+from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
 from fewstep.utils.files import Lock, read_lines, read_record, read_rows
 
 fcntl = pytest.importorskip("fcntl")
@@ -26,38 +28,49 @@ def test_one_holds_a_folder_until_it_is_released(tmp_path: Path) -> None:
     Lock(tmp_path / "new", "held").release()
 
 
-def test_a_copy_of_the_handle_does_not_keep_a_released_lock(tmp_path: Path) -> None:
-    lock = Lock(tmp_path, "held")
-    assert lock._handle is not None
-    copy = os.dup(lock._handle.fileno())  # as a forked child has
-    lock.release()
+def test_a_killed_holder_leaves_no_stale_lock(tmp_path: Path) -> None:
+    take = f"from fewstep.utils.files import *; lock = Lock(Path({str(tmp_path)!r}), 'held')"
+    words = [sys.executable, "-c", f"{take}; print(1, flush=True); input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(CheckpointError, match=r"^held$"):
+            Lock(tmp_path, "held")
+        holder.kill()
+        holder.wait()
     Lock(tmp_path, "held").release()
-    os.close(copy)
 
 
 @pytest.mark.parametrize(
-    ("number", "refused"),
-    [(errno.ENOLCK, None), (errno.EACCES, r"^held$"), (errno.EIO, r"cannot write .*\.lock: Input/output error")],
+    ("number", "refused"), [(errno.EACCES, r"^held$"), (errno.EIO, r"cannot write .*\.lock: Input/output error")]
 )
 def test_what_a_file_system_may_answer(
-    number: int, refused: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flock(handle: object, operation: int) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    with pytest.raises(CheckpointError, match=refused):
+        Lock(tmp_path, "held")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_and_holds_up_nobody(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    for _ in range(2):
+        with pytest.warns(FewstepWarning, match="has no locks") as said:
+            lock = Lock(tmp_path, "held")
+        assert len(said) == 1
+    lock.discard()
+
+
+def refusing(number: int) -> Callable[[int, int], None]:
+    """A flock that always fails with this errno."""
+
+    def flock(handle: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    if refused is None:
-        Lock(tmp_path, "held").release()
-    else:
-        with pytest.raises(CheckpointError, match=refused):
-            Lock(tmp_path, "held")
-
-
-def test_a_system_without_locks_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "fcntl", None)
-    Lock(tmp_path, "held")
-    Lock(tmp_path, "held").release()
-    assert list(tmp_path.iterdir()) == []
+    return flock
 
 
 def test_a_discarded_lock_leaves_no_trace(tmp_path: Path) -> None:

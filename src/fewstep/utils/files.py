@@ -9,19 +9,18 @@ import errno
 import json
 import os
 import uuid
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None  # type: ignore[assignment]
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, FewstepWarning
 
 LOCK_FILE = ".lock"
+_SECONDS = 0.1  # until a lock counts as held: its holder may be discarding it
 _PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What code that takes a stored file apart raises when the file is not what it should be.
@@ -152,66 +151,44 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 class Lock:
     """A file `.lock` in a folder, held by one holder at a time until `release`, or until its process ends.
 
-    A child that was forked meanwhile holds it on if the process is killed. Raises CheckpointError with `message` when
-    another holds it, or when the folder cannot be written. Does nothing where the system or the file system knows no
-    such locks.
+    Raises CheckpointError with `message` when another holds it, or when the folder cannot be written. Where the file
+    system has no locks, a FewstepWarning says so and nothing is held.
     """
 
     def __init__(self, folder: Path, message: str) -> None:
-        self.folder = folder
-        self._handle: BinaryIO | None = None
+        self.file = folder / LOCK_FILE
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        while fcntl is not None and self._handle is None:
-            handle = self._open()
+        self._lock = FileLock(
+            self.file, timeout=_SECONDS, poll_interval=_SECONDS / 5, thread_local=False, fallback_to_soft=False
+        )
+        with guarded(self.file):
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._acquire()
+            except Timeout as error:
+                raise CheckpointError(message) from error
             except OSError as error:
-                handle.close()
-                if error.errno in _NO_LOCKS:
-                    return
-                if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise CheckpointError(message) from error
-                with guarded(folder / LOCK_FILE):
+                if error.errno not in _NO_LOCKS:
+                    self._remove_made()
                     raise
-            if self._is_current(handle):
-                self._handle = handle
-            else:  # its holder has discarded it meanwhile: another may hold the new one
-                handle.close()
+                alone = f"the file system of {folder} has no locks: keep other processes from writing there yourself"
+                warnings.warn(alone, FewstepWarning, stacklevel=2)
 
-    def _open(self) -> BinaryIO:
-        file = self.folder / LOCK_FILE
-        with guarded(file):
-            try:
-                for _ in range(_PATIENCE):
-                    with suppress(FileNotFoundError, FileExistsError):  # another may discard its own just now
-                        return self._create(file)
-                return self._create(file)
-            except OSError:
-                self._remove_made()
-                raise
-
-    def _create(self, file: Path) -> BinaryIO:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return file.open("ab")  # for writing: NFS locks nothing that is open for reading alone
-
-    def _is_current(self, handle: BinaryIO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(handle.fileno()), (self.folder / LOCK_FILE).stat())
-        except FileNotFoundError:
-            return False
+    def _acquire(self) -> None:
+        for _ in range(_PATIENCE):
+            with suppress(FileNotFoundError, FileExistsError):  # another may discard its own folder just now
+                self._lock.acquire()
+                return
+        self._lock.acquire()
 
     def release(self) -> None:
         """Let others have it; again does nothing. The file stays."""
-        if self._handle is not None:
-            fcntl.flock(self._handle, fcntl.LOCK_UN)  # a forked child's copy of the handle would keep it
-            self._handle.close()
-            self._handle = None
+        self._lock.release()
 
     def discard(self) -> None:
         """`release`, and leave no trace: the file goes, and the folders that were made for it, where they are empty."""
-        if self._handle is not None:
+        if self._lock.is_locked:
             with suppress(OSError):
-                (self.folder / LOCK_FILE).unlink()
+                self.file.unlink()
             self._remove_made()
         self.release()
 
