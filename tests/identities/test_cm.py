@@ -12,9 +12,9 @@ from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning import CMPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CT, ECT, Batch
-from tests.identities.test_consistency import OneTime, expected_gradient
-from tests.identities.test_objectives import draws
+from tests.support.batches import OneTime, draws
 from tests.support.cases import SD, Callback, close, gaussian, noise, slope
+from tests.support.gradients import expected_gradient
 
 PATH, CM = EDM(), CMPreconditioning(SD)
 OBJECTIVES = [CT(norm="l2", first=10, last=640, duration=600), ECT(norm="l2", stage_images=100)]

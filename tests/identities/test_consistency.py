@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, final
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.flow.closed_form import GaussianOutput
 from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import EDM, Linear, Path, Trig
+from fewstep.flow.paths import EDM, Linear, Trig
 from fewstep.flow.preconditioning import (
     BCMPreconditioning,
     CMPreconditioning,
@@ -26,63 +25,33 @@ from fewstep.flow.preconditioning import (
     LinearPreconditioning,
     TrigPreconditioning,
 )
-from fewstep.flow.times import LogNormalTimes, TimeDistribution, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.flow.times import LogNormalTimes, doubling_cells, edm_grid, falling_ratio, warm_up
 from fewstep.networks import UNetConfig
 from fewstep.networks.condition import Condition
-from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Objective, Tangent, eulerian_residual
+from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Tangent, eulerian_residual
 from fewstep.objectives.losses import normalised
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.random import Draws
-from tests.identities.test_meanflow import every_pair, gradients, random_map, small_batch
-from tests.identities.test_objectives import LATE, assert_anchored, draws
-from tests.support.cases import F64, PATHS, SD, Callback, close, gaussian, noise, pair, random_network, scalings, slope
+from tests.support.batches import LATE, OneTime, draws, small_batch
+from tests.support.cases import (
+    F64,
+    PATHS,
+    SD,
+    close,
+    every_pair,
+    gaussian,
+    noise,
+    pair,
+    random_map,
+    random_network,
+    scalings,
+    slope,
+)
+from tests.support.gradients import assert_anchored, expected_gradient, gradients
 
 BARE = Tangent(normalise=False)
 some_pairs = pytest.mark.parametrize(
     ("path_name", "name"), [("edm", "euler"), ("edm", "bcm"), ("trig", "trig"), ("linear", "linear")]
 )
-
-
-@final
-@dataclass(frozen=True)
-class OneTime(TimeDistribution):
-    """The same noise level for all."""
-
-    tau: float
-
-    def quantile(self, path: Path, u: Tensor) -> Tensor:
-        return path.time_from_tau(torch.full_like(u, self.tau))
-
-
-@final
-@dataclass(frozen=True)
-class ExactDraws(Draws):
-    """Noise whose sample mean and variance are those of the distribution: means of quadratics are then exact."""
-
-    def normal(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
-        return whitened(super().normal(stream, shape, dtype))
-
-
-def whitened(z: Tensor, against: Tensor | None = None) -> Tensor:
-    z = z - z.mean(0)
-    if against is not None:
-        z = z - against * (z * against).mean(0) / against.square().mean(0)
-    return z / z.square().mean(0).sqrt()
-
-
-def expected_gradient(objective: Objective, path: Path, preconditioning: Any, images: int, shift: float = 0.0) -> float:
-    """Norm of the mean gradient in theta of N + theta0 + theta1 x at the oracle, for data that lie `shift` off."""
-    own = ExactDraws(0, 3, torch.arange(2000))
-    z = whitened(noise(2000, 1, seed=5), own.normal(10, (1,), F64))
-    batch = Batch(0.4 + SD * z + shift, None, own, images)
-    exact = GaussianOutput(gaussian(), path, preconditioning)
-    theta = torch.zeros(2, dtype=F64, requires_grad=True)
-
-    def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        return exact(x, t, s, cond) + (theta[0] + theta[1] * x if torch.is_grad_enabled() else 0)
-
-    losses = objective(FlowMap(path, preconditioning, Callback(output)), batch)
-    return float(torch.autograd.grad(losses.mean(), theta)[0].norm())
 
 
 @some_pairs

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,48 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import Linear, Trig
-from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
-from fewstep.flow.times import UniformTimes
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning import LinearPreconditioning
 from fewstep.networks import MLPConfig
-from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Shortcut, eulerian_residual
+from fewstep.objectives import ISD, Batch, MeanFlow, Objective, Shortcut, eulerian_residual
 from fewstep.objectives.base import STREAM_NOISE, STREAM_S, STREAM_T
 from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws
-from tests.identities.test_objectives import draws
+from tests.support.batches import draws
 from tests.support.cases import F64, Callback, close, noise
+from tests.support.degeneracy import SELF_DISTILLED, SETTINGS, G, case
 
-
-def load_benchmark() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "degeneracy_gaussian.py"
-    spec = importlib.util.spec_from_file_location("degeneracy_gaussian", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["degeneracy_gaussian"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-G = load_benchmark()
-SETTINGS: dict[str, Any] = {"times": UniformTimes(), "diagonal": 0.0, "dropout": 0.0, "power": 0.0}
-SELF_DISTILLED: dict[str, Objective] = {
-    "iSD": ISD(**SETTINGS),
-    "ESD": ESD(**SETTINGS),
-    "LSD": LSD(**SETTINGS),
-    "PSD": PSD("midpoint", **SETTINGS),
-}
 OBJECTIVES = SELF_DISTILLED | {"MeanFlow": MeanFlow(**SETTINGS)}
 SHORTCUT = Shortcut(steps=8, bootstrap=1.0, decay=None, dropout=0.0)
-
-
-def case(sd: float = 0.5, mean: float = 1.0, path: str = "linear") -> Any:
-    data = GaussianData(torch.tensor(mean, dtype=F64), sd)
-    if path == "linear":
-        return G.Case(Linear(), LinearPreconditioning(), data)
-    return G.Case(Trig(), TrigPreconditioning(), data)
 
 
 def zeros(family: Any) -> Tensor:

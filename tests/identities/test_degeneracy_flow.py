@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.identities.test_degeneracy import SELF_DISTILLED, G, case
 from tests.support.cases import F64
+from tests.support.degeneracy import SELF_DISTILLED, G, case
 
 START = (0.4, 0.5, -0.3, 0.5)
 """theta, c, mu, d, all zero at the data's own map."""

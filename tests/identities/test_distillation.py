@@ -17,8 +17,8 @@ from fewstep.objectives.distillation import jump_where_apart
 from fewstep.objectives.losses import gradient_balance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
-from tests.identities.test_analytic import wavy
 from tests.support.cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
+from tests.support.statistics import wavy
 
 COUNT = 64
 MOVED = CTM(denoising=0.0)

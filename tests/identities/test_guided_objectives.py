@@ -34,8 +34,8 @@ from fewstep.objectives import (
     Tangent,
 )
 from fewstep.utils.errors import ConfigError
-from tests.identities.test_objectives import draws, labelled_batch, labelled_map, part
-from tests.support.cases import F64, Callback, close, noise, random_network, scalings
+from tests.support.batches import draws, labelled_batch, part
+from tests.support.cases import F64, Callback, close, labelled_map, noise, random_network, scalings
 
 COUNT = 40_000
 SPREAD = 0.5

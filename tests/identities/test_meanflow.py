@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
 from fewstep.flow.flow_map import FlowMap
@@ -18,26 +17,21 @@ from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, LSD, Batch, MeanFlow, Objective, eulerian_residual
 from fewstep.utils.errors import ConfigError
-from tests.identities.test_objectives import LATE, assert_anchored, draws
-from tests.support.cases import F64, PAIRS, SD, close, gaussian, noise, pair, random_network, scalings
+from tests.support.batches import LATE, draws, small_batch
+from tests.support.cases import (
+    F64,
+    close,
+    every_pair,
+    gaussian,
+    noise,
+    pair,
+    random_map,
+    random_network,
+)
+from tests.support.gradients import assert_anchored, gradients
 
-every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 PLAIN = MeanFlow(UniformTimes(), diagonal=0.0, power=0.0, dropout=0.0)
 BARE = ESD(diagonal=0.0, dropout=0.0)
-
-
-def random_map(path_name: str = "linear", name: str = "linear", width: int = 3) -> FlowMap:
-    path, preconditioning = pair(path_name, name)
-    return FlowMap(path, preconditioning, random_network((width,)), scalings(path)["edm"])
-
-
-def small_batch(count: int = 16) -> Batch:
-    return Batch(0.4 + SD * noise(count, 3), None, draws(count))
-
-
-def gradients(loss: Tensor, flow_map: FlowMap) -> Tensor:
-    found = torch.autograd.grad(loss, list(flow_map.parameters()), allow_unused=True)
-    return torch.cat([grad.flatten() for grad in found if grad is not None])
 
 
 @every_pair

@@ -20,7 +20,7 @@ from fewstep.flow.paths import Linear, Path
 from fewstep.flow.times import TimeDistribution
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, Objective, eulerian_residual
-from tests.identities.test_objectives import draws
+from tests.support.batches import draws
 from tests.support.cases import F64, Callback, mixture, noise, pair, slope
 
 COUNT, STEPS = 32, 40

@@ -18,7 +18,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
 from fewstep.flow.paths import EDM, Linear, Path, Trig
 from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
-from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
+from fewstep.flow.times import LogitNormalTimes, LogNormalTimes, UniformTimes
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CT,
@@ -40,47 +40,23 @@ from fewstep.objectives.losses import adaptive_weight, error_norm
 from fewstep.objectives.pairs import draw_pair, is_diagonal
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.random import Draws
-from tests.support.cases import F64, PAIRS, SD, Callback, close, mixture, noise, pair, random_network, scalings
+from tests.support.batches import LATE, draws, labelled_batch, part
+from tests.support.cases import (
+    F64,
+    PAIRS,
+    SD,
+    Callback,
+    close,
+    labelled_map,
+    mixture,
+    noise,
+    pair,
+    random_network,
+    scalings,
+)
+from tests.support.gradients import COUNT, assert_anchored, z_scores
 
-COUNT = 100_000
-LATE = BetaTimes(4.0, 1.0)
-"""Few times near data, where velocities of denoisers weigh 1/sigma^2 and a mean over draws says little."""
 ANCHOR = ISD(times=UniformTimes(), diagonal=1.0, power=0.0, dropout=0.0)
-
-
-def draws(count: int, seed: int = 0) -> Draws:
-    return Draws(seed, 3, torch.arange(count))
-
-
-def z_scores(objective: Objective, path: Path, preconditioning: Any, exact: Any, batch: Batch) -> Tensor:
-    """Mean over standard error of the gradient in theta of N + theta0 + theta1 x, at theta = 0; one theta a sample.
-
-    Where there are labels the perturbation is of class 1 alone: averaged over classes, guidance cancels.
-    """
-    count = len(batch.x0)
-    theta = torch.zeros(2, count, 1, dtype=F64, requires_grad=True)
-
-    def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        whole = len(x) == count and torch.is_grad_enabled()
-        seen = 1 if cond.labels is None else (cond.labels == 1)[:, None]
-        return exact(x, t, s, cond) + (seen * (theta[0] + theta[1] * x) if whole else 0)
-
-    losses = objective(FlowMap(path, preconditioning, Callback(output)), batch)
-    (grads,) = torch.autograd.grad(losses.loss.sum(), theta)
-    grads = grads.squeeze(-1)
-    return grads.mean(1) / (grads.std(1) / math.sqrt(count))
-
-
-def assert_anchored(objective: Objective, path_name: str, name: str, moved: float) -> None:
-    """The expected gradient is zero at the oracle, and is not when the data move."""
-    path, preconditioning = pair(path_name, name)
-    data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
-    exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
-    right = z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT)))
-    assert float(right.abs().max()) < 4
-    wrong = z_scores(objective, path, preconditioning, exact, Batch(x0 + moved, None, draws(COUNT)))
-    assert float(wrong.abs().max()) > 8
 
 
 @pytest.mark.parametrize(
@@ -132,19 +108,6 @@ def test_the_guided_anchors_expected_gradient_is_zero_at_the_guided_oracle(dropo
     assert float(z_scores(guided, path, LinearPreconditioning(), exact, batch).abs().max()) < 4
     plain = replace(ANCHOR, dropout=dropout)
     assert float(z_scores(plain, path, LinearPreconditioning(), exact, batch).abs().max()) > 8
-
-
-def labelled_map(guided: bool = False) -> FlowMap:
-    network = random_network((2,), 3, guided)
-    return FlowMap(Linear(), LinearPreconditioning(), network, scalings(Linear())["unit"])
-
-
-def labelled_batch(count: int = 8) -> Batch:
-    return Batch(noise(count, 2), torch.arange(count) % 3, draws(count))
-
-
-def part(batch: Batch, index: Tensor) -> Batch:
-    return Batch(batch.x0[index], batch.labels[index], replace(batch.draws, indices=batch.draws.indices[index]))
 
 
 OBJECTIVES = [

@@ -13,16 +13,17 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear
 from fewstep.flow.preconditioning import AnalyticPreconditioning, LinearPreconditioning
 from fewstep.flow.times import UniformTimes
-from fewstep.objectives import LSD, PSD, Batch, Companions, Losses, Objective, Shortcut
+from fewstep.objectives import ESD, LSD, PSD, Batch, Companions, Losses, Objective, Shortcut
 from fewstep.objectives.base import STREAM_S, STREAM_T
 from fewstep.objectives.self_distillation import STREAM_SIZE
 from fewstep.utils.errors import ConfigError
-from tests.identities.test_analytic import wavy
-from tests.identities.test_meanflow import BARE, every_pair, gradients, random_map, small_batch
-from tests.identities.test_objectives import LATE, assert_anchored, draws
-from tests.support.cases import F64, PATHS, Callback, close, gaussian, noise, pair, slope
+from tests.support.batches import LATE, draws, small_batch
+from tests.support.cases import F64, PATHS, Callback, close, every_pair, gaussian, noise, pair, random_map, slope
+from tests.support.gradients import assert_anchored, gradients
+from tests.support.statistics import wavy
 
 OFF = {"diagonal": 0.0, "dropout": 0.0}
+BARE = ESD(**OFF)  # type: ignore[arg-type]
 JUMPS = Shortcut(steps=8, bootstrap=1.0, decay=None, dropout=0.0)
 OBJECTIVES = {"lsd": LSD(**OFF), "uniform": PSD("uniform", **OFF), "midpoint": PSD("midpoint", **OFF)}  # type: ignore[arg-type]
 

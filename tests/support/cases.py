@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fewstep.flow.closed_form import GaussianData, MixtureData
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
 from fewstep.flow.preconditioning import (
     BCMPreconditioning,
@@ -51,6 +53,8 @@ def scalings(path: Path) -> dict[str, Scaling]:
 
 
 PAIRS = [(p, c) for p, path in PATHS.items() for c in preconditionings(path)]
+
+every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
 
 
 def pair(path_name: str, name: str) -> tuple[Path, Preconditioning]:
@@ -97,6 +101,18 @@ def random_network(
         for parameter in network.parameters():
             parameter.copy_(0.4 * torch.randn_like(parameter))
     return network
+
+
+def random_map(path_name: str = "linear", name: str = "linear", width: int = 3) -> FlowMap:
+    """A random network's map, without labels."""
+    path, preconditioning = pair(path_name, name)
+    return FlowMap(path, preconditioning, random_network((width,)), scalings(path)["edm"])
+
+
+def labelled_map(guided: bool = False) -> FlowMap:
+    """A random network's map of two dimensions and three classes."""
+    network = random_network((2,), 3, guided)
+    return FlowMap(Linear(), LinearPreconditioning(), network, scalings(Linear())["unit"])
 
 
 class Callback(nn.Module):
