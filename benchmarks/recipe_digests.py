@@ -138,7 +138,8 @@ def main() -> None:
         for name in options.recipes or recipe_names():
             found[name] = digests(name, train(name, root))
             differ = [key for key, value in known.get(name, {}).items() if found[name].get(key) != value]
-            print(f"{name:34} {'  '.join(found[name].values())}" + (f"  DIFFER: {differ}" if differ else ""), flush=True)
+            verdict = f"  DIFFER: {', '.join(differ)}" if differ else ""
+            print(f"{name:34} {'  '.join(found[name].values())}{verdict}", flush=True)
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     if any(known.get(name, values) != values for name, values in found.items()):
         sys.exit(1)
