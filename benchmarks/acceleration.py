@@ -41,6 +41,7 @@ from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
@@ -250,8 +251,8 @@ def run_cell(name: str, config: RunConfig, seed: int, plan: Plan, truth: Truth, 
                 trainer.take_step()
             spent += time.perf_counter() - before
 
-            def watch(model: FlowMap, step: int) -> None:
-                for row in measure(model, truth, gamma, not gamma):
+            def watch(pipeline: Pipeline, step: int) -> None:
+                for row in measure(pipeline.flow_map, truth, gamma, not gamma):
                     curve.append({"step": step, **row})
 
             trainer.show(watch)
@@ -279,7 +280,7 @@ def run(options: argparse.Namespace) -> None:
     if unknown:
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(chosen)}")
     dataset = load_dataset(base.data)
-    teacher = load(options.teacher)
+    teacher = load(options.teacher).flow_map
     labelled = load_dataset(replace(base.data, labels=True))
     truth = Truth(plan, dataset, teacher, default_extractor(labelled, cache=options.cache))
     floor = {

@@ -38,12 +38,13 @@ from torch import Tensor
 from acceleration import NOISE_SEED, methods
 from fewstep.data import Dataset, load_dataset
 from fewstep.evaluation.metrics import Extractor, default_extractor, frechet_distance
-from fewstep.flow.flow_map import FlowMap, at, load_flow_map, save_flow_map
+from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import trajectory
 from fewstep.flow.preconditioning import EulerPreconditioning, Preconditioning
 from fewstep.objectives import Batch, Companions, Losses, Objective
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
+from fewstep.sampling.pipeline import load_pipeline
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 from fewstep.utils.random import Draws
@@ -134,12 +135,12 @@ def train(trainer: Trainer, name: str, moments: tuple[int, ...], models: Path) -
     for moment in moments:
         while trainer.step < moment:
             trainer.take_step()
-        trainer.show(lambda model, step: save_flow_map(model, models / f"{name}-{step}"))
+        trainer.show(lambda model, step: model.save(models / f"{name}-{step}"))
 
 
 def kept(models: Path, name: str, step: int) -> FlowMap:
     """The averaged model of a moment; stored as one of the computed preconditioning, whatever g it was trained with."""
-    model = load_flow_map(models / f"{name}-{step}").eval()
+    model = load_pipeline(models / f"{name}-{step}").flow_map
     if name == "exchanged":
         model.preconditioning = Exchanged(model.preconditioning)
     return model
@@ -339,11 +340,11 @@ def main() -> None:
     base = replace(recipe(subject.recipe), teacher=str(options.teacher))
     dataset = load_dataset(base.data)
     labelled = load_dataset(replace(base.data, labels=True))
-    scene = Scene(subject, load(options.teacher), dataset, default_extractor(labelled, cache=options.cache))
+    scene = Scene(subject, load(options.teacher).flow_map, dataset, default_extractor(labelled, cache=options.cache))
     for seed in options.seeds:
         models = options.models / options.dataset / f"seed-{seed}"
         rows = student_rows(subject, base, dataset, seed, models)
-        rows += weight_rows(load_flow_map(models / "analytic-0"))
+        rows += weight_rows(load_pipeline(models / "analytic-0").flow_map)
         for step in subject.moments:
             rows += anatomy(scene, models, step)
         show(rows)

@@ -83,7 +83,7 @@ def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Precon
 def of_run(folder: Path, samples: int) -> list[dict[str, Any]]:
     """Rows of a trained teacher; with classes it is asked at each sample's own."""
     dataset = load_dataset(RunFolder(folder).config().data)
-    teacher = load(folder).requires_grad_(False)
+    teacher = load(folder).flow_map.requires_grad_(False)
     x0, labels = dataset.heldout.fetch(torch.arange(COUNT))
 
     def estimate(centred: bool) -> TrajectoryStatistics:

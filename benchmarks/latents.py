@@ -39,8 +39,7 @@ from fewstep.networks import DiTConfig
 from fewstep.objectives import ISD
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig
-from fewstep.sampling.decode import viewer
-from fewstep.sampling.generate import SamplingSettings, generate
+from fewstep.sampling.generate import SamplingSettings
 from fewstep.training import Machine, RunFolder, load, train
 
 ROOT = Path(__file__).parents[1]
@@ -251,16 +250,16 @@ def main() -> None:
     assert dataset.decoding is not None
     decoder = load_decoder(dataset.decoding, None, torch.device("cpu"))
     psnr, originals, decoded = reconstruction(dataset, images, SIDE, decoder)
-    flow_map = load(run.root)
-    drawn = generate(flow_map, 4 * COLUMNS, SamplingSettings(steps=2))
+    pipeline = load(run.root)
+    drawn = pipeline.generate(4 * COLUMNS, SamplingSettings(steps=2))
     title = f"drawn in 2 steps, classes in turn: {', '.join(dataset.class_names)}"
     strips = [
         ("held-out drawings", originals[:COLUMNS]),
         ("encoded and decoded", decoded[:COLUMNS]),
-        (title, viewer(flow_map).images(drawn.samples)),
+        (title, pipeline.images(drawn.samples)),
     ]
     draw(strips, options.figure)
-    network = sum(p.numel() for p in flow_map.parameters())
+    network = sum(p.numel() for p in pipeline.flow_map.parameters())
     training = {"images": result.images, "seconds": round(result.seconds, 1), "parameters": network}
     record = {
         "images": {"count": manifest.count, "classes": list(dataset.class_names), "side": SIDE},

@@ -39,6 +39,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplerName, SamplingSettings, generate
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Attendants, Machine, RunFolder
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import TrainingDivergedError
@@ -129,7 +130,8 @@ def train_cell(cell: Cell, config: RunConfig, stick: Stick, folder: Path) -> dic
                 break
             spent += time.perf_counter() - started
 
-            def watch(model: FlowMap, step: int) -> None:
+            def watch(pipeline: Pipeline, step: int) -> None:
+                model = pipeline.flow_map
                 for nfe in steps_measured if step == study.steps else steps_measured[:3]:
                     curve.append({"step": step, "nfe": nfe, **stick.measure(model, config, nfe, study.samples)})
                 if step == study.steps and not config.evaluation.gamma:

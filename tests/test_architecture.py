@@ -78,8 +78,6 @@ def test_the_hall_holds_rooms_alone() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_imports_go_one_way(file: Path) -> None:
-    if file.name == "flow_map.py":
-        pytest.skip("its storage moves to sampling/pipeline.py next")
     assert violations(part(file), file.read_text()) == []
 
 

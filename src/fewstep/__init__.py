@@ -51,6 +51,7 @@ from fewstep.objectives import (
 from fewstep.policies import Policy, Simulation, Task, load_policy, roll_out
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings, generate
+from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training import Machine, RunFolder, load, train
 from fewstep.utils.errors import FewstepError
 
@@ -102,6 +103,8 @@ __all__ = [
     "NoGuidance",
     "Objective",
     "Path",
+    "Pipeline",
+    "PipelineConfig",
     "Policy",
     "Preconditioning",
     "Regression",

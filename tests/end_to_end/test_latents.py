@@ -91,12 +91,14 @@ def test_encode_shows_progress(studio: Path, command: Command) -> None:
 
 def test_a_run_remembers_how_to_decode(studio: Path, tmp_path: Path) -> None:
     manifest = json.loads((studio / "latents" / "latents.json").read_text())
-    flow_map = fewstep.load(studio / "run")
-    assert flow_map.decoding is not None
-    assert flow_map.decoding.mean == tuple(manifest["mean"])
-    assert flow_map.decoding.image_shape == (3, SIDE, SIDE)
-    flow_map.save_pretrained(tmp_path / "model")
-    assert fewstep.FlowMap.from_pretrained(str(tmp_path / "model")).decoding == flow_map.decoding
+    pipeline = fewstep.load(studio / "run")
+    latents = pipeline.config.latents
+    assert latents is not None
+    assert latents.mean == tuple(manifest["mean"])
+    assert latents.image_shape == (3, SIDE, SIDE)
+    assert pipeline.images(pipeline.generate(2).samples).shape == (2, 3, SIDE, SIDE)
+    pipeline.save_pretrained(tmp_path / "model")
+    assert fewstep.Pipeline.from_pretrained(str(tmp_path / "model")).config.latents == latents
 
 
 def test_samples_are_decoded_into_every_kind_of_file(studio: Path, command: Command, tmp_path: Path) -> None:

@@ -365,12 +365,12 @@ def watched(config: RunConfig) -> RunConfig:
 
 def test_the_curve_watcher_measures_the_model_at_its_steps(tmp_path: Path, unlabelled: Dataset) -> None:
     config, run = watched(recipe("digits-flow-matching")), RunFolder(tmp_path)
-    flow_map = build(config, unlabelled)
+    pipeline = build(config, unlabelled)
     watch = curve_watcher(run, config, unlabelled, None)
     assert not (tmp_path / "curve.jsonl").exists()
-    watch(flow_map, 2)
+    watch(pipeline, 2)
     run.append_log({"step": 2, "seconds": 3.0})
-    watch(flow_map, 4)
+    watch(pipeline, 4)
     lines = [json.loads(each) for each in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert [(each["step"], each["images"], each["nfe"]) for each in lines] == [
         (step, step * config.training.batch_size, nfe) for step in (2, 4) for nfe in (1, 3)
@@ -379,9 +379,9 @@ def test_the_curve_watcher_measures_the_model_at_its_steps(tmp_path: Path, unlab
     assert all(each["measure"] == "frechet" and each["value"] > 0 for each in lines)
     assert lines[0]["value"] == lines[2]["value"]  # the same model and noise
 
-    for parameter in flow_map.parameters():
+    for parameter in pipeline.flow_map.parameters():
         parameter.data.fill_(math.nan)
-    watch(flow_map, 6)
+    watch(pipeline, 6)
     assert math.isnan(read_curves(run)["frechet", 1][-1][1])
 
 

@@ -19,13 +19,14 @@ from fewstep.evaluation.evaluate import Yardstick
 from fewstep.evaluation.metrics import IdentityExtractor, ReferenceFeatures, frechet_distance
 from fewstep.evaluation.tune_steps import Point, TuningPlan, gain_error, halves, search, table, tune
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
-from fewstep.flow.flow_map import FlowMap, FlowMapConfig, load_flow_map, save_flow_map
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
 from fewstep.flow.preconditioning import EulerPreconditioning, IdentityScaling, LinearPreconditioning, Preconditioning
 from fewstep.flow.times import edm_grid, uniform_grid
 from fewstep.networks import MLPConfig, Network
 from fewstep.networks.condition import Condition
 from fewstep.sampling.generate import SamplingSettings, generate
+from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.sampling.step_times import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, ShapeError
 from fewstep.utils.random import Draws
@@ -181,7 +182,7 @@ def test_an_exact_map_keeps_its_default(path: Path, steps: int) -> None:
     """Every placement of an exact map gives the same samples: there is nothing to win, and nothing is moved."""
     spacing = "edm" if path == EDM() else "uniform"
     plan = TuningPlan(samples=200, evaluations=16)
-    found = tune(exact_map(path), SamplingSettings(steps=steps, spacing=spacing), stick(100), plan)  # type: ignore[arg-type]
+    found = tune(Pipeline(exact_map(path)), SamplingSettings(steps=steps, spacing=spacing), stick(100), plan)  # type: ignore[arg-type]
     assert found.tuned.times == found.default_times
     assert (found.check.gain, found.gain_error, found.kept) == (0, 0, False)
     assert found.search.tuned == found.search.default
@@ -200,7 +201,7 @@ def euler_scale(middle: float) -> float:
 def test_a_solver_is_placed_where_theory_says() -> None:
     """The two-step Euler samples' deviation is closest to the data's at a time in closed form; the gain is real."""
     plan, settings = TuningPlan(samples=2000, evaluations=40), SamplingSettings("euler", 2, spacing="uniform")
-    found = tune(exact_map(Linear()), settings, stick(2000), plan)
+    found = tune(Pipeline(exact_map(Linear())), settings, stick(2000), plan)
     best = min((k / 1000 for k in range(20, 981)), key=lambda middle: abs(euler_scale(middle) - SD))
     assert found.default_times == (1.0, 0.5, 0.0)
     assert found.tuned.times[1] == pytest.approx(best, abs=0.03)
@@ -209,12 +210,12 @@ def test_a_solver_is_placed_where_theory_says() -> None:
     assert found.tuned.purpose == ("euler", 0.0, 1.0, 2)
     assert "half A (1000 of 2000) of a Gaussian, noise of seed 2000" in found.tuned.source
     assert "kept" in table([found])
-    assert found == tune(exact_map(Linear()), settings, stick(2000), plan)
+    assert found == tune(Pipeline(exact_map(Linear())), settings, stick(2000), plan)
 
 
 def test_each_half_is_measured_from_its_own_noise() -> None:
     held, settings = stick(100), SamplingSettings("euler", 2, spacing="uniform")
-    found = tune(exact_map(Linear()), settings, held, TuningPlan(samples=50, evaluations=8, seed=5))
+    found = tune(Pipeline(exact_map(Linear())), settings, held, TuningPlan(samples=50, evaluations=8, seed=5))
     for half, distances, seed in zip(halves(held.reference), (found.search, found.check), (5, 6), strict=True):
         assert (distances.half, distances.heldout, distances.seed) == (half.name, 50, seed)
         for times, value in ((found.default_times, distances.default), (found.tuned.times, distances.tuned)):
@@ -225,7 +226,7 @@ def test_each_half_is_measured_from_its_own_noise() -> None:
 
 def test_only_a_gain_beyond_its_error_is_kept() -> None:
     settings = SamplingSettings("euler", 2, spacing="uniform")
-    found = tune(exact_map(Linear()), settings, stick(100), TuningPlan(samples=50, evaluations=8))
+    found = tune(Pipeline(exact_map(Linear())), settings, stick(100), TuningPlan(samples=50, evaluations=8))
     for gain, kept in ((0.21, True), (0.19, False), (-0.5, False)):
         check = replace(found.check, default=1.0, tuned=1.0 - gain)
         assert replace(found, check=check, gain_error=0.2).kept is kept
@@ -235,7 +236,7 @@ def test_only_a_gain_beyond_its_error_is_kept() -> None:
 
 def test_gamma_sampling_is_tuned_for_its_gamma() -> None:
     settings = SamplingSettings("gamma", 2, gamma=0.5, spacing="uniform")
-    found = tune(exact_map(Linear()), settings, stick(100), TuningPlan(samples=50, evaluations=8))
+    found = tune(Pipeline(exact_map(Linear())), settings, stick(100), TuningPlan(samples=50, evaluations=8))
     assert found.tuned.purpose == ("gamma", 0.5, 1.0, 2)
     assert replace(settings, spacing="auto").tuned((found.tuned,)) == found.tuned
 
@@ -251,7 +252,7 @@ def test_a_model_without_finite_samples_is_refused() -> None:
     path = Linear()
     flow_map = FlowMap(path, LinearPreconditioning(), Broken(path, LinearPreconditioning()))
     with pytest.raises(ShapeError, match="NaN"):
-        tune(flow_map, SamplingSettings(steps=2), stick(60), TuningPlan(samples=40, evaluations=4))
+        tune(Pipeline(flow_map), SamplingSettings(steps=2), stick(60), TuningPlan(samples=40, evaluations=4))
 
 
 KNOWN = (
@@ -294,8 +295,8 @@ def test_samples_are_drawn_at_the_known_times() -> None:
     flow_map = exact_map(Linear())
     settings = SamplingSettings("euler", 2)
     plain = generate(flow_map, 3, settings).samples
-    flow_map.step_times = (StepTimes("euler", 0.0, 1.0, (1.0, 0.3, 0.0), "tests"),)
-    tuned = generate(flow_map, 3, settings).samples
+    known = StepTimes("euler", 0.0, 1.0, (1.0, 0.3, 0.0), "tests")
+    tuned = generate(Pipeline(flow_map).with_step_times((known,)), 3, settings).samples
     assert torch.equal(tuned, generate(flow_map, 3, replace(settings, times=(1.0, 0.3, 0.0))).samples)
     assert torch.equal(plain, generate(flow_map, 3, replace(settings, spacing="uniform")).samples)
     assert not torch.equal(tuned, plain)
@@ -313,25 +314,23 @@ def small_map() -> FlowMap:
 
 
 def test_times_travel_with_the_model(tmp_path: FilePath) -> None:
-    flow_map = small_map()
-    save_flow_map(flow_map, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()).keys() == {"format", "flow_map"}
-    flow_map.step_times = KNOWN
-    flow_map.save_pretrained(tmp_path / "saved")
-    loaded = FlowMap.from_pretrained(tmp_path / "saved")
-    assert load_flow_map(tmp_path / "saved").step_times == loaded.step_times == KNOWN
-    loaded.step_times = ()
-    loaded.save_pretrained(tmp_path / "saved")  # in the same place: nothing of the old times is left
-    assert load_flow_map(tmp_path / "saved").step_times == ()
+    pipeline = Pipeline(small_map()).with_step_times(KNOWN)
+    pipeline.save(tmp_path / "saved")
+    loaded = load_pipeline(tmp_path / "saved")
+    assert loaded.step_times == KNOWN
+    loaded.with_step_times(()).save(tmp_path / "saved")  # in the same place: nothing of the old times is left
+    assert load_pipeline(tmp_path / "saved").step_times == ()
 
 
 @pytest.mark.parametrize("damage", [{}, [{"times": [1, 0]}], [{"sampler": "best"}]])
 def test_damaged_times_of_a_model_are_named(damage: object, tmp_path: FilePath) -> None:
-    save_flow_map(small_map(), tmp_path)
+    Pipeline(small_map()).save(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"step_times": damage}))
-    with pytest.raises(ConfigError, match=r"config\.json: step_times"):
-        load_flow_map(tmp_path)
+    record = json.loads(file.read_text())
+    record["pipeline"]["step_times"] = damage
+    file.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"config\.json: pipeline\.step_times"):
+        load_pipeline(tmp_path)
 
 
 def test_what_was_found_is_kept_by_purpose(tmp_path: FilePath) -> None:

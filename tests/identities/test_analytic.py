@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.flow.derivatives import OutputDerivative
-from fewstep.flow.flow_map import FlowMap, FlowMapConfig, load_flow_map, save_flow_map
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
@@ -27,6 +27,7 @@ from fewstep.flow.preconditioning import (
 from fewstep.networks import MLPConfig
 from fewstep.networks.condition import Condition
 from fewstep.objectives import distillation_error, eulerian_residual
+from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import from_json, to_json
 from tests.support.cases import (
@@ -340,8 +341,8 @@ def test_a_saved_flow_map_jumps_as_before(tmp_path: FilePath) -> None:
     preconditioning = AnalyticPreconditioning(copy_with_mean(wavy(), noise(3).float()))
     network = MLPConfig(width=16, depth=1, embedding_width=8)
     flow_map = FlowMapConfig(path, preconditioning, EDMScaling(SD, path), network, (3,)).build().eval()
-    save_flow_map(flow_map, tmp_path)
-    loaded = load_flow_map(tmp_path)
+    Pipeline(flow_map).save(tmp_path)
+    loaded = load_pipeline(tmp_path).flow_map
     assert loaded.config == flow_map.config
     x, (s, t) = noise(4, 3).float(), (time.repeat(4) for time in clock(path, 0.3, 0.8))
     assert torch.equal(loaded.jump(x, t, s), flow_map.jump(x, t, s))

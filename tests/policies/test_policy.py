@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fewstep.policies.policy import Policy, load_policy
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import load
 from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
 from tests.support.pointtask import seeing
@@ -64,13 +65,13 @@ def test_observations_of_any_number_type_are_taken(point_run: Path, kind: str) -
 
 
 def test_the_control_travels_with_the_weights(point_run: Path, tmp_path: Path) -> None:
-    flow_map = load(point_run)
-    flow_map.save_pretrained(tmp_path)
+    pipeline = load(point_run)
+    pipeline.save_pretrained(tmp_path)
     obs = torch.zeros(1, 2, 4)
     torch.testing.assert_close(load_policy(tmp_path).predict_chunk(obs), load_policy(point_run).predict_chunk(obs))
-    assert load_policy(tmp_path).control == flow_map.control
-    assert flow_map.control is not None
-    assert flow_map.control.action_low == (-1.0, -1.0)
+    assert load_policy(tmp_path).control == pipeline.config.policy
+    assert pipeline.config.policy is not None
+    assert pipeline.config.policy.action_low == (-1.0, -1.0)
 
 
 @pytest.mark.parametrize(
@@ -98,26 +99,26 @@ def test_episodes_must_be_whole_numbers_one_for_each(point_run: Path, episodes: 
         load_policy(point_run).predict_chunk(torch.zeros(2, 2, 4), episodes=episodes)
 
 
+def regression(pipeline: Pipeline) -> Pipeline:
+    """The same policy, taken for one of a regression."""
+    assert pipeline.config.policy is not None
+    policy = replace(pipeline.config.policy, sampler="mean")
+    return Pipeline(pipeline.flow_map, replace(pipeline.config, policy=policy))
+
+
 def test_what_is_no_policy_is_refused(point_run: Path, tmp_path: Path) -> None:
-    flow_map = load(point_run)
-    control = flow_map.control
-    assert control is not None
+    pipeline = load(point_run)
     with pytest.raises(ConfigError, match="0 steps"):
-        Policy(flow_map, steps=0)
-    flow_map.control = replace(control, sampler="mean")
+        Policy(pipeline, steps=0)
     with pytest.raises(ConfigError, match="regression takes 1"):
-        Policy(flow_map, steps=2)
-    flow_map.control = None
-    flow_map.save_pretrained(tmp_path)
+        Policy(regression(pipeline), steps=2)
+    Pipeline(pipeline.flow_map).save(tmp_path)
     with pytest.raises(CheckpointError, match="no policy"):
         load_policy(tmp_path)
 
 
 def test_a_regression_ignores_the_noise(point_run: Path) -> None:
-    flow_map = load(point_run)
-    assert flow_map.control is not None
-    flow_map.control = replace(flow_map.control, sampler="mean")
-    policy, obs = Policy(flow_map), torch.zeros(2, 2, 4)
+    policy, obs = Policy(regression(load(point_run))), torch.zeros(2, 2, 4)
     chunk = policy.predict_chunk(obs, 0)
     torch.testing.assert_close(chunk[0], chunk[1])
     torch.testing.assert_close(policy.predict_chunk(obs, 7), chunk)

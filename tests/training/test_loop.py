@@ -22,6 +22,7 @@ from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import OptimizerConfig, TrainingConfig
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Attendants, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
@@ -196,7 +197,7 @@ def test_the_schedule_reaches_every_optimizer(digits: Dataset, tmp_path: Path) -
 
 def test_muon_takes_the_matrices_of_the_trunk(digits: Dataset) -> None:
     """Each trunk matrix moves by Muon's orthogonal step: all its singular values are about equal."""
-    flow_map = build(TINY, digits)
+    flow_map = build(TINY, digits).flow_map
     optimizers = Optimizers(flow_map.network, OptimizerConfig("muon", lr=1e-9, matrix_lr=1e-2, warmup_images=0))
     before = {key: value.clone() for key, value in flow_map.network.named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -263,7 +264,7 @@ def test_tensorboard_is_given_what_the_log_says(
 
 def test_bf16_computes_the_same_gradient_coarsely(digits: Dataset) -> None:
     """Guidance evaluates the network without gradient first; the pass with gradient must keep it."""
-    flow_map = build(TINY, digits)
+    flow_map = build(TINY, digits).flow_map
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in flow_map.parameters():
@@ -300,7 +301,8 @@ def test_the_time_limit_stops_the_run(digits: Dataset, tmp_path: Path) -> None:
 def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tmp_path: Path) -> None:
     seen: list[tuple[int, Tensor, bool]] = []
 
-    def watch(flow_map: FlowMap, step: int) -> None:
+    def watch(pipeline: Pipeline, step: int) -> None:
+        flow_map = pipeline.flow_map
         seen.append((step, next(flow_map.parameters()).detach().clone(), flow_map.training))
 
     config = replace(TINY, training=replace(TINY.training, sample_images=160))
@@ -317,7 +319,7 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
 def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path) -> None:
     trainer = Trainer(TINY, digits, RunFolder(tmp_path), MACHINE, Attendants())
     trainer.run_to_end()
-    loaded = fewstep.load(tmp_path)
+    loaded = fewstep.load(tmp_path).flow_map
     with torch.no_grad():
         found = loaded.jump(*noise_and_times(loaded))
         raw = trainer.flow_map.jump(*noise_and_times(loaded))
@@ -328,12 +330,14 @@ def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path
 
 
 def test_a_saved_model_comes_back_exactly(unbroken: Callable[[str], Path], tmp_path: Path) -> None:
-    flow_map = fewstep.load(unbroken("dropout"))
-    flow_map.save_pretrained(tmp_path / "model")
-    for again in (FlowMap.from_pretrained(tmp_path / "model"), fewstep.load(tmp_path / "model")):
-        assert again.config == flow_map.config
+    pipeline = fewstep.load(unbroken("dropout"))
+    pipeline.save_pretrained(tmp_path / "model")
+    flow_map = pipeline.flow_map
+    for other in (Pipeline.from_pretrained(tmp_path / "model"), fewstep.load(tmp_path / "model")):
+        again = other.flow_map
+        assert (other.config, again.config) == (pipeline.config, flow_map.config)
         weights = flow_map.state_dict()
         assert all(torch.equal(value, weights[key]) for key, value in again.state_dict().items())
         with torch.no_grad():
             assert torch.equal(again.jump(*noise_and_times(again)), flow_map.jump(*noise_and_times(again)))
-    assert callable(flow_map.push_to_hub)
+    assert callable(pipeline.push_to_hub)

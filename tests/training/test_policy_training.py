@@ -48,7 +48,7 @@ def configuration(file: str, objective: Objective, images: int = 64) -> RunConfi
 
 
 def weights(root: Path) -> dict[str, Tensor]:
-    return load(root).network.state_dict()  # type: ignore[no-any-return]
+    return load(root).flow_map.network.state_dict()  # type: ignore[no-any-return]
 
 
 def trained(config: RunConfig, root: Path, machine: Machine = QUIET) -> dict[str, Tensor]:

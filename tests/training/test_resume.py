@@ -19,6 +19,7 @@ import fewstep
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import RunConfig
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Attendants, RunFolder, build, checkpoint, train
 from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers
@@ -57,10 +58,10 @@ def test_a_stopped_run_goes_on_exactly(
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
-        (checkpoint, "save_flow_map", 1),
-        (checkpoint, "_save", 3),
-        (checkpoint, "_save", 4),
-        (checkpoint, "_save", 5),
+        (Pipeline, "save", 1),
+        (checkpoint, "save_weights", 3),
+        (checkpoint, "save_weights", 4),
+        (checkpoint, "save_weights", 5),
         (checkpoint.os, "fsync", 8),
         (checkpoint.os, "replace", 3),
     ],
@@ -91,7 +92,7 @@ def test_a_stop_while_writing_leaves_the_older_checkpoint(
     assert sorted(file.name for file in good.iterdir()) == sorted(
         file.name for file in RunFolder(unbroken("adamw")).last_checkpoint().iterdir()
     )
-    assert torch.isfinite(fewstep.load(run.root).jump(*noise_and_times(fewstep.load(run.root)))).all()
+    assert torch.isfinite(fewstep.load(run.root).flow_map.jump(*noise_and_times(fewstep.load(run.root).flow_map))).all()
     train(config, digits, run, MACHINE)
     assert_same_run(run.root, unbroken("adamw"))
     assert [path.name for path in run.root.rglob(".*")] == [".lock"]
@@ -240,7 +241,7 @@ def test_a_damaged_checkpoint_is_named(
 
 
 def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) -> None:
-    flow_map = build(TINY, digits)
+    flow_map = build(TINY, digits).flow_map
     optimizers = Optimizers(flow_map.network, TINY.optimizer)
     for parameter in flow_map.network.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -41,7 +41,7 @@ SETTINGS = StatisticsConfig(points=4, samples=160)
 
 @pytest.fixture(scope="session")
 def model(teacher: Path) -> FlowMap:
-    return fewstep.load(teacher).requires_grad_(False)
+    return fewstep.load(teacher).flow_map.requires_grad_(False)
 
 
 @pytest.fixture(scope="session")

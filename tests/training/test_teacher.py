@@ -107,7 +107,7 @@ def test_a_saved_map_is_a_teacher(
 
 def test_the_diagonal_leaves_the_branch_of_s_as_it_began(teacher: Path, digits: Dataset) -> None:
     """Its output layer is still zero, and all other parameters have moved."""
-    first = dict(build(TEACHER, digits).network.named_parameters())
+    first = dict(build(TEACHER, digits).flow_map.network.named_parameters())
     folder = RunFolder(teacher).last_checkpoint()
     for file in ("weights", "model"):
         trained = load_file(folder / f"{file}.safetensors")
@@ -121,7 +121,7 @@ def test_the_diagonal_leaves_the_branch_of_s_as_it_began(teacher: Path, digits: 
 def test_students_start_as_their_teacher(kind: str, teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     """N(x, t, s) = D_teacher(x, t) for every s, of the student and of its slow average."""
     trainer = Trainer(student(kind, teacher), digits, RunFolder(tmp_path / "run"), MACHINE, Attendants())
-    master = fewstep.load(teacher)
+    master = fewstep.load(teacher).flow_map
     weights = trainer.flow_map.network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in master.network.state_dict().items())
     x, t, s = noise_and_times(master)
@@ -144,9 +144,11 @@ def test_the_branch_of_s_is_trained_in_the_student(unbroken_student: Callable[[s
 
 def test_a_run_starts_from_another_run(teacher: Path, digits: Dataset) -> None:
     config = replace(TINY, initial=str(teacher))
-    weights = build(config, digits).network.state_dict()
-    assert all(torch.equal(value, weights[key]) for key, value in fewstep.load(teacher).network.state_dict().items())
-    fresh = build(TINY, digits).network.state_dict()
+    weights = build(config, digits).flow_map.network.state_dict()
+    assert all(
+        torch.equal(value, weights[key]) for key, value in fewstep.load(teacher).flow_map.network.state_dict().items()
+    )
+    fresh = build(TINY, digits).flow_map.network.state_dict()
     assert any(not torch.equal(value, weights[key]) for key, value in fresh.items())
 
 
@@ -165,12 +167,12 @@ def test_a_model_of_another_architecture_is_refused(
 
 def test_a_student_of_another_size_starts_afresh(teacher: Path, digits: Dataset) -> None:
     config = replace(student("ctm", teacher), network=MLPConfig(width=24, depth=1, embedding_width=16), initial="")
-    assert build(config, digits, fewstep.load(teacher)).network.last_layer.shape == (64, 24)
+    assert build(config, digits, fewstep.load(teacher).flow_map).flow_map.network.last_layer.shape == (64, 24)
 
 
 def test_the_slow_average_decays_from_the_first_step(digits: Dataset) -> None:
     """By the same share at every step, in the module itself."""
-    flow_map = perturbed(build(TEACHER, digits), 0)
+    flow_map = perturbed(build(TEACHER, digits).flow_map, 0)
     slow = SlowAverage(flow_map, 0.75)
     expected = {key: value.double() for key, value in flow_map.network.state_dict().items()}
     for step in range(1, 5):
@@ -189,7 +191,7 @@ def test_the_slow_average_decays_from_the_first_step(digits: Dataset) -> None:
 
 
 def test_the_slow_average_takes_no_gradient_and_passes_it_on(digits: Dataset) -> None:
-    slow = SlowAverage(perturbed(build(TEACHER, digits), 0), 0.9)
+    slow = SlowAverage(perturbed(build(TEACHER, digits).flow_map, 0), 0.9)
     x, t, s = noise_and_times(slow.flow_map)
     slow.flow_map.jump(x.requires_grad_(), t, s).square().sum().backward()
     assert x.grad is not None
@@ -226,7 +228,7 @@ def test_training_leaves_the_teacher_alone(
     trainer.run_to_end()
     assert snapshot(tmp_path / "teacher") == before
     assert trainer.teacher is not None
-    weights = fewstep.load(teacher).network.state_dict()
+    weights = fewstep.load(teacher).flow_map.network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in trainer.teacher.network.state_dict().items())
 
 
@@ -250,7 +252,7 @@ def test_a_stopped_student_goes_on_exactly(
     torch.manual_seed(99)  # what else the process draws must not matter
     train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
     assert_same_run(tmp_path / "run", unbroken_student(kind))
-    first, second = (fewstep.load(root).config for root in (tmp_path / "run", unbroken_student(kind)))
+    first, second = (fewstep.load(root).flow_map.config for root in (tmp_path / "run", unbroken_student(kind)))
     assert first == second
 
 
@@ -271,7 +273,7 @@ def test_statistics_are_refreshed_from_the_averaged_model(
     assert all(flow_map.preconditioning.statistics is trainer.statistics for flow_map in maps)  # type: ignore[attr-defined]
     raw = {key: value.clone() for key, value in trainer.flow_map.network.state_dict().items()}
     trainer.save()
-    loaded = fewstep.load(tmp_path)
+    loaded = fewstep.load(tmp_path).flow_map
     assert loaded.preconditioning.statistics == trainer.statistics  # type: ignore[attr-defined]
     assert estimate_together(loaded, digits, config.statistics, Team()) == trainer.statistics
     weights = loaded.network.state_dict()

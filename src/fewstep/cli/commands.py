@@ -109,8 +109,8 @@ def sample_command(args: Sequence[str]) -> None:
     import torch
 
     from fewstep.evaluation.evaluate import own_settings
-    from fewstep.sampling.decode import save_latents, viewer
-    from fewstep.sampling.generate import SamplingSettings, generate
+    from fewstep.sampling.decode import save_latents
+    from fewstep.sampling.generate import SamplingSettings
     from fewstep.training import load
 
     options = parse(SampleOptions, args, "sample")
@@ -120,13 +120,13 @@ def sample_command(args: Sequence[str]) -> None:
         raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
     if options.latents and out.suffix != ".npz":
         raise ConfigError(f"{out}: latents are written to FILE.npz")
-    flow_map = load(options.run, options.weights)
-    if flow_map.control is not None:
+    pipeline = load(options.run, options.weights)
+    if pipeline.config.policy is not None:
         raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
     if torch.cuda.is_available() and not options.cpu:
-        flow_map = flow_map.cuda()
-    view = None if options.latents else viewer(flow_map, options.autoencoder)
-    own = own_settings(options.run, flow_map, options.steps)
+        pipeline = pipeline.to("cuda")
+    view = None if options.latents else pipeline.viewer(options.autoencoder)
+    own = own_settings(options.run, pipeline, options.steps)
     if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
         raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
     omega = own.omega if options.omega is None else options.omega
@@ -146,15 +146,15 @@ def sample_command(args: Sequence[str]) -> None:
     labels = None
     if options.label:
         labels = [options.label[k % len(options.label)] for k in range(options.count)]
-    drawn = generate(flow_map, options.count, settings, labels)
+    drawn = pipeline.generate(options.count, settings, labels)
     drawn.check_finite()
     if view is None:
-        save_latents(flow_map, drawn.samples, drawn.labels, out)
+        save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
     else:
         view.write(drawn.samples, drawn.labels, out, options.columns)
     guided = "" if settings.omega == 1 else f", guidance {settings.omega:g}"
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
-    tuned = settings.tuned(flow_map.step_times)
+    tuned = settings.tuned(pipeline.step_times)
     if tuned is not None:
         print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
 

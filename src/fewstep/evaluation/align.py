@@ -29,8 +29,8 @@ from fewstep.networks.condition import Condition
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
-from fewstep.training.checkpoint import RunFolder, load
 from fewstep.training.loop import Trainer
+from fewstep.training.run_folder import RunFolder, load
 from fewstep.training.settings import Attendants, Machine
 from fewstep.training.setup import join_processes
 from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
@@ -73,7 +73,7 @@ def teacher_of(run: RunFolder, place: Path | None = None) -> FlowMap:
     Raises CheckpointError when it is missing or has other weights.
     """
     folder = run.config().teacher if place is None else str(place)
-    teacher = load(folder).requires_grad_(False)
+    teacher = load(folder).flow_map.requires_grad_(False)
     if run.record().get("teacher") not in (None, fingerprint(teacher)):
         raise CheckpointError(f"{folder} has other weights than the teacher of {run.root} had")
     return teacher
@@ -101,7 +101,7 @@ def measure_alignment(
     {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = run.flow_map().to(device), teacher_of(run, place).to(device)
+    student, teacher = run.pipeline().flow_map.to(device), teacher_of(run, place).to(device)
     indices = torch.arange(min(samples, len(dataset.heldout)))
     x0, labels = dataset.heldout.fetch(indices)
     cond = Condition(None if labels is None else labels.to(device))
@@ -207,7 +207,7 @@ def teacher_statistics(
 
     Raises what `kept_statistics` raises, and CheckpointError when the folder is no trained run.
     """
-    team, teacher = Team.of(accelerator), run.flow_map().requires_grad_(False).to(accelerator.device)
+    team, teacher = Team.of(accelerator), run.pipeline().flow_map.requires_grad_(False).to(accelerator.device)
     file = cache_file(run.root, teacher, dataset, settings)
     was_kept = file.is_file()
     quiet = was_kept or team.count > 1

@@ -28,13 +28,14 @@ from fewstep.evaluation.metrics import (
     measure,
     reference_features,
 )
-from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning import CMPreconditioning
 from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import SamplerName
-from fewstep.training.checkpoint import RunFolder, read_state
+from fewstep.training.checkpoint import read_state
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import parse_json, read_rows, reading, reading_line, write_atomically
@@ -65,7 +66,7 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     return [replace(base, steps=count) for count in steps]
 
 
-def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSettings:
+def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettings:
     """The sampler, gamma and guidance that a run is measured by; gamma is 0.5 where that has none.
 
     A saved model does not say how it was trained: the sampler that its times for so many steps were tuned for, else the
@@ -75,12 +76,12 @@ def own_settings(folder: Path, flow_map: FlowMap, steps: int) -> SamplingSetting
     if run.config_file.is_file() and run.checkpoints():
         own = sampler_settings(run.config(), (1,))[0]
         return SamplingSettings(
-            sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega if flow_map.num_classes else 1.0
+            sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega if pipeline.flow_map.num_classes else 1.0
         )
-    omegas = {each.omega for each in flow_map.step_times}
+    omegas = {each.omega for each in pipeline.step_times}
     omega = omegas.pop() if len(omegas) == 1 else 1.0
-    tuned = next((each for each in flow_map.step_times if each.steps == steps), None)
-    if isinstance(flow_map.preconditioning, CMPreconditioning):  # which has no other jumps
+    tuned = next((each for each in pipeline.step_times if each.steps == steps), None)
+    if isinstance(pipeline.flow_map.preconditioning, CMPreconditioning):  # which has no other jumps
         return SamplingSettings(sampler="gamma", gamma=1.0, omega=omega)
     if tuned is None:
         return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
@@ -158,13 +159,13 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     if settings.curve_images and foreign:  # what they lack is said before the training
         sticks.append(yardstick(dataset, cache))
 
-    def watch(flow_map: FlowMap, step: int) -> None:
+    def watch(pipeline: Pipeline, step: int) -> None:
         if not sticks:  # at the first point: its classifier may have to be trained
             sticks.append(yardstick(with_labels(config.data, dataset), cache))
         images = step * config.training.batch_size
         points: list[Row] = []
         for each in sampler_settings(config, settings.curve_steps):
-            drawn, features = drawn_features(flow_map, settings.curve_samples, each, sticks[0].extractor)
+            drawn, features = drawn_features(pipeline, settings.curve_samples, each, sticks[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
             value = frechet_distance(features, sticks[0].reference.features) if sound else math.nan
             points.append(
@@ -177,11 +178,11 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
 
 
 def drawn_features(
-    flow_map: FlowMap, count: int, settings: SamplingSettings, extractor: Extractor
+    pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor
 ) -> tuple[Generated, Tensor]:
     """`count` samples, and their features (count, d)."""
-    drawn = generate(flow_map, count, settings)
-    return drawn, extractor.features(_within_range(flow_map, drawn.samples))
+    drawn = generate(pipeline, count, settings)
+    return drawn, extractor.features(_within_range(pipeline, drawn.samples))
 
 
 def write_curve(run: RunFolder, points: list[Row]) -> None:
@@ -229,31 +230,31 @@ def measure_run(
 ) -> list[Row]:
     """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own.
 
-    weights: as of `RunFolder.flow_map`; named in the method of each row unless they are the first EMA's.
+    weights: as of `RunFolder.pipeline`; named in the method of each row unless they are the first EMA's.
 
     Tuned step times have rows of their own beside the default's, whose `tuned_on` says which held-out samples chose
     them: they are among those measured against, so that the default's rows alone have seen none.
     """
-    config, flow_map = run.config(), run.flow_map(weights).to(best_device())
+    config, pipeline = run.config(), run.pipeline(weights).to(best_device())
     config = config if evaluation is None else replace(config, evaluation=evaluation)
     settings = config.evaluation
     name = method_of(run) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
     name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
-    plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(flow_map, each))]
+    plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(pipeline, each))]
     if not (config.objective.on_diagonal or config.objective.to_data_end):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     return [
-        _row(measure_settings(flow_map, each, label, settings.samples, stick), training_seconds(run), settings.omega)
-        | {"tuned_on": found.source if (found := each.tuned(flow_map.step_times)) else None}
+        _row(measure_settings(pipeline, each, label, settings.samples, stick), training_seconds(run), settings.omega)
+        | {"tuned_on": found.source if (found := each.tuned(pipeline.step_times)) else None}
         for label, each in plans
     ]
 
 
-def tuned_settings(flow_map: FlowMap, settings: SamplingSettings) -> SamplingSettings | None:
-    """The same at the step times tuned for the flow map; None where it has none for them."""
+def tuned_settings(pipeline: Pipeline, settings: SamplingSettings) -> SamplingSettings | None:
+    """The same at the step times tuned for the model; None where it has none for them."""
     free = replace(settings, spacing="auto")
-    return free if free.tuned(flow_map.step_times) else None
+    return free if free.tuned(pipeline.step_times) else None
 
 
 def reference_settings(config: RunConfig) -> SamplingSettings:
@@ -266,12 +267,12 @@ def reference_settings(config: RunConfig) -> SamplingSettings:
 
 
 def measure_settings(
-    flow_map: FlowMap, settings: SamplingSettings, method: str, count: int, stick: Yardstick
+    pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, stick: Yardstick
 ) -> Measurement:
     """Draw `count` samples and measure them."""
-    drawn = generate(flow_map, count, settings)
+    drawn = generate(pipeline, count, settings)
     return measure(
-        _within_range(flow_map, drawn.samples),
+        _within_range(pipeline, drawn.samples),
         drawn.labels,
         stick.reference,
         stick.extractor,
@@ -279,23 +280,22 @@ def measure_settings(
         nfe=round(drawn.nfe),
         seed=settings.seed,
         seconds=drawn.seconds,
-        latency_ms=latency(flow_map, settings),
+        latency_ms=latency(pipeline, settings),
     )
 
 
-def _within_range(flow_map: FlowMap, images: Tensor) -> Tensor:
+def _within_range(pipeline: Pipeline, images: Tensor) -> Tensor:
     """Samples cut to the range of the data, where they have one."""
-    if flow_map.config is None or flow_map.config.data_range is None:
-        return images
-    return images.clamp(*flow_map.config.data_range)
+    bounds = pipeline.config.data_range
+    return images if bounds is None else images.clamp(*bounds)
 
 
-def latency(flow_map: FlowMap, settings: SamplingSettings, repeats: int = 5) -> float:
+def latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int = 5) -> float:
     """Median milliseconds to draw one sample alone, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        generate(flow_map, 1, settings)
+        generate(pipeline, 1, settings)
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[1:])
 

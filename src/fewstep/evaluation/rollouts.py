@@ -16,7 +16,7 @@ from fewstep.policies.policy import Policy, load_policy
 from fewstep.policies.rollout import expert_rollout, film, record, roll_out
 from fewstep.policies.simulation import Task
 from fewstep.policies.tasks.registry import find_task
-from fewstep.training.checkpoint import RunFolder
+from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError
 
 Progress = Callable[[str], None]

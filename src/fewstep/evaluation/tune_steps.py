@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from fewstep.evaluation.evaluate import Yardstick, best_device, drawn_features, sampler_settings
 from fewstep.evaluation.metrics import ReferenceFeatures, frechet_distance
-from fewstep.flow.flow_map import FlowMap, load_flow_map
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings
+from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.sampling.step_times import StepTimes, Tuned, TunedSteps, read_tuned_steps
-from fewstep.training.checkpoint import RunFolder, read_state
+from fewstep.training.checkpoint import read_state
+from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.random import permutation
 
@@ -215,7 +216,7 @@ class Tuning:
 class _Placements:
     """Samples of one model by one sampler, as features, wherever its steps are placed."""
 
-    flow_map: FlowMap
+    pipeline: Pipeline
     settings: SamplingSettings
     stick: Yardstick
     samples: int
@@ -223,7 +224,7 @@ class _Placements:
     def features(self, times: Point, seed: int) -> Tensor:
         """Features (samples, d) of what is drawn at these times from the noise of a seed."""
         placed = replace(self.settings, times=times, seed=seed)
-        return drawn_features(self.flow_map, self.samples, placed, self.stick.extractor)[1]
+        return drawn_features(self.pipeline, self.samples, placed, self.stick.extractor)[1]
 
     def distance(self, times: Point, seed: int, half: Half) -> float:
         """Frechet distance to a half; infinite where the samples are not finite."""
@@ -231,14 +232,14 @@ class _Placements:
         return frechet_distance(features, half.features) if bool(features.isfinite().all()) else math.inf
 
 
-def tune(flow_map: FlowMap, settings: SamplingSettings, stick: Yardstick, plan: TuningPlan) -> Tuning:
+def tune(pipeline: Pipeline, settings: SamplingSettings, stick: Yardstick, plan: TuningPlan) -> Tuning:
     """Search the times between t_max and t_min for these settings' sampler and steps, and check what is found.
 
     The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
     model's samples are not finite.
     """
-    drawn, (half, other) = _Placements(flow_map, settings, stick, plan.samples), halves(stick.reference)
-    default = tuple(settings.grid(flow_map.path).tolist())
+    drawn, (half, other) = _Placements(pipeline, settings, stick, plan.samples), halves(stick.reference)
+    default = tuple(settings.grid(pipeline.flow_map.path).tolist())
     found, times = _searched(drawn, default, half, plan)
     search = Distances(half.name, len(half.features), plan.seed, found.first, found.value)
     before, after = (drawn.features(each, plan.seed + 1) for each in (default, times))
@@ -259,7 +260,7 @@ def tune(flow_map: FlowMap, settings: SamplingSettings, stick: Yardstick, plan: 
 
 def _searched(drawn: _Placements, default: Point, half: Half, plan: TuningPlan) -> tuple[Found, Point]:
     """The search on the path's unit clock from the default and from EDM's spacing; the times that it found."""
-    path = drawn.flow_map.path
+    path = drawn.pipeline.flow_map.path
     start, other = (_fractions(path, times) for times in (default, edm_grid(path, len(default) - 1).tolist()))
 
     def times_at(point: Point) -> Point:
@@ -327,12 +328,13 @@ def tune_run(run: RunFolder, config: RunConfig, stick: Yardstick, plan: TuningPl
     """
     plan.check_noise(config.evaluation.seed)
     last = run.last_checkpoint()
-    flow_map, step, stored = load_flow_map(last).to(best_device()), read_state(last)["step"], read_tuned_steps(run.root)
+    pipeline, step = load_pipeline(last).to(best_device()), read_state(last)["step"]
+    stored = read_tuned_steps(run.root)
     if stored is None or stored.step != step:
         stored = TunedSteps(step)
     found = []
     for settings in sampler_settings(config, plan.steps):
-        found.append(tune(flow_map, settings, stick, plan))
+        found.append(tune(pipeline, settings, stick, plan))
         stored = stored.adding(found[-1].record())
         stored.write(run.root)
     return tuple(found)

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fewstep.data.demonstrations.normaliser import Control
-from fewstep.data.latents.autoencoders import Decoding
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling, Scaling
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
-from fewstep.sampling.step_times import StepTimes, decode_step_times
-from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
-from fewstep.utils.files import read_record, reading
-from fewstep.utils.serialization import FORMAT, JSON, differences, from_json, in_this_format, later, to_json
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_batch, expand
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class FlowMapConfig:
     """All that is needed to rebuild a flow map but its weights.
 
-    data_range: the values that samples are clipped to when shown, None when the data has no such range (latents).
-    observation: shape (To, Do) of what a policy sees; () for anything else.
+    shape: of one sample. guided: whether the network takes guidance's strength and interval. sigma_data: the data's
+    standard deviation. observation: shape (To, Do) of what a policy sees; () for anything else.
     Raises ConfigError for sizes below 1.
     """
 
@@ -47,8 +34,6 @@ class FlowMapConfig:
     num_classes: int = 0
     guided: bool = False
     sigma_data: float = 1.0
-    class_names: tuple[str, ...] = ()
-    data_range: tuple[float, float] | None = None
     observation: tuple[int, ...] = later(tuple)
 
     def __post_init__(self) -> None:
@@ -64,16 +49,14 @@ class FlowMapConfig:
         return FlowMap(self.path, self.preconditioning, network, self.scaling, self)
 
 
-class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):
+class FlowMap(nn.Module):
     """X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s): the solution at time s of the PF-ODE through x at time t.
 
     A preconditioning with an origin m adds (alpha_s - alpha_t f - g) m, which vanishes on the diagonal (math.md §3.6).
 
     Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
     computed in the dtype of the times and applied in that of the samples.
-    step_times: where its samples are best drawn at, found for these weights (`fewstep tune-steps`) and saved with them.
-    decoding: how its samples become images, where they are latents; control: how they are acted on, where they are
-    chunks of actions; saved with the weights too.
+    config: what it was built from; None for a map put together by hand, which cannot be saved.
     """
 
     def __init__(
@@ -90,9 +73,6 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
         self.scaling = IdentityScaling() if scaling is None else scaling
         self.network = network
         self.config = config
-        self.step_times: tuple[StepTimes, ...] = ()
-        self.decoding: Decoding | None = None
-        self.control: Control | None = None
 
     def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """N(x, t, s): the network with its inner scaling."""
@@ -153,105 +133,11 @@ class FlowMap(nn.Module, PyTorchModelHubMixin, library_name="fewstep", tags=["fl
             raise ShapeError("this flow map's network does not carry a sample shape; give the noise yourself")
         return self.network.shape
 
-    def _save_pretrained(self, save_directory: FilePath) -> None:
-        save_flow_map(self, save_directory)
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> FlowMap:
-        folder = FilePath(model_id)
-        if folder.is_dir():
-            return load_flow_map(folder)
-        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        known = {key: options[key] for key in keys if key in options}
-        files = [FilePath(hf_hub_download(repo_id=model_id, filename=f, **known)) for f in (CONFIG_FILE, WEIGHTS_FILE)]
-        return _load(files[0], files[1])
-
-
-def save_flow_map(flow_map: FlowMap, folder: FilePath, weights: dict[str, Tensor] | None = None) -> None:
-    """Write config.json and model.safetensors; `weights` replaces the network's own (an EMA's, say).
-
-    Raises CheckpointError when the map was not built from a FlowMapConfig.
-    """
-    if flow_map.config is None:
-        raise CheckpointError("this flow map was made by hand; build it with FlowMapConfig(...).build() to save it")
-    folder.mkdir(parents=True, exist_ok=True)
-    state = flow_map.network.state_dict() if weights is None else weights
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
-    record: dict[str, JSON] = {"format": FORMAT, "flow_map": to_json(flow_map.config)}
-    if flow_map.step_times:
-        record["step_times"] = to_json(flow_map.step_times)
-    if flow_map.decoding is not None:
-        record["decoding"] = to_json(flow_map.decoding)
-    if flow_map.control is not None:
-        record["control"] = to_json(flow_map.control)
-    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def load_flow_map(folder: FilePath | str) -> FlowMap:
-    """Read what `save_flow_map` wrote; raises CheckpointError when files are missing, truncated or do not fit."""
-    folder = FilePath(folder)
-    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-
-
-def read_weights(file: FilePath) -> dict[str, Tensor]:
-    """Tensors of a safetensors file; raises CheckpointError when it is missing, truncated or not one."""
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from error
-
-
-def fit_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load weights strictly; raises CheckpointError naming the first tensors that differ in name or shape."""
-    own = {key: list(value.shape) for key, value in module.state_dict().items()}
-    given = {key: list(value.shape) for key, value in weights.items()}
-    lines = differences(own, given)  # type: ignore[arg-type]  # lists of ints are JSON values
-    if lines:
-        more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise CheckpointError(
-            f"{source} is of another architecture: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)"
-        )
-    module.load_state_dict(weights)
-
-
-def read_config(folder: FilePath | str) -> FlowMapConfig:
-    """The configuration of a saved flow map; raises CheckpointError when it is missing or is none."""
-    return _read_config(FilePath(folder) / CONFIG_FILE).flow_map
-
-
-class _Stored(NamedTuple):
-    flow_map: FlowMapConfig
-    step_times: tuple[StepTimes, ...]
-    decoding: Decoding | None
-    control: Control | None
-
-
-def _read_config(file: FilePath) -> _Stored:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; is {file.parent} a saved flow map?")
-    record = read_record(file, "bring back a copy of it")
-    record = in_this_format(record, str(file))
-    if "flow_map" not in record:
-        raise CheckpointError(f"{file} is not a fewstep model configuration: it lacks 'flow_map'")
-    stored, tuned = record["flow_map"], record.get("step_times", [])
-    decoding, control = record.get("decoding"), record.get("control")
-    return _Stored(
-        from_json(FlowMapConfig, stored, str(file)),
-        decode_step_times(tuned, str(file)),
-        None if decoding is None else from_json(Decoding, decoding, f"{file}: decoding"),
-        None if control is None else from_json(Control, control, f"{file}: control"),
-    )
-
-
-def _load(config_file: FilePath, weights_file: FilePath) -> FlowMap:
-    stored = _read_config(config_file)
-    with reading(config_file, "bring back a copy of it"):
-        flow_map = stored.flow_map.build()
-    flow_map.step_times, flow_map.decoding, flow_map.control = stored.step_times, stored.decoding, stored.control
-    fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
-    return flow_map.eval()
+    def set_preconditioning(self, preconditioning: Preconditioning) -> None:
+        """Jump by another preconditioning from now on; the configuration, where there is one, says so."""
+        self.preconditioning = preconditioning
+        if self.config is not None:
+            self.config = replace(self.config, preconditioning=preconditioning)
 
 
 def at(time: float, x: Tensor) -> Tensor:

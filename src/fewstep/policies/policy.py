@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
 from fewstep.sampling.generate import Sampler, SamplingSettings, prior_noise
-from fewstep.sampling.step_times import SamplerName
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.sampling.step_times import SamplerName, StepTimes
 from fewstep.training import load
 from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
 from fewstep.utils.random import Draws
@@ -27,22 +27,22 @@ Observed = Tensor | NDArray[Any]
 class Policy:
     """Observations in, chunks of actions out, both in the robot's own units.
 
-    flow_map: of chunks (horizon, Da), with its Control. steps: of its sampler, one network call each.
+    pipeline: of chunks (horizon, Da), with its policy's Control. steps: of its sampler, one network call each.
     seed: of the noise, a function of (seed, decision, episode), whatever else is in the batch; `reset` begins the next
     episode.
-    Raises CheckpointError for a flow map that is no policy, ConfigError for fewer steps than one, or more than a
+    Raises CheckpointError for a pipeline that is no policy, ConfigError for fewer steps than one, or more than a
     regression takes.
     """
 
-    def __init__(self, flow_map: FlowMap, steps: int = DEFAULT_STEPS, seed: int = 0) -> None:
-        if flow_map.control is None or flow_map.config is None:
+    def __init__(self, pipeline: Pipeline, steps: int = DEFAULT_STEPS, seed: int = 0) -> None:
+        if pipeline.config.policy is None:
             raise CheckpointError("this model holds no policy: train one with `fewstep train policy-mlp`")
-        self.control = flow_map.control
+        self.control = pipeline.config.policy
         if steps < 1 or (self.control.sampler == "mean" and steps > 1):
             least = "a regression takes 1" if self.control.sampler == "mean" else "take at least 1"
             raise ConfigError(f"a policy of {steps} steps: {least}")
-        self.flow_map, self.steps, self.seed = flow_map.eval(), steps, seed
-        self.times, self.sampler = self._schedule()
+        self.flow_map, self.steps, self.seed = pipeline.flow_map.eval(), steps, seed
+        self.times, self.sampler = self._schedule(pipeline.step_times)
         self._episode = -1
         self.reset()
 
@@ -56,10 +56,10 @@ class Policy:
         """(Ta, Da)."""
         return self.control.chunks.n_action_steps, len(self.control.actions.low)
 
-    def _schedule(self) -> tuple[Tensor, Sampler]:
+    def _schedule(self, known: tuple[StepTimes, ...]) -> tuple[Tensor, Sampler]:
         names: dict[str, SamplerName] = {"map": "map", "mean": "map", "gamma": "gamma", "euler": "euler"}
         settings = SamplingSettings(sampler=names[self.control.sampler], steps=self.steps, gamma=1.0)
-        return settings.grid(self.flow_map.path, self.flow_map.step_times), settings.function()
+        return settings.grid(self.flow_map.path, known), settings.function()
 
     @torch.no_grad()
     def predict_chunk(self, obs: Observed, decision: int = 0, episodes: Tensor | None = None) -> Tensor:
@@ -144,7 +144,7 @@ def stacked(seen: list[Tensor], count: int) -> Tensor:
 
 def load_policy(folder: Path | str, steps: int = DEFAULT_STEPS, seed: int = 0) -> Policy:
     """The policy of a run or a saved model; raises CheckpointError when it is missing or is none."""
-    flow_map = load(Path(folder))
-    if flow_map.control is None:
+    pipeline = load(folder)
+    if pipeline.config.policy is None:
         raise CheckpointError(f"{folder} holds no policy: train one with `fewstep train policy-mlp`")
-    return Policy(flow_map, steps, seed)
+    return Policy(pipeline, steps, seed)

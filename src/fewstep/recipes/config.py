@@ -306,11 +306,10 @@ def flow_map_config(
     shape: tuple[int, ...],
     sigma_data: float,
     num_classes: int = 0,
-    class_names: tuple[str, ...] = (),
-    data_range: tuple[float, float] | None = None,
     statistics: TrajectoryStatistics | None = None,
+    observation: tuple[int, ...] = (),
 ) -> FlowMapConfig:
-    """The flow map of a run on such data; statistics: for an analytic preconditioning."""
+    """The flow map of a run on such data; statistics: for an analytic preconditioning; observation: a policy's."""
     model = config.model
     sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
     path = make_path(model.path, sigma_data)
@@ -323,8 +322,7 @@ def flow_map_config(
         num_classes=num_classes,
         guided=config.objective.guided and num_classes > 0,
         sigma_data=sigma_data,
-        class_names=class_names,
-        data_range=data_range,
+        observation=observation,
     )
 
 

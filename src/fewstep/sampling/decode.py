@@ -1,4 +1,4 @@
-"""How a flow map's samples are looked at and written: as they are, or decoded where they are latents."""
+"""How samples are looked at and written: as they are, or decoded where they are latents."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fewstep.data.latents.autoencoders import Decoder, load_decoder
-from fewstep.flow.flow_map import FlowMap
+from fewstep.data.latents.autoencoders import Decoder, Decoding, load_decoder
 from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_uint8
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 
@@ -59,33 +58,31 @@ class Viewer:
             yield self.images(part)
 
 
-def viewer(flow_map: FlowMap, autoencoder: Path | None = None) -> Viewer:
-    """How this flow map's samples are viewed, on its device; autoencoder: where it lies now, if it was moved.
-
-    Raises CheckpointError for an autoencoder that is missing or another than the latents were encoded with,
-    MissingExtraError without diffusers, ConfigError for an autoencoder of samples that are no latents.
-    """
-    if flow_map.decoding is None:
-        if autoencoder is not None:
-            raise ConfigError("this model's samples are no latents: leave out --autoencoder")
-        return Viewer(None, None if flow_map.config is None else flow_map.config.data_range)
-    return Viewer(load_decoder(flow_map.decoding, autoencoder, next(flow_map.parameters()).device), (-1.0, 1.0))
+def latents_viewer(
+    latents: Decoding | None, data_range: Range | None, device: torch.device, autoencoder: Path | None = None
+) -> Viewer:
+    """How samples are viewed (`Pipeline.viewer`): images in data_range, unless they are latents."""
+    if latents is not None:
+        return Viewer(load_decoder(latents, autoencoder, device), (-1.0, 1.0))
+    if autoencoder is not None:
+        raise ConfigError("this model's samples are no latents: leave out --autoencoder")
+    return Viewer(None, data_range)
 
 
-def preview(flow_map: FlowMap) -> Viewer:
-    """The same where nothing hangs on it: without their decoder, latents are shown as they are, with a warning."""
+def latents_preview(latents: Decoding | None, data_range: Range | None, device: torch.device) -> Viewer:
+    """The same without failing (`Pipeline.preview`)."""
     try:
-        return viewer(flow_map)
+        return latents_viewer(latents, data_range, device)
     except (CheckpointError, MissingExtraError) as error:
-        warnings.warn(f"samples are shown as latents: {error}", FewstepWarning, stacklevel=2)
+        warnings.warn(f"samples are shown as latents: {error}", FewstepWarning, stacklevel=3)
         return Viewer(None, None)
 
 
-def save_latents(flow_map: FlowMap, samples: Tensor, labels: Tensor | None, file: Path) -> Path:
+def save_latents(latents: Decoding | None, samples: Tensor, labels: Tensor | None, file: Path) -> Path:
     """Write samples in their autoencoder's own units to the arrays `latents` and `labels` of an .npz file.
 
     Raises ConfigError for samples that are no latents, CheckpointError where it cannot write.
     """
-    if flow_map.decoding is None:
+    if latents is None:
         raise ConfigError("this model's samples are no latents: leave out --latents")
-    return save_npz(flow_map.decoding.latents(samples), labels, file, name="latents")
+    return save_npz(latents.latents(samples), labels, file, name="latents")

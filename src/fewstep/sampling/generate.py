@@ -193,24 +193,36 @@ def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
     return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
 
 
+class Timed(Protocol):
+    """A flow map with the step times found for it: a Pipeline."""
+
+    @property
+    def flow_map(self) -> FlowMap: ...
+
+    @property
+    def step_times(self) -> tuple[StepTimes, ...]: ...
+
+
 @torch.no_grad()
 def generate(
-    flow_map: FlowMap,
+    model: FlowMap | Timed,
     count: int,
     settings: SamplingSettings,
     labels: Tensor | Sequence[int] | None = None,
     first: int = 0,
 ) -> Generated:
-    """Draw samples first .. first + count - 1 of the seed in batches, on the flow map's device.
+    """Draw samples first .. first + count - 1 of the seed in batches, on the model's device.
 
+    model: a flow map, or a pipeline, which knows the step times found for it.
     labels: (count,) whole numbers, -1 for no class, default k mod num_classes. Raises ShapeError for labels out of
     range, a count or batch size below 1, or settings that do not fit.
     """
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
+    flow_map, known = (model, ()) if isinstance(model, FlowMap) else (model.flow_map, model.step_times)
     labels = _check_labels(labels, count, first, flow_map.num_classes)
-    times, sampler = settings.grid(flow_map.path, flow_map.step_times), settings.function()
-    model = _guided(flow_map, settings)
+    times, sampler = settings.grid(flow_map.path, known), settings.function()
+    guided = _guided(flow_map, settings)
     device = next(flow_map.parameters()).device
     batches = []
     with counting(flow_map.network) as counter, evaluating(flow_map):
@@ -220,7 +232,7 @@ def generate(
             draws = Draws(settings.seed, 0, torch.arange(first + part.start, first + part.stop, device=device))
             own = None if labels is None else labels[part].to(device)
             cond = sampling_condition(own, flow_map.guided, settings.omega, settings.interval)
-            batches.append(sampler(model, prior_noise(flow_map, draws), times, cond, draws).cpu())
+            batches.append(sampler(guided, prior_noise(flow_map, draws), times, cond, draws).cpu())
         seconds = time.perf_counter() - start
     return Generated(torch.cat(batches), labels, counter.rows / count, seconds)
 

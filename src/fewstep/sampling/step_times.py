@@ -96,10 +96,3 @@ def read_tuned_steps(run: Path) -> TunedSteps | None:
             for each in record["found"]
         ]
         return TunedSteps(int(record["step"]), tuple(found))
-
-
-def decode_step_times(stored: Any, where: str) -> tuple[StepTimes, ...]:
-    """From JSON; raises ConfigError naming the place in `where` that does not fit."""
-    if not isinstance(stored, list):
-        raise ConfigError(f"{where}: step_times must be a list")
-    return tuple(from_json(StepTimes, each, f"{where}: step_times[{i}]") for i, each in enumerate(stored))

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.flow.flow_map import fit_weights
 from fewstep.objectives.gan import critic_loss
 from fewstep.recipes.config import AdversaryConfig
 from fewstep.training.optimizers import State, load_state
 from fewstep.utils.errors import CheckpointError
+from fewstep.utils.weights import fit_weights
 
 _NAME = re.compile(r"optimizer\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.training.checkpoint import RunFolder
 from fewstep.training.gradient_stats import Recent
+from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import MissingExtraError, TrainingDivergedError
 
 

@@ -22,13 +22,15 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import Adversary
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.log import Window, diverged, tensorboard_writer
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Attendants, Machine, TrainingResult, Watcher
 from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
@@ -111,7 +113,8 @@ class Trainer:
         self.statistics = first_statistics(
             config, dataset, self.run, self.teacher, self.accelerator.device, self.team, self.hidden
         )
-        self.flow_map = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
+        self.pipeline = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
+        self.flow_map = self.pipeline.flow_map
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
@@ -175,8 +178,8 @@ class Trainer:
 
         found: list[TrajectoryStatistics] = []
 
-        def estimate(model: FlowMap, step: int) -> None:
-            fresh = estimate_together(model, self.dataset, self.config.statistics, self.team)
+        def estimate(model: Pipeline, step: int) -> None:
+            fresh = estimate_together(model.flow_map, self.dataset, self.config.statistics, self.team)
             found.append(prepared(fresh, self.config.statistics, self.dataset))
 
         self.with_average(estimate)
@@ -338,15 +341,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            save_checkpoint(
-                self.run,
-                self.flow_map,
-                self.optimizers,
-                self.averages,
-                state,
-                self.config.training.keep,
-                self.adversary,
-            )
+            folder = self.run.checkpoint(self.step)
+            save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.adversary)
+            self.run.keep_newest(self.config.training.keep)
 
     def show(self, watch: Watcher | None) -> None:
         """Hand the averaged model to a watcher on the main process."""
@@ -360,7 +357,7 @@ class Trainer:
         network.load_state_dict(self.emas[0].weights)
         self.flow_map.eval()
         try:
-            watch(self.flow_map, self.step)
+            watch(self.pipeline, self.step)
         finally:
             network.load_state_dict(own)
             self.flow_map.train()

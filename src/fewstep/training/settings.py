@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.flow.flow_map import FlowMap
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.errors import ConfigError
 
-Watcher = Callable[[FlowMap, int], None]
+Watcher = Callable[[Pipeline, int], None]
 """Called with the averaged model and the step when samples are due; on the main process alone."""
 
 

@@ -19,6 +19,7 @@ from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.networks import Network
 from fewstep.objectives import Batch, Regression
 from fewstep.recipes.config import RunConfig, TrainingConfig, flow_map_config
+from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training.teacher import start_from
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.random import Draws
@@ -46,8 +47,8 @@ def build(
     dataset: Dataset,
     teacher: FlowMap | None = None,
     statistics: TrajectoryStatistics | None = None,
-) -> FlowMap:
-    """The run's flow map with the weights that its seed, or the model it starts from, gives.
+) -> Pipeline:
+    """The run's model with the weights that its seed, or the model it starts from, gives.
 
     Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
@@ -58,28 +59,18 @@ def build(
             f"the latents of {dataset.name} were encoded without mirrored images: encode with --flip, or train with "
             "--training.no-flip"
         )
-    settings = flow_map_config(
-        config,
-        dataset.shape,
-        dataset.sigma_data,
-        dataset.num_classes,
-        dataset.class_names,
-        dataset.data_range,
-        statistics,
-    )
-    if dataset.control is not None:
-        control = dataset.control
-        settings = replace(settings, observation=(control.chunks.n_obs_steps, len(control.observations.low)))
+    control, shape = dataset.control, dataset.shape
+    observation = () if control is None else (control.chunks.n_obs_steps, len(control.observations.low))
+    settings = flow_map_config(config, shape, dataset.sigma_data, dataset.num_classes, statistics, observation)
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
-    flow_map.decoding = dataset.decoding
-    if dataset.control is not None:
-        flow_map.control = replace(dataset.control, sampler=acting(config))
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
-    return flow_map
+    policy = None if control is None else replace(control, sampler=acting(config))
+    samples = PipelineConfig(dataset.class_names, dataset.data_range, latents=dataset.decoding, policy=policy)
+    return Pipeline(flow_map, samples)
 
 
 def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> None:

@@ -17,17 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.data import Dataset
-from fewstep.flow.flow_map import FlowMap, read_config, read_weights
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
-from fewstep.training.checkpoint import RunFolder
+from fewstep.sampling.pipeline import read_flow_map_config
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, FewstepError
 from fewstep.utils.files import write_atomically
 from fewstep.utils.random import shuffled_rows
 from fewstep.utils.serialization import to_json
+from fewstep.utils.weights import read_weights
 
 Progress = Callable[[int, int], None]
 
@@ -194,10 +196,10 @@ def first_statistics(
     if not config.model.analytic or (teacher is None and not config.statistics.refresh_images):
         return None
     if config.statistics.refresh_images and run.checkpoints():
-        stored = read_config(run.last_checkpoint()).preconditioning
+        stored = read_flow_map_config(run.last_checkpoint()).preconditioning
         return stored.statistics if isinstance(stored, AnalyticPreconditioning) else None
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
-    untrained = build(replace(config, model=replace(config.model, preconditioning="euler")), dataset, teacher)
+    untrained = build(replace(config, model=replace(config.model, preconditioning="euler")), dataset, teacher).flow_map
     if config.statistics.refresh_images:
         found = estimate_together(untrained.to(device), dataset, config.statistics, team)
         return prepared(found, config.statistics, dataset)
@@ -214,9 +216,7 @@ def install(statistics: TrajectoryStatistics, flow_map: FlowMap) -> None:
     """Exchange the statistics behind a flow map's preconditioning."""
     old = flow_map.preconditioning
     assert isinstance(old, AnalyticPreconditioning)
-    flow_map.preconditioning = replace(old, statistics=statistics)
-    if flow_map.config is not None:
-        flow_map.config = replace(flow_map.config, preconditioning=flow_map.preconditioning)
+    flow_map.set_preconditioning(replace(old, statistics=statistics))
 
 
 def _read(file: FilePath) -> TrajectoryStatistics:

@@ -9,12 +9,14 @@ from torch import nn
 
 from fewstep.data import Dataset
 from fewstep.data.demonstrations.normaliser import Control
-from fewstep.flow.flow_map import FlowMap, fit_weights
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning import CMPreconditioning
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import load
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.ema import EMA
+from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.weights import fit_weights
 
 
 def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
@@ -26,7 +28,8 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         if config.objective.needs_teacher or config.initial == "teacher":
             raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
         return None
-    teacher = _named(config.teacher, "teacher", "--teacher").requires_grad_(False)
+    named = _named(config.teacher, "teacher", "--teacher")
+    teacher = named.flow_map.requires_grad_(False)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
         raise ConfigError(
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
@@ -34,7 +37,7 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         )
     if isinstance(teacher.preconditioning, CMPreconditioning):
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
-    check_control(config.teacher, teacher.control, dataset.control)
+    check_control(config.teacher, named.config.policy, dataset.control)
     return teacher
 
 
@@ -61,7 +64,7 @@ def check_control(name: str, teacher: Control | None, data: Control | None) -> N
         )
 
 
-def _named(folder: str, role: str, option: str) -> FlowMap:
+def _named(folder: str, role: str, option: str) -> Pipeline:
     try:
         return load(folder)
     except CheckpointError as error:
@@ -77,9 +80,10 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
     """
     if not config.initial:
         return
-    source = teacher if config.initial == "teacher" else _named(config.initial, "model to start from", "--initial")
+    from_teacher = config.initial == "teacher"
+    source = teacher if from_teacher else _named(config.initial, "model to start from", "--initial").flow_map
     assert source is not None  # load_teacher has seen to it
-    name = config.teacher if config.initial == "teacher" else config.initial
+    name = config.teacher if from_teacher else config.initial
     try:
         fit_weights(flow_map.network, source.network.state_dict(), name)
     except CheckpointError as error:

@@ -2,7 +2,8 @@
 
 TYPES: old class -> new class. FIELDS: for each class, by its new name, old field -> new field. A new field with dots
 lies in a part of its own: `"diagonal": "pairs.flow_matching_ratio"`. VALUES: for a field, by its new name, old value ->
-new value. A file is translated before it is read, so that nothing else in fewstep knows an old name.
+new value. PLACES: old place -> new place in a file, from its top. A file is translated before it is read, so that
+nothing else in fewstep knows an old name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,37 @@ TYPES: dict[str, str] = {}
 FIELDS: dict[str, dict[str, str]] = {}
 
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {}
+
+PLACES: dict[str, str] = {
+    "flow_map.class_names": "pipeline.class_names",
+    "flow_map.data_range": "pipeline.data_range",
+    "step_times": "pipeline.step_times",
+    "decoding": "pipeline.latents",
+    "control": "pipeline.policy",
+}
+
+
+def translated_file(record: dict[str, Any]) -> dict[str, Any]:
+    """A file's record of format 1 in today's places and names; the record itself stays as it is."""
+    found: dict[str, Any] = translated(record)
+    for old, new in PLACES.items():
+        *parts, field = old.split(".")
+        place = _inner(found, parts)
+        if place is not None and field in place:
+            value = place.pop(field)
+            *parts, field = new.split(".")
+            target = found
+            for part in parts:
+                target = target.setdefault(part, {})
+            target[field] = value
+    return found
+
+
+def _inner(record: Any, parts: list[str]) -> dict[str, Any] | None:
+    """The object at a place of a record; None where there is none."""
+    for part in parts:
+        record = record.get(part) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def translated(stored: Any) -> Any:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
-from fewstep.utils.old_names import translated
+from fewstep.utils.old_names import translated_file
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
@@ -51,7 +51,7 @@ def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
         )
-    return record if found == FORMAT else {**translated(record), "format": FORMAT}
+    return record if found == FORMAT else {**translated_file(record), "format": FORMAT}
 
 
 def to_json(value: Any, *, terse: bool = False) -> JSON:

@@ -21,12 +21,13 @@ from fewstep.evaluation.evaluate import (
     tuned_settings,
 )
 from fewstep.evaluation.report import Grid, RunReport, save_grid, write_report
-from fewstep.flow.flow_map import FlowMap
 from fewstep.policies.figures import read_rollouts, read_strip
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.decode import Viewer, preview, viewer
+from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
-from fewstep.training.checkpoint import RunFolder, read_state
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.checkpoint import read_state
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.files import parse_json, reading
 
@@ -39,11 +40,11 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
 
     views: list[Viewer] = []
 
-    def watch(flow_map: FlowMap, step: int) -> None:
+    def watch(pipeline: Pipeline, step: int) -> None:
         if not views:
-            views.append(preview(flow_map))
+            views.append(pipeline.preview())
         rows = [
-            generate(flow_map, count, settings).samples
+            generate(pipeline, count, settings).samples
             for settings in sampler_settings(config, config.evaluation.steps[:2])
         ]
         images, file = views[0].thumbnails(torch.cat(rows)), run.samples / f"step-{step:08d}.png"
@@ -54,15 +55,15 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
 
 def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
     """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise."""
-    config, flow_map = run.config(), run.flow_map().to(best_device())
+    config, pipeline = run.config(), run.pipeline().to(best_device())
     name = method_of(run)
     plans = []
     for settings in sampler_settings(config, config.evaluation.steps[:3]):
-        tuned = tuned_settings(flow_map, settings)
+        tuned = tuned_settings(pipeline, settings)
         plans.append((f"{name}, tuned times", tuned) if tuned else (name, settings))
     if not config.objective.to_data_end:
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
-    drawn = [(label, generate(flow_map, count, settings)) for label, settings in plans]
+    drawn = [(label, generate(pipeline, count, settings)) for label, settings in plans]
     return tuple(
         Grid(
             f"{label}, {_calls(round(found.nfe))}",
@@ -88,14 +89,14 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     data = run.data("name", "shape", "classes", "train")
     others = baselines(run)
     config, record = run.config(), run.record()
-    flow_map = run.flow_map()
-    acts = flow_map.control is not None
-    view = None if acts else viewer(flow_map.to(best_device()), autoencoder)
+    pipeline = run.pipeline()
+    acts = pipeline.config.policy is not None
+    view = None if acts else pipeline.to(best_device()).viewer(autoencoder)
     rows, aligned = figures(run, others), read_alignments((run, *others))
     logs = {method_of(r): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
-        summary="\n\n".join((_summary(config, data), *_tuning(flow_map))),
+        summary="\n\n".join((_summary(config, data), *_tuning(pipeline))),
         facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
@@ -154,9 +155,9 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     )
 
 
-def _tuning(flow_map: FlowMap) -> Iterator[str]:
+def _tuning(pipeline: Pipeline) -> Iterator[str]:
     """A paragraph on each number of steps whose times were tuned."""
-    for each in flow_map.step_times:
+    for each in pipeline.step_times:
         times = " ".join(f"{t:.4g}" for t in each.times)
         yield f"{each.steps} steps are taken at the times {times}, tuned on {each.source}."
 
@@ -185,7 +186,7 @@ def _calls(nfe: int) -> str:
 def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
     lines = []
     for each in (run, *others):
-        flow_map = each.flow_map()
+        flow_map = each.pipeline().flow_map
         state = read_state(each.last_checkpoint())
         parameters = sum(p.numel() for p in flow_map.parameters())
         lines.append(

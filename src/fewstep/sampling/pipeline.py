@@ -1,0 +1,183 @@
+"""Pipeline: a flow map, and what its samples are; what is sampled from, saved and loaded.
+
+FOLDER/config.json        {"format", "flow_map": FlowMapConfig, "pipeline": PipelineConfig}
+FOLDER/model.safetensors  the network's weights
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from torch import Tensor
+
+from fewstep.data.demonstrations.normaliser import Control
+from fewstep.data.latents.autoencoders import Decoding
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
+from fewstep.sampling.decode import Viewer, latents_preview, latents_viewer
+from fewstep.sampling.generate import Generated, SamplingSettings, generate
+from fewstep.sampling.step_times import StepTimes
+from fewstep.utils.errors import CheckpointError
+from fewstep.utils.files import read_record, reading
+from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
+from fewstep.utils.weights import fit_weights, read_weights, save_weights
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+_ADVICE = "bring back a copy of it"
+
+
+def _none() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What the samples of a flow map are.
+
+    class_names: of the labels. data_range: the values that samples are clipped to when shown, None when the data has no
+    such range (latents). step_times: where they are best drawn at, found for these weights (`fewstep tune-steps`).
+    latents: how they become images, where they are latents. policy: how they are acted on, where they are chunks of
+    actions.
+    """
+
+    class_names: tuple[str, ...] = ()
+    data_range: tuple[float, float] | None = None
+    step_times: tuple[StepTimes, ...] = later(tuple)
+    latents: Decoding | None = later(_none)
+    policy: Control | None = later(_none)
+
+
+class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):
+    """A flow map with what its samples are: draws them, makes images of them, is saved and loaded.
+
+    `from_pretrained` and `push_to_hub` are huggingface_hub's; robots act by `fewstep.Policy(pipeline)`.
+    """
+
+    def __init__(self, flow_map: FlowMap, config: PipelineConfig = PipelineConfig()) -> None:
+        self.flow_map, self.config = flow_map, config
+
+    @property
+    def step_times(self) -> tuple[StepTimes, ...]:
+        """The step times found for these weights."""
+        return self.config.step_times
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.flow_map.parameters()).device
+
+    def to(self, device: torch.device | str) -> Self:
+        """This pipeline, its weights moved."""
+        self.flow_map.to(device)
+        return self
+
+    def with_step_times(self, step_times: tuple[StepTimes, ...]) -> Pipeline:
+        """The same flow map, sampled at other times."""
+        return Pipeline(self.flow_map, replace(self.config, step_times=step_times))
+
+    def generate(
+        self,
+        count: int,
+        settings: SamplingSettings = SamplingSettings(),
+        labels: Tensor | Sequence[int] | None = None,
+        first: int = 0,
+        **changes: Any,
+    ) -> Generated:
+        """`count` samples, as `fewstep.generate` draws them; changes: to the settings, such as steps=1."""
+        return generate(self, count, replace(settings, **changes), labels, first)
+
+    def viewer(self, autoencoder: Path | None = None) -> Viewer:
+        """How samples are viewed, on this device; autoencoder: where it lies now, if it was moved.
+
+        Raises CheckpointError for an autoencoder that is missing or another than the latents were encoded with,
+        MissingExtraError without diffusers, ConfigError for an autoencoder of samples that are no latents.
+        """
+        return latents_viewer(self.config.latents, self.config.data_range, self.device, autoencoder)
+
+    def preview(self) -> Viewer:
+        """The same where nothing hangs on it: without their decoder, latents are shown as they are, with a warning."""
+        return latents_preview(self.config.latents, self.config.data_range, self.device)
+
+    def images(self, samples: Tensor, autoencoder: Path | None = None) -> Tensor:
+        """Samples (n, ...) as images (n, C, H, W), in `viewer().data_range`; raises what `viewer` raises."""
+        return self.viewer(autoencoder).images(samples)
+
+    def save(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; `weights` replaces the network's own (an EMA's, say).
+
+        Raises CheckpointError when the map was not built from a FlowMapConfig.
+        """
+        folder, flow_map = Path(folder), self.flow_map
+        if flow_map.config is None:
+            raise CheckpointError("this flow map was made by hand; build it with FlowMapConfig(...).build() to save it")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(flow_map.network.state_dict() if weights is None else weights, folder / WEIGHTS_FILE)
+        record: dict[str, JSON] = {"format": FORMAT}
+        record |= {"flow_map": to_json(flow_map.config), "pipeline": to_json(self.config)}
+        (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Pipeline:
+        folder = Path(model_id)
+        if folder.is_dir():
+            return load_pipeline(folder)
+        keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        return from_hub(model_id, **{key: options[key] for key in keys if key in options})
+
+
+def from_hub(repository: str, **options: Any) -> Pipeline:
+    """The pipeline that OWNER/NAME holds on the Hugging Face Hub; options: of `hf_hub_download`.
+
+    Raises CheckpointError where the Hub does not give it, or gives something else.
+    """
+    try:
+        files = [Path(hf_hub_download(repository, name, **options)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{repository} cannot be fetched from the Hub: {type(error).__name__}: {reason}"
+        ) from error
+    return _load(files[0], files[1])
+
+
+def load_pipeline(folder: Path | str) -> Pipeline:
+    """Read what `Pipeline.save` wrote; raises CheckpointError when files are missing, truncated or do not fit."""
+    folder = Path(folder)
+    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+
+def read_flow_map_config(folder: Path | str) -> FlowMapConfig:
+    """The flow map's configuration of a saved pipeline; raises CheckpointError when it is missing or is none."""
+    return _read_config(Path(folder) / CONFIG_FILE).flow_map
+
+
+class _Stored(NamedTuple):
+    flow_map: FlowMapConfig
+    pipeline: PipelineConfig
+
+
+def _read_config(file: Path) -> _Stored:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; is {file.parent} a saved model?")
+    record = in_this_format(read_record(file, _ADVICE), str(file))
+    if "flow_map" not in record:
+        raise CheckpointError(f"{file} is not a fewstep model configuration: it lacks 'flow_map'")
+    pipeline = from_json(PipelineConfig, record.get("pipeline", {}), f"{file}: pipeline")
+    return _Stored(from_json(FlowMapConfig, record["flow_map"], str(file)), pipeline)
+
+
+def _load(config_file: Path, weights_file: Path) -> Pipeline:
+    stored = _read_config(config_file)
+    with reading(config_file, _ADVICE):
+        flow_map = stored.flow_map.build()
+    fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
+    return Pipeline(flow_map.eval(), stored.pipeline)
