@@ -1,4 +1,4 @@
-"""What the cells of benchmarks/policies.py say: policies.json, the tables of docs/policies.md, a figure."""
+"""What the cells of benchmarks/policies.py say: policies.json, the tables of docs/studies/tables/policies.md, a figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fewstep.policies.rollout import wilson
 from fewstep.utils.files import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, FIGURE = DOCS / "policies.md", DOCS / "figures" / "policies.png"
+PAGE, FIGURE = DOCS / "studies" / "tables" / "policies.md", DOCS / "figures" / "policies.png"
 BEGIN, END = "<!-- tables: python benchmarks/policies.py -->", "<!-- end of tables -->"
 Row = dict[str, Any]
 COLUMNS = (

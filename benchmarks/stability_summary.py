@@ -1,4 +1,4 @@
-"""What the cells of benchmarks/stability.py say: stability.json, the tables of docs/stability.md, a figure."""
+"""What the cells of benchmarks/stability.py say: stability.json, the tables of docs/studies/tables/stability.md, a figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, t
 from fewstep.utils.files import write_atomically
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, FIGURE = DOCS / "stability.md", DOCS / "figures" / "stability.png"
+PAGE, FIGURE = DOCS / "studies" / "tables" / "stability.md", DOCS / "figures" / "stability.png"
 BEGIN, END = "<!-- tables: python benchmarks/stability.py -->", "<!-- end of tables -->"
 Cell = dict[str, Any]
 COLUMNS = (

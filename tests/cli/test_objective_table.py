@@ -7,7 +7,7 @@ from pathlib import Path
 from fewstep.cli.objective_table import catalogue_table, catalogue_text
 from fewstep.objectives import CATALOGUE
 
-PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "objectives.md"
 
 
 def test_the_page_holds_todays_table() -> None:

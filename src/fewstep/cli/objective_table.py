@@ -1,4 +1,4 @@
-"""The catalogue of objectives as plain text and as the table of docs/objectives.md."""
+"""The catalogue of objectives as plain text and as the table of docs/reference/objectives.md."""
 
 from __future__ import annotations
 

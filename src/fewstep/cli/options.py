@@ -301,4 +301,4 @@ class ObjectivesOptions:
     """What every training objective compares, trusts and costs."""
 
     markdown: bool = False
-    """Print the table of docs/objectives.md."""
+    """Print the table of docs/reference/objectives.md."""
