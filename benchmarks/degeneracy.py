@@ -2,7 +2,7 @@
 
     python benchmarks/degeneracy.py [--digits]
 
-docs/studies/degeneracy.md states and proves what is measured here. First the expected updates on Gaussian data
+studies/degeneracy.md states and proves what is measured here. First the expected updates on Gaussian data
 (degeneracy_gaussian.py): are they zero at the data's flow map and at others, which eigenvalues have their Jacobians
 there, how much anchor does stability need? Then small networks (degeneracy_networks.py), trained by the library's
 objectives with both of their terms, with the distillation alone, and with each term normalised by its own loss. Prints

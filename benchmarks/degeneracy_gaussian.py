@@ -1,6 +1,6 @@
 """Self-distillation on Gaussian data with maps affine in x: expected updates, and their Jacobians as small matrices.
 
-What docs/studies/degeneracy.md proves is computed here: expected updates of the objectives by quadrature that is exact in x,
+What studies/degeneracy.md proves is computed here: expected updates of the objectives by quadrature that is exact in x,
 their Jacobians with detached parts included, at the data's flow map and at flow maps of other velocities, for two
 families of maps. All in float64; benchmarks/degeneracy.py prints it, tests/identities/test_degeneracy.py checks it.
 """

@@ -1,4 +1,4 @@
-"""From a folder of drawings to decoded samples, with an autoencoder trained on the spot: the road of docs/studies/latents.md.
+"""From a folder of drawings to decoded samples, with an autoencoder trained on the spot: as in studies/latents.md.
 
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb clipart
     python benchmarks/latents.py clipart/usr/share/openclipart/png --classes animals food people plants

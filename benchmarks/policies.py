@@ -7,7 +7,7 @@
 fetch-retrieve's), trains every cell that has no result, lets it act from 50 starts that no demonstration had, and adds
 one line to benchmarks/results/policies/cells.jsonl. A cell is a task, a method and a training seed; all cells of a task
 have the same network, batch, steps and learning rate, those of one seed the same initial weights and order of the data.
-Without `run` it writes benchmarks/results/policies.json, docs/figures/policies.png and the tables of docs/studies/tables/policies.md.
+Without `run` it writes benchmarks/results/policies.json, docs/figures/policies.png and studies/tables/policies.md.
 
 Methods: regression (least squares), flow matching (by Euler's method in 16, 4, 2 and 1 calls), iSD (2 calls and 1), and
 iSD from the weights of the flow-matching policy of the same seed, which has then seen twice the samples.

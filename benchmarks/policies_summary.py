@@ -1,4 +1,4 @@
-"""What the cells of benchmarks/policies.py say: policies.json, the tables of docs/studies/tables/policies.md, a figure."""
+"""What the cells of benchmarks/policies.py say: policies.json, the tables of studies/tables/policies.md, a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cells of benchmarks/stability.py say: stability.json, the tables of docs/studies/tables/stability.md, a figure."""
+"""What the cells of benchmarks/stability.py say: stability.json, studies/tables/stability.md, a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/studies/degeneracy.md: consistent maps of wrong velocities, their linearised updates, and how much anchor is enough."""
+"""studies/degeneracy.md: consistent maps of wrong velocities, their linearised updates, how much anchor is enough."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class ISD(Objective):
     where v_cond is the conditional velocity alpha' x0 + sigma' eps and v_null the model's own without a label.
 
     times: of t and s, ordered. to_end is not of the paper: the identity holds for each s by itself, and a sample's last
-    call needs no other. On too large a `distill` see docs/studies/degeneracy.md. |.|^2 may be pseudo-Huber (`norm`).
+    call needs no other. On too large a `distill` see studies/degeneracy.md. |.|^2 may be pseudo-Huber (`norm`).
     """
 
     times: TimeDistribution = field(default_factory=BetaTimes)

@@ -273,7 +273,7 @@ class RunConfig:
         if not _anchored(self.objective):
             raise ConfigError(
                 f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
-                "agrees with itself would do (docs/studies/degeneracy.md); give it a share of them"
+                "agrees with itself would do (studies/degeneracy.md); give it a share of them"
             )
 
     def _check_cm(self) -> None:

@@ -25,7 +25,7 @@ _STUDENT = ModelConfig(path="edm", preconditioning="analytic", scaling="edm")
 def ctm_digits() -> RunConfig:
     """CTM with Analytic-Precond from the teacher `edm-digits`: one to two minutes measured for 600 of its 2,000 steps.
 
-    After 600 steps (docs/studies/analytic-precond.md): RMSE of samples against the teacher's 0.22 / 0.14 / 0.13 in 1 / 2 / 4
+    After 600 steps (studies/analytic-precond.md): RMSE of samples against the teacher's 0.22 / 0.14 / 0.13 in 1 / 2 / 4
     calls.
     """
     return _student(edm_digits(), "ctm-digits", images=256_000, batch_size=128, samples=1204)
@@ -34,7 +34,7 @@ def ctm_digits() -> RunConfig:
 def ctm_fashion_mnist() -> RunConfig:
     """CTM with Analytic-Precond from the teacher `edm-fashion-mnist`: 8,000 steps, 1.3 s each measured on one core.
 
-    Only its first 800 steps have been run: docs/studies/analytic-precond.md.
+    Only its first 800 steps have been run: studies/analytic-precond.md.
     """
     base = _student(edm_fashion_mnist(), "ctm-fashion-mnist", images=512_000, batch_size=64, samples=10_000)
     return replace(base, statistics=StatisticsConfig(points=60, samples=128))
@@ -51,7 +51,7 @@ def ctm_mixture() -> RunConfig:
 def cd_digits() -> RunConfig:
     """Consistency distillation from the teacher `edm-digits`: jumps to the data end alone, re-noised between steps.
 
-    No figure of the recipe itself is measured yet; docs/studies/analytic-precond.md has 600 steps with a shorter average.
+    No figure of the recipe itself is measured yet; studies/analytic-precond.md has 600 steps with a shorter average.
     """
     base = ctm_digits()
     return replace(

@@ -1,4 +1,4 @@
-"""Images of 256x256 in latents (docs/studies/latents.md), with the published settings of iSD-T (2601.22679; math.md §5.3).
+"""Images of 256x256 in latents (studies/latents.md), with the published settings of iSD-T (2601.22679; math.md §5.3).
 
 All need GPUs: `fewstep recipes` computes for how long. Encode your images first, then give the folder of latents with
 `--data.root`. Training flips are our choice, and so is the scale of latents, one standard deviation of each channel, on

@@ -1,6 +1,6 @@
 """8x8 digits by every objective of the family: the network, data and length of `digits`, another objective each.
 
-Objectives have their papers' settings; what they do here, over learning rates and seeds, is in docs/studies/stability.md.
+Objectives have their papers' settings; what they do here, over learning rates and seeds, is in studies/stability.md.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def policy_mlp() -> RunConfig:
     """iSD on chunks of actions with an MLP: a policy that acts after one network call, without a pretrained model.
 
     Needs demonstrations: `fewstep demos TASK`, then --data.root FILE. Measured on 100 of pointmaze-ring: 116 of 150
-    episodes at the goal with 1 call a decision, 130 with 2 (docs/studies/policies.md). Four to five minutes on one shared core.
+    episodes at the goal with 1 call a decision, 130 with 2 (studies/policies.md). Five minutes on one shared core.
     """
     return RunConfig(
         recipe="policy-mlp",
