@@ -1,12 +1,13 @@
 # Two commands: `make quickstart` runs the main job, `make test` passes the tests. Both set up .venv by themselves.
-# A third, for robots: `make policy-quickstart`.
+# Others: `make policy-quickstart` for robots, `make docs` for the documentation's site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 POLICY_STAMP := $(VENV)/.installed-policy
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: quickstart policy-quickstart test clean
+.PHONY: quickstart policy-quickstart test docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/fewstep quickstart
@@ -20,6 +21,10 @@ test: $(POLICY_STAMP)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Site: build/site/index.html"
+
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "fewstep needs Python 3.11 or newer; point to one with: make PYTHON=/path/to/python3"; exit 2; }
@@ -32,6 +37,10 @@ $(STAMP): requirements.txt pyproject.toml
 $(POLICY_STAMP): $(STAMP) requirements-policy.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-policy.txt
 	@touch $(POLICY_STAMP)
+
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
+	@touch $(DOCS_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
