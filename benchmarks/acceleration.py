@@ -36,6 +36,7 @@ from fewstep.data import Dataset, load_dataset
 from fewstep.evaluation.metrics import Extractor, default_extractor, frechet_distance
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import trajectory
+from fewstep.flow.preconditioning import PreconditioningConfig
 from fewstep.flow.times import edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, TeacherSteps
@@ -45,6 +46,7 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Attendants, Machine, RunFolder, load
 from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
+from fewstep.utils.parts import kind
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import to_json
 
@@ -78,7 +80,7 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
     """Every method of the study as the recipe with one thing changed."""
 
     def model(name: str) -> RunConfig:
-        return replace(base, model=replace(base.model, preconditioning=name))  # type: ignore[arg-type]
+        return replace(base, model=replace(base.model, preconditioning=kind(PreconditioningConfig, name)))
 
     def statistics(**changes: object) -> RunConfig:
         return replace(base, statistics=replace(base.statistics, **changes))  # type: ignore[arg-type]

@@ -10,11 +10,14 @@ from typing import Any
 from digests import digest
 from fewstep.data import DataConfig
 from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.paths import PathConfig
+from fewstep.flow.preconditioning import PreconditioningConfig, ScalingConfig
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
 from fewstep.objectives.base import Objective
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.utils.parts import kind
 from stability_variants import ISDApart, ISDTimeUnit
 
 SAMPLE_SEED = 91_000
@@ -179,8 +182,10 @@ def configuration(cell: Cell, initial: str) -> RunConfig:
         recipe="stability",
         data=study.data,
         model=ModelConfig(
-            path=cell.path, preconditioning=cell.preconditioning, scaling=cell.scaling or SCALINGS[cell.path]
-        ),  # type: ignore[arg-type]
+            kind(PathConfig, cell.path),
+            kind(PreconditioningConfig, cell.preconditioning),
+            kind(ScalingConfig, cell.scaling or SCALINGS[cell.path]),
+        ),
         network=study.network,
         objective=objective,
         optimizer=replace(OPTIMIZERS[cell.optimizer], lr=cell.lr, warmup_images=images // 16, decay="cosine"),

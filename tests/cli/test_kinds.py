@@ -5,7 +5,7 @@ from typing import get_type_hints
 
 import pytest
 
-from fewstep.cli.kinds import choices, choose_kinds, kind_name, kinds_of
+from fewstep.cli.kinds import choices, choose_kinds, kinds_of
 from fewstep.cli.options import TrainOptions
 from fewstep.cli.parsing import parse
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
@@ -15,7 +15,7 @@ from fewstep.objectives import ISD, MeanFlow
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.serialization import concrete_classes
+from fewstep.utils.parts import concrete_classes, kind_name
 
 DIGITS = recipe("digits")
 
@@ -63,9 +63,9 @@ def test_the_last_of_two_counts() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--network cnn", "--network must be one of mlp, unet, dit, unet1d; got cnn"),
+        ("--network cnn", "--network must be one of dit, mlp, unet, unet1d; got cnn"),
         ("--network DiT-L", "got DiT-L"),
-        ("--network", "--network must be one of mlp, unet, dit, unet1d; got nothing"),
+        ("--network", "--network must be one of dit, mlp, unet, unet1d; got nothing"),
         ("--network --out x", "got nothing"),
         ("--objective.times= ", "--objective.times must be one of uniform, beta, logit-normal, log-normal"),
     ],
@@ -116,7 +116,7 @@ def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit):
         parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
-    assert "--network {mlp,unet,dit,unet1d}" in printed
+    assert "--network {dit,mlp,unet,unet1d}" in printed
     assert "--objective.times {uniform,beta,logit-normal,log-normal" in printed  # and those that other tests define
 
 

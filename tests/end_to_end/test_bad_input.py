@@ -51,7 +51,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
         ("train digits extra", r"unknown option extra"),
         ("train digits --training.batch-size many", r"--training\.batch-size.*'many'"),
         ("train digits --training.batch-size", r"[Mm]issing value.*--training\.batch-size"),
-        ("train digits --model.path cubic", r"'cubic'.*--model\.path.*linear"),
+        ("train digits --model.path cubic", r"--model.path must be one of .*linear.*; got cubic"),
         ("train digits --training.batch-size 0", r"batch_size.* must be at least 1"),
         ("train digits --training.seed -1", r"seed is -1"),
         ("train digits --training.ema-power 0.5", r"relative width 0\.5 must lie in"),

@@ -22,11 +22,14 @@ from fewstep.evaluation.methods import differing_settings, find_runs, gather, me
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, reached_by, speedup, targets_of, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.run import study_links
+from fewstep.flow.paths import EDMPathConfig
+from fewstep.flow.preconditioning import EDMInputScalingConfig, PreconditioningConfig
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import RunFolder, build
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, ShapeError
-from fewstep.utils.serialization import to_json
+from fewstep.utils.parts import kind
+from fewstep.utils.serialization import FORMAT, to_json
 
 rates = st.floats(0.2, 5.0)
 
@@ -207,11 +210,12 @@ def make_run(
 ) -> Path:
     """A run folder without weights: settings, and a curve 8 exp(-speed x)."""
     base = recipe("digits-flow-matching")
-    model = replace(base.model, path="edm", preconditioning=preconditioning, scaling="edm-input")
+    own = kind(PreconditioningConfig, preconditioning)
+    model = replace(base.model, path=EDMPathConfig(), preconditioning=own, scaling=EDMInputScalingConfig())
     config = replace(base, model=model, training=replace(base.training, seed=seed))
     root.mkdir(parents=True)
     data = {"name": "digits", "fingerprint": "0123", "train": 1204, "heldout": 593}
-    (root / "config.json").write_text(json.dumps({"run": to_json(config), "data": data}))
+    (root / "config.json").write_text(json.dumps({"format": FORMAT, "run": to_json(config), "data": data}))
     found = lines or [line(1000 * i, 8 * math.exp(-speed * (i + seed) / 8)) for i in range(1, 17)]
     (root / "curve.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found))
     return root
@@ -231,7 +235,7 @@ def test_a_study_is_written_as_table_record_figure_and_page(study: list[Path], t
     assert "2.0" in table.splitlines()[2]
     record = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert record["baseline"] == "preconditioning euler"
-    assert record["differing"] == ["model.preconditioning"]
+    assert record["differing"] == ["model.preconditioning.type"]
     (measure,) = record["measures"]
     assert [target["share"] for target in measure["targets"]] == [0.5, 0.75, 1.0]
     gain = measure["methods"][1]["speedup"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import EDM, Path
+from fewstep.flow.paths import EDM, Path, PathConfig
 from fewstep.flow.preconditioning import (
     BCMPreconditioning,
     CMPreconditioning,
@@ -18,9 +18,10 @@ from fewstep.flow.preconditioning import (
     EDMScaling,
     EulerPreconditioning,
     Scaling,
+    TrigPreconditioningConfig,
     UnitScaling,
 )
-from fewstep.recipes.config import PathName, make_path, make_preconditioning
+from fewstep.utils import parts
 from fewstep.utils.errors import ConfigError, UnsupportedError
 from tests.support.cases import F64, PAIRS, PATHS, SD, clock, close, noise, pair, random_network, unit_triples, units
 
@@ -141,10 +142,11 @@ def test_dtype_and_broadcasting(path_name: str, name: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("path_name", ["linear", "trig", "vp"])
-def test_trig_needs_a_short_clock(path_name: PathName) -> None:
+def test_trig_needs_a_short_clock(path_name: str) -> None:
     with pytest.raises(ConfigError, match="pi/2"):
-        make_preconditioning("trig", EDM(), SD)
-    g = make_preconditioning("trig", make_path(path_name, SD), SD).coefficients(torch.tensor(0.5), torch.tensor(0.5))[1]
+        TrigPreconditioningConfig().build(EDM(), SD)
+    path = parts.kind(PathConfig, path_name).build(SD)
+    g = TrigPreconditioningConfig().build(path, SD).coefficients(torch.tensor(0.5), torch.tensor(0.5))[1]
     assert float(g) == 0
 
 

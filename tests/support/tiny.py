@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.paths import EDMPathConfig, LinearPathConfig
+from fewstep.flow.preconditioning import AnalyticPreconditioningConfig, EDMScalingConfig, EulerPreconditioningConfig
 from fewstep.flow.times import LogNormalTimes
 from fewstep.networks import CriticConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CD, CTM, ISD, DiagonalMatching, TeacherSteps
@@ -50,7 +52,7 @@ KINDS: dict[str, RunConfig] = {
     ),
 }
 
-EDM_MODEL = ModelConfig(path="edm", preconditioning="euler", scaling="edm")
+EDM_MODEL = ModelConfig(EDMPathConfig(), EulerPreconditioningConfig(), EDMScalingConfig())
 TEACHER = replace(
     TINY,
     recipe="teacher",
@@ -59,7 +61,7 @@ TEACHER = replace(
 )
 CRITIC = AdversaryConfig(critic=CriticConfig(width=4), start_images=128)
 """Begins with the fifth step."""
-_ANALYTIC = replace(EDM_MODEL, preconditioning="analytic")
+_ANALYTIC = replace(EDM_MODEL, preconditioning=AnalyticPreconditioningConfig())
 _ONCE = StatisticsConfig(points=8, samples=64)
 _REFRESHED = replace(_ONCE, refresh_images=128)
 _CTM = replace(
@@ -80,7 +82,7 @@ STUDENTS: dict[str, RunConfig] = {
 """Runs that distil a teacher; those refreshed take new statistics after steps 4 and 8."""
 TEACHERLESS: dict[str, RunConfig] = {
     "isd-edm": replace(TINY, model=_ANALYTIC, statistics=_REFRESHED),
-    "isd-linear": replace(TINY, model=replace(_ANALYTIC, path="linear"), statistics=_REFRESHED),
+    "isd-linear": replace(TINY, model=replace(_ANALYTIC, path=LinearPathConfig()), statistics=_REFRESHED),
 }
 """Analytic preconditioning without a teacher."""
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fewstep.flow.flow_map import FlowMapConfig
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
-from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.paths import EDM, VP, EDMPathConfig, Linear, Path, PathConfig, Trig
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
     BCMPreconditioning,
@@ -33,9 +33,10 @@ from fewstep.flow.preconditioning import (
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
 from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
-from fewstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig, make_path
+from fewstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.sampling.pipeline import PipelineConfig
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.parts import kind
 from fewstep.utils.serialization import differences, from_json, to_json
 
 PATHS = [EDM(0.01, 50.0), Linear(), Trig(0.4), VP(0.2, 15.0, 1e-4)]
@@ -229,10 +230,12 @@ def test_terse_leaves_out_what_came_later_and_says_nothing() -> None:
 
 
 def test_differences_name_each_value_that_changed() -> None:
-    other = replace(RUN, training=replace(RUN.training, seed=5), model=ModelConfig("edm"), network=DiTConfig())
+    other = replace(
+        RUN, training=replace(RUN.training, seed=5), model=ModelConfig(EDMPathConfig()), network=DiTConfig()
+    )
     lines = differences(to_json(RUN), to_json(other))
     assert "training.seed: 0 -> 5" in lines
-    assert "model.path: 'linear' -> 'edm'" in lines
+    assert "model.path.type: 'LinearPathConfig' -> 'EDMPathConfig'" in lines
     assert "network.type: 'MLPConfig' -> 'DiTConfig'" in lines
     assert not any(line.startswith(("data", "optimizer", "objective")) for line in lines)
     assert differences(to_json(RUN), to_json(RunConfig("mine"))) == []
@@ -247,5 +250,5 @@ def test_settings_without_meaning_are_refused(make: Callable[[], Any]) -> None:
 
 
 def test_named_paths_carry_the_datas_deviation() -> None:
-    assert make_path("trig", 0.25) == Trig(0.25)
-    assert [type(make_path(name, 0.25)) for name in ("linear", "edm", "vp")] == [Linear, EDM, VP]
+    assert kind(PathConfig, "trig").build(0.25) == Trig(0.25)
+    assert [type(kind(PathConfig, name).build(0.25)) for name in ("linear", "edm", "vp")] == [Linear, EDM, VP]

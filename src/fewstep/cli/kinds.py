@@ -7,27 +7,20 @@ the setting before is then that kind's own defaults, and its fields follow as us
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.serialization import concrete_classes
+from fewstep.utils.parts import kinds
 
 T = TypeVar("T")
 
 
-def kind_name(cls: type) -> str:
-    """LogitNormalTimes -> logit-normal, DiTConfig -> dit, FixedGuidance -> fixed."""
-    stem = re.sub(r"(?<=.)(Config|Times|Guidance)$", "", cls.__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", stem).lower()
-
-
 def kinds_of(owner: object, field: str) -> dict[str, type]:
     """The kinds that a field of a dataclass may have, by name; empty where there is no choice."""
-    found = concrete_classes(typing.get_type_hints(type(owner))[field])
-    return {kind_name(cls): cls for cls in found} if len(found) > 1 else {}
+    found = kinds(typing.get_type_hints(type(owner))[field])
+    return found if len(found) > 1 else {}
 
 
 def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, dict[str, type]]]:
@@ -35,8 +28,8 @@ def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, dict[str,
     for item in dataclasses.fields(settings):  # type: ignore[arg-type]  # callers pass dataclasses
         value = getattr(settings, item.name)
         if dataclasses.is_dataclass(value):
-            if kinds := kinds_of(settings, item.name):
-                yield prefix + item.name, kinds
+            if known := kinds_of(settings, item.name):
+                yield prefix + item.name, known
             yield from choices(value, f"{prefix}{item.name}.")
 
 
@@ -48,7 +41,7 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
     rest = list(args)
     done: set[str] = set()
     while True:
-        known = {name.removeprefix(prefix): (name, kinds) for name, kinds in choices(settings)}
+        known = {name.removeprefix(prefix): (name, there) for name, there in choices(settings)}
         option = next((name for name in known if name not in done and _position(rest, name) is not None), None)
         if option is None:
             return settings, rest
@@ -56,10 +49,10 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
         position = _position(rest, option)
         while position is not None:  # the last one counts, as of any option
             word, rest = _taken(rest, position)
-            name, kinds = known[option]
-            kind = kinds.get(word.replace("_", "-").lower())
+            name, there = known[option]
+            kind = there.get(word.replace("_", "-").lower())
             if kind is None and not (word == "" and {"-h", "--help"} & set(rest)):
-                raise ConfigError(f"--{option} must be one of {', '.join(kinds)}; got {word or 'nothing'}")
+                raise ConfigError(f"--{option} must be one of {', '.join(there)}; got {word or 'nothing'}")
             settings = settings if kind is None else _with_kind(settings, name.split("."), kind)
             position = _position(rest, option)
 

@@ -109,7 +109,7 @@ def measure_alignment(
     ends_only = config.objective.to_data_end
     jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
-    spaced = edm_grid if config.model.path == "edm" else uniform_grid
+    spaced = edm_grid if student.path.noise_clock else uniform_grid
     grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
     walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
     return {

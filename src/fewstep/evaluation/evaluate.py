@@ -28,7 +28,6 @@ from fewstep.evaluation.metrics import (
     measure,
     reference_features,
 )
-from fewstep.flow.preconditioning import CMPreconditioning
 from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
@@ -39,6 +38,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import parse_json, read_rows, reading, reading_line, write_atomically
+from fewstep.utils.parts import kind_name
 
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
@@ -56,7 +56,7 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     """The run's own sampler at these step counts: the map; for a model of the diagonal alone Euler's method, or on the
     EDM path Heun's.
     """
-    evaluation, on_edm = config.evaluation, config.model.path == "edm"
+    evaluation, on_edm = config.evaluation, config.model.noise_clock
     diagonal: SamplerName = "heun" if on_edm else "euler"
     jumping: SamplerName = "gamma" if evaluation.gamma else "map"
     sampler = diagonal if config.objective.on_diagonal else jumping
@@ -81,7 +81,7 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
     omegas = {each.omega for each in pipeline.step_times}
     omega = omegas.pop() if len(omegas) == 1 else 1.0
     tuned = next((each for each in pipeline.step_times if each.steps == steps), None)
-    if isinstance(pipeline.flow_map.preconditioning, CMPreconditioning):  # which has no other jumps
+    if pipeline.flow_map.preconditioning.data_end_only:  # which has no other jumps
         return SamplingSettings(sampler="gamma", gamma=1.0, omega=omega)
     if tuned is None:
         return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
@@ -90,7 +90,7 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
 
 def spacing(config: RunConfig) -> Spacing:
     """How the run's step times are spaced: as EDM's on its path."""
-    return "edm" if config.model.path == "edm" else "uniform"
+    return "edm" if config.model.noise_clock else "uniform"
 
 
 def method_of(run: RunFolder) -> str:
@@ -110,9 +110,9 @@ def method_name(config: RunConfig, classes: int) -> str:
         case ISD():
             return "iSD-T" if config.objective.guidance.active and classes else "iSD"
         case CD():
-            return f"CD, {config.model.preconditioning}"
+            return f"CD, {kind_name(type(config.model.preconditioning))}"
         case CTM():
-            return f"CTM, {config.model.preconditioning}"
+            return f"CTM, {kind_name(type(config.model.preconditioning))}"
         case objective:
             return next(entry.name for entry in CATALOGUE if entry.objective is type(objective))
 

@@ -16,6 +16,7 @@ from fewstep.evaluation.evaluate import CURVE_FILE
 from fewstep.training import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.files import read_lines, reading_line
+from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, to_json
 
 Points = list[tuple[float, float]]
@@ -163,6 +164,8 @@ def _named(key: str, settings: dict[str, Any], differing: Sequence[str]) -> str:
     short = _last_part(key)
     value = settings.get(key)
     shown = value if isinstance(value, str) and value else json.dumps(value)
+    if shown.endswith("Config"):
+        shown = kind_name(shown)
     alone = [_last_part(other) for other in differing].count(short) == 1
     return f"{short if alone else key} {shown}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -34,7 +34,12 @@ class PathValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Path(ABC):
-    """A path: its clock's range and its values. Subclasses are final."""
+    """A path: its clock's range and its values. Subclasses are final.
+
+    noise_clock: whether the clock tells noise levels themselves, over which steps are spaced as EDM's.
+    """
+
+    noise_clock: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -98,6 +103,15 @@ class Path(ABC):
         return self.values(t).over(eps).sigma * eps
 
 
+@dataclass(frozen=True)
+class PathConfig(ABC):
+    """Settings of a path."""
+
+    @abstractmethod
+    def build(self, sigma_data: float) -> Path:
+        """The path for data of that standard deviation; raises ConfigError for settings without meaning."""
+
+
 def _check_range(name: str, low: float, high: float) -> None:
     if not (0 <= low < high and math.isfinite(high)):
         raise ConfigError(f"{name}: the clock's range [{low}, {high}] is empty or negative; give 0 <= t_min < t_max")
@@ -107,6 +121,7 @@ def _check_range(name: str, low: float, high: float) -> None:
 class EDM(Path):
     """Variance-exploding path of EDM (2206.00364): alpha = 1, sigma = t."""
 
+    noise_clock: ClassVar[bool] = True
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
@@ -139,6 +154,15 @@ class EDM(Path):
         return self.sigma_min ** (1 - u) * self.sigma_max**u
 
 
+@final
+@dataclass(frozen=True)
+class EDMPathConfig(PathConfig):
+    """Variance exploding, over noise levels from 0.002 to 80 (EDM)."""
+
+    def build(self, sigma_data: float) -> Path:
+        return EDM()
+
+
 @dataclass(frozen=True)
 class Linear(Path):
     """Straight path of flow matching (2210.02747): alpha = 1 - t, sigma = t on [0, 1]."""
@@ -157,6 +181,15 @@ class Linear(Path):
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
         return 1 / (1 + 1 / tau)
+
+
+@final
+@dataclass(frozen=True)
+class LinearPathConfig(PathConfig):
+    """Straight from data to noise (flow matching)."""
+
+    def build(self, sigma_data: float) -> Path:
+        return Linear()
 
 
 @dataclass(frozen=True)
@@ -183,6 +216,15 @@ class Trig(Path):
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
         return torch.atan(tau / self.sigma_data)
+
+
+@final
+@dataclass(frozen=True)
+class TrigPathConfig(PathConfig):
+    """A quarter of a circle whose noise has the data's deviation (TrigFlow)."""
+
+    def build(self, sigma_data: float) -> Path:
+        return Trig(sigma_data)
 
 
 @dataclass(frozen=True)
@@ -226,3 +268,12 @@ class VP(Path):
         slope = self.beta_max - self.beta_min
         exponent = torch.log1p(tau * tau)
         return 2 * exponent / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * exponent))
+
+
+@final
+@dataclass(frozen=True)
+class VPPathConfig(PathConfig):
+    """Variance preserving, with linear beta from 0.1 to 20 (score SDEs)."""
+
+    def build(self, sigma_data: float) -> Path:
+        return VP()

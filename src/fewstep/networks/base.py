@@ -51,3 +51,8 @@ class NetworkConfig(ABC):
         self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
     ) -> Network:
         """Make the network; raises ConfigError when it cannot take this shape."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its layers draw random numbers in training, so that two evaluations are of different networks."""
+        return False

@@ -37,6 +37,10 @@ class UNetConfig(NetworkConfig):
     patch: int = 1
     """Side of the pixel blocks folded into channels (2301.11093): 2 makes every level a quarter as large and costly."""
 
+    @property
+    def stochastic(self) -> bool:
+        return self.dropout > 0
+
     def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> UNet:
         return UNet(self, shape, num_classes, guided, observation)
 

@@ -8,84 +8,41 @@ from typing import Literal
 
 from fewstep.data import DataConfig
 from fewstep.flow.flow_map import FlowMapConfig
-from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.paths import LinearPathConfig, PathConfig
 from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    BCMPreconditioning,
-    CMPreconditioning,
-    EDMInputScaling,
-    EDMScaling,
-    EulerPreconditioning,
-    IdentityScaling,
-    LinearPreconditioning,
-    Preconditioning,
-    Scaling,
+    IdentityScalingConfig,
+    LinearPreconditioningConfig,
+    PreconditioningConfig,
+    ScalingConfig,
     TrajectoryStatistics,
-    TrigPreconditioning,
-    UnitScaling,
 )
-from fewstep.networks import CriticConfig, DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
-from fewstep.objectives import (
-    CD,
-    CT,
-    CTM,
-    ECT,
-    ESD,
-    ISD,
-    LSD,
-    PSD,
-    SCD,
-    SCT,
-    DiagonalMatching,
-    MeanFlow,
-    Regression,
-    Shortcut,
-)
+from fewstep.networks import CriticConfig, MLPConfig, NetworkConfig
+from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
-
-PathName = Literal["linear", "trig", "edm", "vp"]
-PreconditioningName = Literal["linear", "trig", "euler", "cm", "bcm", "analytic", "analytic-forward"]
-TrainingObjective = (
-    ISD | MeanFlow | ESD | LSD | PSD | Shortcut | CT | ECT | SCT | SCD | DiagonalMatching | CD | CTM | Regression
-)
-DIFFERENTIATED = (ISD, MeanFlow, ESD, LSD, SCT, SCD)
-"""Objectives that compare evaluations of one network at neighbouring times."""
-
-ScalingName = Literal["identity", "unit", "edm", "edm-input"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The flow map: which path, preconditioning and inner scaling; they share the data's standard deviation."""
 
-    path: PathName = "linear"
-    """From data to noise: linear (flow matching), trig (TrigFlow), edm or vp (variance exploding, preserving)."""
-    preconditioning: PreconditioningName = "linear"
-    """What a jump X = f x + g N makes of the network's output N:
-    linear (MeanFlow), trig (sCM), euler (CTM, DDIM's step), bcm (for edm-input scaling)
-    cm: consistency models' own, for jumps to the data end alone, on the edm path with edm-input scaling
-    analytic: from statistics of the teacher or of the model itself; analytic-forward: its ablation
-    """
-    scaling: ScalingName = "identity"
-    """Of the network's input and output: identity, unit (TrigFlow), edm (EDM) or edm-input (EDM, input alone)."""
+    path: PathConfig = field(default_factory=LinearPathConfig)
+    """From data to noise."""
+    preconditioning: PreconditioningConfig = field(default_factory=LinearPreconditioningConfig)
+    """What a jump X = f x + g N makes of the network's output N."""
+    scaling: ScalingConfig = field(default_factory=IdentityScalingConfig)
+    """Of the network's input and output."""
     sigma_data: float | None = None
     """Standard deviation of the data; None measures it on the training data."""
 
     def __post_init__(self) -> None:
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
-        if self.preconditioning in ("cm", "bcm") and self.scaling == "edm":
-            raise ConfigError(
-                f"{self.preconditioning} preconditioning holds EDM's c_skip and c_out itself: "
-                "take the inner scaling edm-input with it"
-            )
-        if self.preconditioning == "cm" and self.scaling != "edm-input":
-            raise ConfigError("cm preconditioning is made for a scaled input: take the inner scaling edm-input with it")
+        self.preconditioning.check_scaling(self.scaling)
 
     @property
-    def analytic(self) -> bool:
-        """Whether the preconditioning is computed from statistics."""
-        return self.preconditioning in ("analytic", "analytic-forward")
+    def noise_clock(self) -> bool:
+        """Whether the path's clock tells noise levels."""
+        return self.path.build(self.sigma_data or 1.0).noise_clock
 
 
 @dataclass(frozen=True)
@@ -250,8 +207,8 @@ class RunConfig:
     """Name of the recipe, which the command line has given already: leave this out."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    network: MLPConfig | UNetConfig | DiTConfig | UNet1dConfig = field(default_factory=MLPConfig)
-    objective: TrainingObjective = field(default_factory=ISD)
+    network: NetworkConfig = field(default_factory=MLPConfig)
+    objective: Objective = field(default_factory=ISD)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -263,21 +220,22 @@ class RunConfig:
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self) -> None:
-        if isinstance(self.network, UNetConfig) and self.network.dropout and isinstance(self.objective, DIFFERENTIATED):
+        objective = type(self.objective).__name__
+        if self.network.stochastic and self.objective.differentiates:
             raise ConfigError(
-                f"dropout {self.network.dropout} with {type(self.objective).__name__}: dN/dt compares evaluations of "
-                "one network, which dropout makes different ones; set --network.dropout 0"
+                f"dropout with {objective}: dN/dt compares evaluations of one network, which dropout makes different "
+                "ones; set --network.dropout 0"
             )
-        if self.model.preconditioning == "cm":
-            self._check_cm()
-        if not _anchored(self.objective):
+        if self.model.preconditioning.data_end_only:
+            self._check_data_end()
+        if not self.objective.anchored:
             raise ConfigError(
-                f"{type(self.objective).__name__} without samples at s = t learns nothing of the data: any map that "
-                "agrees with itself would do (studies/degeneracy.md); give it a share of them"
+                f"{objective} without samples at s = t learns nothing of the data: any map that agrees with itself "
+                "would do (studies/degeneracy.md); give it a share of them"
             )
 
-    def _check_cm(self) -> None:
-        if not isinstance(self.objective, CT | ECT | CD):
+    def _check_data_end(self) -> None:
+        if self.objective.needs_velocity:
             raise ConfigError(
                 f"cm preconditioning jumps to the data end alone and has no velocity, which "
                 f"{type(self.objective).__name__} needs: train CT, ECT or CD with it, or take bcm"
@@ -288,17 +246,6 @@ class RunConfig:
                 "cm preconditioning jumps to the data end alone, so that several steps take new noise in between: set "
                 f"--evaluation.gamma 1 in place of {self.evaluation.gamma}"
             )
-
-
-def _anchored(objective: TrainingObjective) -> bool:
-    """Whether anything in the objective ties the map to the data."""
-    match objective:
-        case LSD() | PSD():
-            return objective.diagonal > 0
-        case Shortcut():
-            return objective.bootstrap < 1
-        case _:
-            return True
 
 
 def flow_map_config(
@@ -312,11 +259,11 @@ def flow_map_config(
     """The flow map of a run on such data; statistics: for an analytic preconditioning; observation: a policy's."""
     model = config.model
     sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
-    path = make_path(model.path, sigma_data)
+    path = model.path.build(sigma_data)
     return FlowMapConfig(
         path=path,
-        preconditioning=make_preconditioning(model.preconditioning, path, sigma_data, statistics),
-        scaling=make_scaling(model.scaling, path, sigma_data),
+        preconditioning=model.preconditioning.build(path, sigma_data, statistics),
+        scaling=model.scaling.build(path, sigma_data),
         network=config.network,
         shape=shape,
         num_classes=num_classes,
@@ -324,59 +271,3 @@ def flow_map_config(
         sigma_data=sigma_data,
         observation=observation,
     )
-
-
-def make_path(name: PathName, sigma_data: float) -> Path:
-    """The path of that name with the published range."""
-    match name:
-        case "linear":
-            return Linear()
-        case "trig":
-            return Trig(sigma_data)
-        case "edm":
-            return EDM()
-        case "vp":
-            return VP()
-
-
-def make_preconditioning(
-    name: PreconditioningName, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None
-) -> Preconditioning:
-    """The preconditioning of that name on a path; raises ConfigError where it has no meaning."""
-    match name:
-        case "linear":
-            return LinearPreconditioning()
-        case "trig":
-            if path.t_max > Trig().t_max + 1e-9:
-                raise ConfigError(
-                    "trig preconditioning needs a clock of at most pi/2: take the path trig, linear or vp"
-                )
-            return TrigPreconditioning()
-        case "euler":
-            return EulerPreconditioning(path)
-        case "cm":
-            if not isinstance(path, EDM):
-                raise ConfigError("cm preconditioning is of noise levels: take the path edm")
-            return CMPreconditioning(sigma_data, path.t_min)
-        case "bcm":
-            return BCMPreconditioning(sigma_data, path)
-        case "analytic" | "analytic-forward":
-            if statistics is None:
-                raise ConfigError(
-                    f"preconditioning {name!r} is computed from statistics: name a teacher with --teacher, or set "
-                    "--statistics.refresh-images to estimate them from the model itself"
-                )
-            return AnalyticPreconditioning(statistics, "backward" if name == "analytic" else "forward", path)
-
-
-def make_scaling(name: ScalingName, path: Path, sigma_data: float) -> Scaling:
-    """The inner scaling of that name."""
-    match name:
-        case "identity":
-            return IdentityScaling()
-        case "unit":
-            return UnitScaling(sigma_data)
-        case "edm":
-            return EDMScaling(sigma_data, path)
-        case "edm-input":
-            return EDMInputScaling(sigma_data, path)

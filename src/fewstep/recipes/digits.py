@@ -9,7 +9,7 @@ from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
 from fewstep.networks import MLPConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
-from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 def digits() -> RunConfig:
@@ -22,7 +22,6 @@ def digits() -> RunConfig:
     return RunConfig(
         recipe="digits",
         data=DataConfig(source="digits"),
-        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=ISD(
             times=LogitNormalTimes(),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fewstep.flow.paths import EDMPathConfig
+from fewstep.flow.preconditioning import AnalyticPreconditioningConfig, EDMScalingConfig, EulerPreconditioningConfig
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes.config import (
     EvaluationConfig,
@@ -19,7 +21,7 @@ from fewstep.recipes.config import (
 )
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 
-_STUDENT = ModelConfig(path="edm", preconditioning="analytic", scaling="edm")
+_STUDENT = ModelConfig(EDMPathConfig(), AnalyticPreconditioningConfig(), EDMScalingConfig())
 
 
 def ctm_digits() -> RunConfig:
@@ -57,7 +59,7 @@ def cd_digits() -> RunConfig:
     return replace(
         base,
         recipe="cd-digits",
-        model=replace(base.model, preconditioning="euler"),
+        model=replace(base.model, preconditioning=EulerPreconditioningConfig()),
         objective=CD(steps=TeacherSteps(u="adjacent")),
         evaluation=replace(base.evaluation, gamma=1.0),
     )

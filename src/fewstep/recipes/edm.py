@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.flow.paths import EDMPathConfig
+from fewstep.flow.preconditioning import EDMScalingConfig, EulerPreconditioningConfig
 from fewstep.flow.times import LogNormalTimes
 from fewstep.networks import MLPConfig, UNetConfig
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
-EDM_MODEL = ModelConfig(path="edm", preconditioning="euler", scaling="edm")
+EDM_MODEL = ModelConfig(EDMPathConfig(), EulerPreconditioningConfig(), EDMScalingConfig())
 EDM_OBJECTIVE = DiagonalMatching(times=LogNormalTimes(-0.5, 1.8), measure="denoiser", dropout=0.0)
 
 

@@ -9,7 +9,7 @@ from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
 from fewstep.networks import DiTConfig, UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
-from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 def fashion_mnist_unet() -> RunConfig:
@@ -21,7 +21,6 @@ def fashion_mnist_unet() -> RunConfig:
     return RunConfig(
         recipe="fashion-mnist-unet",
         data=DataConfig(source="idx"),
-        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=UNetConfig(
             width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0
         ),

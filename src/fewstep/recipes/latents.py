@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 from fewstep.data import DataConfig
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
+from fewstep.flow.paths import TrigPathConfig
+from fewstep.flow.preconditioning import TrigPreconditioningConfig, UnitScalingConfig
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig
 from fewstep.objectives import ISD
@@ -43,7 +45,7 @@ def imagenet256_dit_b4() -> RunConfig:
     return RunConfig(
         recipe="imagenet256-dit-b4",
         data=DataConfig(source="latents"),
-        model=ModelConfig(path="trig", preconditioning="trig", scaling="unit"),
+        model=ModelConfig(TrigPathConfig(), TrigPreconditioningConfig(), UnitScalingConfig()),
         network=DiTConfig.of("B", 4),
         objective=_published(guidance=FixedGuidance(omega=5.0)),
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, warmup_images=0),
@@ -61,7 +63,6 @@ def imagenet256_dit_xl1() -> RunConfig:
     return RunConfig(
         recipe="imagenet256-dit-xl1",
         data=DataConfig(source="latents"),
-        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=DiTConfig.of("XL", 1),
         objective=_published(guidance=DrawnGuidance(omega_max=8.0), norm="pseudo-huber", huber=5.0),
         optimizer=OptimizerConfig(name="muon", lr=1e-4, matrix_lr=5e-4, warmup_images=0),

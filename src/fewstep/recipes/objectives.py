@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, MeanFlow, Shortcut, Tangent
-from fewstep.recipes.config import ModelConfig, RunConfig, TrainingObjective
+from fewstep.flow.paths import TrigPathConfig
+from fewstep.flow.preconditioning import (
+    BCMPreconditioningConfig,
+    EDMInputScalingConfig,
+    EulerPreconditioningConfig,
+    TrigPreconditioningConfig,
+    UnitScalingConfig,
+)
+from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, MeanFlow, Objective, Shortcut, Tangent
+from fewstep.recipes.config import ModelConfig, RunConfig
 from fewstep.recipes.digits import digits
 from fewstep.recipes.edm import EDM_MODEL, edm_digits
 
@@ -68,7 +76,7 @@ def digits_ct() -> RunConfig:
     Measured: Frechet distance 9.6 / 10.2 / 10.1 at 1 / 2 / 4 steps (classifier features, real digits
     1.6), 304 s on one shared core.
     """
-    model = replace(EDM_MODEL, preconditioning="bcm", scaling="edm-input")
+    model = replace(EDM_MODEL, preconditioning=BCMPreconditioningConfig(), scaling=EDMInputScalingConfig())
     return _to_the_end("digits-ct", CT(duration=digits().training.images, huber=_HUBER), model)
 
 
@@ -91,7 +99,7 @@ def digits_sct() -> RunConfig:
     Measured: Frechet distance 17.5 / 20.1 / 21.6 at 1 / 2 / 4 steps (classifier features, real digits
     1.6), 362 s on one shared core. Half of the samples have their class.
     """
-    model = ModelConfig(path="trig", preconditioning="trig", scaling="unit")
+    model = ModelConfig(TrigPathConfig(), TrigPreconditioningConfig(), UnitScalingConfig())
     return _to_the_end("digits-sct", SCT(tangent=_tangent()), model)
 
 
@@ -105,18 +113,18 @@ def digits_scd() -> RunConfig:
     return replace(_tuned("digits-scd", SCD(tangent=_tangent())), teacher=_TEACHER, initial="teacher")
 
 
-def _by(name: str, objective: TrainingObjective) -> RunConfig:
+def _by(name: str, objective: Objective) -> RunConfig:
     return replace(digits(), recipe=name, objective=objective)
 
 
-def _to_the_end(name: str, objective: TrainingObjective, model: ModelConfig) -> RunConfig:
+def _to_the_end(name: str, objective: Objective, model: ModelConfig) -> RunConfig:
     base = _by(name, objective)
     return replace(base, model=model, evaluation=replace(base.evaluation, gamma=1.0))
 
 
-def _tuned(name: str, objective: TrainingObjective) -> RunConfig:
+def _tuned(name: str, objective: Objective) -> RunConfig:
     """From a diffusion model's weights: its path, inner scaling and data."""
-    base = _to_the_end(name, objective, replace(EDM_MODEL, preconditioning="euler"))
+    base = _to_the_end(name, objective, replace(EDM_MODEL, preconditioning=EulerPreconditioningConfig()))
     return replace(base, data=edm_digits().data, network=edm_digits().network)
 
 

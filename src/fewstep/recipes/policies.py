@@ -8,7 +8,7 @@ from fewstep.data import DataConfig
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import MLPConfig, UNet1dConfig
 from fewstep.objectives import ISD, DiagonalMatching, Regression
-from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
 def policy_mlp() -> RunConfig:
@@ -20,7 +20,6 @@ def policy_mlp() -> RunConfig:
     return RunConfig(
         recipe="policy-mlp",
         data=DataConfig(source="demonstrations", heldout=0.05),
-        model=ModelConfig(path="linear", preconditioning="linear", scaling="identity"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=64, max_frequency=16.0),
         objective=ISD(diagonal=0.75, derivative="finite-difference", power=1.0, offset=1.0, dropout=0.0),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.guidance import ClassifierFreeGuidance, sampling_condition
-from fewstep.flow.paths import EDM, Path
+from fewstep.flow.paths import Path
 from fewstep.flow.times import check_grid, edm_grid, uniform_grid
 from fewstep.networks.condition import Condition
 from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
@@ -134,7 +134,7 @@ class SamplingSettings:
                     f"times end at {float(times[-1]):g}, where samples are noisy: end at t_min = {path.t_min:g}"
                 )
             return times
-        edm = self.spacing == "edm" or (self.spacing == "auto" and isinstance(path, EDM))
+        edm = self.spacing == "edm" or (self.spacing == "auto" and path.noise_clock)
         return edm_grid(path, self.steps) if edm else uniform_grid(path, self.steps)
 
     def tuned(self, known: tuple[StepTimes, ...]) -> StepTimes | None:

@@ -303,7 +303,7 @@ class Trainer:
         if self.adversary is not None and critic_gradients:
             self.adversary.step(critic_gradients)
         refresh = self.config.statistics.refresh_images
-        if self.config.model.analytic and refresh and self.due(refresh) and not self.finished:
+        if self.config.model.preconditioning.needs_statistics and refresh and self.due(refresh) and not self.finished:
             self.refresh_statistics()
         self.window.add_step(float(total), norm, factor * self.config.optimizer.lr)
 

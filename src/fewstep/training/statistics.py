@@ -18,7 +18,12 @@ from tqdm import tqdm
 
 from fewstep.data import Dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import AnalyticPreconditioning, StatisticsEstimator, TrajectoryStatistics
+from fewstep.flow.preconditioning import (
+    AnalyticPreconditioning,
+    EulerPreconditioningConfig,
+    StatisticsEstimator,
+    TrajectoryStatistics,
+)
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.pipeline import read_flow_map_config
@@ -193,13 +198,14 @@ def first_statistics(
     """What a run with an analytic preconditioning starts from: the statistics of its last checkpoint, else of its own
     untrained network where they are to be refreshed, else of its teacher. None for any other run.
     """
-    if not config.model.analytic or (teacher is None and not config.statistics.refresh_images):
+    if not config.model.preconditioning.needs_statistics or (teacher is None and not config.statistics.refresh_images):
         return None
     if config.statistics.refresh_images and run.checkpoints():
         stored = read_flow_map_config(run.last_checkpoint()).preconditioning
         return stored.statistics if isinstance(stored, AnalyticPreconditioning) else None
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
-    untrained = build(replace(config, model=replace(config.model, preconditioning="euler")), dataset, teacher).flow_map
+    model = replace(config.model, preconditioning=EulerPreconditioningConfig())
+    untrained = build(replace(config, model=model), dataset, teacher).flow_map
     if config.statistics.refresh_images:
         found = estimate_together(untrained.to(device), dataset, config.statistics, team)
         return prepared(found, config.statistics, dataset)

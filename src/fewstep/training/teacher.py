@@ -10,7 +10,6 @@ from torch import nn
 from fewstep.data import Dataset
 from fewstep.data.demonstrations.normaliser import Control
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import CMPreconditioning
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.ema import EMA
@@ -35,7 +34,7 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
             f"classes, but the data {dataset.name} has shape {dataset.shape} and {dataset.num_classes} classes"
         )
-    if isinstance(teacher.preconditioning, CMPreconditioning):
+    if teacher.preconditioning.data_end_only:
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
     check_control(config.teacher, named.config.policy, dataset.control)
     return teacher

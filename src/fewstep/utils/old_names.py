@@ -14,7 +14,22 @@ TYPES: dict[str, str] = {}
 
 FIELDS: dict[str, dict[str, str]] = {}
 
-VALUES: dict[tuple[str, str], dict[Any, Any]] = {}
+
+def _kinds(ending: str, **stems: str) -> dict[Any, Any]:
+    """Old word -> the settings of that name, which have no fields."""
+    return {old.replace("_", "-"): {"type": f"{stem}{ending}"} for old, stem in stems.items()}
+
+
+VALUES: dict[tuple[str, str], dict[Any, Any]] = {
+    ("ModelConfig", "path"): _kinds("PathConfig", linear="Linear", trig="Trig", edm="EDM", vp="VP"),
+    ("ModelConfig", "preconditioning"): _kinds(
+        "PreconditioningConfig", linear="Linear", trig="Trig", euler="Euler", cm="CM", bcm="BCM",
+        analytic="Analytic", analytic_forward="AnalyticForward",
+    ),
+    ("ModelConfig", "scaling"): _kinds(
+        "ScalingConfig", identity="Identity", unit="Unit", edm="EDM", edm_input="EDMInput"
+    ),
+}  # fmt: skip
 
 PLACES: dict[str, str] = {
     "flow_map.class_names": "pipeline.class_names",

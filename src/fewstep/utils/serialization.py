@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.utils.old_names import translated_file
+from fewstep.utils.parts import concrete_classes
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
@@ -74,21 +75,6 @@ def to_json(value: Any, *, terse: bool = False) -> JSON:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(f"a value of type {type(value).__name__} cannot be stored as JSON: {value!r}")
-
-
-def concrete_classes(annotation: Any) -> list[type]:
-    """The dataclasses that an annotation stands for: itself, an abstract base's subclasses, those of a union's parts.
-
-    Empty where it stands for other values too.
-    """
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        parts = [concrete_classes(part) for part in typing.get_args(annotation)]
-        return [leaf for part in parts for leaf in part] if all(parts) else []
-    if not isinstance(annotation, type):
-        return []
-    subclasses: list[type] = annotation.__subclasses__()
-    leaves = [leaf for each in subclasses for leaf in concrete_classes(each)]
-    return leaves or ([annotation] if dataclasses.is_dataclass(annotation) else [])
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:

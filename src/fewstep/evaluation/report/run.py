@@ -30,6 +30,7 @@ from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.files import parse_json, reading
+from fewstep.utils.parts import kind_name
 
 REPORT_FILE = "report.html"
 STUDY_FILE = "study.json"
@@ -150,8 +151,8 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
     return (
         f"{method_name(config, data['classes'])}, {origin} on {data['train']} samples of {data['name']} "
-        f"({'x'.join(str(n) for n in data['shape'])}), {config.model.path} path, "
-        f"{config.model.preconditioning} preconditioning."
+        f"({'x'.join(str(n) for n in data['shape'])}), {kind_name(type(config.model.path))} path, "
+        f"{kind_name(type(config.model.preconditioning))} preconditioning."
     )
 
 

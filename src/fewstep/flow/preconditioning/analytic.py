@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
 from fewstep.flow.preconditioning.interpolation import Curve, Place, locate
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
@@ -211,3 +211,29 @@ class AnalyticPreconditioning(Preconditioning):
         if device not in self._tables:
             self._tables[device] = next(iter(self._tables.values())).to(device)
         return self._tables[device]
+
+
+@dataclass(frozen=True)
+class AnalyticPreconditioningConfig(PreconditioningConfig):
+    """From statistics of the teacher, or of the model itself."""
+
+    needs_statistics: ClassVar[bool] = True
+    form: ClassVar[Literal["backward", "forward"]] = "backward"
+
+    def build(
+        self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None
+    ) -> AnalyticPreconditioning:
+        if statistics is None:
+            raise ConfigError(
+                "analytic preconditioning is computed from statistics: name a teacher with --teacher, or set "
+                "--statistics.refresh-images to estimate them from the model itself"
+            )
+        return AnalyticPreconditioning(statistics, self.form, path)
+
+
+@final
+@dataclass(frozen=True)
+class AnalyticForwardPreconditioningConfig(AnalyticPreconditioningConfig):
+    """The ablation of analytic, frozen at the start of a jump."""
+
+    form: ClassVar[Literal["backward", "forward"]] = "forward"

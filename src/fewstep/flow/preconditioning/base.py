@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning.network_scaling import ScalingConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.forward_ad import jvp
 
 
@@ -30,11 +32,13 @@ class Preconditioning(ABC):
     """Jump coefficients; subclasses are final frozen dataclasses.
 
     target_in_network: whether the Eulerian residual may be added to the network's output (g_t < 0 on the whole
-    range), or a step is taken in the map (math.md §5.1). denoises: whether N(x, t, t) is the denoiser.
+    range), or a step is taken in the map (math.md §5.1). denoises: whether N(x, t, t) is the denoiser. data_end_only:
+    whether jumps go to s = t_min alone, so that the network gives no velocity.
     """
 
     target_in_network: ClassVar[bool] = False
     denoises: ClassVar[bool] = False
+    data_end_only: ClassVar[bool] = False
 
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,27 @@ class Preconditioning(ABC):
         t, s = (time.contiguous() for time in torch.broadcast_tensors(t, s))
         (f, g), (f_t, g_t) = jvp(lambda time: self.coefficients(time, s), (t,), (torch.ones_like(t),))
         return JumpDerivatives(f, g, f_t, g_t)
+
+
+class PreconditioningConfig(ABC):
+    """Settings of a preconditioning; subclasses are final frozen dataclasses.
+
+    needs_statistics: whether it is computed from the statistics of a teacher, or of the model itself. data_end_only: as
+    of the preconditioning that it builds.
+    """
+
+    needs_statistics: ClassVar[bool] = False
+    data_end_only: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        """The preconditioning on a path, for data of that standard deviation.
+
+        Raises ConfigError where it has no meaning on that path, or lacks the statistics that it needs.
+        """
+
+    def check_scaling(self, scaling: ScalingConfig) -> None:  # noqa: B027  (no check by default)
+        """Raise ConfigError for an inner scaling that it does not go with; all go with most."""
 
 
 def origin_weight(path: Path, f: Tensor, g: Tensor, t: Tensor, s: Tensor) -> Tensor:

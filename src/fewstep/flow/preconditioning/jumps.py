@@ -13,8 +13,10 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.paths import EDM, Path, Trig
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import ScalingConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
 
 
@@ -35,6 +37,15 @@ class LinearPreconditioning(Preconditioning):
 
 @final
 @dataclass(frozen=True)
+class LinearPreconditioningConfig(PreconditioningConfig):
+    """The network gives the mean velocity of a jump (MeanFlow)."""
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        return LinearPreconditioning()
+
+
+@final
+@dataclass(frozen=True)
 class TrigPreconditioning(Preconditioning):
     """f = cos(t - s), g = -sin(t - s) (sCM, 2410.11081); N is the velocity per radian on the diagonal.
 
@@ -48,6 +59,17 @@ class TrigPreconditioning(Preconditioning):
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(t), torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class TrigPreconditioningConfig(PreconditioningConfig):
+    """A rotation, for clocks of at most pi/2 (sCM)."""
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        if path.t_max > Trig().t_max + 1e-9:
+            raise ConfigError("trig preconditioning needs a clock of at most pi/2: take the path trig, linear or vp")
+        return TrigPreconditioning()
 
 
 @final
@@ -76,12 +98,22 @@ class EulerPreconditioning(Preconditioning):
 
 @final
 @dataclass(frozen=True)
+class EulerPreconditioningConfig(PreconditioningConfig):
+    """DDIM's step, the network giving a denoiser (CTM)."""
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        return EulerPreconditioning(path)
+
+
+@final
+@dataclass(frozen=True)
 class CMPreconditioning(Preconditioning):
     """c_skip and c_out of consistency models (2303.01469) for the raw network; maps to s = t_min alone, EDM path.
 
     f = sd^2 / ((t - t_min)^2 + sd^2), g = sd (t - t_min) / sqrt(t^2 + sd^2).
     """
 
+    data_end_only: ClassVar[bool] = True
     sigma_data: float = 0.5
     t_min: float = 0.002
 
@@ -104,6 +136,24 @@ class CMPreconditioning(Preconditioning):
         raise UnsupportedError(
             "CM preconditioning has no diagonal: it jumps to t_min alone, so the network gives no velocity"
         )
+
+
+@final
+@dataclass(frozen=True)
+class CMPreconditioningConfig(PreconditioningConfig):
+    """Consistency models' own, for jumps to the data end alone: on the edm path with edm-input scaling."""
+
+    data_end_only: ClassVar[bool] = True
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        if not path.noise_clock:
+            raise ConfigError("cm preconditioning is of noise levels: take the path edm")
+        return CMPreconditioning(sigma_data, path.t_min)
+
+    def check_scaling(self, scaling: ScalingConfig) -> None:
+        _check_output("cm", scaling)
+        if not scaling.unit_input:
+            raise ConfigError("cm preconditioning is made for a scaled input: take the inner scaling edm-input with it")
 
 
 @final
@@ -137,6 +187,25 @@ class BCMPreconditioning(Preconditioning):
         return f_s, g_s
 
 
+@final
+@dataclass(frozen=True)
+class BCMPreconditioningConfig(PreconditioningConfig):
+    """Consistency models' for jumps to any end, for edm-input scaling (bidirectional CM)."""
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        return BCMPreconditioning(sigma_data, path)
+
+    def check_scaling(self, scaling: ScalingConfig) -> None:
+        _check_output("bcm", scaling)
+
+
 def _check_sigma_data(name: str, sigma_data: float) -> None:
     if not sigma_data > 0:
         raise ConfigError(f"{name}: sigma_data is {sigma_data}; it must be positive")
+
+
+def _check_output(name: str, scaling: ScalingConfig) -> None:
+    if scaling.denoises:
+        raise ConfigError(
+            f"{name} preconditioning holds EDM's c_skip and c_out itself: take the inner scaling edm-input with it"
+        )

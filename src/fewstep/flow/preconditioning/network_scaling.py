@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ class Scaling(ABC):
         return torch.ones_like(t)
 
 
+class ScalingConfig(ABC):
+    """Settings of an inner scaling; subclasses are final frozen dataclasses.
+
+    unit_input: whether c_in brings noised data to variance 1. denoises: whether c_skip and c_out are EDM's.
+    """
+
+    unit_input: ClassVar[bool] = False
+    denoises: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        """The inner scaling on a path, for data of that standard deviation."""
+
+
 @final
 @dataclass(frozen=True)
 class IdentityScaling(Scaling):
@@ -54,6 +68,15 @@ class IdentityScaling(Scaling):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t
+
+
+@final
+@dataclass(frozen=True)
+class IdentityScalingConfig(ScalingConfig):
+    """None: the network reads the sample and writes N as they are."""
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        return IdentityScaling()
 
 
 @final
@@ -72,6 +95,15 @@ class UnitScaling(Scaling):
 
     def c_noise(self, t: Tensor) -> Tensor:
         return t
+
+
+@final
+@dataclass(frozen=True)
+class UnitScalingConfig(ScalingConfig):
+    """By the data's deviation (TrigFlow)."""
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        return UnitScaling(sigma_data)
 
 
 @final
@@ -104,6 +136,18 @@ class EDMScaling(Scaling):
 
 @final
 @dataclass(frozen=True)
+class EDMScalingConfig(ScalingConfig):
+    """Input and output as EDM scales them, the network giving a denoiser."""
+
+    unit_input: ClassVar[bool] = True
+    denoises: ClassVar[bool] = True
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        return EDMScaling(sigma_data, path)
+
+
+@final
+@dataclass(frozen=True)
 class EDMInputScaling(Scaling):
     """EDM's c_in and c_noise with c_skip = 0, c_out = 1: for CM and BCM, whose (f, g) hold c_skip and c_out."""
 
@@ -122,6 +166,17 @@ class EDMInputScaling(Scaling):
 
     def time_scale(self, t: Tensor) -> Tensor:
         return _log_time_scale(self.path, t)
+
+
+@final
+@dataclass(frozen=True)
+class EDMInputScalingConfig(ScalingConfig):
+    """Input alone as EDM scales it: for preconditionings that scale the output."""
+
+    unit_input: ClassVar[bool] = True
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        return EDMInputScaling(sigma_data, path)
 
 
 def _c_noise(path: Path, t: Tensor) -> Tensor:
