@@ -247,8 +247,8 @@ def main() -> None:
     write_figures(rows, run.root)
     print(table(rows))
 
-    assert dataset.decoding is not None
-    decoder = load_decoder(dataset.decoding, None, torch.device("cpu"))
+    assert dataset.latents is not None
+    decoder = load_decoder(dataset.latents, None, torch.device("cpu"))
     psnr, originals, decoded = reconstruction(dataset, images, SIDE, decoder)
     pipeline = load(run.root)
     drawn = pipeline.generate(4 * COLUMNS, SamplingSettings(steps=2))

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, Decoding, load_autoencoder, load_decoder
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, LatentSpec, load_autoencoder, load_decoder
 from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
 from tests.support.photographs import SIDE, save_autoencoder
 
@@ -51,22 +51,22 @@ def test_it_encodes_and_decodes_as_diffusers_does(saved: tuple[Path, Autoencoder
 
 
 def test_decoding_inverts_what_samples_are_brought_to() -> None:
-    decoding = Decoding(IDENTITY, (0.5, -2.0), (3.0, 0.1), 0.7, (3, 16, 16))
+    spec = LatentSpec(IDENTITY, (0.5, -2.0), (3.0, 0.1), 0.7, (3, 16, 16))
     latents = torch.randn(5, 2, 3, 3, dtype=torch.float64)
-    samples = decoding.samples(latents)
+    samples = spec.samples(latents)
     expected = torch.stack([(latents[:, 0] - 0.5) / 3.0 * 0.7, (latents[:, 1] + 2.0) / 0.1 * 0.7], 1)
     torch.testing.assert_close(samples, expected)
-    torch.testing.assert_close(decoding.latents(samples), latents)
+    torch.testing.assert_close(spec.latents(samples), latents)
     with pytest.raises(ShapeError, match=r"\(n, 2, h, w\), got \(5, 3, 3, 3\)"):
-        decoding.latents(torch.zeros(5, 3, 3, 3))
+        spec.latents(torch.zeros(5, 3, 3, 3))
 
 
 def test_images_are_decoded_from_their_own_units_and_cut_to_their_range(saved: tuple[Path, AutoencoderKL]) -> None:
     autoencoder = load_autoencoder(saved[0], CPU)
-    decoding = Decoding(autoencoder.identity, (0.1, 0.2, 0.3, 0.4), (5.0, 6.0, 7.0, 8.0), 0.5, (3, SIDE, SIDE))
+    spec = LatentSpec(autoencoder.identity, (0.1, 0.2, 0.3, 0.4), (5.0, 6.0, 7.0, 8.0), 0.5, (3, SIDE, SIDE))
     samples = 20 * torch.randn(19, 4, SIDE // 2, SIDE // 2)
-    images = Decoder(decoding, autoencoder).images(samples)
-    whole = autoencoder.decode(decoding.latents(samples))
+    images = Decoder(spec, autoencoder).images(samples)
+    whole = autoencoder.decode(spec.latents(samples))
     assert float(whole.abs().max()) > 1
     torch.testing.assert_close(images, whole.clamp(-1, 1), atol=1e-5, rtol=1e-5)
 
@@ -93,13 +93,13 @@ def test_a_decoder_takes_only_the_autoencoder_of_its_latents(
     saved: tuple[Path, AutoencoderKL], folder: Path, tmp_path: Path
 ) -> None:
     identity = load_autoencoder(saved[0], CPU).identity
-    decoding = Decoding(replace(identity, path=str(tmp_path / "gone")), (0.0,), (1.0,), 1.0, (3, SIDE, SIDE))
+    spec = LatentSpec(replace(identity, path=str(tmp_path / "gone")), (0.0,), (1.0,), 1.0, (3, SIDE, SIDE))
     with pytest.raises(CheckpointError, match=r"cannot be read: .*gone has no config\.json.* with --autoencoder$"):
-        load_decoder(decoding, None, CPU)
-    assert load_decoder(decoding, folder, CPU).autoencoder.identity.same_as(identity)
+        load_decoder(spec, None, CPU)
+    assert load_decoder(spec, folder, CPU).autoencoder.identity.same_as(identity)
     save_autoencoder(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=r"other holds another autoencoder \(weights \w{16}\).*--autoencoder$"):
-        load_decoder(decoding, tmp_path / "other", CPU)
+        load_decoder(spec, tmp_path / "other", CPU)
 
 
 def spoil_config(folder: Path) -> None:

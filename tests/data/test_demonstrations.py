@@ -61,12 +61,12 @@ def test_an_archive_is_read_too(tmp_path: Path) -> None:
 
 @given(st.integers(1, 4), st.integers(1, 12))
 def test_chunks_never_cross_episodes(seen: int, horizon: int) -> None:
-    demos, control = example(), None
-    from fewstep.data.demonstrations.normaliser import Control
+    demos, spec = example(), None
+    from fewstep.data.demonstrations.normaliser import PolicySpec
 
     same = Normaliser((-1.0,) * 3, (1.0,) * 3)
-    control = Control("toy", ChunkConfig(seen, horizon, 1), same, Normaliser((-1.0,) * 2, (1.0,) * 2))
-    chunks = ChunkSet(demos, torch.tensor([0, 2, 3]), control)
+    spec = PolicySpec("toy", ChunkConfig(seen, horizon, 1), same, Normaliser((-1.0,) * 2, (1.0,) * 2))
+    chunks = ChunkSet(demos, torch.tensor([0, 2, 3]), spec)
     assert len(chunks) == 5 + 9 + 4
     actions, _ = chunks.fetch(torch.arange(len(chunks)))
     context = chunks.context(torch.arange(len(chunks)))
@@ -91,9 +91,9 @@ def test_whole_episodes_are_held_out_and_normalisers_know_the_others_alone(file:
     assert sorted([*train.tolist(), *held.tolist()]) == [0, 1, 2, 3]
     assert len(held) == 1
     assert len(data.train) == sum(LENGTHS[e] for e in train.tolist())
-    assert data.control is not None
+    assert data.policy is not None
     own, rows = example(), [e in train.tolist() for e in example().actions[:, 0].int().tolist()]
-    assert data.control.actions.high == tuple(own.actions[torch.tensor(rows)].amax(0).tolist())
+    assert data.policy.actions.high == tuple(own.actions[torch.tensor(rows)].amax(0).tolist())
     values = data.train.fetch(torch.arange(len(data.train)))[0]
     assert (values.min(), values.max()) == (-1, 1)
     assert data.shape == (2, 2)

@@ -104,13 +104,13 @@ def test_a_flip_fetches_the_latent_of_the_mirrored_image(folder: Path) -> None:
 
 def test_samples_decode_to_the_latents_own_images(folder: Path) -> None:
     dataset = load("latents", folder)
-    decoding = dataset.decoding
-    assert decoding is not None
+    spec = dataset.latents
+    assert spec is not None
     values, _ = dataset.heldout.fetch(torch.arange(len(dataset.heldout)))
     rows = held_out(COUNT, stored(folder, "labels"), SETTINGS.heldout, SETTINGS.seed)
-    torch.testing.assert_close(decoding.latents(values), stored(folder, "latents")[rows].float(), atol=1e-5, rtol=1e-5)
-    autoencoder = load_autoencoder(Path(decoding.autoencoder.path), torch.device("cpu"))
-    assert autoencoder.identity == decoding.autoencoder
+    torch.testing.assert_close(spec.latents(values), stored(folder, "latents")[rows].float(), atol=1e-5, rtol=1e-5)
+    autoencoder = load_autoencoder(Path(spec.autoencoder.path), torch.device("cpu"))
+    assert autoencoder.identity == spec.autoencoder
 
 
 def test_only_the_shards_that_are_asked_for_are_read(copy: Path) -> None:

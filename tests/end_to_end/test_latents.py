@@ -147,9 +147,9 @@ def test_the_reference_is_the_features_of_decoded_latents(studio: Path) -> None:
     dataset = load_dataset(DataConfig(source="latents", root=str(studio / "latents")))
     stick = yardstick(dataset, None)
     latents, _ = dataset.heldout.fetch(torch.arange(len(dataset.heldout)))
-    assert dataset.decoding is not None
+    assert dataset.latents is not None
     autoencoder = load_autoencoder(studio / "vae", torch.device("cpu"))
-    images = autoencoder.decode(dataset.decoding.latents(latents)).clamp(-1, 1)
+    images = autoencoder.decode(dataset.latents.latents(latents)).clamp(-1, 1)
     expected = RandomConvExtractor((3, SIDE, SIDE)).features(images)
     torch.testing.assert_close(stick.reference.features, expected, atol=1e-4, rtol=1e-4)
 

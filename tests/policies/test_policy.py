@@ -69,7 +69,7 @@ def test_the_control_travels_with_the_weights(point_run: Path, tmp_path: Path) -
     pipeline.save_pretrained(tmp_path)
     obs = torch.zeros(1, 2, 4)
     torch.testing.assert_close(load_policy(tmp_path).predict_chunk(obs), load_policy(point_run).predict_chunk(obs))
-    assert load_policy(tmp_path).control == pipeline.config.policy
+    assert load_policy(tmp_path).spec == pipeline.config.policy
     assert pipeline.config.policy is not None
     assert pipeline.config.policy.action_low == (-1.0, -1.0)
 

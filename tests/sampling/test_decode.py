@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, Decoding, load_autoencoder
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, LatentSpec, load_autoencoder
 from fewstep.networks import MLPConfig
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.decode import Viewer, save_latents
@@ -28,8 +28,8 @@ def pipeline() -> Pipeline:
 def test_large_decoded_images_are_shrunk_by_a_whole_factor(side: int, small: int, tmp_path: Path) -> None:
     save_autoencoder(tmp_path)
     autoencoder = load_autoencoder(tmp_path, torch.device("cpu"))
-    decoding = Decoding(autoencoder.identity, (0.0,) * 4, (1.0,) * 4, 1.0, (3, 2 * side, 2 * side))
-    view, samples = Viewer(Decoder(decoding, autoencoder), (-1.0, 1.0)), torch.randn(2, 4, side, side)
+    spec = LatentSpec(autoencoder.identity, (0.0,) * 4, (1.0,) * 4, 1.0, (3, 2 * side, 2 * side))
+    view, samples = Viewer(Decoder(spec, autoencoder), (-1.0, 1.0)), torch.randn(2, 4, side, side)
     images, thumbnails = view.images(samples), view.thumbnails(samples)
     assert images.shape == (2, 3, 2 * side, 2 * side)
     assert thumbnails.shape == (2, 3, small, small)
@@ -50,7 +50,7 @@ def test_images_are_shown_as_they_are(pipeline: Pipeline, tmp_path: Path) -> Non
 
 def test_a_preview_without_its_autoencoder_shows_the_latents(pipeline: Pipeline, tmp_path: Path) -> None:
     identity = AutoencoderIdentity("AutoencoderKL", "c", "w", str(tmp_path / "gone"))
-    latents = Decoding(identity, (0.0,) * 3, (1.0,) * 3, 1.0, (3, 8, 8))
+    latents = LatentSpec(identity, (0.0,) * 3, (1.0,) * 3, 1.0, (3, 8, 8))
     with pytest.warns(FewstepWarning, match="samples are shown as latents: .*gone has no config.json"):
         view = Pipeline(pipeline.flow_map, PipelineConfig(latents=latents)).preview()
     assert view == Viewer(None, None)

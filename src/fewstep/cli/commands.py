@@ -73,13 +73,13 @@ def train_command(args: Sequence[str]) -> None:
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
     features = perception(config, dataset, cache)
-    pictures = None if dataset.control is not None else watcher(run, config)
+    pictures = None if dataset.policy is not None else watcher(run, config)
     attendants = Attendants(pictures, curve_watcher(run, config, dataset, cache), features)
     result = train(config, dataset, run, options.machine, attendants)
     if not result.main_process:
         return
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
-    following = ("rollout", "report") if dataset.control is not None else ("sample", "evaluate", "report")
+    following = ("rollout", "report") if dataset.policy is not None else ("sample", "evaluate", "report")
     print("Next: " + "   ".join(f"fewstep {command} {run.root}" for command in following))
 
 

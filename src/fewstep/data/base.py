@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.data.demonstrations.normaliser import Control
-from fewstep.data.latents.autoencoders import Decoding
+from fewstep.data.demonstrations.normaliser import PolicySpec
+from fewstep.data.latents.autoencoders import LatentSpec
 from fewstep.utils.errors import DataError
 from fewstep.utils.tensors import expand
 
@@ -162,7 +162,7 @@ class Dataset:
     num_classes: 0 when there are no labels; otherwise labels lie in [0, num_classes) and class_names has one name each.
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
     of chunks of actions, of each action once.
-    decoding: how samples become images, where they are latents. control: how they are acted on, where they are chunks
+    latents: how samples become images, where they are latents. policy: how they are acted on, where they are chunks
     of actions. Raises DataError when the parts do not fit each other, or when the training values are not finite or all
     equal.
     """
@@ -172,8 +172,8 @@ class Dataset:
     heldout: SampleSet
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
-    decoding: Decoding | None = None
-    control: Control | None = None
+    latents: LatentSpec | None = None
+    policy: PolicySpec | None = None
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 

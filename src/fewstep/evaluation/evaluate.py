@@ -133,13 +133,13 @@ def yardstick(
     Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
     on those: without Inception their features are random convolutions.
     """
-    if dataset.control is not None:
+    if dataset.policy is not None:
         raise ConfigError(
             f"{dataset.name} is a robot's actions, which no features measure: let the policy act, with fewstep rollout"
         )
-    if dataset.decoding is not None:
-        decoder = load_decoder(dataset.decoding, autoencoder, best_device())
-        random = RandomConvExtractor(dataset.decoding.image_shape)
+    if dataset.latents is not None:
+        decoder = load_decoder(dataset.latents, autoencoder, best_device())
+        random = RandomConvExtractor(dataset.latents.image_shape)
         seen = DecodedExtractor(random if inception is None else InceptionExtractor(inception), decoder)
         return Yardstick(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
     if autoencoder is not None:
@@ -155,7 +155,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     """
     settings = config.evaluation
     sticks: list[Yardstick] = []
-    foreign = dataset.decoding is not None or dataset.control is not None
+    foreign = dataset.latents is not None or dataset.policy is not None
     if settings.curve_images and foreign:  # what they lack is said before the training
         sticks.append(yardstick(dataset, cache))
 

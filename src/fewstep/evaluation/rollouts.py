@@ -86,7 +86,7 @@ def measure_rollouts(
     method, usual = _of_run(folder)
     counts = steps or usual
     policies = [load_policy(folder, count, seed) for count in counts]
-    trained_for = policies[0].control.task
+    trained_for = policies[0].spec.task
     if not (name or trained_for):
         raise ConfigError(f"{folder} does not say which task it was trained for: name one with --task")
     task = find_task(name or trained_for)

@@ -36,7 +36,7 @@ def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy
     return {
         "method": method,
         "task": task.name,
-        "sampler": "" if policy is None else policy.control.sampler,
+        "sampler": "" if policy is None else policy.spec.sampler,
         "steps": 0 if policy is None else policy.steps,
         "seed": 0 if policy is None else policy.seed,
         "first_seed": first_seed,

@@ -27,7 +27,7 @@ Observed = Tensor | NDArray[Any]
 class Policy:
     """Observations in, chunks of actions out, both in the robot's own units.
 
-    pipeline: of chunks (horizon, Da), with its policy's Control. steps: of its sampler, one network call each.
+    pipeline: of chunks (horizon, Da), with a PolicySpec. steps: of its sampler, one network call each.
     seed: of the noise, a function of (seed, decision, episode), whatever else is in the batch; `reset` begins the next
     episode.
     Raises CheckpointError for a pipeline that is no policy, ConfigError for fewer steps than one, or more than a
@@ -37,9 +37,9 @@ class Policy:
     def __init__(self, pipeline: Pipeline, steps: int = DEFAULT_STEPS, seed: int = 0) -> None:
         if pipeline.config.policy is None:
             raise CheckpointError("this model holds no policy: train one with `fewstep train policy-mlp`")
-        self.control = pipeline.config.policy
-        if steps < 1 or (self.control.sampler == "mean" and steps > 1):
-            least = "a regression takes 1" if self.control.sampler == "mean" else "take at least 1"
+        self.spec = pipeline.config.policy
+        if steps < 1 or (self.spec.sampler == "mean" and steps > 1):
+            least = "a regression takes 1" if self.spec.sampler == "mean" else "take at least 1"
             raise ConfigError(f"a policy of {steps} steps: {least}")
         self.flow_map, self.steps, self.seed = pipeline.flow_map.eval(), steps, seed
         self.times, self.sampler = self._schedule(pipeline.step_times)
@@ -49,16 +49,16 @@ class Policy:
     @property
     def observation_shape(self) -> tuple[int, int]:
         """(To, Do)."""
-        return self.control.chunks.n_obs_steps, len(self.control.observations.low)
+        return self.spec.chunks.n_obs_steps, len(self.spec.observations.low)
 
     @property
     def action_shape(self) -> tuple[int, int]:
         """(Ta, Da)."""
-        return self.control.chunks.n_action_steps, len(self.control.actions.low)
+        return self.spec.chunks.n_action_steps, len(self.spec.actions.low)
 
     def _schedule(self, known: tuple[StepTimes, ...]) -> tuple[Tensor, Sampler]:
         names: dict[str, SamplerName] = {"map": "map", "mean": "map", "gamma": "gamma", "euler": "euler"}
-        settings = SamplingSettings(sampler=names[self.control.sampler], steps=self.steps, gamma=1.0)
+        settings = SamplingSettings(sampler=names[self.spec.sampler], steps=self.steps, gamma=1.0)
         return settings.grid(self.flow_map.path, known), settings.function()
 
     @torch.no_grad()
@@ -74,13 +74,13 @@ class Policy:
         index = torch.arange(len(obs)) if episodes is None else _whole_numbers(episodes, len(obs))
         draws = Draws(self.seed, decision, index.to(normalised.device))
         noise = prior_noise(self.flow_map, draws)
-        x = torch.zeros_like(noise) if self.control.sampler == "mean" else noise
+        x = torch.zeros_like(noise) if self.spec.sampler == "mean" else noise
         chunk = self.sampler(self.flow_map, x, self.times, Condition(observation=normalised), draws)
-        taken = chunk[:, : self.control.chunks.n_action_steps].cpu()
+        taken = chunk[:, : self.spec.chunks.n_action_steps].cpu()
         if not bool(taken.isfinite().all()):
             row = int(torch.nonzero(~taken.isfinite())[0, 0])
             raise ShapeError(f"the actions after observation {row} are not finite: it is far from all demonstrations")
-        return self.control.bounded(self.control.actions.decode(taken))
+        return self.spec.bounded(self.spec.actions.decode(taken))
 
     def _normalised(self, obs: Tensor) -> Tensor:
         if obs.ndim != 3 or tuple(obs.shape[1:]) != self.observation_shape or not len(obs):
@@ -90,11 +90,11 @@ class Policy:
             row, _, number = torch.nonzero(~obs.isfinite())[0].tolist()
             raise ShapeError(f"observation {row} is not finite (its number {number}): check the sensor that gives it")
         device = next(self.flow_map.parameters()).device
-        return self.control.observations.encode(obs).float().to(device)
+        return self.spec.observations.encode(obs).float().to(device)
 
     def reset(self) -> None:
         """Forget what was seen and planned: an episode begins."""
-        self._seen: deque[Tensor] = deque(maxlen=self.control.chunks.n_obs_steps)
+        self._seen: deque[Tensor] = deque(maxlen=self.spec.chunks.n_obs_steps)
         self._planned: deque[Tensor] = deque()
         self._decision = 0
         self._episode += 1
@@ -114,7 +114,7 @@ class Policy:
             raise ShapeError(f"the observation is not finite (its number {number}): check the sensor that gives it")
         self._seen.append(obs)
         if not self._planned:
-            history = stacked(list(self._seen), self.control.chunks.n_obs_steps)
+            history = stacked(list(self._seen), self.spec.chunks.n_obs_steps)
             self._planned.extend(self.predict_chunk(history[None], self._decision, torch.tensor([self._episode]))[0])
             self._decision += 1
         return self._planned.popleft()

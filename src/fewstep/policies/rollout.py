@@ -127,7 +127,7 @@ def run_lockstep(policy: Policy, running: Sequence[Running], pictures: bool = Fa
     for each in running:
         each.begin(pictures)
     limit = max(each.task.max_steps for each in running)
-    for decision in range(math.ceil(limit / policy.control.chunks.n_action_steps)):
+    for decision in range(math.ceil(limit / policy.spec.chunks.n_action_steps)):
         going = [each for each in running if not each.over]
         if not going:
             break
@@ -143,7 +143,7 @@ def run_lockstep(policy: Policy, running: Sequence[Running], pictures: bool = Fa
 
 def decide(policy: Policy, going: Sequence[Running], decision: int) -> list[NDArray[np.float32]]:
     """A chunk (Ta, Da) for every episode by one call; one that has none to offer ends by itself, as an error."""
-    history = torch.stack([stacked(each.seen, policy.control.chunks.n_obs_steps) for each in going])
+    history = torch.stack([stacked(each.seen, policy.spec.chunks.n_obs_steps) for each in going])
     numbers = torch.tensor([each.seed for each in going])
     try:
         return list(policy.predict_chunk(history, decision, numbers).numpy())
@@ -161,7 +161,7 @@ def check_fit(policy: Policy, task: Task) -> None:
     if own != other:
         raise ConfigError(
             f"the policy sees {own[0]} numbers and moves {own[1]}; {task.name} shows {other[0]} and takes {other[1]}: "
-            f"it was trained for {policy.control.task or 'another task'}"
+            f"it was trained for {policy.spec.task or 'another task'}"
         )
 
 
@@ -172,7 +172,7 @@ def single_latency(policy: Policy, repeats: int = 20) -> float:
 
 def latencies(policy: Policy, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` decisions for one episode, after one to warm up."""
-    seen = policy.control.observations.decode(torch.zeros(1, *policy.observation_shape))
+    seen = policy.spec.observations.decode(torch.zeros(1, *policy.observation_shape))
     policy.predict_chunk(seen)
     spent = []
     for decision in range(repeats):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fewstep.data.latents.autoencoders import Decoder, Decoding, load_decoder
+from fewstep.data.latents.autoencoders import Decoder, LatentSpec, load_decoder
 from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_uint8
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 
@@ -59,7 +59,7 @@ class Viewer:
 
 
 def latents_viewer(
-    latents: Decoding | None, data_range: Range | None, device: torch.device, autoencoder: Path | None = None
+    latents: LatentSpec | None, data_range: Range | None, device: torch.device, autoencoder: Path | None = None
 ) -> Viewer:
     """How samples are viewed (`Pipeline.viewer`): images in data_range, unless they are latents."""
     if latents is not None:
@@ -69,7 +69,7 @@ def latents_viewer(
     return Viewer(None, data_range)
 
 
-def latents_preview(latents: Decoding | None, data_range: Range | None, device: torch.device) -> Viewer:
+def latents_preview(latents: LatentSpec | None, data_range: Range | None, device: torch.device) -> Viewer:
     """The same without failing (`Pipeline.preview`)."""
     try:
         return latents_viewer(latents, data_range, device)
@@ -78,7 +78,7 @@ def latents_preview(latents: Decoding | None, data_range: Range | None, device: 
         return Viewer(None, None)
 
 
-def save_latents(latents: Decoding | None, samples: Tensor, labels: Tensor | None, file: Path) -> Path:
+def save_latents(latents: LatentSpec | None, samples: Tensor, labels: Tensor | None, file: Path) -> Path:
     """Write samples in their autoencoder's own units to the arrays `latents` and `labels` of an .npz file.
 
     Raises ConfigError for samples that are no latents, CheckpointError where it cannot write.

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor
 
-from fewstep.data.demonstrations.normaliser import Control
-from fewstep.data.latents.autoencoders import Decoding
+from fewstep.data.demonstrations.normaliser import PolicySpec
+from fewstep.data.latents.autoencoders import LatentSpec
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.sampling.decode import Viewer, latents_preview, latents_viewer
 from fewstep.sampling.generate import Generated, SamplingSettings, generate
@@ -49,8 +49,8 @@ class PipelineConfig:
     class_names: tuple[str, ...] = ()
     data_range: tuple[float, float] | None = None
     step_times: tuple[StepTimes, ...] = later(tuple)
-    latents: Decoding | None = later(_none)
-    policy: Control | None = later(_none)
+    latents: LatentSpec | None = later(_none)
+    policy: PolicySpec | None = later(_none)
 
 
 class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):

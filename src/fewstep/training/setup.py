@@ -52,15 +52,15 @@ def build(
 
     Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
-    if config.training.flip and dataset.control is not None:
+    if config.training.flip and dataset.policy is not None:
         raise ConfigError("chunks of actions have no mirror images: train with --training.no-flip")
     if config.training.flip and not dataset.train.has_mirrors:
         raise ConfigError(
             f"the latents of {dataset.name} were encoded without mirrored images: encode with --flip, or train with "
             "--training.no-flip"
         )
-    control, shape = dataset.control, dataset.shape
-    observation = () if control is None else (control.chunks.n_obs_steps, len(control.observations.low))
+    policy, shape = dataset.policy, dataset.shape
+    observation = () if policy is None else (policy.chunks.n_obs_steps, len(policy.observations.low))
     settings = flow_map_config(config, shape, dataset.sigma_data, dataset.num_classes, statistics, observation)
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
@@ -68,8 +68,8 @@ def build(
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
-    policy = None if control is None else replace(control, sampler=acting(config))
-    samples = PipelineConfig(dataset.class_names, dataset.data_range, latents=dataset.decoding, policy=policy)
+    policy = None if policy is None else replace(policy, sampler=acting(config))
+    samples = PipelineConfig(dataset.class_names, dataset.data_range, latents=dataset.latents, policy=policy)
     return Pipeline(flow_map, samples)
 
 

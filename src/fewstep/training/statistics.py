@@ -116,7 +116,7 @@ def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: D
     Never shrunk for data with classes or observations: a conditional denoiser tends to its condition's mean at high
     noise, so that the residual about the mean of all data has no limit to be drawn to.
     """
-    conditional = dataset.num_classes > 0 or dataset.control is not None
+    conditional = dataset.num_classes > 0 or dataset.policy is not None
     found = found.shrunk() if settings.shrink and not conditional else found
     return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
 

@@ -8,7 +8,7 @@ import hashlib
 from torch import nn
 
 from fewstep.data import Dataset
-from fewstep.data.demonstrations.normaliser import Control
+from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
@@ -36,11 +36,11 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         )
     if teacher.preconditioning.data_end_only:
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
-    check_control(config.teacher, named.config.policy, dataset.control)
+    check_policy(config.teacher, named.config.policy, dataset.policy)
     return teacher
 
 
-def check_control(name: str, teacher: Control | None, data: Control | None) -> None:
+def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None) -> None:
     """Raise ConfigError unless neither is of a policy, or both of policies that see and move the same numbers."""
     if teacher is None and data is None:
         return

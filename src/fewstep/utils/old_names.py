@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TYPES: dict[str, str] = {}
+TYPES: dict[str, str] = {"Control": "PolicySpec", "Decoding": "LatentSpec"}
 
 FIELDS: dict[str, dict[str, str]] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.data.base import Context, Dataset, SampleSet
 from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations
-from fewstep.data.demonstrations.normaliser import ChunkConfig, Control, Normaliser
+from fewstep.data.demonstrations.normaliser import ChunkConfig, Normaliser, PolicySpec
 from fewstep.utils.errors import DataError
 from fewstep.utils.random import Draws
 
@@ -29,7 +29,7 @@ class ChunkSet(SampleSet):
 
     demonstrations: Demonstrations
     episodes: Tensor
-    control: Control
+    spec: PolicySpec
 
     @cached_property
     def _steps(self) -> Tensor:
@@ -43,11 +43,11 @@ class ChunkSet(SampleSet):
 
     @cached_property
     def _actions(self) -> Tensor:
-        return self.control.actions.encode(self.demonstrations.actions)
+        return self.spec.actions.encode(self.demonstrations.actions)
 
     @cached_property
     def _observations(self) -> Tensor:
-        return self.control.observations.encode(self.demonstrations.observations)
+        return self.spec.observations.encode(self.demonstrations.observations)
 
     @property
     def labels(self) -> Tensor | None:
@@ -58,20 +58,20 @@ class ChunkSet(SampleSet):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.control.chunks.horizon, self.demonstrations.actions.shape[1]
+        return self.spec.chunks.horizon, self.demonstrations.actions.shape[1]
 
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         if mirror is not None:
             raise DataError("chunks of actions have no mirror images")
         step, _, last = self._steps[indices.cpu()].unbind(1)
-        ahead = step[:, None] + torch.arange(self.control.chunks.horizon)
+        ahead = step[:, None] + torch.arange(self.spec.chunks.horizon)
         return self._actions[torch.minimum(ahead, last[:, None])], None
 
     def context(self, indices: Tensor) -> Context:
         step, first, last = self._steps[indices.cpu()].unbind(1)
-        count = self.control.chunks.n_obs_steps
+        count = self.spec.chunks.n_obs_steps
         behind = step[:, None] - torch.arange(count - 1, -1, -1)
-        ahead = step[:, None] + torch.arange(self.control.chunks.horizon)
+        ahead = step[:, None] + torch.arange(self.spec.chunks.horizon)
         seen = self._observations[torch.maximum(behind, first[:, None])]
         return Context(seen, (ahead <= last[:, None])[:, :, None])
 
@@ -88,7 +88,8 @@ class ChunkSet(SampleSet):
         return False
 
     def update(self, digest: hashlib.blake2b) -> None:
-        digest.update(repr(self.control).encode())
+        # By the name that it had first, so that the data of older runs are known again.
+        digest.update(repr(self.spec).replace("PolicySpec(", "Control(", 1).encode())
         for values in (self._actions, self._observations, self._steps):
             digest.update(values.contiguous().numpy().data)
 
@@ -107,7 +108,7 @@ def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Da
     steps = torch.cat(
         [torch.arange(int(demonstrations.starts[e]), int(demonstrations.ends[e])) for e in train.tolist()]
     )
-    control = Control(
+    spec = PolicySpec(
         demonstrations.task,
         chunks,
         Normaliser.fit(demonstrations.observations[steps]),
@@ -115,8 +116,8 @@ def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Da
         demonstrations.action_low,
         demonstrations.action_high,
     )
-    parts = [ChunkSet(demonstrations, part, control) for part in (train, held)]
-    return Dataset(demonstrations.task or "demonstrations", parts[0], parts[1], control=control)
+    parts = [ChunkSet(demonstrations, part, spec) for part in (train, held)]
+    return Dataset(demonstrations.task or "demonstrations", parts[0], parts[1], policy=spec)
 
 
 def split_episodes(count: int, heldout: float, seed: int) -> tuple[Tensor, Tensor]:

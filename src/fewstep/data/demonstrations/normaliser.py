@@ -74,7 +74,7 @@ class Normaliser:
 
 
 @dataclass(frozen=True)
-class Control:
+class PolicySpec:
     """What turns a flow map over chunks of actions into a policy.
 
     task: its name, empty when unknown. chunks: the windows in and out. observations, actions: fitted on the

@@ -40,7 +40,7 @@ class AutoencoderIdentity:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class LatentSpec:
     """How samples of latents become images: decode(mean + std x / scale), channel by channel.
 
     mean, std: of the autoencoder's latents, (C,). scale: the standard deviation of the samples x. image_shape: of an
@@ -98,9 +98,9 @@ class Autoencoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoding with its autoencoder."""
+    """What latents are, with their autoencoder."""
 
-    decoding: Decoding
+    spec: LatentSpec
     autoencoder: Autoencoder
 
     def images(self, samples: Tensor) -> Tensor:
@@ -109,16 +109,16 @@ class Decoder:
         return torch.cat([self._decode(part) for part in torch.split(samples, count)])
 
     def _decode(self, samples: Tensor) -> Tensor:
-        latents = self.decoding.latents(samples.float().to(self.autoencoder.device))
+        latents = self.spec.latents(samples.float().to(self.autoencoder.device))
         return self.autoencoder.decode(latents).clamp(-1.0, 1.0).cpu()
 
 
-def load_decoder(decoding: Decoding, path: Path | None, device: torch.device) -> Decoder:
+def load_decoder(spec: LatentSpec, path: Path | None, device: torch.device) -> Decoder:
     """The decoder of some latents, its autoencoder taken from `path`, or from where it lay when they were encoded.
 
     Raises CheckpointError when it is missing, damaged, or another autoencoder; MissingExtraError without diffusers.
     """
-    place = Path(decoding.autoencoder.path) if path is None else path
+    place = Path(spec.autoencoder.path) if path is None else path
     try:
         found = load_autoencoder(place, device)
     except CheckpointError as error:
@@ -126,12 +126,12 @@ def load_decoder(decoding: Decoding, path: Path | None, device: torch.device) ->
             f"the autoencoder that makes images of these latents cannot be read: {error}; give where it lies now with "
             "--autoencoder"
         ) from error
-    if not found.identity.same_as(decoding.autoencoder):
+    if not found.identity.same_as(spec.autoencoder):
         raise CheckpointError(
             f"{place} holds another autoencoder (weights {found.identity.weights}) than the latents were encoded with "
-            f"(weights {decoding.autoencoder.weights}): give that one with --autoencoder"
+            f"(weights {spec.autoencoder.weights}): give that one with --autoencoder"
         )
-    return Decoder(decoding, found)
+    return Decoder(spec, found)
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:

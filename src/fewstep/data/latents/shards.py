@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.data.base import Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out
-from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoding
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.files import parse_json, reading
 from fewstep.utils.serialization import from_json
@@ -94,9 +94,9 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     @property
-    def decoding(self) -> Decoding:
+    def spec(self) -> LatentSpec:
         """How samples read from the folder become images."""
-        return Decoding(self.autoencoder, self.mean, self.std, self.scale, self.image_shape)
+        return LatentSpec(self.autoencoder, self.mean, self.std, self.scale, self.image_shape)
 
     @property
     def fingerprint(self) -> str:
@@ -141,7 +141,7 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
     for rows in ((~held).nonzero().flatten(), held.nonzero().flatten()):
         parts.append(LatentSamples(shards, rows, None if kept is None else kept[rows]))
     names = () if kept is None else manifest.class_names
-    return Dataset(folder.resolve().name, parts[0], parts[1], len(names), names, manifest.decoding)
+    return Dataset(folder.resolve().name, parts[0], parts[1], len(names), names, manifest.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +163,7 @@ class LatentSamples(SampleSet):
         indices = indices.cpu()
         latents = self.shards.read(self.rows[indices], None if mirror is None else mirror.cpu())
         labels = None if self.labels is None else self.labels[indices]
-        return self.shards.manifest.decoding.samples(latents), labels
+        return self.shards.manifest.spec.samples(latents), labels
 
     def moments(self) -> tuple[float, float]:
         """0 and the scale, which the training part's channels were measured to be brought to."""
