@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,31 @@ def test_mode_collapse_keeps_precision_and_loses_recall() -> None:
 
 
 # Bad inputs
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-6])
+def test_distances_hold_where_the_spread_is_small_beside_the_mean(spread: float) -> None:
+    """Each as on the same features, computed exactly, without rounding."""
+    a, b = normal(0, 60, 3), 1.5 * normal(1, 60, 3) + 0.5
+    near_a, near_b = 1.0 + spread * a, 1.0 + spread * b
+    assert precision_recall(near_a, near_b) == precision_recall(a, b)
+    assert frechet_distance(near_a, near_b) == pytest.approx(spread**2 * frechet_distance(a, b), rel=1e-6)
+    assert kernel_distance(near_a, near_b).value == pytest.approx(exact_kernel_distance(near_a, near_b), rel=1e-2)
+
+
+def exact_kernel_distance(a: Tensor, b: Tensor) -> float:
+    """In rational numbers."""
+    rows_a, rows_b = ([[Fraction(value) for value in row] for row in x.tolist()] for x in (a, b))
+
+    def mean(first: list[list[Fraction]], second: list[list[Fraction]]) -> Fraction:
+        kernels = [
+            (sum(u * v for u, v in zip(x, y, strict=True)) / len(x) + 1) ** 3
+            for x, y in product(first, second)
+            if x is not y
+        ]
+        return sum(kernels, Fraction(0)) / len(kernels)
+
+    return float(mean(rows_a, rows_a) + mean(rows_b, rows_b) - 2 * mean(rows_a, rows_b))
 
 
 def test_features_that_cannot_be_compared_are_refused() -> None:

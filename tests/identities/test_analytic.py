@@ -318,7 +318,7 @@ def test_dtype_and_broadcasting(path: Path, dtype: torch.dtype) -> None:
     preconditioning = AnalyticPreconditioning(wavy(), path=path)
     times = path.time_from_unit(torch.linspace(0.1, 0.9, 5, dtype=F64)).to(dtype)
     table = preconditioning.derivatives(times[2:, None], times[None, :2])
-    assert all((value.shape, value.dtype) == ((3, 2), dtype) for value in table)
+    assert all((value.shape, value.dtype) == ((3, 2), F64) for value in table)
     for value, single in zip(table, preconditioning.derivatives(times[4:], times[1:2]), strict=True):
         torch.testing.assert_close(value[2, 1:], single)
 

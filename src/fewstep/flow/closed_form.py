@@ -74,12 +74,13 @@ class GaussianOutput(nn.Module):
         same, origin = t == s, self.preconditioning.origin
         target = self.data.jump(self.path, x, t, s)
         if origin is not None:
-            target = target - expand(origin_weight(self.path, f, g, t, s), x) * origin.to(x)
-        f, g, same = expand(f, x), expand(torch.where(same, 1.0, g), x), expand(same, x)
+            target = target - expand(origin_weight(self.path, f, g, t, s), x).to(x.dtype) * origin.to(x)
+        g = torch.where(same, 1.0, g)
+        f, g, same = expand(f, x).to(x.dtype), expand(g, x).to(x.dtype), expand(same, x)
         jumped = (target - f * x) / g
         if not bool(same.any()):
             return jumped
-        f_s, g_s = (expand(c, x) for c in self.preconditioning.diagonal(t))
+        f_s, g_s = (expand(c, x).to(x.dtype) for c in self.preconditioning.diagonal(t))
         return torch.where(same, (self.data.velocity(self.path, x, t) - f_s * x) / g_s, jumped)
 
 
@@ -105,7 +106,7 @@ class MixtureData:
         log_density = -0.5 * offset.square().sum(-1) / variance - 0.5 * x.shape[1] * torch.log(2 * math.pi * variance)
         posterior = torch.softmax(torch.log(self.weights) + log_density, dim=1)
         each = self.means + (alpha * self.sds**2 / variance)[:, :, None] * offset
-        return (posterior[:, :, None] * each).sum(1).reshape(shape)
+        return (posterior[:, :, None] * each).sum(1).reshape(shape).to(x.dtype)
 
     def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
         """PF-ODE velocity; needs sigma(t) > 0."""
@@ -116,7 +117,7 @@ class MixtureData:
 
         Times per sample; needs sigma(s) > 0. The error falls as steps^-4.
         """
-        unit_t, unit_s = _unit_time(path, t), _unit_time(path, s)
+        unit_t, unit_s = _unit_time(path, path.clock(t)), _unit_time(path, path.clock(s))
         h = (unit_s - unit_t) / steps
         for i in range(steps):
             x = runge_kutta_step(lambda u, y: self._unit_velocity(path, y, u), x, unit_t + i * h, h)
@@ -124,7 +125,7 @@ class MixtureData:
 
     def _unit_velocity(self, path: Path, x: Tensor, u: Tensor) -> Tensor:
         t, dt_du = jvp(path.time_from_unit, (u,), (torch.ones_like(u),))
-        return expand(dt_du, x) * self.velocity(path, x, t)
+        return expand(dt_du, x).to(x.dtype) * self.velocity(path, x, t)
 
 
 def toy_mixture(dtype: torch.dtype = torch.float64) -> MixtureData:

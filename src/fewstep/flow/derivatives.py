@@ -104,6 +104,7 @@ class OutputDerivative:
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
     ) -> tuple[Tensor, Tensor]:
         """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+        t, s = flow_map.path.clock(t), flow_map.path.clock(s)
 
         def output(x: Tensor, t: Tensor) -> Tensor:
             return flow_map.output(x, t, s, cond)
@@ -119,6 +120,7 @@ class OutputDerivative:
 
     def at_end(self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         """(N, dN/ds) at (x, t, s), s the time where the jump ends; N keeps its graph."""
+        t, s = flow_map.path.clock(t), flow_map.path.clock(s)
 
         def output(x: Tensor, s: Tensor) -> Tensor:
             return flow_map.output(x, t, s, cond)

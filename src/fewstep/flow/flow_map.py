@@ -55,7 +55,7 @@ class FlowMap(nn.Module):
     A preconditioning with an origin m adds (alpha_s - alpha_t f - g) m, which vanishes on the diagonal (math.md §3.6).
 
     Times are per sample, (B,), in the path's clock, t_min <= s <= t <= t_max; samples are (B, ...). Coefficients are
-    computed in the dtype of the times and applied in that of the samples.
+    computed in float64, whatever the dtype of the times, and applied in that of the samples.
     config: what it was built from; None for a map put together by hand, which cannot be saved.
     """
 
@@ -76,6 +76,7 @@ class FlowMap(nn.Module):
 
     def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """N(x, t, s): the network with its inner scaling."""
+        t, s = self.path.clock(t), self.path.clock(s)
         c_skip, c_out, c_in = (expand(value, x).to(x.dtype) for value in self.scaling.values(t))
         clock_t, clock_s = (self.scaling.c_noise(time).to(x.dtype) for time in (t, s))
         raw: Tensor = self.network(c_in * x, clock_t, clock_s, cond)
@@ -83,6 +84,7 @@ class FlowMap(nn.Module):
 
     def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """f x + g N for an output N already computed at (x, t, s), about the preconditioning's origin if it has one."""
+        t, s = self.path.clock(t), self.path.clock(s)
         f, g = self.preconditioning.coefficients(t, s)
         jumped = expand(f, x).to(x.dtype) * x + expand(g, x).to(x.dtype) * output
         origin = self.preconditioning.origin
@@ -92,7 +94,7 @@ class FlowMap(nn.Module):
 
     def velocity_from_output(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """v = f_s x + g_s N for an output N already computed on the diagonal (x, t, t)."""
-        f_s, g_s = (expand(value, x).to(x.dtype) for value in self.preconditioning.diagonal(t))
+        f_s, g_s = (expand(value, x).to(x.dtype) for value in self.preconditioning.diagonal(self.path.clock(t)))
         return f_s * x + g_s * output
 
     def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:

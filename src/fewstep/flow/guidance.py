@@ -127,7 +127,7 @@ def unguided(count: int) -> Tensor:
 
 def omega_at(path: Path, guidance: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """Strength at time t: omega inside the interval; 1 outside it and for samples without a label. (B,) float64."""
-    low, high = path.time_from_unit(guidance[:, 1]), path.time_from_unit(guidance[:, 2])
+    t, low, high = path.clock(t), path.time_from_unit(guidance[:, 1]), path.time_from_unit(guidance[:, 2])
     inside = (t >= low) & (t <= high) & (labels >= 0)
     return torch.where(inside, guidance[:, 0].exp(), 1.0)
 

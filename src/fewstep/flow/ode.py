@@ -6,7 +6,8 @@ down to s is the DDIM step with a denoiser D* of its own,
     x_s = (sigma_s/sigma_t) x + (alpha_s - alpha_t sigma_s/sigma_t) D*,
 
 finite where tau is 0 or infinite. A denoiser is called as denoise(x (B, ...), t (B,), cond) -> (B, ...), in the path's
-coordinates and clock. Coefficients are float64 and applied in the dtype of x; gradients are the caller's affair.
+coordinates and clock. Times of any type are taken in float64 (Path.clock), and so are coefficients, which are applied
+in the dtype of x; gradients are the caller's affair.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def denoiser_on(path: Path, teacher: Teacher) -> Denoiser:
         return teacher.denoise
 
     def denoise(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        t = path.clock(t)
         ends = t.new_tensor([teacher.path.t_min, teacher.path.t_max])
         own = teacher.path.time_from_tau(path.tau(t).clamp(*teacher.path.tau(ends))).clamp(*ends)
         here, there = path.values(t), teacher.path.values(own)
@@ -72,6 +74,7 @@ def euler_step(
     denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Condition = _UNCONDITIONAL
 ) -> Tensor:
     """Euler's method in lambda: D* = D(x, t). One evaluation, order 1; x (B, ...), t, s (B,)."""
+    t, s = path.clock(t), path.clock(s)
     return ddim(path, x, denoise(x, t, cond), t, s)
 
 
@@ -84,6 +87,7 @@ def heun_step(
     of the slopes (y - D)/tau at both ends. Two evaluations; one for a sample whose step ends at tau_s = 0 or starts at
     tau_t > PURE_NOISE, which is Euler's.
     """
+    t, s = path.clock(t), path.clock(s)
     at_t = denoise(x, t, cond)
     guess = ddim(path, x, at_t, t, s)
     tau_t, tau_s = path.tau(t), path.tau(s)
@@ -128,6 +132,7 @@ def dpm_solver_step(
     D* = D + (h / 2 h_before) (D - D_before), h = log(tau_t/tau_s). One evaluation, order 2; the first step and one that
     starts at infinite tau or ends at tau = 0 are Euler's.
     """
+    t, s = path.clock(t), path.clock(s)
     denoised = denoise(x, t, cond)
     h = path.tau(t).log() - path.tau(s).log()
     weight = expand(torch.where(torch.isfinite(h), h, 0.0) / (2 * memory.h), x).to(x.dtype)
@@ -144,7 +149,7 @@ def solve(
     is not evaluated. A sample that moves k times costs k evaluations by "euler" and "dpm-solver++", 2 k by "heun", less
     its steps that are Euler's (`heun_step`). Raises ShapeError for times that rise or do not fit x.
     """
-    times = _per_sample(x, times)
+    times = _per_sample(path, x, times)
     memory = Memory.empty(x)
     for t, s in zip(times.T[:-1], times.T[1:], strict=True):
         rows = torch.nonzero(s < t).squeeze(1)
@@ -172,7 +177,7 @@ def trajectory(
 
     Between two times of the grid it is the `reference_solution` by `steps` steps.
     """
-    times = _per_sample(x, grid)
+    times = _per_sample(path, x, grid)
     states = [x]
     for t, s in zip(times.T[:-1], times.T[1:], strict=True):
         states.append(reference_solution(denoise, path, states[-1], t, s, steps, cond))
@@ -197,6 +202,7 @@ def reference_solution(
     if steps < 1:
         raise ShapeError(f"{steps} steps asked for: a solution needs at least 1")
     check_batch(x, t, s)
+    t, s = path.clock(t), path.clock(s)
     low, high = (path.time_from_tau(t.new_tensor(end)) for end in _SMOOTH)
     first = torch.where(path.tau(t) > _SMOOTH[1], high, t).clamp(min=s)
     last = torch.minimum(torch.where(path.tau(s) < _SMOOTH[0], low, s), first)
@@ -225,9 +231,9 @@ def _runge_kutta(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor,
     return expand(ends[1], x).to(x.dtype) * z
 
 
-def _per_sample(x: Tensor, times: Tensor) -> Tensor:
-    """Times as (B, K + 1); raises ShapeError when they rise or do not fit."""
-    times = times.to(x.device)
+def _per_sample(path: Path, x: Tensor, times: Tensor) -> Tensor:
+    """Times as (B, K + 1), float64; raises ShapeError when they rise or do not fit."""
+    times = path.clock(times.to(x.device))
     times = times.expand(len(x), -1) if times.ndim == 1 else times
     if times.ndim != 2 or times.shape[1] < 1:
         raise ShapeError(f"times of shape {tuple(times.shape)}: give (K + 1,) or one row per sample")

@@ -1,6 +1,6 @@
 """Probability paths x_t = alpha(t) x0 + sigma(t) eps, with t = t_min at data and t = t_max at noise (math.md §1).
 
-Times are tensors in the path's own clock; values and time derivatives come together, in the dtype of t. Every
+Times are tensors in the path's own clock; values and time derivatives come together, in float64. Every
 conversion between denoiser D = E[x0|x_t], noise E = (x - alpha D)/sigma and PF-ODE velocity v = alpha' D + sigma' E
 is written once, in a form that stays finite where the noise-to-signal ratio tau = sigma/alpha is infinite.
 """
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import expand
+from fewstep.utils.tensors import expand, in_float64
 
 
 class PathValues(NamedTuple):
-    """alpha, sigma and their derivatives in t, each of the shape and dtype of t."""
+    """alpha, sigma and their derivatives in t, each of the shape of t, float64."""
 
     alpha: Tensor
     sigma: Tensor
@@ -34,7 +34,7 @@ class PathValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Path(ABC):
-    """A path: its clock's range and its values. Subclasses are final.
+    """A path: its clock's range and its values. Subclasses are final, and take times of any type by `clock`.
 
     noise_clock: whether the clock tells noise levels themselves, over which steps are spaced as EDM's.
     """
@@ -57,7 +57,11 @@ class Path(ABC):
 
     @abstractmethod
     def time_from_tau(self, tau: Tensor) -> Tensor:
-        """The time at which sigma/alpha = tau (tau may be infinite where the path reaches pure noise)."""
+        """The time at which sigma/alpha = tau, in float64; for 0 and infinity too, if need be beyond the clock."""
+
+    def clock(self, t: Tensor) -> Tensor:
+        """A time in float64, the ends of the clock exact; the same tensor where it is float64 already."""
+        return in_float64(t, (self.t_min, self.t_max))
 
     def tau(self, t: Tensor) -> Tensor:
         """Noise level of the equivalent EDM path, sigma/alpha."""
@@ -66,11 +70,12 @@ class Path(ABC):
 
     def time_from_unit(self, u: Tensor) -> Tensor:
         """Clock time at fraction u in [0, 1] of the range: 0 is data, 1 is noise."""
+        u = in_float64(u)
         return self.t_min * (1 - u) + self.t_max * u
 
     def time_scale(self, t: Tensor) -> Tensor:
         """The span of time over which the path changes at t: the unit of finite-difference steps. 1 on short clocks."""
-        return torch.ones_like(t)
+        return torch.ones_like(self.clock(t))
 
     def interpolate(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps; x0 and eps (B, ...), t (B,)."""
@@ -139,18 +144,20 @@ class EDM(Path):
         return self.sigma_max
 
     def values(self, t: Tensor) -> PathValues:
+        t = self.clock(t)
         one = torch.ones_like(t)
         return PathValues(one, t, torch.zeros_like(t), one)
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
-        return tau
+        return in_float64(tau)
 
     def time_scale(self, t: Tensor) -> Tensor:
         """t itself: everything on this path is a function of log t."""
-        return t
+        return self.clock(t)
 
     def time_from_unit(self, u: Tensor) -> Tensor:
         """Uniform in log t; exact at both ends, and differentiable there."""
+        u = in_float64(u)
         return self.sigma_min ** (1 - u) * self.sigma_max**u
 
 
@@ -176,11 +183,12 @@ class Linear(Path):
         return 1.0
 
     def values(self, t: Tensor) -> PathValues:
+        t = self.clock(t)
         one = torch.ones_like(t)
-        return PathValues(1 - t, t, -one, one)
+        return PathValues((1 - t).clamp(min=0), t, -one, one)
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
-        return 1 / (1 + 1 / tau)
+        return 1 / (1 + 1 / in_float64(tau))
 
 
 @final
@@ -211,11 +219,12 @@ class Trig(Path):
         return math.pi / 2
 
     def values(self, t: Tensor) -> PathValues:
+        t = self.clock(t)
         cos, sin = torch.cos(t), torch.sin(t)
-        return PathValues(cos, self.sigma_data * sin, -sin, self.sigma_data * cos)
+        return PathValues(cos.clamp(min=0), self.sigma_data * sin, -sin, self.sigma_data * cos)
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
-        return torch.atan(tau / self.sigma_data)
+        return torch.atan(in_float64(tau) / self.sigma_data)
 
 
 @final
@@ -252,7 +261,7 @@ class VP(Path):
         return 1.0
 
     def values(self, t: Tensor) -> PathValues:
-        slope = self.beta_max - self.beta_min
+        t, slope = self.clock(t), self.beta_max - self.beta_min
         log_abar = -(self.beta_min * t + 0.5 * slope * t * t)
         alpha = torch.exp(0.5 * log_abar)
         sigma = torch.sqrt(-torch.expm1(log_abar))
@@ -261,13 +270,14 @@ class VP(Path):
 
     def time_scale(self, t: Tensor) -> Tensor:
         """tau/tau' = 2 sigma^2/beta(t), one unit of log tau: 2 t near data, where sigma grows as sqrt(t)."""
-        beta = self.beta_min + (self.beta_max - self.beta_min) * t
+        beta = self.beta_min + (self.beta_max - self.beta_min) * self.clock(t)
         return 2 * self.values(t).sigma ** 2 / beta
 
     def time_from_tau(self, tau: Tensor) -> Tensor:
-        slope = self.beta_max - self.beta_min
+        tau, slope = in_float64(tau), self.beta_max - self.beta_min
         exponent = torch.log1p(tau * tau)
-        return 2 * exponent / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * exponent))
+        t = 2 * exponent / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * exponent))
+        return torch.where(torch.isinf(exponent), torch.inf, t)
 
 
 @final

@@ -149,7 +149,8 @@ def warm_up(images: int, duration: int) -> float:
 
 
 def check_grid(path: Path, times: Tensor) -> Tensor:
-    """A user's own times: strictly falling, within the path's range; raises ShapeError otherwise."""
+    """A user's own times in float64: strictly falling, within the path's range; raises ShapeError otherwise."""
+    times = path.clock(times)
     slack = 1e-9 * math.fabs(path.t_max)
     falling = times.ndim == 1 and len(times) >= 2 and bool((times[1:] < times[:-1]).all())
     if not falling or float(times[0]) > path.t_max + slack or float(times[-1]) < path.t_min - slack:

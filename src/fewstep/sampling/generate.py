@@ -44,7 +44,7 @@ Sampler = Callable[[Model, Tensor, Tensor, Condition, Draws], Tensor]
 
 def map_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
     """x <- X(x, t_i, t_{i+1}): one evaluation a step."""
-    for t, s in _steps(times):
+    for t, s in _steps(model, times):
         x = model.jump(x, at(t, x), at(s, x), cond)
     return x
 
@@ -61,8 +61,8 @@ def gamma_sampler(gamma: float) -> Sampler:
 
     def sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
         path = model.path
-        for i, (t, s) in enumerate(_steps(times)):
-            if s == float(times[-1]) or gamma == 0:
+        for i, (t, s) in enumerate(_steps(model, times)):
+            if i == len(times) - 2 or gamma == 0:
                 x = model.jump(x, at(t, x), at(s, x), cond)
                 continue
             tau_s = path.tau(torch.tensor(s, dtype=torch.float64))
@@ -79,17 +79,17 @@ def gamma_sampler(gamma: float) -> Sampler:
 
 def euler_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
     """Euler's method on the PF-ODE in the path's clock: one evaluation a step, order 1."""
-    for t, s in _steps(times):
+    for t, s in _steps(model, times):
         x = x + (s - t) * model.velocity(x, at(t, x), cond)
     return x
 
 
 def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
     """Heun's method (EDM, 2206.00364): two evaluations a step, order 2; the last is Euler's, as sigma may be 0."""
-    for t, s in _steps(times):
+    for i, (t, s) in enumerate(_steps(model, times)):
         slope = model.velocity(x, at(t, x), cond)
         guess = x + (s - t) * slope
-        if s == float(times[-1]):
+        if i == len(times) - 2:
             return guess
         x = x + (s - t) * 0.5 * (slope + model.velocity(guess, at(s, x), cond))
     return x
@@ -270,8 +270,8 @@ def _whole_numbers(labels: Tensor | Sequence[int]) -> Tensor:
     return whole
 
 
-def _steps(times: Tensor) -> Iterator[tuple[float, float]]:
-    return itertools.pairwise(times.tolist())
+def _steps(model: Model, times: Tensor) -> Iterator[tuple[float, float]]:
+    return itertools.pairwise(model.path.clock(times).tolist())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fewstep.utils.errors import ConfigError, ShapeError
@@ -12,6 +13,21 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     if value.ndim == 0:
         return value
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def in_float64(time: Tensor, ends: tuple[float, ...] = ()) -> Tensor:
+    """A time in float64, the very tensor where it is that already; differentiable.
+
+    One end of a clock, as `ends` name them, comes back exact from a narrower type: float32 rounds pi/2 up, to where its
+    cosine is negative.
+    """
+    if time.dtype == torch.float64:
+        return time
+    exact = time.double()
+    for end in ends if time.is_floating_point() else ():
+        rounded = float(torch.tensor(end, dtype=time.dtype))
+        exact = exact + (exact == rounded).double() * (end - rounded)
+    return exact
 
 
 def check_batch(x: Tensor, *times: Tensor) -> None:

@@ -130,7 +130,7 @@ def alignment(
     with. The noise of sample k is a function of (seed, t's place, k). ends_only: measure the jumps to the last time
     alone, of a student that learns no others. Raises ShapeError on times or counts that do not fit.
     """
-    times = check_grid(student.path, times.to(x0.device, torch.float64))
+    times = check_grid(student.path, times.to(x0.device))
     _check_counts(x0, batch_size)
     parts = []
     with _at_rest(student, teacher):
@@ -163,7 +163,7 @@ def trajectory_alignment(
     counts that do not fit.
     """
     _check_counts(eps, batch_size)
-    grids = [check_grid(student.path, grid.to(eps.device, torch.float64)) for grid in grids]
+    grids = [check_grid(student.path, grid.to(eps.device)) for grid in grids]
     if len({(float(grid[0]), float(grid[-1])) for grid in grids}) != 1:
         raise ShapeError("give one or more grids of times that share their first and last time")
     errors: list[list[Tensor]] = [[] for _ in grids]

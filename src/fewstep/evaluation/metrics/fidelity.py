@@ -112,12 +112,15 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """Precision and recall of fake (m, d) against real (n, d) by k-nearest-neighbour balls (Kynkaanniemi et al. 2019).
 
     Precision is the share of fakes inside a ball around some real sample, the ball reaching to that sample's k-th
-    nearest other real sample; recall is the same with the sets exchanged. Both depend on n and m: state them.
+    nearest other real sample; recall is the same with the sets exchanged. Both depend on n and m: state them. Wherever
+    the features lie, distances are taken about their common mean; below 1e-6 of the spread about it they count as 0.
     Raises ShapeError on unfit features, or unless both sets have more than k >= 1 samples.
     """
     if k < 1:
         raise ShapeError(f"k must be at least 1, not {k}")
     real, fake = _check_features(real, fake, minimum=k + 1)
+    centre = torch.cat([real, fake]).mean(0)
+    real, fake = real - centre, fake - centre
     return _coverage(real, fake, k), _coverage(fake, real, k)
 
 

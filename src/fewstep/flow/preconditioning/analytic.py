@@ -112,8 +112,7 @@ class AnalyticPreconditioning(Preconditioning):
     forward (h frozen at t):  J = int exp(A - A_s + S - S_t) dlambda, f = E - l_t J,     g = J.
     N is the denoiser on the diagonal. Students train with the backward form: forward's g grows without bound on long
     jumps. l = s = 0 is Euler's preconditioning. Beyond the noise levels of the statistics the jump goes on with Euler
-    steps, so that any path's whole clock is covered. Coefficients are computed in float64 and returned in the dtype of
-    the times.
+    steps, so that any path's whole clock is covered.
     """
 
     denoises: ClassVar[bool] = True
@@ -148,16 +147,14 @@ class AnalyticPreconditioning(Preconditioning):
 
         f = f0 scale_s/scale_t, g = g0 scale_s + f (scale_t - alpha_t) - (scale_s - alpha_s),
         f0, g0 between the noise levels held within the table: the Euler steps beyond it, without dividing by alpha.
-        Of whole numbers in the default dtype.
         """
-        dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
-        t, s = (time.double() for time in torch.broadcast_tensors(t, s))
+        t, s = torch.broadcast_tensors(self.path.clock(t), self.path.clock(s))
         tables = self._tables_on(t.device)
         (lam_t, scale_t, excess_t), (lam_s, scale_s, excess_s) = self._clamped(t, tables), self._clamped(s, tables)
         f, g = self._between(lam_t, lam_s, tables)
         clean = scale_t == 0
         f = torch.where(clean, 1.0, f * scale_s / torch.where(clean, 1.0, scale_t))
-        return f.to(dtype), (g * scale_s + f * excess_t - excess_s).to(dtype)
+        return f, g * scale_s + f * excess_t - excess_s
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Euler's, for any l and s."""

@@ -42,7 +42,7 @@ class Preconditioning(ABC):
 
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(f, g) for jumps t -> s, broadcasting, differentiable, in the dtype of the times."""
+        """(f, g) for jumps t -> s, broadcasting, differentiable, in float64 for times of any type."""
 
     @abstractmethod
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:

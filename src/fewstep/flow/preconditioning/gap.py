@@ -63,7 +63,7 @@ def consistency_gap(
         )
     if not len(data):
         raise ShapeError("the gap needs data (n, ...), n at least 1")
-    t, s = (torch.as_tensor(times, dtype=torch.float64, device=data.device).reshape(-1) for times in (t, s))
+    t, s = (_times(path, given, data.device) for given in (t, s))
     _check(path, t, s)
     numbers = torch.arange(samples, device=data.device)
     x0 = data[numbers % len(data)]
@@ -119,6 +119,12 @@ def _solution(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, st
     for i in range(steps):
         z = runge_kutta_step(rate, z, lam + i * h, h)
     return expand(path.values(s).sigma, z) * z
+
+
+def _times(path: Path, given: Tensor | float, device: torch.device) -> Tensor:
+    """(K,) float64."""
+    times = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+    return path.clock(times.to(device)).reshape(-1)
 
 
 def _check(path: Path, t: Tensor, s: Tensor) -> None:

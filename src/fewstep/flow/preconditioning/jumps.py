@@ -18,6 +18,7 @@ from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningCo
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
+from fewstep.utils.tensors import in_float64
 
 
 @final
@@ -28,10 +29,11 @@ class LinearPreconditioning(Preconditioning):
     target_in_network: ClassVar[bool] = True
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        g = s - t
+        g = in_float64(s) - in_float64(t)
         return torch.ones_like(g), g
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = in_float64(t)
         return torch.zeros_like(t), torch.ones_like(t)
 
 
@@ -55,9 +57,11 @@ class TrigPreconditioning(Preconditioning):
     target_in_network: ClassVar[bool] = True
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cos(t - s), -torch.sin(t - s)
+        gap = in_float64(t) - in_float64(s)
+        return torch.cos(gap), -torch.sin(gap)
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = in_float64(t)
         return torch.zeros_like(t), torch.ones_like(t)
 
 
@@ -122,6 +126,7 @@ class CMPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(f, g); raises UnsupportedError when some s is not t_min (not checked under torch.compile)."""
+        t, s = in_float64(t), in_float64(s)
         if not torch.compiler.is_compiling() and not bool((torch.abs(s - self.t_min) <= 1e-6).all()):
             raise UnsupportedError(
                 f"CM preconditioning jumps to s = t_min = {self.t_min} alone; "

@@ -181,7 +181,7 @@ class EDMInputScalingConfig(ScalingConfig):
 
 def _c_noise(path: Path, t: Tensor) -> Tensor:
     p = path.values(t)
-    tiny = torch.finfo(t.dtype).tiny
+    tiny = torch.finfo(p.sigma.dtype).tiny
     log_tau = torch.log(p.sigma.clamp_min(tiny)) - torch.log(p.alpha.clamp_min(tiny))
     return log_tau.clamp(-_LOG_TAU_LIMIT, _LOG_TAU_LIMIT) / 4
 
