@@ -59,7 +59,7 @@ class GaussianData:
 
 
 class GaussianOutput(nn.Module):
-    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s on it.
+    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s or D on it.
 
     With an origin m, N = (X - f x - (alpha_s - alpha_t f - g) m)/g (math.md §3.6).
     """
@@ -80,8 +80,13 @@ class GaussianOutput(nn.Module):
         jumped = (target - f * x) / g
         if not bool(same.any()):
             return jumped
+        return torch.where(same, self._on_diagonal(x, t), jumped)
+
+    def _on_diagonal(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.preconditioning.denoises:
+            return self.data.denoise(self.path, x, t)
         f_s, g_s = (expand(c, x).to(x.dtype) for c in self.preconditioning.diagonal(t))
-        return torch.where(same, (self.data.velocity(self.path, x, t) - f_s * x) / g_s, jumped)
+        return (self.data.velocity(self.path, x, t) - f_s * x) / g_s
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class MixtureData:
         return (posterior[:, :, None] * each).sum(1).reshape(shape).to(x.dtype)
 
     def velocity(self, path: Path, x: Tensor, t: Tensor) -> Tensor:
-        """PF-ODE velocity; needs sigma(t) > 0."""
+        """PF-ODE velocity."""
         return path.velocity_from_denoised(x, self.denoise(path, x, t), t)
 
     def jump(self, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int = 200) -> Tensor:

@@ -103,7 +103,7 @@ class FlowMap(nn.Module):
         return self.apply_jump(x, self.output(x, t, s, cond), t, s)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
-        """PF-ODE velocity v(x, t) read off the diagonal; with Euler's and computed preconditioning not at sigma = 0."""
+        """PF-ODE velocity v(x, t) read off the diagonal; alpha' D at sigma = 0 where N is the denoiser."""
         check_batch(x, t)
         return self.velocity_from_output(x, self.output(x, t, t, cond), t)
 

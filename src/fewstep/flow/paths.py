@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import expand, in_float64
+from fewstep.utils.tensors import expand, in_float64, nonzero
 
 
 class PathValues(NamedTuple):
@@ -98,9 +98,9 @@ class Path(ABC):
         return (p.alpha * v - p.d_alpha * x) / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)
 
     def velocity_from_denoised(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """v = alpha' D + sigma' (x - alpha D)/sigma; needs sigma(t) > 0."""
+        """v = alpha' D + sigma' (x - alpha D)/sigma, and alpha' D where sigma = 0: the noise's mean is 0 there."""
         p = self.values(t).over(x)
-        return p.d_alpha * denoised + p.d_sigma * (x - p.alpha * denoised) / p.sigma
+        return p.d_alpha * denoised + p.d_sigma * (x - p.alpha * denoised) / nonzero(p.sigma)
 
     def prior(self, eps: Tensor) -> Tensor:
         """Noise to start from, sigma(t_max) eps; eps (B, ...) standard normal."""

@@ -326,7 +326,7 @@ class SCD(Objective):
 @final
 @dataclass(frozen=True)
 class TeacherVelocity:
-    """A teacher's velocity, without gradient, on another path than its own; needs sigma(t) > 0 there."""
+    """A teacher's velocity, without gradient, on another path than its own."""
 
     path: Path
     teacher: FlowMap

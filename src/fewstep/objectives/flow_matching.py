@@ -15,7 +15,7 @@ from fewstep.flow.times import LogitNormalTimes, TimeDistribution
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_T, Acting, Batch, Companions, Losses, Objective
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import expand, per_sample_mean
+from fewstep.utils.tensors import expand, nonzero, per_sample_mean
 
 
 def conditioned(batch: Batch, dropout: float) -> Condition:
@@ -116,9 +116,12 @@ def deviation_of(flow_map: FlowMap) -> float:
 def denoising_loss(
     flow_map: FlowMap, batch: Batch, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float
 ) -> Tensor:
-    """EDM's weighted denoising loss (2206.00364), (B,): (alpha^2 sd^2 + sigma^2)/(sigma sd)^2 |D(x_t, t) - x0|^2."""
+    """EDM's weighted denoising loss (2206.00364), (B,): (alpha^2 sd^2 + sigma^2)/(sigma sd)^2 |D(x_t, t) - x0|^2.
+
+    0 at sigma = 0, where D = x0.
+    """
     p, x = flow_map.path.values(t), flow_map.path.interpolate(batch.x0, eps, t)
-    weight = (p.alpha**2 * sigma_data**2 + p.sigma**2).sqrt() / (p.sigma * sigma_data)
+    weight = (p.alpha**2 * sigma_data**2 + p.sigma**2).sqrt() / nonzero(p.sigma * sigma_data)
     error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - batch.x0)
     return per_sample_mean(batch.count(error).square())
 

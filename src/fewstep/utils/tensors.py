@@ -30,6 +30,11 @@ def in_float64(time: Tensor, ends: tuple[float, ...] = ()) -> Tensor:
     return exact
 
 
+def nonzero(value: Tensor) -> Tensor:
+    """A divisor with infinity in place of 0, so that a quotient is 0 there."""
+    return torch.where(value == 0, torch.inf, value)
+
+
 def check_batch(x: Tensor, *times: Tensor) -> None:
     """Raise ShapeError unless x is (B, ...) and every time is (B,)."""
     for time in times:

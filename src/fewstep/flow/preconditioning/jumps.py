@@ -18,7 +18,7 @@ from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningCo
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
-from fewstep.utils.tensors import in_float64
+from fewstep.utils.tensors import in_float64, nonzero
 
 
 @final
@@ -81,8 +81,8 @@ class TrigPreconditioningConfig(PreconditioningConfig):
 class EulerPreconditioning(Preconditioning):
     """f = sigma_s/sigma_t, g = alpha_s - alpha_t sigma_s/sigma_t: the DDIM step; N is the denoiser on the diagonal.
 
-    On the EDM path f = s/t, g = 1 - s/t (CTM, 2310.02279). Needs sigma_t > 0 off the diagonal and for `diagonal`: there
-    is no velocity at sigma = 0, where it would be 0/0.
+    On the EDM path f = s/t, g = 1 - s/t (CTM, 2310.02279). At sigma = 0, where the velocity would be 0/0, it is its
+    limit alpha' D: x is its own denoiser there.
     """
 
     denoises: ClassVar[bool] = True
@@ -96,7 +96,7 @@ class EulerPreconditioning(Preconditioning):
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         p = self.path.values(t)
-        f_s = p.d_sigma / p.sigma
+        f_s = p.d_sigma / nonzero(p.sigma)
         return f_s, p.d_alpha - p.alpha * f_s
 
 

@@ -1,0 +1,87 @@
+"""Losses and their gradients are finite at both ends of every clock, and where both times are one end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning import Preconditioning
+from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
+from fewstep.objectives import CATALOGUE, CTM, Batch, Companions, DiagonalMatching, Objective
+from fewstep.objectives.base import STREAM_S, STREAM_T
+from fewstep.objectives.distillation import STREAM_DIAGONAL, STREAM_U
+from fewstep.utils.random import Draws
+from tests.support.cases import PAIRS, SD, gaussian, noise, pair, random_network, scalings
+
+SCALINGS = {"linear": "identity", "trig": "unit", "euler": "edm", "bcm": "edm-input"}
+BITS = {STREAM_T: 0, STREAM_DIAGONAL: 0, STREAM_S: 1, STREAM_U: 2}
+
+
+@final
+@dataclass(frozen=True)
+class EndDraws(Draws):
+    """Draws of times that are 0 or 1, in all combinations over eight samples: what no draw reaches but by rounding."""
+
+    def uniform(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Tensor:
+        if stream in BITS and shape == ():
+            return ((self.indices >> BITS[stream]) % 2).to(dtype)
+        return super().uniform(stream, shape, dtype)
+
+
+def objectives() -> dict[str, Objective]:
+    """Every one of the table, with its settings that meet an end of the clock in another way."""
+    found: dict[str, Objective] = {}
+    for entry in CATALOGUE:
+        plain: Any = entry.objective()
+        names = set(plain.__dataclass_fields__)
+        found[entry.name] = plain
+        if "diagonal" in names:
+            found[f"{entry.name}, off the diagonal"] = replace(plain, diagonal=0.0)
+        if "derivative" in names:
+            found[f"{entry.name}, by differences"] = replace(plain, derivative="finite-difference")
+        if "guidance" in names:
+            found[f"{entry.name}, guided"] = replace(plain, guidance=FixedGuidance(2.0), dropout=0.0)
+    for times in (UniformTimes(), BetaTimes(), LogitNormalTimes(), LogNormalTimes()):
+        found[type(times).__name__] = DiagonalMatching(times)
+    found["denoising"] = DiagonalMatching(measure="denoiser", sigma_data=SD)
+    return found
+
+
+OBJECTIVES = objectives()
+
+
+def flow_map(path: Path, preconditioning: Preconditioning, scaling: str) -> FlowMap:
+    network = random_network((3,), 2).float()
+    return FlowMap(path, preconditioning, network, scalings(path)[scaling])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("path_name", "own"), PAIRS)
+def test_losses_are_finite(name: str, path_name: str, own: str) -> None:
+    (path, preconditioning), objective = pair(path_name, own), OBJECTIVES[name]
+    model, slow, teacher = (flow_map(path, preconditioning, SCALINGS[own]) for _ in range(3))
+    if isinstance(objective, CTM):
+        objective = replace(objective, sigma_data=SD)
+    draws = EndDraws(0, 0, torch.arange(8))
+    batch = Batch(noise(8, 3).float(), torch.arange(8) % 2, draws, images=1000)
+    losses = objective(model, batch, Companions(teacher=teacher, target=slow))
+    assert bool(losses.loss.isfinite().all()), losses
+    losses.mean().backward()
+    for parameter in model.network.parameters():
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all())
+
+
+@pytest.mark.parametrize(("path_name", "own"), PAIRS)
+def test_the_velocity_at_the_data_end_is_its_limit(path_name: str, own: str) -> None:
+    """Of the exact denoiser, for x0 that the data hold."""
+    path, preconditioning = pair(path_name, own)
+    model, x = gaussian().flow_map(path, preconditioning), noise(4, 3)
+    at_end, beside = (model.velocity(x, at(time, x)) for time in (path.t_min, path.t_min + 1e-7))
+    torch.testing.assert_close(at_end, beside, rtol=1e-4, atol=1e-4)
