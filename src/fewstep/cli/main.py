@@ -34,14 +34,6 @@ A RUN is the folder that `train` wrote, or a saved model. Add --help to a comman
 for example: fewstep train digits --help
 """
 
-_SHORTAGE = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "Storage size calculation overflowed",
-    "Overflow when unpacking long",
-)
-
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
@@ -63,8 +55,9 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _is_shortage(error: Exception) -> bool:
-    """Whether memory ran out: of PyTorch's errors only the words tell, as importing it would slow every --help."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _SHORTAGE)
+    """Whether memory ran out. PyTorch is not imported for it, which would slow every --help."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -85,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError, TypeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
         reason = str(error).strip().splitlines() or ["no more to be had"]

@@ -7,6 +7,7 @@ samples, and returns samples at times[-1]. Network evaluations (NFE) are counted
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fewstep.networks.condition import Condition
 from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.random import Draws
+from fewstep.utils.tensors import check_memory
 
 STREAM_PRIOR, STREAM_RENOISE = 20, 1000
 Spacing = Literal["auto", "uniform", "edm"]
@@ -220,6 +222,7 @@ def generate(
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
     flow_map, known = (model, ()) if isinstance(model, FlowMap) else (model.flow_map, model.step_times)
+    check_memory(4 * count * math.prod(flow_map.sample_shape), f"drawing {count} samples", "draw fewer")
     labels = _check_labels(labels, count, first, flow_map.num_classes)
     times, sampler = settings.grid(flow_map.path, known), settings.function()
     guided = _guided(flow_map, settings)

@@ -28,6 +28,7 @@ from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import Adversary
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.log import Window, diverged, tensorboard_writer
+from fewstep.training.memory import check_run
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
 from fewstep.training.run_folder import RunFolder
@@ -88,6 +89,7 @@ class Trainer:
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
         )
+        check_run(config, dataset.shape, dataset.num_classes, self.share // self.accumulation)
         teacher = load_teacher(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
@@ -124,8 +126,8 @@ class Trainer:
         if config.objective.measures_features and self.attendants.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Attendants)")
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
-        with warnings.catch_warnings():  # newer PyTorch has another name for it, which Accelerate cannot pass on
-            warnings.filterwarnings("ignore", message=r"`broadcast_buffers` is deprecated", category=FutureWarning)
+        with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
+            warnings.simplefilter("ignore", FutureWarning)
             self.module = self.accelerator.prepare(self.loss)
         self.step, self.seconds = 0, 0.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,11 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def per_sample_mean(value: Tensor) -> Tensor:
     """Mean over everything but the batch: (B, ...) -> (B,)."""
     return value.flatten(1).mean(1) if value.ndim > 1 else value
+
+
+def check_memory(size: float, what: str, advice: str) -> None:
+    """Raise ConfigError where `what` takes more bytes than the machine's memory has; where that is known."""
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ConfigError(f"out of memory ({what} takes {size / 1e9:,.0f} of {memory / 1e9:,.0f} GB): {advice}")
