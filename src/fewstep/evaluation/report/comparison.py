@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -24,20 +23,10 @@ from fewstep.evaluation.report.canvas import (
     spreads,
     to_png,
 )
-from fewstep.evaluation.report.html import Pairs, document, header, link, plot
+from fewstep.evaluation.report.html import Pairs, page, plot
 from fewstep.evaluation.report.numbers import tick
 from fewstep.utils.errors import DataError
 from fewstep.utils.files import write_atomically
-
-_STYLE = """.figures th, .figures td { padding-left: 11px; padding-right: 11px; }
-.figures th:first-child { text-align: left; padding-left: 20px; }
-.figures th[scope="row"] { font-weight: 600; min-width: 11em; }
-.figures th[scope="col"] { color: var(--muted); font-weight: 500; font-size: 0.82rem; white-space: nowrap; }
-.figures tbody tr + tr th { border-top-color: transparent; padding-top: 4px; }
-.figures tbody + tbody th[scope="col"] { padding-top: 26px; }
-.figures tbody:last-child tr:last-child > * { padding-bottom: 16px; }
-"""
-"""What the tables of a comparison add to page.css."""
 
 
 @dataclass(frozen=True)
@@ -144,52 +133,22 @@ def _draw(axis: Axes, panel: Panel, methods: Sequence[str], palette: Palette) ->
     scale_values(axis, values, logarithmic=spreads(values))
 
 
-def write_page(page: ComparisonPage, file: Path) -> Path:
+def write_page(comparison: ComparisonPage, file: Path) -> Path:
     """Render the comparison into one file; raises CheckpointError when it cannot be written."""
-    write_atomically(file, render(page))
+    write_atomically(file, render(comparison))
     return file
 
 
-def render(page: ComparisonPage) -> str:
+def render(comparison: ComparisonPage) -> str:
     """The page as HTML: no scripts, no addresses to load from, all text escaped."""
-    parts = (header(page.title, page.summary, page.facts), _curves(page), _tables(page), _runs(page))
-    return document(page.title, "\n".join(parts), _STYLE)
-
-
-def _curves(page: ComparisonPage) -> str:
-    alt = f"Learning curves: {', '.join(panel.title for panel in page.panels)}"
-    caption = (
-        "Lines: the mean over a method's runs, geometric where all values are positive. Bands: from their lowest to "
-        "their highest value. Lower is better."
-    )
-    figure = plot(lambda wide, dark: comparison_curves(page.panels, columns=wide, dark=dark), 3, alt, caption)
-    return f"<section>\n<h2>Learning curves</h2>\n{figure}</section>"
-
-
-def _tables(page: ComparisonPage) -> str:
-    table = _table([(each.heads, [(escape(row[0]), *row[1:]) for row in each.rows]) for each in page.tables])
-    note = f'<p class="note">{escape(page.note)}</p>'
-    return f"<section>\n<h2>Images to the same quality</h2>\n{table}\n{note}\n</section>"
-
-
-def _runs(page: ComparisonPage) -> str:
-    rows = [(link(run.name, run.address) if run.address else escape(run.name), *run.values) for run in page.runs]
-    table = _table([(("Run", *page.settings), rows)])
-    return f"<section>\n<h2>Runs and the settings in which they differ</h2>\n{table}\n</section>"
-
-
-def _table(groups: Sequence[tuple[Sequence[str], Sequence[tuple[str, ...]]]]) -> str:
-    """Groups of rows under heads of their own; the first cell of a row is HTML already, the others are text."""
-    bodies = "\n".join(f"<tbody>\n{_row_of_heads(heads)}\n{_rows(rows)}\n</tbody>" for heads, rows in groups)
-    return f'<div class="scroll card"><table class="figures">\n{bodies}\n</table></div>'
-
-
-def _row_of_heads(heads: Sequence[str]) -> str:
-    return "<tr>" + "".join(f'<th scope="col">{escape(name)}</th>' for name in heads) + "</tr>"
-
-
-def _rows(rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-        for name, *cells in rows
+    panels = comparison.panels
+    alt = f"Learning curves: {', '.join(panel.title for panel in panels)}"
+    curves = plot(lambda wide, dark: comparison_curves(panels, columns=wide, dark=dark), 3, alt)
+    return page(
+        "comparison.html",
+        title=comparison.title,
+        summary=comparison.summary,
+        facts=comparison.facts,
+        curves=curves,
+        page=comparison,
     )

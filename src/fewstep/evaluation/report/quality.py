@@ -1,0 +1,101 @@
+"""The quality section of a run's page: a figure and a table for each extractor of features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from fewstep.evaluation.report.figures import quality_curves
+from fewstep.evaluation.report.html import Plot, plot
+from fewstep.evaluation.report.numbers import NOTHING, count, finite, number, with_error
+
+Row = Mapping[str, object]
+
+
+def quality_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the section shows of each extractor apart: distances between different features do not compare."""
+    extractors = dict.fromkeys(str(row["extractor"]) for row in rows)
+    return [_part(name, [row for row in rows if str(row["extractor"]) == name]) for name in extractors]
+
+
+def _part(extractor: str, rows: Sequence[Row]) -> dict[str, Any]:
+    counts = sorted({int(n) for row in _sampled(rows) if (n := finite(row, "samples")) is not None})
+    columns, best = _columns(rows), _best_at_equal_calls(rows)
+    return {
+        "extractor": extractor,
+        "is_fid": extractor.startswith("inception"),
+        "samples": " or ".join(f"{n:,}" for n in counts),
+        "references": " or ".join(dict.fromkeys(str(row["reference"]) for row in rows)),
+        "figure": _figure(extractor, rows),
+        "heads": list(columns),
+        "groups": _groups(rows, columns, best),
+        "has_best": bool(best),
+    }
+
+
+def _sampled(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if finite(row, "nfe") != 0]
+
+
+def _figure(extractor: str, rows: Sequence[Row]) -> Plot | None:
+    measured = ("frechet", "accuracy", "precision", "recall")
+    if all(finite(row, key) is None for row in rows for key in measured):
+        return None
+    methods = ", ".join(dict.fromkeys(str(row["method"]) for row in _sampled(rows)))
+    alt = f"Fréchet distance with features {extractor} against network calls: {methods}"
+    return plot(lambda columns, dark: quality_curves(rows, columns=columns, dark=dark), 3, alt)
+
+
+def _groups(
+    rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], best: frozenset[int]
+) -> list[dict[str, Any]]:
+    """Consecutive rows of one method under one heading, real data last; a cell is its text and whether it is best."""
+    ordered = sorted(rows, key=lambda row: finite(row, "nfe") == 0)
+    return [
+        {
+            "method": method,
+            "real": real,
+            "rows": [
+                [(show(row), title == "Fréchet" and id(row) in best) for title, show in columns.items()]
+                for row in group
+            ],
+        }
+        for (method, real), group in groupby(ordered, key=lambda row: (row["method"], finite(row, "nfe") == 0))
+    ]
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Headings and how to show a row under each; what no row has, or all have alike, is left to the caption."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "NFE": lambda row: count(finite(row, "nfe") or None),
+        "Fréchet": lambda row: number(finite(row, "frechet")),
+        "Kernel distance": lambda row: with_error(finite(row, "kernel"), finite(row, "kernel_error")),
+        "Precision": lambda row: number(finite(row, "precision")),
+        "Recall": lambda row: number(finite(row, "recall")),
+    }
+    if any(finite(row, "accuracy") is not None for row in rows):
+        columns["Accuracy"] = lambda row: _percent(finite(row, "accuracy"))
+    if any(finite(row, "latency_ms") is not None for row in rows):
+        columns["Latency (ms)"] = lambda row: number(finite(row, "latency_ms"))
+    if len({row["samples"] for row in rows}) > 1:
+        columns["Samples"] = lambda row: count(finite(row, "samples"))
+    if len({row["reference"] for row in rows}) > 1:
+        columns["Reference"] = lambda row: str(row["reference"])
+    return columns
+
+
+def _best_at_equal_calls(rows: Sequence[Row]) -> frozenset[int]:
+    """Identities of the rows with the lowest Fréchet distance among several methods with the same, positive NFE."""
+    best = set()
+    for nfe in {finite(row, "nfe") for row in rows} - {0.0, None}:
+        rivals = [
+            (f, id(row)) for row in rows if finite(row, "nfe") == nfe and (f := finite(row, "frechet")) is not None
+        ]
+        if len(rivals) > 1:
+            best.add(min(rivals)[1])
+    return frozenset(best)
+
+
+def _percent(share: float | None) -> str:
+    return NOTHING if share is None else f"{share:.1%}"
