@@ -43,7 +43,7 @@ from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Attendants, Machine, RunFolder, load
+from fewstep.training import Callbacks, RunFolder, Runtime, load
 from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.parts import kind
@@ -240,10 +240,10 @@ def run_cell(name: str, config: RunConfig, seed: int, plan: Plan, truth: Truth, 
     config = replace(config, training=training)
     curve: list[dict[str, object]] = []
     gamma = 1.0 if isinstance(config.objective, CD) else 0.0
-    machine = Machine(cpu=True, quiet=True)
+    runtime = Runtime(cpu=True, quiet=True)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Trainer(config, dataset, RunFolder(Path(folder) / "run"), machine, Attendants()) as trainer,
+        Trainer(config, dataset, RunFolder(Path(folder) / "run"), runtime, Callbacks()) as trainer,
     ):
         started, spent = time.perf_counter(), 0.0
         trainer.flow_map.train()

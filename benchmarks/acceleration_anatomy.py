@@ -45,7 +45,7 @@ from fewstep.objectives import Batch, Companions, Losses, Objective
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import load_pipeline
-from fewstep.training import Attendants, Machine, RunFolder, load
+from fewstep.training import Callbacks, RunFolder, Runtime, load
 from fewstep.training.loop import Trainer
 from fewstep.utils.random import Draws
 
@@ -120,7 +120,7 @@ def trainer_of(name: str, base: RunConfig, steps: int, dataset: Dataset, seed: i
     chosen = methods(base)["euler" if name == "euler" else "analytic"]
     images = steps * base.training.batch_size
     chosen = replace(chosen, training=replace(base.training, images=images, seed=seed))
-    trainer = Trainer(chosen, dataset, RunFolder(folder), Machine(cpu=True, quiet=True), Attendants())
+    trainer = Trainer(chosen, dataset, RunFolder(folder), Runtime(cpu=True, quiet=True), Callbacks())
     if name == "reweighted":
         trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
     if name == "exchanged" and trainer.target is not None:

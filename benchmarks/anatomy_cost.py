@@ -24,7 +24,7 @@ import torch
 from fewstep.data import load_dataset
 from fewstep.objectives.pairs import Comparison
 from fewstep.recipes import recipe
-from fewstep.training import Attendants, Machine, RunFolder
+from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.log import Window
 from fewstep.training.loop import Trainer
 
@@ -52,11 +52,11 @@ def measure(name: str, rounds: int, batch: int) -> str:
     """One line: by how much the anatomy lengthens a step of a recipe, with batches of `batch` (0: the recipe's)."""
     config = recipe(name)
     training = replace(config.training, batch_size=batch or config.training.batch_size)
-    config, machine = replace(config, training=training), Machine(cpu=True, quiet=True)
+    config, runtime = replace(config, training=training), Runtime(cpu=True, quiet=True)
     steps = max(1, training.log_images // training.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
-        with Trainer(config, load_dataset(config.data), run, machine, Attendants()) as trainer:
+        with Trainer(config, load_dataset(config.data), run, runtime, Callbacks()) as trainer:
             trainer.flow_map.train()
             seconds(trainer, steps)
             ratios = []

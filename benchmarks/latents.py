@@ -40,7 +40,7 @@ from fewstep.objectives import ISD
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig
 from fewstep.sampling.generate import SamplingSettings
-from fewstep.training import Machine, RunFolder, load, train
+from fewstep.training import RunFolder, Runtime, load, train
 
 ROOT = Path(__file__).parents[1]
 RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "latents.json", ROOT / "docs" / "figures" / "latents.png"
@@ -241,7 +241,7 @@ def main() -> None:
 
     config = run_config(options.out / "latents", options.train_seconds)
     run, dataset = RunFolder(options.out / "run"), load_dataset(config.data)
-    result = train(config, dataset, run, Machine(cpu=True, threads=1))
+    result = train(config, dataset, run, Runtime(cpu=True, threads=1))
     stick = yardstick(dataset, None)
     rows = [*measure_run(run, stick), measure_real(dataset, config.evaluation.samples, stick)]
     write_figures(rows, run.root)

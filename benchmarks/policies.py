@@ -37,7 +37,7 @@ from fewstep.policies.tasks.registry import TASKS as ALL_TASKS
 from fewstep.policies.tasks.registry import find_task
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Machine, RunFolder, train
+from fewstep.training import RunFolder, Runtime, train
 from policies_summary import summarise
 
 RESULTS = Path(__file__).parent / "results" / "policies"
@@ -118,7 +118,7 @@ def trained(task: str, method: str, seed: int, work: Path, models: Path, initial
     start = "" if initial is None else str(initial)
     config = configuration(task, method, demonstrations_of(task, work), seed, start)
     run = RunFolder(models / f"{task}-{method}-{seed}")
-    train(config, load_dataset(config.data), run, Machine(cpu=True, quiet=True, threads=1))
+    train(config, load_dataset(config.data), run, Runtime(cpu=True, quiet=True, threads=1))
     return run.root
 
 

@@ -18,7 +18,7 @@ import torch
 
 from fewstep.data import load_dataset
 from fewstep.recipes import recipe
-from fewstep.training import Attendants, Machine, RunFolder
+from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.loop import Trainer
 
 
@@ -40,8 +40,8 @@ def main() -> None:
         for name in options.recipes:
             config = recipe(name)
             run = RunFolder(Path(folder) / name)
-            dataset, machine = load_dataset(config.data), Machine(cpu=True, quiet=True)
-            trainers.append(held.enter_context(Trainer(config, dataset, run, machine, Attendants())))
+            dataset, runtime = load_dataset(config.data), Runtime(cpu=True, quiet=True)
+            trainers.append(held.enter_context(Trainer(config, dataset, run, runtime, Callbacks())))
             trainers[-1].flow_map.train()
         spent = [[seconds(trainer) for trainer in trainers] for _ in range(options.steps + 2)][2:]
     first, second = (statistics.median(times) for times in zip(*spent, strict=True))

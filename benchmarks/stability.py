@@ -40,7 +40,7 @@ from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplerName, SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Attendants, Machine, RunFolder
+from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import TrainingDivergedError
 from stability_plan import (
@@ -116,8 +116,8 @@ def train_cell(cell: Cell, config: RunConfig, stick: Stick, folder: Path) -> dic
     norms: list[float] = []
     curve: list[dict[str, Any]] = []
     diverged_at, spent = None, 0.0
-    machine = Machine(cpu=True, quiet=True)
-    with Trainer(config, stick.dataset, RunFolder(folder), machine, Attendants()) as trainer:
+    runtime = Runtime(cpu=True, quiet=True)
+    with Trainer(config, stick.dataset, RunFolder(folder), runtime, Callbacks()) as trainer:
         trainer.flow_map.train()
         for moment in (study.steps // 4, study.steps // 2, 3 * study.steps // 4, study.steps):
             started = time.perf_counter()

@@ -52,7 +52,7 @@ from fewstep.policies import Policy, Simulation, Task, load_policy, roll_out
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
-from fewstep.training import Machine, RunFolder, load, train
+from fewstep.training import RunFolder, Runtime, load, train
 from fewstep.utils.errors import FewstepError
 
 __all__ = [
@@ -96,7 +96,6 @@ __all__ = [
     "LinearPreconditioning",
     "Losses",
     "MLPConfig",
-    "Machine",
     "MeanFlow",
     "MixtureData",
     "Network",
@@ -110,6 +109,7 @@ __all__ = [
     "Regression",
     "RunConfig",
     "RunFolder",
+    "Runtime",
     "SamplingSettings",
     "Scaling",
     "Shortcut",

@@ -71,7 +71,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
         ("train digits --objective.dropout 2", r"label dropout is 2\.0"),
         ("train digits --network.width 0", r"an MLP needs width"),
         ("train digits --model.path edm --model.preconditioning trig", r"trig preconditioning needs a clock"),
-        ("train digits --machine.micro-batch -2", r"micro_batch is -2"),
+        ("train digits --runtime.micro-batch -2", r"micro_batch is -2"),
         ("train ctm-digits", r"the teacher cannot be read: runs/edm-digits: no such folder; .* --teacher$"),
         ("train cd-digits --teacher nowhere", r"the teacher cannot be read: nowhere: no such folder"),
         ("train ctm-digits --teacher=", r"recipe ctm-digits distils a teacher: name its run with --teacher RUN"),
@@ -142,7 +142,7 @@ def test_a_corrupt_image_is_named(command: Command, tmp_path: Path) -> None:
 
 def test_images_of_a_shape_that_the_network_cannot_take(command: Command, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 12, 7)
-    shown = command("train", "digits-unet", "--data.source", "images", "--data.root", folder, "--machine.cpu")
+    shown = command("train", "digits-unet", "--data.source", "images", "--data.root", folder, "--runtime.cpu")
     assert_refused(shown, r"images of 7x7 cannot be halved 1 times")
     assert not (tmp_path / "runs").exists()
 

@@ -26,7 +26,7 @@ from fewstep.evaluation.report.run import report
 from fewstep.objectives import CATALOGUE
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Machine, RunFolder
+from fewstep.training import RunFolder, Runtime
 from fewstep.utils.errors import FewstepWarning
 from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, contents
 
@@ -312,7 +312,7 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
         return replace(config, evaluation=replace(config.evaluation, samples=128))
 
     monkeypatch.setattr("fewstep.cli.quickstart.recipe", cheaper)
-    page = quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
+    page = quickstart(tmp_path / "run", tmp_path / "cache", Runtime(cpu=True, threads=1, quiet=True), seconds=1.0)
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
     shown = {(row["method"], row["nfe"]) for row in rows}
     assert shown >= {("iSD-T", nfe) for nfe in (1, 2, 4, 16)} | {("flow matching", nfe) for nfe in (1, 2, 16, 32)}
@@ -327,7 +327,7 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     assert len(read_figures(tmp_path / "run")) == len(rows)
     assert "flow matching" in report(RunFolder(tmp_path / "run")).read_text()
     logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
-    quickstart(tmp_path / "run", tmp_path / "cache", Machine(cpu=True, threads=1, quiet=True), seconds=1.0)
+    quickstart(tmp_path / "run", tmp_path / "cache", Runtime(cpu=True, threads=1, quiet=True), seconds=1.0)
     assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
 
 
@@ -346,8 +346,8 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
 ) -> None:
     monkeypatch.setattr("fewstep.cli.quickstart.POLICY_DEMONSTRATIONS", 12)
     monkeypatch.setattr("fewstep.cli.quickstart.POLICY_EPISODES", 3)
-    machine, root = Machine(cpu=True, threads=1, quiet=True), tmp_path / "run"
-    page = policy_quickstart(root, machine, seconds=0.3)
+    runtime, root = Runtime(cpu=True, threads=1, quiet=True), tmp_path / "run"
+    page = policy_quickstart(root, runtime, seconds=0.3)
     printed = capsys.readouterr().out
     assert "The expert reached the goal in 12 of 12 episodes" in printed
     assert all(name in printed for name in ("iSD", "flow matching", "regression", "expert"))
@@ -367,5 +367,5 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     assert (root / "filmstrip.png").is_file()
     assert "data:image/png;base64" in page.read_text()
     logs = [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
-    policy_quickstart(root, machine, seconds=0.3)
+    policy_quickstart(root, runtime, seconds=0.3)
     assert logs == [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]

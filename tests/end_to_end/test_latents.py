@@ -31,7 +31,7 @@ TRAIN = (
     "--training.precision", "no", "--training.batch-size", 8, "--training.images", 16, "--training.log-images", 8,
     "--training.checkpoint-images", 8, "--training.sample-images", 16, "--evaluation.samples", 12,
     "--evaluation.steps", 1, 2, "--evaluation.reference-steps", 2,
-    "--machine.cpu", "--machine.quiet", "--machine.threads", 1,
+    "--runtime.cpu", "--runtime.quiet", "--runtime.threads", 1,
 )  # fmt: skip
 """Two steps of DiT-B/4 made small."""
 

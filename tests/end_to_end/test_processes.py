@@ -109,7 +109,7 @@ STUDENT = [
 ESTIMATE = ["--points", "8", "--samples", "200"]
 
 
-# --multi_gpu is what makes accelerate start processes by torchrun; --machine.cpu then joins them by gloo.
+# --multi_gpu is what makes accelerate start processes by torchrun; --runtime.cpu then joins them by gloo.
 PAIR = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 

@@ -16,11 +16,11 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import RunConfig, TrainingConfig
-from fewstep.training import Machine, RunFolder, train
+from fewstep.training import RunFolder, Runtime, train
 from fewstep.utils.errors import TrainingDivergedError
 
 RANK = int(os.environ["RANK"])
-MACHINE = Machine(cpu=True, threads=1, quiet=True)
+RUNTIME = Runtime(cpu=True, threads=1, quiet=True)
 BASE = RunConfig(
     recipe="pair",
     network=MLPConfig(width=16, depth=1, embedding_width=16),
@@ -50,14 +50,14 @@ def run(folder: Path, commands: list[list[str]]) -> None:
     assert [main(words) for words in commands] == [0] * len(commands)
     data = load_dataset(DataConfig())
     try:
-        train(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), MACHINE)  # type: ignore[arg-type]
+        train(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), RUNTIME)  # type: ignore[arg-type]
     except TrainingDivergedError as error:
         (folder / f"diverged-{RANK}.txt").write_text(str(error))
 
     clock = time.perf_counter
     time.perf_counter = lambda: clock() * (1 + 2 * RANK)  # a second process whose clock is three times as fast
     limited = replace(BASE, training=replace(BASE.training, images=10**9, seconds=0.5))
-    result = train(limited, data, RunFolder(folder / "limited"), MACHINE)
+    result = train(limited, data, RunFolder(folder / "limited"), RUNTIME)
     (folder / f"steps-{RANK}.txt").write_text(str(result.step))
 
 

@@ -9,7 +9,7 @@ import pytest
 from fewstep.data import load_dataset
 from fewstep.data.demonstrations.episodes import save_demonstrations
 from fewstep.policies.rollout import record
-from fewstep.training import Machine, RunFolder, train
+from fewstep.training import RunFolder, Runtime, train
 from tests.support.pointtask import point_task, run_config
 
 
@@ -25,5 +25,5 @@ def point_run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A trained run."""
     root = tmp_path_factory.mktemp("policies") / "run"
     config = run_config(str(demonstrations))
-    train(config, load_dataset(config.data), RunFolder(root), Machine(cpu=True, quiet=True, threads=1))
+    train(config, load_dataset(config.data), RunFolder(root), Runtime(cpu=True, quiet=True, threads=1))
     return root

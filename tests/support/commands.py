@@ -14,7 +14,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fews
 
 SMALL = (
     "--network.width", "16", "--network.depth", "1", "--network.embedding-width", "16",
-    "--machine.cpu", "--machine.quiet", "--machine.threads", "1",
+    "--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1",
 )  # fmt: skip
 """A network and machine that train hundreds of steps in seconds."""
 

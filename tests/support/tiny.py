@@ -26,9 +26,9 @@ from fewstep.recipes.config import (
     StatisticsConfig,
     TrainingConfig,
 )
-from fewstep.training import Machine, RunFolder
+from fewstep.training import RunFolder, Runtime
 
-MACHINE = Machine(cpu=True, threads=1, quiet=True)
+RUNTIME = Runtime(cpu=True, threads=1, quiet=True)
 TINY = RunConfig(
     recipe="tiny",
     network=MLPConfig(width=16, depth=1, embedding_width=16),

@@ -9,7 +9,7 @@ import pytest
 
 from fewstep.data import DataConfig, Dataset, load_dataset
 from fewstep.training import RunFolder, train
-from tests.support.tiny import KINDS, MACHINE, TEACHER, student
+from tests.support.tiny import KINDS, RUNTIME, TEACHER, student
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
-            train(KINDS[kind], digits, RunFolder(root / kind), MACHINE)
+            train(KINDS[kind], digits, RunFolder(root / kind), RUNTIME)
         return root / kind
 
     return folder
@@ -34,7 +34,7 @@ def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def teacher(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a teacher that knows its classes; tests that change it take a copy."""
     root = tmp_path_factory.mktemp("teacher") / "run"
-    train(TEACHER, digits, RunFolder(root), MACHINE)
+    train(TEACHER, digits, RunFolder(root), RUNTIME)
     return root
 
 
@@ -45,7 +45,7 @@ def unbroken_student(digits: Dataset, teacher: Path, tmp_path_factory: pytest.Te
 
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
-            train(student(kind, teacher), digits, RunFolder(root / kind), MACHINE)
+            train(student(kind, teacher), digits, RunFolder(root / kind), RUNTIME)
         return root / kind
 
     return folder

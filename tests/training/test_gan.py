@@ -18,11 +18,11 @@ from fewstep.networks import CriticConfig
 from fewstep.networks.condition import NULL_LABEL
 from fewstep.objectives.gan import critic_loss, generator_loss
 from fewstep.recipes.config import AdversaryConfig
-from fewstep.training import Attendants, RunFolder, train
+from fewstep.training import Callbacks, RunFolder, train
 from fewstep.training.gan import Adversary
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import CheckpointError, ConfigError, TrainingDivergedError
-from tests.support.tiny import CRITIC, MACHINE, snapshot, student
+from tests.support.tiny import CRITIC, RUNTIME, snapshot, student
 
 BATCH = 12
 
@@ -154,7 +154,7 @@ def test_the_critic_begins_when_it_is_due(teacher: Path, digits: Dataset, tmp_pa
     config = student("ctm-adversarial", teacher)
     never = replace(config, adversary=replace(CRITIC, start_images=10**9))
     trainers = [
-        Trainer(each, digits, RunFolder(tmp_path / str(i)), MACHINE, Attendants())
+        Trainer(each, digits, RunFolder(tmp_path / str(i)), RUNTIME, Callbacks())
         for i, each in enumerate((config, never))
     ]
     assert all(trainer.adversary is not None for trainer in trainers)
@@ -179,7 +179,7 @@ def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: 
     config = replace(
         config, objective=replace(config.objective, dropout=0.5), adversary=replace(CRITIC, start_images=0)
     )
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     assert trainer.adversary is not None
     score, seen = trainer.adversary.score, []
 
@@ -198,7 +198,7 @@ def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: 
 
 def test_only_an_adversarial_loss_has_a_critic(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     config = replace(student("ctm", teacher), adversary=CRITIC)
-    assert Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants()).adversary is None
+    assert Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks()).adversary is None
 
 
 def test_the_critic_is_stored_and_damage_is_named(
@@ -210,17 +210,17 @@ def test_the_critic_is_stored_and_damage_is_named(
     assert not (RunFolder(unbroken_student("ctm")).last_checkpoint() / "critic.safetensors").exists()
     config = replace(student("ctm-adversarial", teacher))
     run = RunFolder(tmp_path / "run")
-    trainer = Trainer(config, digits, run, MACHINE, Attendants())
+    trainer = Trainer(config, digits, run, RUNTIME, Callbacks())
     trainer.take_step()
     trainer.save()
     trainer.release()
     file = run.last_checkpoint() / "critic.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "hidden" not in key}, file)
     with pytest.raises(CheckpointError, match=r"critic\.safetensors is of another architecture: hidden"):
-        train(config, digits, run, MACHINE)
+        train(config, digits, run, RUNTIME)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"critic\.safetensors: no such file"):
-        train(config, digits, run, MACHINE)
+        train(config, digits, run, RUNTIME)
 
 
 @pytest.mark.parametrize("where", ["scores", "gradient"])
@@ -230,7 +230,7 @@ def test_a_critic_that_is_not_finite_stops_the_run(
     """Before any weight changes, the critic's included: a checkpoint with a spoilt critic could not be resumed."""
     config = student("ctm-adversarial", teacher)
     run = RunFolder(tmp_path / "run")
-    trainer = Trainer(config, digits, run, MACHINE, Attendants())
+    trainer = Trainer(config, digits, run, RUNTIME, Callbacks())
     for _ in range(5):
         trainer.take_step()
     trainer.save()
@@ -263,7 +263,7 @@ def test_accumulation_gives_the_critic_of_the_whole_batch(teacher: Path, digits:
     stored = []
     for micro_batch in (0, 8):
         run = RunFolder(tmp_path / str(micro_batch))
-        train(config, digits, run, replace(MACHINE, micro_batch=micro_batch))
+        train(config, digits, run, replace(RUNTIME, micro_batch=micro_batch))
         stored.append([load_file(run.last_checkpoint() / f"{name}.safetensors") for name in ("weights", "critic")])
     for whole, parts in zip(*stored, strict=True):
         close = [key for key in whole if not key.startswith("optimizer")]

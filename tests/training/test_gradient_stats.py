@@ -15,9 +15,9 @@ from fewstep.data import Dataset
 from fewstep.training import RunFolder, train
 from fewstep.training.gradient_stats import FACTOR, REMEMBERED, Recent, term_norms
 from fewstep.training.log import Window
-from fewstep.training.loop import Attendants, Trainer
+from fewstep.training.loop import Callbacks, Trainer
 from fewstep.utils.errors import TrainingDivergedError
-from tests.support.tiny import MACHINE, TINY
+from tests.support.tiny import RUNTIME, TINY
 
 
 def test_term_norms_are_the_norms_of_the_parts_of_the_gradient() -> None:
@@ -81,14 +81,14 @@ def test_nothing_is_named_while_all_is_in_range() -> None:
 
 def test_the_log_holds_the_anatomy(digits: Dataset, tmp_path: Path) -> None:
     config = replace(TINY, optimizer=replace(TINY.optimizer, clip=1e-3))
-    train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     for key in ("derivative_rms", "target_rms", "prediction_rms", "grad_norm_anchor", "grad_norm_distill"):
         assert record[key] > 0
     assert record["clipped"] == 1.0
     assert record["grad_norm_q50"] <= record["grad_norm_q90"] <= record["grad_norm_q99"]
     # Both terms' gradients add up to the whole: no norm exceeds the sum of the other and the total.
-    trainer = Trainer(config, digits, RunFolder(tmp_path / "other"), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path / "other"), RUNTIME, Callbacks())
     losses = config.objective(trainer.flow_map, trainer.batch(0, 32))
     parameters = list(trainer.flow_map.parameters())
     parts = term_norms({name: term.mean() for name, term in losses.terms.items()}, parameters)
@@ -100,7 +100,7 @@ def test_looking_at_the_gradient_changes_no_weight(digits: Dataset, tmp_path: Pa
     weights = []
     for i, every in enumerate((32, 10**6)):
         config = replace(TINY, training=replace(TINY.training, log_images=every))
-        trainer = Trainer(config, digits, RunFolder(tmp_path / str(i)), MACHINE, Attendants())
+        trainer = Trainer(config, digits, RunFolder(tmp_path / str(i)), RUNTIME, Callbacks())
         for _ in range(3):
             trainer.take_step()
         weights.append(trainer.flow_map.network.state_dict())
@@ -128,4 +128,4 @@ def test_a_diverging_run_says_what_left_its_range_first(digits: Dataset, tmp_pat
     with pytest.raises(
         TrainingDivergedError, match=r"(anchor|distill|\w+_rms|loss|grad_norm) left its range first, at step [12] "
     ):
-        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)

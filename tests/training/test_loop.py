@@ -23,7 +23,7 @@ from fewstep.networks import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import OptimizerConfig, TrainingConfig
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Attendants, RunFolder, build, train
+from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
 from fewstep.training.setup import check_guidance, split_batch
@@ -31,7 +31,7 @@ from fewstep.utils.errors import ConfigError, FewstepWarning, MissingExtraError,
 from fewstep.utils.random import Draws
 from tests.support.tiny import (
     KINDS,
-    MACHINE,
+    RUNTIME,
     TINY,
     noise_and_times,
     snapshot,
@@ -43,8 +43,8 @@ from tests.support.tiny import (
 def test_accumulation_gives_the_weights_of_the_whole_batch(micro_batch: int, digits: Dataset, tmp_path: Path) -> None:
     """5 and 31 do not divide the share of 32: smaller parts of equal size are taken."""
     config = replace(TINY, training=replace(TINY.training, images=640))
-    train(config, digits, RunFolder(tmp_path / "whole"), MACHINE)
-    train(config, digits, RunFolder(tmp_path / "parts"), replace(MACHINE, micro_batch=micro_batch))
+    train(config, digits, RunFolder(tmp_path / "whole"), RUNTIME)
+    train(config, digits, RunFolder(tmp_path / "parts"), replace(RUNTIME, micro_batch=micro_batch))
     whole, parts = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "parts")
     weights = [key for key in whole if not key.startswith("optimizer")]
     assert max(float((whole[key] - parts[key]).abs().max()) for key in weights) < 1e-5
@@ -54,7 +54,7 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(micro_batch: int, dig
 def test_a_batch_whose_labels_are_all_dropped_trains(digits: Dataset, tmp_path: Path) -> None:
     """Nothing is left to guide: small batches meet it by chance, a dropout of 1 always."""
     config = replace(TINY, objective=ISD(dropout=1.0, guidance=FixedGuidance(omega=1.3)))
-    assert train(config, digits, RunFolder(tmp_path), MACHINE).step == 10
+    assert train(config, digits, RunFolder(tmp_path), RUNTIME).step == 10
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ class Poisoned(Objective):
 def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: Dataset, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     config = replace(TINY, objective=Poisoned(step, what))  # type: ignore[arg-type]
-    trainer = Trainer(config, digits, run, MACHINE, Attendants())
+    trainer = Trainer(config, digits, run, RUNTIME, Callbacks())
     for _ in range(step):
         trainer.take_step()
         if trainer.due(config.training.checkpoint_images):
@@ -154,7 +154,7 @@ def stored_weights(trainer: Trainer) -> dict[str, Tensor]:
 def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -> None:
     """The constant average follows its formula, computed here from the weights of every step."""
     config = replace(TINY, training=replace(TINY.training, ema_power=(0.05, 0.2), ema_decay=(0.5,)))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
     for step in range(1, 7):
         trainer.take_step()
@@ -166,7 +166,7 @@ def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -
     folder = RunFolder(tmp_path).last_checkpoint()
     stored = load_file(folder / "ema-constant-0.5.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
-    again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    again = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     assert [ema.name for ema in again.emas] == ["power-0.05", "power-0.2", "constant-0.5"]
     assert all(torch.equal(value, stored_weights(trainer)[key]) for key, value in stored_weights(again).items())
     first, second = again.emas[0].weights, again.emas[1].weights
@@ -186,7 +186,7 @@ def test_learning_rate_schedules_are_the_stated_functions() -> None:
 
 def test_the_schedule_reaches_every_optimizer(digits: Dataset, tmp_path: Path) -> None:
     config = replace(KINDS["muon"], optimizer=OptimizerConfig("muon", lr=1e-3, matrix_lr=4e-3, warmup_images=640))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     for _ in range(5):
         trainer.take_step()
     rates = [group["lr"] for optimizer in trainer.optimizers.optimizers for group in optimizer.param_groups]
@@ -223,7 +223,7 @@ def test_training_learns(name: str, digits: Dataset, tmp_path: Path) -> None:
             images=6400, batch_size=64, log_images=64, checkpoint_images=6400, sample_images=0, seed=3
         ),
     )
-    train(config, digits, RunFolder(tmp_path), MACHINE)
+    train(config, digits, RunFolder(tmp_path), RUNTIME)
     anchors = [record["anchor"] for record in RunFolder(tmp_path).read_log()]
     assert len(anchors) == 100
     assert anchors[0] > 1.2
@@ -235,7 +235,7 @@ def test_without_tensorboard_a_run_that_asks_for_it_leaves_no_folder(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"fewstep\[track\]"):
-        train(TINY, digits, RunFolder(tmp_path / "run"), replace(MACHINE, tensorboard=True))
+        train(TINY, digits, RunFolder(tmp_path / "run"), replace(RUNTIME, tensorboard=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,15 +250,15 @@ def test_tensorboard_is_given_what_the_log_says(
         return writers[-1]
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=make))
-    run, machine = RunFolder(tmp_path / "run"), replace(MACHINE, tensorboard=True)
-    train(TINY, digits, run, machine)
+    run, runtime = RunFolder(tmp_path / "run"), replace(RUNTIME, tensorboard=True)
+    train(TINY, digits, run, runtime)
     (writer,) = writers
     assert (writer.folder, writer.purge_step) == (str(run.root / "tensorboard"), 1)
     last = run.read_log()[-1]
     said = [call.args for call in writer.add_scalar.call_args_list if call.args[2] == last["images"]]
     assert {(key, value) for key, value, _ in said} == set(last.items())
     writer.close.assert_called_once()
-    train(TINY, digits, run, machine)
+    train(TINY, digits, run, runtime)
     assert writers[1].purge_step == TINY.training.images + 1
 
 
@@ -290,11 +290,11 @@ def test_bf16_keeps_float32_weights(unbroken: Callable[[str], Path]) -> None:
 
 def test_the_time_limit_stops_the_run(digits: Dataset, tmp_path: Path) -> None:
     config = replace(TINY, training=replace(TINY.training, images=10**9, seconds=0.3, checkpoint_images=10**9))
-    result = train(config, digits, RunFolder(tmp_path), MACHINE)
+    result = train(config, digits, RunFolder(tmp_path), RUNTIME)
     assert 0.3 <= result.seconds < 10
     assert 1 <= result.step < 10**7
     before = snapshot(tmp_path)
-    assert train(config, digits, RunFolder(tmp_path), MACHINE).step == result.step
+    assert train(config, digits, RunFolder(tmp_path), RUNTIME).step == result.step
     assert snapshot(tmp_path) == before
 
 
@@ -306,7 +306,7 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
         seen.append((step, next(flow_map.parameters()).detach().clone(), flow_map.training))
 
     config = replace(TINY, training=replace(TINY.training, sample_images=160))
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants(watch))
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks(watch))
     trainer.run_to_end()
     assert [step for step, _, _ in seen] == [5, 10]
     key = next(iter(dict(trainer.flow_map.network.named_parameters())))
@@ -317,7 +317,7 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
 
 
 def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path) -> None:
-    trainer = Trainer(TINY, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(TINY, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     trainer.run_to_end()
     loaded = fewstep.load(tmp_path).flow_map
     with torch.no_grad():

@@ -16,11 +16,11 @@ from fewstep.data.demonstrations.normaliser import ChunkConfig
 from fewstep.networks import MLPConfig
 from fewstep.objectives import ISD, SCD, DiagonalMatching, Objective, Regression, Tangent
 from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
-from fewstep.training import Machine, RunFolder, load, train
+from fewstep.training import RunFolder, Runtime, load, train
 from fewstep.training.setup import acting
 from fewstep.utils.errors import ConfigError
 
-QUIET = Machine(cpu=True, quiet=True, threads=1)
+QUIET = Runtime(cpu=True, quiet=True, threads=1)
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def weights(root: Path) -> dict[str, Tensor]:
     return load(root).flow_map.network.state_dict()  # type: ignore[no-any-return]
 
 
-def trained(config: RunConfig, root: Path, machine: Machine = QUIET) -> dict[str, Tensor]:
-    train(config, load_dataset(config.data), RunFolder(root), machine)
+def trained(config: RunConfig, root: Path, runtime: Runtime = QUIET) -> dict[str, Tensor]:
+    train(config, load_dataset(config.data), RunFolder(root), runtime)
     return weights(root)
 
 

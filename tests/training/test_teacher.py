@@ -20,13 +20,13 @@ from fewstep.flow.preconditioning import StatisticsEstimator
 from fewstep.networks import MLPConfig
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Attendants, RunFolder, build, train
+from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer
 from fewstep.training.statistics import Team, estimate_together
 from fewstep.training.teacher import SlowAverage, load_teacher
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from tests.support.tiny import (
-    MACHINE,
+    RUNTIME,
     STUDENTS,
     TEACHER,
     TEACHERLESS,
@@ -56,7 +56,7 @@ def perturbed(flow_map: FlowMap, seed: int) -> FlowMap:
 )
 def test_a_teacher_that_is_not_named_is_asked_for(config: RunConfig, digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="distils a teacher: name its run with --teacher RUN"):
-        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,7 +66,7 @@ def test_a_model_that_is_not_there_is_named(role: str, digits: Dataset, tmp_path
     with pytest.raises(
         CheckpointError, match=f"nowhere: no such folder; train it first, or name another with --{role}"
     ):
-        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +98,7 @@ def test_a_saved_map_is_a_teacher(
 ) -> None:
     """Its student is the run's student, and it keeps the statistics as a run does."""
     fewstep.load(teacher).save_pretrained(tmp_path / "model")
-    train(student("ctm-analytic", tmp_path / "model"), digits, RunFolder(tmp_path / "run"), MACHINE)
+    train(student("ctm-analytic", tmp_path / "model"), digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert_same_run(tmp_path / "run", unbroken_student("ctm-analytic"))
     kept = [[file.name for file in (root / "statistics").iterdir()] for root in (teacher, tmp_path / "model")]
     assert len(kept[1]) == 1
@@ -120,7 +120,7 @@ def test_the_diagonal_leaves_the_branch_of_s_as_it_began(teacher: Path, digits: 
 @pytest.mark.parametrize("kind", ["ctm", "ctm-analytic", "ctm-refreshed", "cd"])
 def test_students_start_as_their_teacher(kind: str, teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     """N(x, t, s) = D_teacher(x, t) for every s, of the student and of its slow average."""
-    trainer = Trainer(student(kind, teacher), digits, RunFolder(tmp_path / "run"), MACHINE, Attendants())
+    trainer = Trainer(student(kind, teacher), digits, RunFolder(tmp_path / "run"), RUNTIME, Callbacks())
     master = fewstep.load(teacher).flow_map
     weights = trainer.flow_map.network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in master.network.state_dict().items())
@@ -159,7 +159,7 @@ def test_a_model_of_another_architecture_is_refused(
     config = replace(student("ctm", teacher), network=MLPConfig(width=24, depth=1, embedding_width=16))
     config = config if initial == "teacher" else replace(config, initial=str(teacher))
     with pytest.raises(CheckpointError, match=r"is of another architecture: .*\[24.*network of the model") as caught:
-        train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert "\n" not in str(caught.value)
     assert str(teacher) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -202,7 +202,7 @@ def test_the_slow_average_takes_no_gradient_and_passes_it_on(digits: Dataset) ->
 
 def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     config = student("ctm", teacher)
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
     for _ in range(4):
         trainer.take_step()
@@ -212,7 +212,7 @@ def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: 
     trainer.release()
     stored = load_file(RunFolder(tmp_path).last_checkpoint() / "ema-target-0.9.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
-    again = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    again = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     assert again.target is not None
     restored = again.target.flow_map.network.state_dict()
     assert all(torch.equal(restored[key], value) for key, value in stored.items())
@@ -224,7 +224,7 @@ def test_training_leaves_the_teacher_alone(
 ) -> None:
     shutil.copytree(teacher, tmp_path / "teacher", ignore=shutil.ignore_patterns("statistics"))
     before = snapshot(tmp_path / "teacher")
-    trainer = Trainer(student("ctm", tmp_path / "teacher"), digits, RunFolder(tmp_path / "run"), MACHINE, Attendants())
+    trainer = Trainer(student("ctm", tmp_path / "teacher"), digits, RunFolder(tmp_path / "run"), RUNTIME, Callbacks())
     trainer.run_to_end()
     assert snapshot(tmp_path / "teacher") == before
     assert trainer.teacher is not None
@@ -248,9 +248,9 @@ def test_a_stopped_student_goes_on_exactly(
     with monkeypatch.context() as patch:
         interrupt_after(patch, Trainer, "take_step", steps)
         with pytest.raises(Killed):
-            train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+            train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     torch.manual_seed(99)  # what else the process draws must not matter
-    train(config, digits, RunFolder(tmp_path / "run"), MACHINE)
+    train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert_same_run(tmp_path / "run", unbroken_student(kind))
     first, second = (fewstep.load(root).flow_map.config for root in (tmp_path / "run", unbroken_student(kind)))
     assert first == second
@@ -262,7 +262,7 @@ def test_statistics_are_refreshed_from_the_averaged_model(
 ) -> None:
     """When due and at no other step; the student, its slow average and its checkpoint take them over."""
     config = student(kind, teacher)
-    trainer = Trainer(config, digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     changed = []
     for _ in range(8):
         before = trainer.statistics
@@ -283,7 +283,7 @@ def test_statistics_are_refreshed_from_the_averaged_model(
 def test_statistics_that_no_jump_can_be_made_of_are_not_taken_over(
     teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(student("ctm-refreshed", teacher), digits, RunFolder(tmp_path), MACHINE, Attendants())
+    trainer = Trainer(student("ctm-refreshed", teacher), digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     before, kept = trainer.statistics, trainer.flow_map.preconditioning
     assert before is not None
     wild = replace(before, s=torch.full_like(before.s, -800.0))
@@ -305,7 +305,7 @@ def moved_run(
     with monkeypatch.context() as patch:
         interrupt_after(patch, Trainer, "take_step", 6)
         with pytest.raises(Killed):
-            train(student(kind, teacher), digits, run, MACHINE)
+            train(student(kind, teacher), digits, run, RUNTIME)
     shutil.copytree(teacher, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("statistics"))
     return run, tmp_path / "elsewhere"
 
@@ -318,7 +318,7 @@ def test_a_teacher_may_move(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
-    train(student("ctm-analytic", elsewhere), digits, run, MACHINE)
+    train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
     assert_same_run(run.root, unbroken_student("ctm-analytic"))
 
 
@@ -334,11 +334,11 @@ def test_another_teacher_is_refused(
     before = snapshot(run.root)
     monkeypatch.setattr(StatisticsEstimator, "update", lambda *args: pytest.fail("statistics of a run to be refused"))
     with pytest.raises(CheckpointError, match=r"other settings \(teacher: '\w{16}' -> '\w{16}'\)"):
-        train(student("ctm-analytic", elsewhere), digits, run, MACHINE)
+        train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
     assert snapshot(run.root) == before
 
 
 def test_a_run_without_statistics_is_not_taken_for_one_with(digits: Dataset, unbroken: Callable[[str], Path]) -> None:
     """The difference is named, not what its checkpoint lacks."""
     with pytest.raises(CheckpointError, match=r"model\.preconditioning: 'linear' -> 'analytic'"):
-        train(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), MACHINE)
+        train(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), RUNTIME)

@@ -40,7 +40,7 @@ def quickstart_command(args: Sequence[str]) -> None:
     from fewstep.cli.quickstart import quickstart
 
     options = parse(QuickstartOptions, args, "quickstart")
-    print(f"Report: {quickstart(options.out, cache_folder(), options.machine, options.seconds)}")
+    print(f"Report: {quickstart(options.out, cache_folder(), options.runtime, options.seconds)}")
 
 
 def policy_quickstart_command(args: Sequence[str]) -> None:
@@ -48,7 +48,7 @@ def policy_quickstart_command(args: Sequence[str]) -> None:
     from fewstep.cli.quickstart import policy_quickstart
 
     options = parse(PolicyQuickstartOptions, args, "policy-quickstart")
-    print(f"Report: {policy_quickstart(options.out, options.machine, options.seconds)}")
+    print(f"Report: {policy_quickstart(options.out, options.runtime, options.seconds)}")
 
 
 def train_command(args: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def train_command(args: Sequence[str]) -> None:
     from fewstep.evaluation.align import perception
     from fewstep.evaluation.evaluate import curve_watcher
     from fewstep.evaluation.report.run import watcher
-    from fewstep.training import Attendants, RunFolder, train
+    from fewstep.training import Callbacks, RunFolder, train
 
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
@@ -74,8 +74,8 @@ def train_command(args: Sequence[str]) -> None:
     dataset, cache = load_dataset(config.data), cache_folder()
     features = perception(config, dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)
-    attendants = Attendants(pictures, curve_watcher(run, config, dataset, cache), features)
-    result = train(config, dataset, run, options.machine, attendants)
+    callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)
+    result = train(config, dataset, run, options.runtime, callbacks)
     if not result.main_process:
         return
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")

@@ -84,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
         reason = str(error).strip().splitlines() or ["no more to be had"]
         print(
             f"fewstep: out of memory ({reason[0]}): take a smaller network, smaller batches or fewer samples, or "
-            "--machine.micro-batch to train",
+            "--runtime.micro-batch to train",
             file=sys.stderr,
         )
         return 2

@@ -13,7 +13,7 @@ from fewstep.data.latents.shards import EncodingSettings, Posterior, StoredType
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import Spacing
 from fewstep.sampling.step_times import SamplerName
-from fewstep.training.settings import Machine
+from fewstep.training.settings import Runtime
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class QuickstartOptions:
     """Folder of the run; started again on it, the command goes on where it stopped."""
     seconds: float = 85.0
     """Longest training time of each of the two methods."""
-    machine: Machine = field(default_factory=Machine)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PolicyQuickstartOptions:
     """Folder of the run; started again on it, the command goes on where it stopped."""
     seconds: float = 100.0
     """Longest training time of each of the three methods."""
-    machine: Machine = field(default_factory=Machine)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainOptions:
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of the run; runs/RECIPE when not given."""
-    machine: Machine = field(default_factory=Machine)
+    runtime: Runtime = field(default_factory=Runtime)
 
 
 _ENCODING = EncodingSettings()

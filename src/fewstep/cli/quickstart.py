@@ -29,7 +29,7 @@ from fewstep.evaluation.rollouts import (
 )
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Attendants, Machine, RunFolder, train
+from fewstep.training import Callbacks, RunFolder, Runtime, train
 from fewstep.utils.errors import ConfigError
 
 SECONDS = 85.0
@@ -40,7 +40,7 @@ POLICY_RUNS = {"policy-mlp": ".", "policy-flow-matching": "flow-matching", "poli
 """Recipes of the second quickstart, and where in its folder each trains."""
 
 
-def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECONDS) -> Path:
+def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float = SECONDS) -> Path:
     """Train for `seconds` by each method, print the figures, write figures.json and report.html in `root`.
 
     Started again on the same folder it goes on where it stopped. Raises what `train` raises.
@@ -50,7 +50,7 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
     dataset = load_dataset(config.data)
     run = RunFolder(root)
     print(f"1/3  {config.recipe}: iSD-T from scratch, at most {seconds:.0f} s", flush=True)
-    _train(config, dataset, run, machine)
+    _train(config, dataset, run, runtime)
 
     spent = training_seconds(run)
     baseline = RunFolder(root / "flow-matching")
@@ -59,7 +59,7 @@ def quickstart(root: Path, cache: Path, machine: Machine, seconds: float = SECON
     if baseline.config_file.exists():
         base_config = baseline.config()
     print(f"2/3  {base_config.recipe}: the same network for the same {spent:.0f} s", flush=True)
-    _train(base_config, dataset, baseline, machine)
+    _train(base_config, dataset, baseline, runtime)
 
     print("3/3  measuring", flush=True)
     stick = yardstick(dataset, cache)
@@ -84,12 +84,12 @@ def _limited(config: RunConfig, seconds: float) -> RunConfig:
     return replace(config, training=replace(config.training, seconds=seconds))
 
 
-def _train(config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine) -> None:
-    result = train(config, dataset, run, machine, Attendants(watcher(run, config)))
+def _train(config: RunConfig, dataset: Dataset, run: RunFolder, runtime: Runtime) -> None:
+    result = train(config, dataset, run, runtime, Callbacks(watcher(run, config)))
     print(f"     {result.images:,} images in {result.seconds:.0f} s", flush=True)
 
 
-def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECONDS) -> Path:
+def policy_quickstart(root: Path, runtime: Runtime, seconds: float = POLICY_SECONDS) -> Path:
     """The same for a robot's policy: demonstrations of the ring maze, iSD, flow matching and regression, report.html.
 
     Each trains for `seconds`. Started again on the same folder it goes on where it stopped. Raises what
@@ -97,7 +97,7 @@ def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECO
     """
     _check(seconds)
     root = root.resolve()
-    machine = replace(machine, threads=machine.threads or 1)  # the fastest for networks this small
+    runtime = replace(runtime, threads=runtime.threads or 1)  # the fastest for networks this small
     demonstrations = root.with_name(f"{root.name}-demos") / f"{POLICY_TASK}.safetensors"
     if not demonstrations.is_file():
         print(f"1/4  demonstrations of {POLICY_TASK}", flush=True)
@@ -108,7 +108,7 @@ def policy_quickstart(root: Path, machine: Machine, seconds: float = POLICY_SECO
         config = _limited(recipe(name), seconds)
         config = replace(config, data=replace(config.data, root=str(demonstrations)))
         print(f"{part}/4  {name}: at most {seconds:.0f} s", flush=True)
-        result = train(config, load_dataset(config.data), run, machine)
+        result = train(config, load_dataset(config.data), run, runtime)
         print(f"     {result.images:,} chunks of actions in {result.seconds:.0f} s", flush=True)
         found, task, policy = measure_rollouts(run.root, (), "", POLICY_EPISODES, 0, FIRST_TEST_SEED, 25, None)
         if run.root == root:

@@ -31,7 +31,7 @@ from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.training.loop import Trainer
 from fewstep.training.run_folder import RunFolder, load
-from fewstep.training.settings import Attendants, Machine
+from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.setup import join_processes
 from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
 from fewstep.training.teacher import fingerprint
@@ -267,9 +267,9 @@ def training_cost(
     network = own.network if student.initial == "teacher" else student.network
     student = replace(student, teacher=str(teacher.root), data=own.data, network=network, statistics=settings)
     with tempfile.TemporaryDirectory() as folder:
-        attendants = Attendants(features=perception(student, dataset, cache))
-        run, machine = RunFolder(Path(folder)), Machine(cpu=cpu, quiet=True)
-        with Trainer(student, dataset, run, machine, attendants) as trainer:
+        callbacks = Callbacks(features=perception(student, dataset, cache))
+        run, runtime = RunFolder(Path(folder)), Runtime(cpu=cpu, quiet=True)
+        with Trainer(student, dataset, run, runtime, callbacks) as trainer:
             trainer.flow_map.train()
             seconds = []
             for _ in range(4):

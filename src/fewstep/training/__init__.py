@@ -2,7 +2,7 @@
 
 from fewstep.training.loop import train
 from fewstep.training.run_folder import RunFolder, load
-from fewstep.training.settings import Attendants, Machine, TrainingResult
+from fewstep.training.settings import Callbacks, Runtime, TrainingResult
 from fewstep.training.setup import build
 
-__all__ = ["Attendants", "Machine", "RunFolder", "TrainingResult", "build", "load", "train"]
+__all__ = ["Callbacks", "RunFolder", "Runtime", "TrainingResult", "build", "load", "train"]

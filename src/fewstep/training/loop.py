@@ -32,7 +32,7 @@ from fewstep.training.memory import check_run
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.settings import Attendants, Machine, TrainingResult, Watcher
+from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
 from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
@@ -62,8 +62,8 @@ def train(
     config: RunConfig,
     dataset: Dataset,
     run: RunFolder,
-    machine: Machine = Machine(),
-    attendants: Attendants = Attendants(),
+    runtime: Runtime = Runtime(),
+    callbacks: Callbacks = Callbacks(),
 ) -> TrainingResult:
     """Train, or go on from the newest checkpoint, until the recipe's images are seen.
 
@@ -71,9 +71,9 @@ def train(
     another run, cannot be written or is being trained in by another process, TrainingDivergedError for a loss or
     gradient that is not finite.
     """
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
-    with Trainer(config, dataset, run, machine, attendants) as trainer:
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    with Trainer(config, dataset, run, runtime, callbacks) as trainer:
         return trainer.run_to_end()
 
 
@@ -81,13 +81,13 @@ class Trainer:
     """One run in progress; `with Trainer(...) as trainer:` lets others train in its folder at the end, as `release`."""
 
     def __init__(
-        self, config: RunConfig, dataset: Dataset, run: RunFolder, machine: Machine, attendants: Attendants
+        self, config: RunConfig, dataset: Dataset, run: RunFolder, runtime: Runtime, callbacks: Callbacks
     ) -> None:
-        self.config, self.dataset, self.run, self.machine, self.attendants = config, dataset, run, machine, attendants
+        self.config, self.dataset, self.run, self.runtime, self.callbacks = config, dataset, run, runtime, callbacks
         handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = join_processes(machine.cpu, handlers)
+        self.accelerator = join_processes(runtime.cpu, handlers)
         self.share, self.accumulation = split_batch(
-            config.training.batch_size, self.accelerator.num_processes, machine.micro_batch
+            config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
         check_run(config, dataset.shape, dataset.num_classes, self.share // self.accumulation)
         teacher = load_teacher(config, dataset)
@@ -97,7 +97,7 @@ class Trainer:
         self.lock = run.hold(config, data_record(dataset), identity) if main else None
         try:
             self.prepare()
-            board = tensorboard_writer() if machine.tensorboard and main else None
+            board = tensorboard_writer() if runtime.tensorboard and main else None
             if main:
                 run.begin(config, data_record(dataset), identity)
             self.take_up()
@@ -123,8 +123,8 @@ class Trainer:
         decay = config.objective.target_decay
         self.target = None if decay is None else SlowAverage(self.flow_map, decay)
         self.adversary = self.make_adversary()
-        if config.objective.measures_features and self.attendants.features is None:
-            raise ConfigError("the objective compares features: give the training loop an extractor (Attendants)")
+        if config.objective.measures_features and self.callbacks.features is None:
+            raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
@@ -158,7 +158,7 @@ class Trainer:
         return Companions(
             teacher=self.teacher,
             target=None if self.target is None else self.target.flow_map,
-            features=self.attendants.features,
+            features=self.callbacks.features,
             critic=self.adversary.score if self.adversary is not None and begun else None,
             average=self.mean_over_processes,
         )
@@ -241,10 +241,10 @@ class Trainer:
                 if self.due(settings.checkpoint_images) or self.finished:
                     self.save()
                 if settings.sample_images and (self.due(settings.sample_images) or self.finished):
-                    self.show(self.attendants.watch)
+                    self.show(self.callbacks.watch)
                 curve_images = self.config.evaluation.curve_images
                 if curve_images and (self.due(curve_images) or self.finished):
-                    self.show(self.attendants.curve)
+                    self.show(self.callbacks.curve)
         if self.board is not None:
             self.board.close()
         return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
@@ -367,4 +367,4 @@ class Trainer:
     @property
     def hidden(self) -> bool:
         """Whether this process shows no progress."""
-        return self.machine.quiet or not self.accelerator.is_main_process
+        return self.runtime.quiet or not self.accelerator.is_main_process

@@ -15,7 +15,7 @@ Watcher = Callable[[Pipeline, int], None]
 
 
 @dataclass(frozen=True)
-class Machine:
+class Runtime:
     """Where the run happens; does not decide the weights, but for `micro_batch` with CTM's balance, taken a part."""
 
     cpu: bool = False
@@ -46,7 +46,7 @@ class TrainingResult:
 
 
 @dataclass(frozen=True)
-class Attendants:
+class Callbacks:
     """What the caller adds to a run without deciding where it happens.
 
     watch: called when samples are due. curve: called when a point of the learning curve is due. features: images to
