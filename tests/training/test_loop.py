@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -27,7 +25,7 @@ from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
 from fewstep.training.setup import check_guidance, split_batch
-from fewstep.utils.errors import ConfigError, FewstepWarning, MissingExtraError, TrainingDivergedError
+from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.random import Draws
 from tests.support.tiny import (
     KINDS,
@@ -228,38 +226,6 @@ def test_training_learns(name: str, digits: Dataset, tmp_path: Path) -> None:
     assert len(anchors) == 100
     assert anchors[0] > 1.2
     assert sum(anchors[-10:]) / 10 < 0.6 * anchors[0]
-
-
-def test_without_tensorboard_a_run_that_asks_for_it_leaves_no_folder(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"fewstep\[track\]"):
-        train(TINY, digits, RunFolder(tmp_path / "run"), replace(RUNTIME, tensorboard=True))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorboard_is_given_what_the_log_says(
-    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A writer that stands in for TensorBoard's; a resumed run tells it from where on older events are dropped."""
-    writers: list[MagicMock] = []
-
-    def make(folder: str, purge_step: int) -> MagicMock:
-        writers.append(MagicMock(folder=folder, purge_step=purge_step))
-        return writers[-1]
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock(SummaryWriter=make))
-    run, runtime = RunFolder(tmp_path / "run"), replace(RUNTIME, tensorboard=True)
-    train(TINY, digits, run, runtime)
-    (writer,) = writers
-    assert (writer.folder, writer.purge_step) == (str(run.root / "tensorboard"), 1)
-    last = run.read_log()[-1]
-    said = [call.args for call in writer.add_scalar.call_args_list if call.args[2] == last["images"]]
-    assert {(key, value) for key, value, _ in said} == set(last.items())
-    writer.close.assert_called_once()
-    train(TINY, digits, run, runtime)
-    assert writers[1].purge_step == TINY.training.images + 1
 
 
 def test_bf16_computes_the_same_gradient_coarsely(digits: Dataset) -> None:

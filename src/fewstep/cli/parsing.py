@@ -16,11 +16,14 @@ from fewstep.utils.errors import ConfigError
 
 T = TypeVar("T")
 
+_SHORT = {"--track": "--runtime.track"}
+
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:
     """Options of a command; raises ConfigError for an unknown one, naming the closest known, or an unfit value."""
     complaint = io.StringIO()
     description = None
+    args = [_SHORT.get(word, word) for word in args]
     if default is not None:
         default, args = choose_kinds(default, args, prefix="run.")
         description = _with_choices(default)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import MissingExtraError, TrainingDivergedError
+from fewstep.utils.errors import TrainingDivergedError
 
 
 class Window:
@@ -72,18 +69,6 @@ class Window:
         }
         self.terms, self.term_norms, self.steps, self.since = {}, {}, [], now
         return record
-
-
-def tensorboard_writer() -> Callable[[Path, int], Any]:
-    """What makes a writer of TensorBoard events from a run's folder and the images that it has seen.
-
-    Events that a killed process wrote beyond them are dropped. Raises MissingExtraError without the extra [track].
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("TensorBoard is not installed: pip install 'fewstep[track]'") from error
-    return lambda folder, images: SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1)
 
 
 def diverged(

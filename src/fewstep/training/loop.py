@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from contextlib import nullcontext
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from accelerate import DistributedDataParallelKwargs
@@ -27,7 +27,7 @@ from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import Adversary
 from fewstep.training.gradient_stats import term_norms
-from fewstep.training.log import Window, diverged, tensorboard_writer
+from fewstep.training.log import Window, diverged
 from fewstep.training.memory import check_run
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.progress import ProgressBar
@@ -36,6 +36,7 @@ from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watche
 from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
 from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
+from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.serialization import JSON
 
@@ -84,8 +85,13 @@ class Trainer:
         self, config: RunConfig, dataset: Dataset, run: RunFolder, runtime: Runtime, callbacks: Callbacks
     ) -> None:
         self.config, self.dataset, self.run, self.runtime, self.callbacks = config, dataset, run, runtime, callbacks
-        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = join_processes(runtime.cpu, handlers)
+        check_trackers(runtime.track)
+        self.accelerator = join_processes(
+            runtime.cpu,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=list(runtime.track) or None,
+            project_dir=str(run.root / "tensorboard"),
+        )
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
@@ -97,12 +103,11 @@ class Trainer:
         self.lock = run.hold(config, data_record(dataset), identity) if main else None
         try:
             self.prepare()
-            board = tensorboard_writer() if runtime.tensorboard and main else None
             if main:
                 run.begin(config, data_record(dataset), identity)
             self.take_up()
             self.window = Window(self.clip)
-            self.board = None if board is None else board(run.root, self.images)
+            start_trackers(self.accelerator, config, run.root, self.images)
         except BaseException:
             if self.lock is not None and not run.config_file.exists():
                 self.lock.discard()  # a run that cannot begin leaves no folder
@@ -148,7 +153,10 @@ class Trainer:
             self.run.truncate_log(self.step)
 
     def release(self) -> None:
-        """Let others train in the run's folder."""
+        """Close the trackers, and let others train in the run's folder."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers.clear()
         if self.lock is not None:
             self.lock.release()
 
@@ -245,8 +253,6 @@ class Trainer:
                 curve_images = self.config.evaluation.curve_images
                 if curve_images and (self.due(curve_images) or self.finished):
                     self.show(self.callbacks.curve)
-        if self.board is not None:
-            self.board.close()
         return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
 
     def agreed(self, seconds: float) -> float:
@@ -334,9 +340,7 @@ class Trainer:
         record = self.window.flush(self.config.training.batch_size, self.step, self.images, self.seconds)
         if self.accelerator.is_main_process:
             self.run.append_log(record)
-            if self.board is not None:
-                for key, value in record.items():
-                    self.board.add_scalar(key, value, self.images)
+        self.accelerator.log(record, step=self.images)
 
     def save(self) -> None:
         """A checkpoint of this step."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.errors import ConfigError
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Watcher = Callable[[Pipeline, int], None]
 """Called with the averaged model and the step when samples are due; on the main process alone."""
 
@@ -24,8 +26,9 @@ class Runtime:
     """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (extra [track])."""
+    track: tuple[TrackerName, ...] = ()
+    """Also log to these experiment trackers, for short --track (extra [track]); wandb and trackio read their own
+    settings from the environment, such as WANDB_MODE=offline."""
     quiet: bool = False
     """No progress bar."""
 

@@ -135,12 +135,10 @@ def fetch_batch(
     return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, counted)
 
 
-def join_processes(cpu: bool, handlers: list[Any] | None = None) -> Accelerator:
-    """The processes that were launched together, or this one alone; they part when it ends."""
+def join_processes(cpu: bool, **options: Any) -> Accelerator:
+    """The processes that were launched together, or this one alone; they part when it ends. options: Accelerate's."""
     # Accelerate forms a group of CPU processes only when told that there is no other device.
-    accelerator = Accelerator(
-        cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers or []
-    )
+    accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", **options)
     atexit.register(leave_processes)
     return accelerator
 
