@@ -1,4 +1,4 @@
-"""Anatomy of the gradient: what each term of a loss gives to it, how its norm is spread, what left its range first."""
+"""Statistics of the gradient: what each term of a loss gives to it, its norm's quantiles, what left its range first."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, root: Path, imag
     try:
         accelerator.init_trackers(PROJECT, init_kwargs=options)
     except Exception as error:  # every tracker fails in a way of its own
+        accelerator.trackers.clear()  # those that have not started cannot be finished
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UnsupportedError(
             f"the run cannot be tracked ({reason}): log in, or work offline (WANDB_MODE=offline, no TRACKIO_SPACE_ID)"
