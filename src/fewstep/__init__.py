@@ -6,7 +6,7 @@ from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrat
 from fewstep.flow.closed_form import GaussianData, MixtureData
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
-from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
+from fewstep.flow.paths import EDM, VP, Linear, Path, PathConfig, Trig
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
     BCMPreconditioning,
@@ -17,14 +17,16 @@ from fewstep.flow.preconditioning import (
     IdentityScaling,
     LinearPreconditioning,
     Preconditioning,
+    PreconditioningConfig,
     Scaling,
+    ScalingConfig,
     TrajectoryStatistics,
     TrigPreconditioning,
     UnitScaling,
     consistency_gap,
     estimate_statistics,
 )
-from fewstep.networks import DiTConfig, MLPConfig, Network, UNet1dConfig, UNetConfig
+from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CATALOGUE,
@@ -54,6 +56,7 @@ from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training import RunFolder, Runtime, load, train
 from fewstep.utils.errors import FewstepError
+from fewstep.utils.parts import import_file
 
 __all__ = [
     "CATALOGUE",
@@ -99,19 +102,23 @@ __all__ = [
     "MeanFlow",
     "MixtureData",
     "Network",
+    "NetworkConfig",
     "NoGuidance",
     "Objective",
     "Path",
+    "PathConfig",
     "Pipeline",
     "PipelineConfig",
     "Policy",
     "Preconditioning",
+    "PreconditioningConfig",
     "Regression",
     "RunConfig",
     "RunFolder",
     "Runtime",
     "SamplingSettings",
     "Scaling",
+    "ScalingConfig",
     "Shortcut",
     "Simulation",
     "Task",
@@ -126,6 +133,7 @@ __all__ = [
     "consistency_gap",
     "estimate_statistics",
     "generate",
+    "import_file",
     "load",
     "load_dataset",
     "load_demonstrations",

@@ -62,14 +62,20 @@ def train_command(args: Sequence[str]) -> None:
     if not args or args[0].startswith("-"):
         if args and args[0] in ("-h", "--help"):
             print(f"usage: fewstep train RECIPE [options]\n\nRecipes: {', '.join(RECIPES)}\n")
+            print("A recipe of your own is a function in FILE.py or FILE.py:FUNCTION; any run's is RUN/config.json.")
             print("fewstep train RECIPE --help shows every option and the recipe's own values.")
             return
         raise ConfigError(f"train needs a recipe first: fewstep train RECIPE; recipes: {', '.join(RECIPES)}")
-    default = TrainOptions(run=recipe(args[0]))
+    started = recipe(args[0])
+    default = TrainOptions(run=started)
     options = parse(TrainOptions, args[1:], f"train {args[0]}", default)
     config = options.run
-    if config.recipe != args[0]:
-        raise ConfigError(f"the recipe is {args[0]!r}; leave out --recipe {config.recipe}")
+    if config.recipe != started.recipe:
+        raise ConfigError(f"the recipe is {started.recipe!r}; leave out --recipe {config.recipe}")
+    if options.out is None and args[0] != config.recipe and (args[0].endswith(".json") or config.recipe in RECIPES):
+        raise ConfigError(
+            f"{args[0]} has the name {config.recipe}, which another run may have: give a folder with --out"
+        )
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
     features = perception(config, dataset, cache)

@@ -1,7 +1,8 @@
 """Settings that are one of several dataclasses, such as a run's network or an objective's times: chosen by name.
 
 The command line gives the name in place of a value, `--network dit --objective.times logit-normal`; what was set in
-the setting before is then that kind's own defaults, and its fields follow as usual, `--network.depth 6`.
+the setting before is then that kind's own defaults, and its fields follow as usual, `--network.depth 6`. A kind of the
+user's own is FILE.py:CLASS, or goes by its name where the command has imported its file, `--import FILE.py`.
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.parts import kinds
+from fewstep.utils.parts import concrete_classes, import_file, kind_class, with_defaults
 
 T = TypeVar("T")
 
 
-def kinds_of(owner: object, field: str) -> dict[str, type]:
-    """The kinds that a field of a dataclass may have, by name; empty where there is no choice."""
-    found = kinds(typing.get_type_hints(type(owner))[field])
-    return found if len(found) > 1 else {}
+def annotation_of(owner: object, field: str) -> Any:
+    """What a field of a dataclass may be."""
+    return typing.get_type_hints(type(owner))[field]
 
 
-def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, dict[str, type]]]:
-    """Every setting with a choice of kinds, as ('objective.times', kinds)."""
+def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with a choice of kinds and its annotation, as ('objective.times', TimeDistribution)."""
     for item in dataclasses.fields(settings):  # type: ignore[arg-type]  # callers pass dataclasses
         value = getattr(settings, item.name)
         if dataclasses.is_dataclass(value):
-            if known := kinds_of(settings, item.name):
-                yield prefix + item.name, known
+            if len(concrete_classes(annotation := annotation_of(settings, item.name))) > 1:
+                yield prefix + item.name, annotation
             yield from choices(value, f"{prefix}{item.name}.")
 
 
@@ -41,7 +41,7 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
     rest = list(args)
     done: set[str] = set()
     while True:
-        known = {name.removeprefix(prefix): (name, there) for name, there in choices(settings)}
+        known = {name.removeprefix(prefix): (name, annotation) for name, annotation in choices(settings)}
         option = next((name for name in known if name not in done and _position(rest, name) is not None), None)
         if option is None:
             return settings, rest
@@ -49,12 +49,28 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
         position = _position(rest, option)
         while position is not None:  # the last one counts, as of any option
             word, rest = _taken(rest, position)
-            name, there = known[option]
-            kind = there.get(word.replace("_", "-").lower())
-            if kind is None and not (word == "" and {"-h", "--help"} & set(rest)):
-                raise ConfigError(f"--{option} must be one of {', '.join(there)}; got {word or 'nothing'}")
-            settings = settings if kind is None else _with_kind(settings, name.split("."), kind)
+            if word or not {"-h", "--help"} & set(rest):
+                name, annotation = known[option]
+                settings = _with_kind(settings, name.split("."), _kind(annotation, word, option))
             position = _position(rest, option)
+
+
+def _kind(annotation: Any, word: str, option: str) -> type:
+    try:
+        return kind_class(annotation, word)
+    except ConfigError as error:
+        raise ConfigError(f"--{option} {error}") from error
+
+
+def import_named(args: Sequence[str]) -> list[str]:
+    """The words without every `--import FILE.py`, whose file is imported; raises ConfigError where it cannot be."""
+    rest = list(args)
+    while (position := _position(rest, "import")) is not None:
+        word, rest = _taken(rest, position)
+        if not word:
+            raise ConfigError("--import needs a file of yours: --import FILE.py")
+        import_file(word)
+    return rest
 
 
 def _position(args: list[str], option: str) -> int | None:
@@ -78,4 +94,4 @@ def _with_kind(settings: Any, names: list[str], kind: type) -> Any:
     value = getattr(settings, head)
     if rest:
         return dataclasses.replace(settings, **{head: _with_kind(value, rest, kind)})
-    return settings if type(value) is kind else dataclasses.replace(settings, **{head: kind()})
+    return settings if type(value) is kind else dataclasses.replace(settings, **{head: with_defaults(kind)})

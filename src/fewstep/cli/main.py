@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from fewstep._version import __version__
 from fewstep.cli.commands import COMMANDS
+from fewstep.cli.kinds import import_named
 from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning
 
 OVERVIEW = f"""fewstep {__version__}: generative models that need one to four network calls.
@@ -31,7 +32,7 @@ OVERVIEW = f"""fewstep {__version__}: generative models that need one to four ne
   fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
 
 A RUN is the folder that `train` wrote, or a saved model. Add --help to a command for its options,
-for example: fewstep train digits --help
+for example: fewstep train digits --help. Parts of your own: --import FILE.py with any command.
 """
 
 
@@ -73,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
         with _plain_warnings():
-            COMMANDS[arguments[0]](arguments[1:])
+            COMMANDS[arguments[0]](import_named(arguments[1:]))
         sys.stdout.flush()
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 from collections.abc import Sequence
 from typing import TypeVar, cast
@@ -13,6 +14,7 @@ import tyro
 
 from fewstep.cli.kinds import choices, choose_kinds
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.parts import kinds
 
 T = TypeVar("T")
 
@@ -52,9 +54,16 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
 
 
 def _with_choices(default: object) -> str | None:
-    """What a command does, and the settings whose kind can be chosen; None where there are none."""
-    lines = [f"  --{name.removeprefix('run.')} {{{','.join(kinds)}}}" for name, kinds in choices(default)]
-    about = "Of these settings the kind can be chosen, with its own defaults; --help after it lists its options:"
+    """What a command does, and the settings whose kind can be chosen with what each is; None where there are none."""
+    lines = []
+    for name, annotation in choices(default):
+        known = kinds(annotation)
+        lines.append(f"  --{name.removeprefix('run.')} {{{','.join(known)}}}")
+        lines += [f"    {kind}: {(inspect.getdoc(cls) or '').split(chr(10))[0]}" for kind, cls in known.items()]
+    about = (
+        "Of these settings the kind can be chosen, with its own defaults; --help after it lists its options. "
+        "FILE.py:CLASS is one of your own:"
+    )
     return "\n\n".join([(type(default).__doc__ or "").strip(), about, "\n".join(lines)]) if lines else None
 
 

@@ -114,7 +114,8 @@ def method_name(config: RunConfig, classes: int) -> str:
         case CTM():
             return f"CTM, {kind_name(type(config.model.preconditioning))}"
         case objective:
-            return next(entry.name for entry in CATALOGUE if entry.objective is type(objective))
+            own = (entry.name for entry in CATALOGUE if entry.objective is type(objective))
+            return next(own, type(objective).__name__)
 
 
 @dataclass(frozen=True)

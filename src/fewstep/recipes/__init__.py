@@ -6,6 +6,7 @@ A recipe's docstring states what it trains, the figure to expect and the cost; `
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from fewstep.recipes.config import RunConfig
 from fewstep.recipes.digits import digits, digits_flow_matching, digits_unet
@@ -17,6 +18,7 @@ from fewstep.recipes.fashion_mnist import (
     fashion_mnist_flow_matching,
     fashion_mnist_unet,
 )
+from fewstep.recipes.files import configuration_of, recipe_of_file
 from fewstep.recipes.latents import AT_SCALE, celebahq256_dit_b4, imagenet256_dit_b4, imagenet256_dit_xl1
 from fewstep.recipes.objectives import (
     digits_ct,
@@ -67,10 +69,17 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def recipe(name: str) -> RunConfig:
-    """The configuration of that name; raises ConfigError listing the names there are."""
-    if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}; recipes: {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    """The configuration of that name, of a file's recipe (FILE.py, FILE.py:FUNCTION), or of a run (RUN/config.json).
+
+    Raises ConfigError listing the names there are, or as `recipe_of_file` and `configuration_of` do.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return configuration_of(Path(name))
+    if name.partition(":")[0].endswith(".py"):
+        return recipe_of_file(name)
+    raise ConfigError(f"there is no recipe {name!r}; recipes: {', '.join(RECIPES)}")
 
 
 __all__ = ["AT_SCALE", "RECIPES", "recipe"]

@@ -3,7 +3,8 @@
 A field added after files were written is declared with `later(...)`: a file that lacks it means its default.
 
 A value whose annotation admits several dataclasses (a union, or an abstract base) is stored with a `type` key that
-names its class; on loading, only classes that the annotation admits are candidates. Nothing is imported by name.
+names its class (fewstep.utils.parts.stored_name); on loading, only classes that the annotation admits, and that are
+there already, are candidates. Nothing is imported by name.
 A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.utils.old_names import translated_file
-from fewstep.utils.parts import concrete_classes
+from fewstep.utils.parts import concrete_classes, stored_class, stored_name
 
 T = TypeVar("T")
 JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # noqa: UP007  (evaluated at run time)
@@ -64,7 +65,7 @@ def to_json(value: Any, *, terse: bool = False) -> JSON:
     if isinstance(value, Tensor):
         return _encode_tensor(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields: dict[str, JSON] = {"type": type(value).__name__}
+        fields: dict[str, JSON] = {"type": stored_name(type(value))}
         for field in dataclasses.fields(value):
             own = getattr(value, field.name)
             if not (terse and _LATER in field.metadata and own == field.default_factory()):  # type: ignore[operator]
@@ -152,11 +153,11 @@ def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
 
 def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, where, "an object")
-    classes = {leaf.__name__: leaf for cls in candidates for leaf in concrete_classes(cls)}
-    name = data.get("type", next(iter(classes)) if len(classes) == 1 else None)
-    if not isinstance(name, str) or name not in classes:
-        raise ConfigError(f"{where}: type must be one of {', '.join(sorted(classes))}, got {name!r}")
-    cls = classes[name]
+    classes = [leaf for cls in candidates for leaf in concrete_classes(cls)]
+    try:
+        cls = classes[0] if len(classes) == 1 and "type" not in data else stored_class(classes, data.get("type"))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields) - {"type"})

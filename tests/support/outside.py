@@ -1,0 +1,153 @@
+"""One part of each kind, as a user writes them in a file of their own; tests train, resume and measure them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Path, PathConfig, PathValues
+from fewstep.flow.preconditioning import Preconditioning, PreconditioningConfig, Scaling, ScalingConfig, ScalingValues
+from fewstep.networks import Network, NetworkConfig
+from fewstep.networks.condition import Condition
+from fewstep.objectives import ALONE, Batch, Companions, DiagonalMatching, Losses, Objective
+from fewstep.recipes import recipe
+from fewstep.recipes.config import RunConfig
+
+
+@dataclass(frozen=True)
+class ScaledMatching(Objective):
+    """Flow matching times a number."""
+
+    scale: float = 2.0
+    """What the loss is multiplied by."""
+    label_dropout: float = 0.0
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        losses = DiagonalMatching()(flow_map, batch, companions)
+        return replace(losses, loss=self.scale * losses.loss)
+
+
+@dataclass(frozen=True)
+class BentPath(Path):
+    """alpha = 1 - t^power, sigma = t."""
+
+    power: float = 2.0
+    t_min = 0.0
+    t_max = 1.0
+
+    def values(self, t: Tensor) -> PathValues:
+        falling = -self.power * t ** (self.power - 1)
+        return PathValues(1 - t**self.power, t, falling, torch.ones_like(t))
+
+    def time_from_tau(self, tau: Tensor) -> Tensor:
+        """For power 2: t / (1 - t^2) = tau."""
+        return 2 * tau / (1 + torch.sqrt(1 + 4 * tau**2))
+
+
+@dataclass(frozen=True)
+class BentPathConfig(PathConfig):
+    """A path that leaves the data slowly."""
+
+    def build(self, sigma_data: float) -> Path:
+        return BentPath()
+
+
+@dataclass(frozen=True)
+class SteepPreconditioning(Preconditioning):
+    """f = 1, g = rate (s - t)."""
+
+    rate: float = 2.0
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        g = self.rate * (s - t)
+        return torch.ones_like(g), g
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.full_like(t, self.rate)
+
+
+@dataclass(frozen=True)
+class SteepPreconditioningConfig(PreconditioningConfig):
+    """The mean velocity over a rate."""
+
+    rate: float = 2.0
+    """What the network's output is multiplied by."""
+
+    def build(self, path: Path, sigma_data: float, statistics: object = None) -> Preconditioning:
+        return SteepPreconditioning(self.rate)
+
+
+@dataclass(frozen=True)
+class HalfScaling(Scaling):
+    """The network reads half of x."""
+
+    def values(self, t: Tensor) -> ScalingValues:
+        one = torch.ones_like(t)
+        return ScalingValues(torch.zeros_like(t), one, one / 2)
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return t
+
+
+@dataclass(frozen=True)
+class HalfScalingConfig(ScalingConfig):
+    """Half of the input."""
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        return HalfScaling()
+
+
+class Affine(Network):
+    """A linear layer of the sample and its two times."""
+
+    def __init__(
+        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(shape, num_classes, guided, observation)
+        size = int(torch.tensor(shape).prod())
+        self.layer = nn.Linear(size + 2, size)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        found: Tensor = self.layer(torch.cat([x.flatten(1), t[:, None], s[:, None]], dim=1))
+        return found.reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class AffineConfig(NetworkConfig):
+    """Settings of Affine, which has none."""
+
+    def build(
+        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
+    ) -> Network:
+        return Affine(shape, num_classes, guided, observation)
+
+
+def outside() -> RunConfig:
+    """Ten steps on digits with nothing but parts of this file."""
+    base = recipe("digits")
+    return replace(
+        base,
+        recipe="outside",
+        model=replace(
+            base.model,
+            path=BentPathConfig(),
+            preconditioning=SteepPreconditioningConfig(3.0),
+            scaling=HalfScalingConfig(),
+        ),
+        network=AffineConfig(),
+        objective=ScaledMatching(),
+        training=replace(
+            base.training, images=320, batch_size=32, log_images=64, checkpoint_images=96, sample_images=160
+        ),
+        evaluation=replace(
+            base.evaluation, steps=(1, 2), samples=64, reference_steps=4,
+            curve_images=160, curve_steps=(1,), curve_samples=64,
+        ),
+    )  # fmt: skip
+
+
+def _helper() -> None:
+    """Private functions are no recipes."""
