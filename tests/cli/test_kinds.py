@@ -64,9 +64,9 @@ def test_the_last_of_two_counts() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--network cnn", "--network must be one of dit, mlp, unet, unet1d; got cnn"),
+        ("--network cnn", r"--network must be one of dit, mlp, .*unet, unet1d.*; got cnn"),
         ("--network DiT-L", "got DiT-L"),
-        ("--network", "--network must be one of dit, mlp, unet, unet1d; got nothing"),
+        ("--network", r"--network must be one of dit, mlp, .*unet, unet1d.*; got nothing"),
         ("--network --out x", "got nothing"),
         ("--objective.times= ", "--objective.times must be one of uniform, beta, logit-normal, log-normal"),
     ],
@@ -118,7 +118,7 @@ def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit):
         parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
-    assert "--network {dit,mlp,unet,unet1d}" in printed
+    assert "--network {dit,mlp," in printed
     assert "--objective.times {uniform,beta,logit-normal,log-normal" in printed  # and those that other tests define
 
 
