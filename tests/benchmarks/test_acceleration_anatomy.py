@@ -1,17 +1,11 @@
-"""The interventions of benchmarks/acceleration_anatomy.py change the one thing that they say they change."""
+"""The interventions of benchmarks/acceleration/anatomy.py change the one thing that they say they change."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.acceleration import anatomy
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
@@ -28,15 +22,6 @@ F64 = torch.float64
 T, S = torch.tensor([80.0, 5.0, 0.4], dtype=F64), torch.tensor([0.9, 0.9, 0.4], dtype=F64)
 
 
-@pytest.fixture(scope="module")
-def anatomy() -> Iterator[ModuleType]:
-    """Imported as the script is: with its folder on the path."""
-    folder = str(Path(__file__).parents[2] / "benchmarks")
-    sys.path.insert(0, folder)
-    yield import_module("acceleration_anatomy")
-    sys.path.remove(folder)
-
-
 def computed() -> AnalyticPreconditioning:
     lam = torch.linspace(-4.4, 6.2, 60, dtype=F64)
     l = torch.sigmoid(2 * lam)  # noqa: E741  (math.md §3.1)
@@ -47,7 +32,7 @@ def flow_map(preconditioning: Preconditioning) -> FlowMap:
     return GaussianData(torch.ones(2, dtype=F64), 0.5).flow_map(EDM(), preconditioning)
 
 
-def test_exchanged_jumps_have_eulers_g_and_nothing_else_of_eulers(anatomy: ModuleType) -> None:
+def test_exchanged_jumps_have_eulers_g_and_nothing_else_of_eulers() -> None:
     found = anatomy.Exchanged(computed())
     f, g = found.coefficients(T, S)
     assert torch.equal(f, computed().coefficients(T, S)[0])
@@ -59,7 +44,7 @@ def test_exchanged_jumps_have_eulers_g_and_nothing_else_of_eulers(anatomy: Modul
     torch.testing.assert_close(flow_map(found).jump(x, T, S), exact)
 
 
-def test_reweighting_makes_an_error_of_the_network_weigh_as_with_euler(anatomy: ModuleType) -> None:
+def test_reweighting_makes_an_error_of_the_network_weigh_as_with_euler() -> None:
     """(g dN)^2 of the computed form, reweighted, is that of Euler's; other terms stay."""
     change = 0.3
 

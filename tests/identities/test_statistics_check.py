@@ -1,20 +1,17 @@
-"""Statistics against an estimate of another kind (benchmarks/statistics_check.py), at every level of the default grid.
+"""Statistics against an estimate of another kind (benchmarks/preconditioning), at every level of the default grid.
 
 The benchmark is the heavy version: more samples and seeds. Here is what shows a bias in a few seconds.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.preconditioning import statistics as CHECK
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning import TrajectoryStatistics, estimate_statistics
@@ -22,19 +19,6 @@ from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
 from tests.support.cases import F64, SD, close, gaussian, noise
 
-
-def load_check() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "statistics_check.py"
-    spec = importlib.util.spec_from_file_location("statistics_check", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["statistics_check"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-CHECK = load_check()
 MIXTURE = toy_mixture()
 LAM = noise_grid(EDM(), 120)
 STEP = float(LAM[1] - LAM[0])
@@ -94,9 +78,9 @@ def sample_curve() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_differences_over_the_grid_move_s_by_less_than_4096_samples_do() -> None:
-    """Beside the errors that benchmarks/statistics_check.py stored; differences over close neighbours exceed them."""
+    """Beside the errors that the benchmark stored; differences over close neighbours exceed them."""
     l, exact, weight = sample_curve()  # noqa: E741
-    stored = [row for row in json.loads(CHECK.RESULTS.read_text()) if row["seed"] == 0]
+    stored = [row for row in json.loads(CHECK.CHECKED.read_text()) if row["seed"] == 0]
     stated = torch.tensor([row["s_stderr"] for row in stored], dtype=F64)
 
     def moved(estimate: Tensor) -> Tensor:

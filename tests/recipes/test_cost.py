@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cost.step import floor_passes
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
 from fewstep.flow.paths import Linear
@@ -56,24 +52,13 @@ def test_parameters_and_flops_are_those_of_the_network(
     assert forward_flops(config, shape, guided) == counter.get_total_flops()
 
 
-def step_benchmark() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "step.py"
-    spec = importlib.util.spec_from_file_location("step_passes", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
 @pytest.mark.parametrize("diagonal", [0.0, 0.75])
 @pytest.mark.parametrize("omega", [1.0, 2.0])
 def test_passes_are_the_floor_that_steps_are_held_to(derivative: str, diagonal: float, omega: float) -> None:
-    """benchmarks/step.py counts evaluations in a hook; tests/test_step_benchmark.py holds that count to its floor."""
+    """Its count of evaluations is held to that floor by tests/benchmarks/test_step.py."""
     objective = ISD(derivative=derivative, diagonal=diagonal, guidance=FixedGuidance(omega), dropout=0.2)
-    assert passes(objective) == pytest.approx(step_benchmark().floor_passes(objective))
+    assert passes(objective) == pytest.approx(floor_passes(objective))
 
 
 def test_passes_of_other_objectives() -> None:

@@ -1,15 +1,12 @@
-"""The Gaussian case of benchmarks/degeneracy_gaussian.py, and the objectives that distil the map from itself."""
+"""The Gaussian case of benchmarks/degeneracy/gaussian.py, and the objectives that distil the map from itself."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
+from benchmarks.degeneracy import gaussian as G
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.paths import Linear, Trig
 from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
@@ -17,20 +14,6 @@ from fewstep.flow.times import UniformTimes
 from fewstep.objectives import ESD, ISD, LSD, PSD, Objective
 from tests.support.cases import F64
 
-
-def load_benchmark() -> ModuleType:
-    """The benchmark as a module, though it is no package."""
-    file = Path(__file__).parents[2] / "benchmarks" / "degeneracy_gaussian.py"
-    spec = importlib.util.spec_from_file_location("degeneracy_gaussian", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["degeneracy_gaussian"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-G = load_benchmark()
 SETTINGS: dict[str, Any] = {"times": UniformTimes(), "diagonal": 0.0, "dropout": 0.0, "power": 0.0}
 SELF_DISTILLED: dict[str, Objective] = {
     "iSD": ISD(**SETTINGS),

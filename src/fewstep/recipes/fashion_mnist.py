@@ -44,7 +44,7 @@ def fashion_mnist_flow_matching() -> RunConfig:
     """Flow matching with the network and settings of `fashion-mnist-unet`, sampled by Euler's method: its baseline.
 
     1.81 times the images, which cost the same: a step of iSD-T takes 1.81 of flow matching's
-    (`python benchmarks/recipe_cost.py fashion-mnist-unet fashion-mnist-flow-matching`). Measured: Frechet distance
+    (`python -m benchmarks.cost recipes fashion-mnist-unet fashion-mnist-flow-matching`). Measured: Frechet distance
     110 / 48.0 / 2.3 at 1 / 2 / 32 steps (5,000 samples). 53 minutes on one shared core.
     """
     base = fashion_mnist_unet()

@@ -1,6 +1,6 @@
 """Evaluation: features of images, distances between sets of them, alignment with a teacher, figures of one run."""
 
-from fewstep.evaluation.metrics.alignment import Alignment, TrajectoryAlignment, alignment, trajectory_alignment
+from fewstep.evaluation.metrics.alignment import Alignment, TrajectoryAlignment, alignment, rmse, trajectory_alignment
 from fewstep.evaluation.metrics.curves import Speedup, common_target, speedup, targets_of, time_to
 from fewstep.evaluation.metrics.decoded import DecodedExtractor
 from fewstep.evaluation.metrics.features import (
@@ -43,6 +43,7 @@ __all__ = [
     "measure",
     "precision_recall",
     "reference_features",
+    "rmse",
     "speedup",
     "targets_of",
     "time_to",

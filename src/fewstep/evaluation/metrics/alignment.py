@@ -182,6 +182,11 @@ def trajectory_alignment(
     return tuple(results)
 
 
+def rmse(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of (B, ...) - (B, ...) per element."""
+    return float(_root_mean(_squared(actual, expected))[0])
+
+
 def _squared_errors(
     student: Student,
     teacher: Teacher,

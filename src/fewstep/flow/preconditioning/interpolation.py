@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # Differences of high order over more of lambda than l itself varies in only do harm. Over the 120 levels of the default
-# grid their truncation stays below what 4096 samples leave of s, at both ends too (benchmarks/statistics_check.py).
+# grid their truncation stays below what 4096 samples leave of s, at both ends too (benchmarks/preconditioning).
 _SPAN, _MOST_KNOTS = 2.5, 9
 
 

@@ -1,0 +1,131 @@
+"""The figure of the degeneracy study: eigenvalues, thresholds, networks' errors, and samples with their paths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from torch import Tensor
+
+from benchmarks.degeneracy.expected import WEIGHTS, ZERO, gaussian
+from benchmarks.degeneracy.gaussian import (
+    ERRORS,
+    Tangent,
+    anchor_error,
+    exact,
+    features,
+    gram,
+    jacobian,
+    points,
+    spectrum,
+)
+from benchmarks.degeneracy.networks import OBJECTIVES, Truth, exact_jump, mixture
+from benchmarks.harness import Row
+from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.evaluation.report.numbers import tick
+from fewstep.flow.flow_map import FlowMap, at
+
+DRAWN = 60
+SHOWN = {"no anchor": "iSD without its anchor", "both terms": "iSD with its anchor"}
+Maps = dict[tuple[str, str, str], FlowMap]
+
+
+def figure(rows: list[Row], maps: Maps, truth: Truth) -> bytes:
+    """Eigenvalues, thresholds, networks' errors; then samples with their paths by the exact and by learned maps."""
+    with rc_context(figure_style(LIGHT)):
+        drawn, axes = make_panels(6, 3, height=3.4)
+        _eigenvalues(axes[0])
+        _stability(
+            axes[1], [row for row in rows if row["kind"] == "threshold" and (row["sd"], row["degree"]) == (1, 2)]
+        )
+        _errors(axes[2], [row for row in rows if row["kind"] == "network" and row["start"] == "random"])
+        noise, data = truth.noise[:DRAWN], mixture()
+        _paths(axes[3], "The data's flow map", truth, lambda s: exact_jump(data, noise, at(1.0, noise), at(s, noise)))
+        for axis, (loss, title) in zip(axes[4:], SHOWN.items(), strict=True):
+            _paths(axis, title, truth, _learned(maps["iSD", loss, "random"], truth))
+        return to_png(drawn)
+
+
+def _eigenvalues(axis: Axes) -> None:
+    """Of every objective at the data's flow map, in the metric of N, without an anchor and with one of weight 1."""
+    case = gaussian()
+    family, quadrature = Tangent(case, exact(case), (1, 2), (2, 3)), points(case)
+    metric = gram(features(family, quadrature), quadrature.weight)
+    anchor = jacobian(family, anchor_error, case)
+    for height, error in enumerate(ERRORS.values()):
+        alone = jacobian(family, error, case)
+        for shift, matrix, colour in ((-0.15, alone, 1), (0.15, alone + anchor, 0)):
+            values = spectrum(matrix, metric)
+            values = torch.where(values.abs() < ZERO, 0.0, values)
+            axis.plot(values, [height + shift] * len(values), "o", color=LIGHT.colour(colour), alpha=0.6, mew=0)
+    axis.axvline(0, color=LIGHT.muted, linewidth=1)
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(-40, 0.4)
+    axis.set_xticks([-10, -1, 0], ["−10", "−1", "0"])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_yticks(range(len(ERRORS)), list(ERRORS))
+    axis.invert_yaxis()
+    axis.set_title("Eigenvalues at the data's flow map")
+    axis.set_xlabel("real part; orange: no anchor, blue: anchor of weight 1")
+
+
+def _stability(axis: Axes, rows: list[Row]) -> None:
+    """The largest real part at the data's flow map against the anchor's weight."""
+    for index, row in enumerate(rows):
+        axis.plot(WEIGHTS, row["curve"], color=LIGHT.colour(index), label=row["objective"])
+    for weight, name in ((1.0, "together"), (rows[0]["apart"], "apart")):
+        axis.axvline(weight, color=LIGHT.muted, linewidth=1, linestyle=(0, (5, 3)))
+        axis.annotate(f" {name}", (weight, 0.97), xycoords=("data", "axes fraction"), color=LIGHT.muted, va="top")
+    axis.axhline(0, color=LIGHT.muted, linewidth=1)
+    axis.set_xscale("log")
+    axis.set_ylim(-1.3, 0.6)
+    axis.set_title("Stability in a shared family")
+    axis.set_xlabel("weight of the anchor")
+    axis.set_ylabel("largest real part; above 0 unstable")
+    axis.legend(loc="lower left", ncols=2, columnspacing=1.0, handlelength=1.2)
+
+
+def _errors(axis: Axes, rows: list[Row]) -> None:
+    """Error against inconsistency, a mark a seed."""
+    for row in rows:
+        if row["loss"] in SHOWN:
+            colour = LIGHT.colour(list(OBJECTIVES).index(row["objective"]))
+            marker, face = ("o", colour) if row["loss"] == "both terms" else ("^", "none")
+            axis.plot(row["inconsistency"], row["error"], marker, color=colour, markerfacecolor=face)
+    handles = [Line2D([], [], color=LIGHT.colour(i), linewidth=4) for i in range(len(OBJECTIVES))]
+    axis.legend(handles, list(OBJECTIVES), loc="lower left", ncols=2, columnspacing=1.0, handlelength=1.0)
+    for each, scale in ((axis.xaxis, axis.set_xscale), (axis.yaxis, axis.set_yscale)):
+        scale("log")
+        each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        each.set_minor_locator(NullLocator())
+        each.set_major_formatter(FuncFormatter(tick))
+    axis.set_title("Trained networks")
+    axis.set_xlabel("inconsistency; triangles: no anchor")
+    axis.set_ylabel("error to the data's flow map")
+
+
+def _learned(flow_map: FlowMap, truth: Truth) -> Callable[[float], Tensor]:
+    """Jumps of the first seed's network from the noise to a time."""
+
+    def jumped(s: float) -> Tensor:
+        with torch.no_grad():
+            whole: Tensor = flow_map.jump(truth.noise, at(1.0, truth.noise), at(s, truth.noise))
+        return whole[:DRAWN]
+
+    return jumped
+
+
+def _paths(axis: Axes, title: str, truth: Truth, jumped: Callable[[float], Tensor]) -> None:
+    """X(x, 1, s) as s falls from 1 to 0, its ends, and the data's samples in grey."""
+    states = torch.stack([truth.noise[:DRAWN], *(jumped(s) for s in torch.linspace(0.95, 0, 20).tolist())])
+    axis.scatter(*truth.samples.T, s=4, color=LIGHT.line, zorder=1)
+    axis.plot(states[..., 0], states[..., 1], color=LIGHT.muted, linewidth=0.5, alpha=0.6, zorder=2)
+    axis.scatter(*states[-1].T, s=9, color=LIGHT.colour(1), zorder=3)
+    axis.set_aspect("equal")
+    axis.set_xlim(-3.2, 3.8)
+    axis.set_ylim(-3.0, 3.4)
+    axis.set_title(title)

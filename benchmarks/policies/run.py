@@ -1,0 +1,135 @@
+"""The cells of the study of policies: their settings, and how one is trained and tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, Grid, Row, Store, digest
+from fewstep.data import load_dataset
+from fewstep.data.demonstrations.episodes import load_demonstrations, save_demonstrations
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.evaluation.evaluate import training_seconds
+from fewstep.policies.figures import rollout_row
+from fewstep.policies.policy import load_policy
+from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
+from fewstep.policies.tasks.registry import find_task
+from fewstep.recipes import recipe
+from fewstep.recipes.config import RunConfig
+from fewstep.training import RunFolder, Runtime, train
+
+TASKS = (
+    "metaworld-pick-place", "pointmaze-ring", "pusht", "metaworld-peg-insert-side", "fetch-pick-and-place",
+    "fetch-retrieve",
+)  # fmt: skip
+METHODS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "regression": ("policy-regression", (1,)),
+    "flow matching": ("policy-flow-matching", (16, 4, 2, 1)),
+    "iSD": ("policy-mlp", (2, 1)),
+    "iSD from flow matching": ("policy-mlp", (2, 1)),
+}
+EPISODES = 50
+DEMONSTRATIONS = {"fetch-retrieve": 300}
+"""Episodes of the expert; 100 for a task that is not named."""
+STEPS = {"pointmaze-ring": 4000, "pusht": 4000, "fetch-retrieve": 4000}
+"""Training steps of 256 samples; 1,000 for a task that is not named."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task, a method ("expert" has no seed but 0) and a training seed."""
+
+    task: str
+    method: str
+    seed: int
+
+
+def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> RunConfig:
+    """The recipe, as long as the study's."""
+    config = recipe(METHODS[method][0])
+    images = STEPS.get(task, 1000) * config.training.batch_size
+    training = replace(config.training, seed=seed, images=images, checkpoint_images=images)
+    data = replace(config.data, root=str(demonstrations))
+    return replace(config, data=data, training=training, initial=initial)
+
+
+def demonstrations_of(task: str, work: Path) -> Path:
+    """The task's demonstrations, recorded now if they are not there; others in their place are refused."""
+    file, count = work / f"{task}.safetensors", DEMONSTRATIONS.get(task, 100)
+    if file.is_file() and len(load_demonstrations(file)) != count:
+        raise SystemExit(f"{file} does not hold the study's {count} episodes: give another folder with --work")
+    if not file.is_file():
+        found = record(find_task(task), count)
+        (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "expert_errors": len(found.errors)}))
+        save_demonstrations(found.demonstrations, file)
+    return file
+
+
+def expert_cell(task: str, work: Path) -> Row:
+    """The expert at the same starts, and which routes its demonstrations took from them."""
+    demonstrations = load_demonstrations(demonstrations_of(task, work))
+    recorded = json.loads((work / f"{task}.json").read_text())
+    found = expert_rollout(find_task(task), EPISODES)
+    row = rollout_row(found, find_task(task), "expert", FIRST_TEST_SEED) | {"seconds": 0.0}
+    shown = {"demonstrations": len(demonstrations), "steps_shown": len(demonstrations.actions)}
+    return row | shown | recorded | by_start(found)
+
+
+def by_start(found: Rollout) -> Row:
+    """Route of every episode, in the order of the starts; empty where there are none."""
+    routes = [episode.route for episode in found.episodes]
+    return {"route_of_start": routes} if any(routes) else {}
+
+
+def measure(cell: Cell, work: Path, models: Path) -> list[Row]:
+    """Train, and a row for each number of calls."""
+    if cell.method == "expert":
+        return [expert_cell(cell.task, work)]
+    starts = cell.method == "iSD from flow matching"
+    initial = trained(replace(cell, method="flow matching"), work, models) if starts else None
+    folder = trained(cell, work, models, initial)
+    seconds, rows = training_seconds(RunFolder(folder)), []
+    for steps in METHODS[cell.method][1]:
+        policy = load_policy(folder, steps, cell.seed)
+        found = roll_out(policy, find_task(cell.task), EPISODES)
+        row = rollout_row(found, find_task(cell.task), cell.method, FIRST_TEST_SEED, policy)
+        rows.append(row | {"seconds": round(seconds, 1)} | by_start(found))
+    return rows
+
+
+def trained(cell: Cell, work: Path, models: Path, initial: Path | None = None) -> Path:
+    """The run of a cell, trained to its end, or taken as it is where it was before."""
+    start = "" if initial is None else str(initial)
+    config = configuration(cell.task, cell.method, demonstrations_of(cell.task, work), cell.seed, start)
+    run = RunFolder(models / f"{cell.task}-{cell.method}-{cell.seed}")
+    train(config, load_dataset(config.data), run, Runtime(cpu=True, quiet=True, threads=1))
+    return run.root
+
+
+@cache
+def settings(task: str, method: str) -> str:
+    """The digest of what a cell trains and how it is tried; empty for the expert, who trains nothing."""
+    if method == "expert":
+        return ""
+    config = configuration(task, method, Path(), 0, "")
+    training = config.training
+    return digest(
+        config.data, config.model, config.network, config.objective, config.optimizer, training.images,
+        training.batch_size, training.ema_power, training.ema_decay, DEMONSTRATIONS.get(task, 100), EPISODES,
+    )  # fmt: skip
+
+
+def plan(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (0, 1, 2)) -> Iterator[Cell]:
+    """Cells, a task's seeds one after the other; flow matching before what starts from it."""
+    for seed in seeds:
+        for task in tasks:
+            if seed == seeds[0]:
+                yield Cell(task, "expert", 0)
+            yield from (Cell(task, method, seed) for method in METHODS)
+
+
+STORE = Store(RESULTS / "policies" / "cells.jsonl", ("task", "method", "seed"))
+GRID = Grid(STORE, plan, asdict, lambda cell: settings(cell.task, cell.method))

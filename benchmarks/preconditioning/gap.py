@@ -1,0 +1,129 @@
+"""How far a perfect student's network is from the teacher's denoiser, by preconditioning and jump (math.md §3.4).
+
+The consistency gap, the root mean square per element of N* - D on 256 held-out samples, with D taken where the
+preconditioning freezes its residual: at the end of the jump for the backward form, at its start for the forward form,
+at the better of the two for Euler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import RESULTS, Row, markdown, read, write
+from fewstep.data import DataConfig, load_dataset
+from fewstep.flow.closed_form import toy_mixture
+from fewstep.flow.paths import EDM
+from fewstep.flow.preconditioning import (
+    AnalyticPreconditioning,
+    EulerPreconditioning,
+    Preconditioning,
+    TrajectoryStatistics,
+    consistency_gap,
+    estimate_statistics,
+)
+from fewstep.networks.condition import Condition
+from fewstep.recipes.config import StatisticsConfig
+from fewstep.training import RunFolder, load
+from fewstep.training.statistics import data_mean, kept_statistics, prepared
+
+GAP = RESULTS / "gap.json"
+JUMPS = ((80.0, 12.9), (80.0, 1.9), (12.9, 1.9), (12.9, 0.59), (1.9, 0.59), (80.0, 0.002))
+COUNT = 256
+COLUMNS = {
+    "euler": "Euler", "backward, shrunk": "backward", "backward, raw": "backward, raw", "backward, l only": "l only",
+    "backward, s only": "s only", "forward": "forward",
+}  # fmt: skip
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Estimate = Callable[[bool], TrajectoryStatistics]
+
+
+def candidates(estimate: Estimate, conditional: bool) -> dict[str, Preconditioning]:
+    """The preconditionings compared; `estimate(centred)` gives statistics that are not shrunk."""
+    centred, raw = estimate(True), estimate(False)
+    found: dict[str, Preconditioning] = {
+        "euler": EulerPreconditioning(),
+        "backward, not shrunk": AnalyticPreconditioning(centred),
+        "backward, raw": AnalyticPreconditioning(raw),
+        "backward, l only": AnalyticPreconditioning(centred.without("s")),
+        "backward, s only": AnalyticPreconditioning(centred.without("l")),
+        "forward": AnalyticPreconditioning(centred, "forward"),
+    }
+    return found if conditional else found | {"backward, shrunk": AnalyticPreconditioning(centred.shrunk())}
+
+
+def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Preconditioning]) -> list[Row]:
+    """The gap of every preconditioning at every jump."""
+    t, s = torch.tensor(JUMPS, dtype=torch.float64).T
+    rows = []
+    for method, preconditioning in found.items():
+        ends = ("t", "s") if method == "euler" else (preconditioning.frozen_at,)
+        gaps = [
+            consistency_gap(preconditioning, denoiser, data, t, s, samples=COUNT, seed=1, solver_steps=64, end=end)  # type: ignore[arg-type]
+            for end in ends
+        ]
+        best = torch.stack([gap.rms for gap in gaps]).argmin(0)
+        g = preconditioning.coefficients(t, s)[1]
+        for i, (high, low) in enumerate(JUMPS):
+            gap = gaps[int(best[i])]
+            rows.append(
+                {
+                    "teacher": name, "method": method, "from": high, "to": low, "gap": float(gap.rms[i]),
+                    "stderr": float(gap.stderr[i]), "g": float(g[i]), "end": ends[int(best[i])],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def of_run(folder: Path, samples: int) -> list[Row]:
+    """Rows of a trained teacher; with classes it is asked at each sample's own."""
+    dataset = load_dataset(RunFolder(folder).config().data)
+    teacher = load(folder).flow_map.requires_grad_(False)
+    x0, labels = dataset.heldout.fetch(torch.arange(COUNT))
+
+    def estimate(centred: bool) -> TrajectoryStatistics:
+        settings = StatisticsConfig(samples=samples, centred=centred, shrink=False)
+        return prepared(kept_statistics(folder, teacher, dataset, settings), settings, dataset)
+
+    name = f"{RunFolder(folder).config().recipe}{', class-conditional' if dataset.num_classes else ''}"
+    found = candidates(estimate, dataset.num_classes > 0)
+    return rows_of(name, lambda x, t: teacher.denoise(x, t, Condition(labels)), x0, found)
+
+
+def of_closed_form(samples: int) -> list[Row]:
+    """Rows of the mixture's exact denoiser."""
+    dataset, exact = load_dataset(DataConfig(source="mixture")), toy_mixture()
+    x0 = dataset.heldout.fetch(torch.arange(COUNT))[0].double()
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return exact.denoise(EDM(), x, t)
+
+    def estimate(centred: bool) -> TrajectoryStatistics:
+        train = dataset.train.fetch(torch.arange(samples))[0].double()
+        mean = data_mean(dataset)
+        return estimate_statistics(denoiser, train, samples=samples, centred=centred, mean=mean, shrink=False)
+
+    return rows_of("mixture, closed form", denoiser, x0, candidates(estimate, conditional=False))
+
+
+def store(rows: list[Row]) -> None:
+    """In place of what is there of the same teacher."""
+    fresh = {row["teacher"] for row in rows}
+    write(GAP, [row for row in read(GAP) if row["teacher"] not in fresh] + rows)
+
+
+def table(rows: list[Row], teachers: dict[str, str]) -> str:
+    """A line for each of `teachers` (name -> as shown) and jump, a column for each preconditioning."""
+    gaps = {(row["teacher"], row["method"], row["from"], row["to"]): f"{row['gap']:.4f}" for row in rows}
+    for name, kind, *jump in list(gaps):  # a teacher with classes is not shrunk
+        if kind == "backward, not shrunk":
+            gaps.setdefault((name, "backward, shrunk", *jump), gaps[name, kind, *jump])
+    lines = [
+        (shown if jump == JUMPS[0] else "", "{:g} → {:g}".format(*jump), *(gaps[name, kind, *jump] for kind in COLUMNS))
+        for name, shown in teachers.items()
+        for jump in JUMPS
+    ]
+    return markdown(("", "jump", *COLUMNS.values()), lines)
