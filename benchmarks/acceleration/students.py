@@ -80,7 +80,7 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
         assert isinstance(config.objective, CTM)
         return replace(config, objective=replace(config.objective, adversarial=0.2))
 
-    cd = CD(steps=TeacherSteps(points=18, solver="heun", u="adjacent"), decay=0.99)
+    cd = CD(steps=TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
     found = {
         "euler": model("euler"),
         "analytic": base,

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from benchmarks.harness import take_turns
 from fewstep.data import load_dataset
-from fewstep.objectives.pairs import Comparison
+from fewstep.objectives.losses import Comparison
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import Callbacks, RunFolder, Runtime

@@ -28,10 +28,11 @@ from torch import nn
 from benchmarks.cost.setting import NetworkConfig, take_step, warm
 from benchmarks.harness import ROOT, Row, markdown, take_turns
 from fewstep import ISD, Batch, DiagonalMatching, DiTConfig, FixedGuidance, FlowMap, MLPConfig, NoGuidance, UNetConfig
-from fewstep.flow.derivatives import exact_derivative
+from fewstep.flow.derivatives import Derivative, exact_derivative
+from fewstep.flow.times import BetaTimes
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import carries_tangent
-from fewstep.objectives import Objective
+from fewstep.objectives import Objective, Pairs
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ CASES = {
 OBJECTIVES: dict[tuple[str, str], Objective] = {
     ("flow matching", "none"): DiagonalMatching(),
     ("iSD", "exact"): ISD(guidance=NoGuidance()),
-    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative="finite-difference"),
+    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative=Derivative("finite-difference")),
     ("iSD-T", "exact"): ISD(guidance=FixedGuidance(1.5)),
-    ("iSD-T", "finite-difference"): ISD(guidance=FixedGuidance(1.5), derivative="finite-difference"),
-    ("iSD-T, 3/4 diagonal", "exact"): ISD(guidance=FixedGuidance(1.5), diagonal=0.75),
+    ("iSD-T", "finite-difference"): ISD(guidance=FixedGuidance(1.5), derivative=Derivative("finite-difference")),
+    ("iSD-T, 3/4 diagonal", "exact"): ISD(
+        guidance=FixedGuidance(1.5), pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75)
+    ),
 }
 
 
@@ -98,9 +101,9 @@ class Prices:
         """
         if not isinstance(objective, ISD):
             return self.train
-        null = (1 - objective.dropout) if objective.guidance.active else 0.0
-        second = self.tangent if objective.derivative == "exact" else self.train + 2 * self.forward
-        return self.train + null * self.forward + (1 - objective.diagonal) * second
+        null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
+        second = self.tangent if objective.derivative.kind == "exact" else self.train + 2 * self.forward
+        return self.train + null * self.forward + (1 - objective.pairs.flow_matching_ratio) * second
 
 
 OPERATIONS = Prices(forward=1.0, train=3.0, tangent=4.0)

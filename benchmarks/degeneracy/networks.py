@@ -25,8 +25,7 @@ from fewstep.flow.preconditioning import LinearPreconditioning
 from fewstep.flow.times import UniformTimes
 from fewstep.networks import MLPConfig
 from fewstep.networks.condition import Condition
-from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Shortcut
-from fewstep.objectives.pairs import draw_pair, noised
+from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Pairs, Shortcut, Weighting
 from fewstep.utils.random import Draws
 
 SEEDS = 3
@@ -41,13 +40,13 @@ TOWARDS = (-1.0, 1.5)
 STRENGTH = 4.0
 PATH = Linear()
 STREAM_COMPONENT, STREAM_DATA, STREAM_PRIOR = 60, 61, 62
-_SETTINGS: dict[str, Any] = {"times": UniformTimes(), "diagonal": 0.5, "dropout": 0.0, "power": 0.0}
+_SETTINGS: dict[str, Any] = {"pairs": Pairs(UniformTimes(), 0.5), "label_dropout": 0.0, "weighting": Weighting()}
 OBJECTIVES: dict[str, Objective] = {
     "iSD": ISD(**_SETTINGS),
     "ESD": ESD(**_SETTINGS),
     "LSD": LSD(**_SETTINGS),
     "PSD": PSD(**_SETTINGS),
-    "shortcut": Shortcut(steps=32, bootstrap=0.5, decay=None, dropout=0.0),
+    "shortcut": Shortcut(steps=32, bootstrap=0.5, target_decay=None, label_dropout=0.0),
     "MeanFlow": MeanFlow(**_SETTINGS),
 }
 
@@ -127,8 +126,8 @@ class Truth:
     def draw() -> Truth:
         """By the Runge-Kutta method on the mixture's denoiser."""
         batch, data = batch_of(START - 1, HELDOUT), mixture()
-        t, s = draw_pair(UniformTimes(), 0.0, PATH, batch)
-        x, noise = noised(PATH, batch, t)[0], batch.draws.normal(STREAM_PRIOR, (2,), F64)
+        t, s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)
+        x, noise = PATH.interpolate(batch.x0, batch.noise(), t), batch.draws.normal(STREAM_PRIOR, (2,), F64)
         jumped = exact_jump(data, x, t, s)
         return Truth(x, t, s, jumped, noise, exact_jump(data, noise, at(1.0, noise), at(0.0, noise)))
 
@@ -175,8 +174,8 @@ def collapse(flow_map: FlowMap) -> None:
     optimizer, towards = torch.optim.Adam(flow_map.parameters(), 1e-2), torch.tensor(TOWARDS, dtype=F64)
     for step in range(300):
         batch = batch_of(START + step)
-        t, s = draw_pair(UniformTimes(), 0.0, PATH, batch)
-        x = noised(PATH, batch, t)[0]
+        t, s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)
+        x = PATH.interpolate(batch.x0, batch.noise(), t)
         target = STRENGTH * (x - towards) / (1 + STRENGTH * t[:, None])
         descend(optimizer, (flow_map.output(x, t, s) - target).square().mean())
 
@@ -217,7 +216,7 @@ def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> dict[s
         torch.manual_seed(0)
         network = MLPConfig(width=256, depth=3, embedding_width=64, max_frequency=16.0).build((1, 8, 8), 10, False)
     flow_map, losses = FlowMap(PATH, LinearPreconditioning(), network), []
-    optimizer, objective = torch.optim.Adam(flow_map.parameters(), lr), ISD(power=0.0)
+    optimizer, objective = torch.optim.Adam(flow_map.parameters(), lr), ISD(weighting=Weighting())
     for step in range(steps):
         draws = Draws(0, step, torch.arange(rows))
         chosen = draws.integers(STREAM_DATA, len(x0))

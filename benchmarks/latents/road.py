@@ -24,10 +24,12 @@ from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings, Manifest
 from fewstep.evaluation.evaluate import measure_real, measure_run, write_figures, yardstick
 from fewstep.evaluation.report import image_grid, to_uint8
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
+from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig
-from fewstep.objectives import ISD
+from fewstep.objectives import ISD, Pairs
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig
 from fewstep.sampling.generate import SamplingSettings
@@ -154,7 +156,11 @@ def run_config(latents: Path, seconds: float) -> RunConfig:
         base,
         data=DataConfig(source="latents", root=str(latents)),
         network=DiTConfig(width=128, depth=4, heads=4, patch=4),
-        objective=ISD(diagonal=0.75, guidance=FixedGuidance(1.5), derivative="finite-difference"),
+        objective=ISD(
+            pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75),
+            guidance=FixedGuidance(1.5),
+            derivative=Derivative("finite-difference"),
+        ),
         optimizer=OptimizerConfig(lr=1e-3, warmup_images=640, decay="cosine"),
         training=training,
         evaluation=EvaluationConfig(samples=64, steps=(2,), reference_steps=16),

@@ -77,7 +77,7 @@ def cost(repeats: int = 8) -> None:
         named = {(name, "exact"): each for name, each in objectives(study, "exact").items()}
         for name, each in objectives(study, "finite-difference").items():
             named |= {} if each == named[name, "exact"] else {(name, "finite-difference"): each}
-        own = Companions(teacher=flow_map, target=flow_map)
+        own = Companions(teacher=flow_map, ema_target=flow_map)
         jobs = {key: partial(take_step, each, flow_map, batch, own) for key, each in named.items()}
         seconds = take_turns(jobs, repeats)
         base = seconds["flow matching", "exact"]

@@ -10,12 +10,29 @@ from typing import Any
 from benchmarks.harness import RESULTS, Grid, Row, Store, digest
 from benchmarks.stability.variants import ISDApart, ISDTimeUnit
 from fewstep.data import DataConfig
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import PathConfig
 from fewstep.flow.preconditioning import PreconditioningConfig, ScalingConfig
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import CT, ECT, ESD, ISD, LSD, PSD, SCD, SCT, DiagonalMatching, MeanFlow, Shortcut, Tangent
+from fewstep.objectives import (
+    CT,
+    ECT,
+    ESD,
+    ISD,
+    LSD,
+    PSD,
+    SCD,
+    SCT,
+    DiagonalMatching,
+    Distance,
+    MeanFlow,
+    Pairs,
+    Shortcut,
+    Tangent,
+    Weighting,
+)
 from fewstep.objectives.base import Objective
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.utils.parts import kind
@@ -81,10 +98,11 @@ class Cell:
 def objectives(study: Study, derivative: str) -> dict[str, Objective]:
     """Every objective by name with its paper's settings; curricula stretched over the run."""
     images = study.steps * study.batch
-    d: dict[str, Any] = {"derivative": derivative}
-    huber = 0.00054 * math.sqrt(SIZES[study.data.source])  # of iCT, 2310.14189
-    tangent = Tangent(warm_up_images=images // 5, derivative=derivative)  # type: ignore[arg-type]
-    isd = ISD(**d)
+    d: dict[str, Any] = {"derivative": Derivative(derivative)}
+    huber = Distance("pseudo-huber", 0.00054 * math.sqrt(SIZES[study.data.source]))  # of iCT, 2310.14189
+    tangent = Tangent(warm_up_images=images // 5, derivative=d["derivative"])
+    isd, wide = ISD(**d), Weighting(weight_power=1.0, weight_eps=1.0)
+    half, most = (Pairs(BetaTimes(), flow_matching_ratio=share) for share in (0.5, 0.75))
     return {
         "flow matching": DiagonalMatching(times=BetaTimes()),
         "iSD": isd,
@@ -94,21 +112,21 @@ def objectives(study: Study, derivative: str) -> dict[str, Objective]:
         "LSD": LSD(**d),
         "PSD": PSD(),
         "PSD, midpoint": PSD(u="midpoint"),
-        "shortcut": Shortcut(decay=1 - 8 / study.steps),
-        "CT": CT(duration=images, huber=huber),
-        "ECT": ECT(stage_images=images // 8, huber=huber),
+        "shortcut": Shortcut(target_decay=1 - 8 / study.steps),
+        "CT": CT(duration=images, distance=huber),
+        "ECT": ECT(stage_images=images // 8, distance=huber),
         "sCT": SCT(tangent=tangent),
         "sCD": SCD(tangent=tangent),
         "MeanFlow, guided": MeanFlow(guidance=FixedGuidance(omega=1.3), **d),
-        "iSD, diagonal 1/2": replace(isd, diagonal=0.5),
-        "iSD, diagonal 3/4": replace(isd, diagonal=0.75),
-        "iSD, offset 1": replace(isd, offset=1.0),
-        "iSD, offset 1, diagonal 3/4": replace(isd, offset=1.0, diagonal=0.75),
+        "iSD, diagonal 1/2": replace(isd, pairs=half),
+        "iSD, diagonal 3/4": replace(isd, pairs=most),
+        "iSD, offset 1": replace(isd, weighting=wide),
+        "iSD, offset 1, diagonal 3/4": replace(isd, weighting=wide, pairs=most),
         "iSD, terms apart": ISDApart(isd),
-        "iSD, no weight": replace(isd, power=0.0),
+        "iSD, no weight": replace(isd, weighting=Weighting()),
         "iSD, time unit": ISDTimeUnit(isd),
-        "iSD, diagonal 3/4, time unit": ISDTimeUnit(replace(isd, diagonal=0.75)),
-        "iSD-T, recipe": ISD(diagonal=0.75, guidance=FixedGuidance(omega=1.3), offset=1.0, **d),
+        "iSD, diagonal 3/4, time unit": ISDTimeUnit(replace(isd, pairs=most)),
+        "iSD-T, recipe": ISD(pairs=most, guidance=FixedGuidance(omega=1.3), weighting=wide, **d),
     }
 
 

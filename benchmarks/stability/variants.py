@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -13,8 +13,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.objectives.eulerian import distillation_error
-from fewstep.objectives.losses import adaptive_weight, error_norm
-from fewstep.objectives.pairs import guided_condition, guided_velocity, noised, rows_on_and_off
+from fewstep.objectives.losses import Comparison
 from fewstep.utils.forward_ad import jvp
 
 
@@ -22,33 +21,33 @@ def on_the_diagonal(
     base: ISD, flow_map: FlowMap, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Condition, Tensor]:
     """(x_t, v, t, s, condition, anchor's loss) of iSD, before anything is weighted."""
-    t, s = base.draw_times(flow_map, batch)
-    x, conditional = noised(flow_map.path, batch, t)
-    cond = guided_condition(flow_map, batch, base.dropout, base.guidance)
-    target = guided_velocity(flow_map, x, t, cond, conditional, base.guidance, batch)
+    t, s = base.pairs.draw(flow_map.path, batch)
+    x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
+    cond = base.condition(flow_map, batch)
+    target = base.guide(flow_map, batch, x, t, cond, conditional)
     v = flow_map.velocity(x, t, cond)
-    return x, v, t, s, cond, error_norm(v - target, base.norm, base.huber)
+    return x, v, t, s, cond, base.weighting.measure(v - target)
 
 
 @final
 @dataclass(frozen=True)
 class ISDApart(Objective):
-    """iSD whose two terms are each weighted by its own sg (loss + offset)^-power, per sample."""
+    """iSD whose two terms are each weighted by their own sg (loss + weight_eps)^-weight_power, per sample."""
 
-    base: ISD = field(default_factory=ISD)
-
-    @property
-    def label_dropout(self) -> float:
-        return self.base.dropout
+    base: ISD = ISD()
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         base = self.base
         x, v, t, s, cond, anchor = on_the_diagonal(base, flow_map, batch)
-        rows = rows_on_and_off(t, s)[1]
-        compared = base.compare(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        distill = error_norm(compared.error, base.norm, base.huber)
-        loss = adaptive_weight(anchor, base.power, base.offset) * anchor
-        loss = loss.index_add(0, rows, adaptive_weight(distill, base.power, base.offset) * distill)
+        rows = batch.split(base.pairs.flow_matching_ratio)[1]
+        compared = (
+            base.off_diagonal(flow_map, x[rows], v[rows], t[rows], s[rows], cond[rows])
+            if len(rows)
+            else Comparison(x[rows], x[rows])
+        )
+        distill = base.weighting.measure(compared.error)
+        loss = base.weighting.weight(anchor) * anchor
+        loss = loss.index_add(0, rows, base.weighting.weight(distill) * distill)
         logs = {"anchor": anchor.detach(), "distill": distill.detach()}
         return Losses(loss, t, s, logs)
 
@@ -61,20 +60,16 @@ class ISDTimeUnit(Objective):
     On the trig path a network clocked in t/(pi/2) whose time tangent is passed as 1 has factor pi/2.
     """
 
-    base: ISD = field(default_factory=ISD)
+    base: ISD = ISD()
     factor: float = math.pi / 2
-
-    @property
-    def label_dropout(self) -> float:
-        return self.base.dropout
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         base = self.base
         x, v, t, s, cond, anchor = on_the_diagonal(base, flow_map, batch)
-        rows = rows_on_and_off(t, s)[1]
+        rows = batch.split(base.pairs.flow_matching_ratio)[1]
         error = self.error(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
-        total = anchor.index_add(0, rows, error_norm(error, base.norm, base.huber))
-        return Losses(adaptive_weight(total, base.power, base.offset) * total, t, s, {"anchor": anchor.detach()})
+        total = anchor.index_add(0, rows, base.weighting.measure(error))
+        return Losses(base.weighting.weight(total) * total, t, s, {"anchor": anchor.detach()})
 
     def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """N - N_target with the wrong derivative, (B, ...)."""

@@ -29,7 +29,6 @@ from fewstep.flow.preconditioning import (
 from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
-    CATALOGUE,
     CD,
     CT,
     CTM,
@@ -40,6 +39,7 @@ from fewstep.objectives import (
     PSD,
     SCD,
     SCT,
+    TABLE,
     Batch,
     Companions,
     DiagonalMatching,
@@ -59,7 +59,6 @@ from fewstep.utils.errors import FewstepError
 from fewstep.utils.parts import import_file
 
 __all__ = [
-    "CATALOGUE",
     "CD",
     "CT",
     "CTM",
@@ -72,6 +71,7 @@ __all__ = [
     "PSD",
     "SCD",
     "SCT",
+    "TABLE",
     "VP",
     "AnalyticPreconditioning",
     "BCMPreconditioning",

@@ -17,6 +17,7 @@ from fewstep.networks import MLPConfig
 from fewstep.objectives import ISD, Batch, Losses
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import to_json
+from tests.support.objectives import changed, made
 
 
 def test_every_cell_of_the_plan_has_a_configuration() -> None:
@@ -44,18 +45,18 @@ def losses(objective: Any) -> Losses:
 
 
 def test_a_time_unit_of_one_is_no_error() -> None:
-    base = ISD(dropout=0.0)
+    base = ISD(label_dropout=0.0)
     exact = losses(base).loss
     assert torch.allclose(losses(ISDTimeUnit(base, factor=1.0)).loss, exact, rtol=1e-9)
     assert float((losses(ISDTimeUnit(base)).loss / exact - 1).detach().abs().max()) > 1e-3
 
 
 def test_terms_apart_each_weigh_themselves() -> None:
-    base = ISD(dropout=0.0, offset=0.5)
+    base = made(ISD, label_dropout=0.0, weight_eps=0.5)
     joint, apart = losses(base), losses(ISDApart(base))
     anchor, distill = joint.logs["anchor"], joint.logs["distill"]
     assert torch.allclose(apart.loss, anchor / (anchor + 0.5) + distill / (distill + 0.5), rtol=1e-9)
-    unweighted = replace(base, power=0.0)
+    unweighted = changed(base, weight_power=0.0)
     assert torch.allclose(losses(ISDApart(unweighted)).loss, losses(unweighted).loss, rtol=1e-9)
 
 

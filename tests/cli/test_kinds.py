@@ -17,6 +17,7 @@ from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import concrete_classes, is_own, kind_name
+from tests.support.objectives import changed, made
 
 DIGITS = recipe("digits")
 
@@ -39,16 +40,16 @@ def test_a_kind_comes_with_its_own_defaults() -> None:
 
 def test_a_kind_within_another_keeps_the_rest() -> None:
     assert isinstance(DIGITS.objective, ISD)
-    assert chosen("--objective.times=beta").objective == replace(DIGITS.objective, times=BetaTimes())
+    assert chosen("--objective.pairs.times=beta").objective == changed(DIGITS.objective, times=BetaTimes())
     assert chosen("--objective.guidance drawn").objective == replace(DIGITS.objective, guidance=DrawnGuidance())
 
 
 @pytest.mark.parametrize(
     "words",
-    ["--objective.times uniform --objective mean-flow", "--objective Mean_Flow --objective.times=Uniform"],
+    ["--objective.pairs.times uniform --objective mean-flow", "--objective Mean_Flow --objective.pairs.times=Uniform"],
 )
 def test_their_order_does_not_matter(words: str) -> None:
-    assert chosen(words).objective == MeanFlow(times=UniformTimes())
+    assert chosen(words).objective == made(MeanFlow, times=UniformTimes())
 
 
 def test_the_kind_that_it_has_already_changes_nothing() -> None:
@@ -68,7 +69,7 @@ def test_the_last_of_two_counts() -> None:
         ("--network DiT-L", "got DiT-L"),
         ("--network", r"--network must be one of dit, mlp, .*unet, unet1d.*; got nothing"),
         ("--network --out x", "got nothing"),
-        ("--objective.times= ", "--objective.times must be one of uniform, beta, logit-normal, log-normal"),
+        ("--objective.pairs.times= ", "--objective.pairs.times must be one of uniform, beta, logit-normal, log-normal"),
     ],
 )
 def test_a_kind_that_is_not_there_is_named(words: str, message: str) -> None:
@@ -105,7 +106,7 @@ def test_only_options_name_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("owner", "field"),
-    [(DIGITS, "network"), (DIGITS, "objective"), (DIGITS.objective, "times"), (DIGITS.objective, "guidance")],
+    [(DIGITS, "network"), (DIGITS, "objective"), (DIGITS.objective.pairs, "times"), (DIGITS.objective, "guidance")],
 )
 def test_no_two_kinds_of_a_setting_share_a_name(owner: object, field: str) -> None:
     own = [cls for cls in concrete_classes(get_type_hints(type(owner))[field]) if is_own(cls)]
@@ -119,7 +120,7 @@ def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], mo
         parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
     assert "--network {dit,mlp," in printed
-    assert "--objective.times {uniform,beta,logit-normal,log-normal" in printed  # and those that other tests define
+    assert "--objective.pairs.times {uniform,beta,logit-normal,log-normal" in printed  # and other tests' own
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -71,7 +71,7 @@ def test_chunks_never_cross_episodes(seen: int, horizon: int) -> None:
     actions, _ = chunks.fetch(torch.arange(len(chunks)))
     context = chunks.context(torch.arange(len(chunks)))
     assert context.observation is not None
-    assert context.counted is not None
+    assert context.loss_mask is not None
     assert actions.shape == (18, horizon, 2)
     assert context.observation.shape == (18, seen, 3)
     for k in range(len(chunks)):
@@ -82,7 +82,7 @@ def test_chunks_never_cross_episodes(seen: int, horizon: int) -> None:
         expected = [min(step + j, length - 1) for j in range(horizon)]
         assert actions[k, :, 1].tolist() == expected
         assert context.observation[k, :, 1].tolist() == [max(step - j, 0) for j in reversed(range(seen))]
-        assert context.counted[k, :, 0].tolist() == [step + j < length for j in range(horizon)]
+        assert context.loss_mask[k, :, 0].tolist() == [step + j < length for j in range(horizon)]
 
 
 def test_whole_episodes_are_held_out_and_normalisers_know_the_others_alone(file: Path) -> None:

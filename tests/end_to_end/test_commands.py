@@ -23,7 +23,7 @@ from fewstep.cli.main import OVERVIEW
 from fewstep.cli.quickstart import policy_quickstart, quickstart
 from fewstep.evaluation.evaluate import read_figures, write_figures
 from fewstep.evaluation.report.run import report
-from fewstep.objectives import CATALOGUE
+from fewstep.objectives import TABLE
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import RunFolder, Runtime
@@ -61,7 +61,7 @@ def test_a_reader_that_goes_away_gets_no_traceback() -> None:
 
 def test_objectives_are_listed(command: Command) -> None:
     shown = command("objectives").out
-    assert all(entry.name in shown and entry.paper in shown for entry in CATALOGUE)
+    assert all(entry.name in shown and entry.paper in shown for entry in TABLE)
     assert command("objectives", "--all").code == 2
 
 
@@ -99,7 +99,7 @@ def options_shown(printed: str) -> dict[str, str]:
     return {name: re.split(r"\((?:default: |required\))", words)[0].strip() for name, words in shown.items()}
 
 
-SETTINGS = ("objective", "network", "objective.times", "objective.guidance")
+SETTINGS = ("objective", "network", "objective.pairs.times", "objective.guidance")
 OTHERS = [name for name in COMMANDS if name not in ("recipes", "train")]
 
 

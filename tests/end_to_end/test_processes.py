@@ -97,7 +97,7 @@ def largest_difference(one: Path, two: Path) -> float:
 BATCH = ["--training.batch-size", "32", "--training.sample-images", "0", "--optimizer.warmup-images", "0"]
 SCRATCH = [
     "train", "digits", *SMALL, *BATCH, "--training.images", "640", "--training.ema-decay", "0.9",
-    "--objective.diagonal", "0.5", "--objective.derivative", "exact",
+    "--objective.pairs.flow-matching-ratio", "0.5", "--objective.derivative.kind", "exact",
 ]  # fmt: skip
 TEACHER = ["train", "edm-digits", *SMALL, *BATCH, "--training.images", "320", "--data.labels"]
 STUDENT = [

@@ -127,7 +127,7 @@ def test_a_student_is_measured_beside_its_teacher(
 ) -> None:
     """Trained on a distance of features, without classes; measured with the labelled data's classifier."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    student = train_student(command, archive, run, "--objective.distance", "features")
+    student = train_student(command, archive, run, "--objective.distance.kind", "features")
     (classifier,) = (tmp_path / "cache").iterdir()
     assert "halves-classifier" in classifier.stem
     assert (student / "curve.jsonl").is_file()

@@ -33,10 +33,6 @@ class PoisonedHere(Objective):
     """iSD, but NaN from the second step on in the second process alone."""
 
     @property
-    def label_dropout(self) -> float:
-        return 0.1
-
-    @property
     def guided(self) -> bool:
         return False
 

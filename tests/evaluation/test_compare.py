@@ -163,7 +163,7 @@ def test_a_mean_curve_spans_what_all_curves_cover() -> None:
 
 def flat(**changes: Any) -> dict[str, Any]:
     base = {"recipe": "digits", "training.seed": 0, "model.preconditioning": "euler", "objective.type": "ISD"}
-    return base | {"objective.times.type": "A", "training.batch_size": 64, "optimizer.lr": 0.1} | changes
+    return base | {"objective.pairs.times.type": "A", "training.batch_size": 64, "optimizer.lr": 0.1} | changes
 
 
 def labels(*settings: dict[str, Any]) -> list[str]:
@@ -184,7 +184,7 @@ def test_methods_are_named_by_the_settings_that_differ() -> None:
 
 
 def test_a_part_of_another_type_is_named_by_its_type_alone() -> None:
-    other = flat(**{"objective.type": "CTM", "objective.times.type": "B", "objective.decay": 0.9})
+    other = flat(**{"objective.type": "CTM", "objective.pairs.times.type": "B", "objective.decay": 0.9})
     assert differing_settings([flat(), other]) == ("objective.type",)
     assert labels(flat(), other) == ["objective ISD", "objective CTM"]
 

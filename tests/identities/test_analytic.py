@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning import (
@@ -280,7 +280,7 @@ def test_the_residual_is_zero_at_exact_maps(
     s, t = (time.repeat(4) for time in clock(path, times[0], times[2]))
     x = path.interpolate(SD * noise(4, 3), noise(4, 3, seed=1), t)
     flow_map, v = data.flow_map(path, preconditioning), data.velocity(path, x, t)
-    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
+    output, d_output = Derivative().along(flow_map, x, v, t, s, Condition())
     f, g, f_t, g_t = (c[:, None] for c in preconditioning.derivatives(t, s))
     scale = ((f_t * x).abs() + (f * v).abs() + (g_t * output).abs() + (g * d_output).abs()).clamp(min=1)
     for error in (eulerian_residual, distillation_error):

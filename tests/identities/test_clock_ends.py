@@ -14,11 +14,12 @@ from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning import Preconditioning
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
-from fewstep.objectives import CATALOGUE, CTM, Batch, Companions, DiagonalMatching, Objective
-from fewstep.objectives.base import STREAM_S, STREAM_T
-from fewstep.objectives.distillation import STREAM_DIAGONAL, STREAM_U
+from fewstep.objectives import CTM, TABLE, Batch, Companions, DiagonalMatching, Objective
+from fewstep.objectives.base import STREAM_S, STREAM_T, STREAM_U
+from fewstep.objectives.ctm import STREAM_DIAGONAL
 from fewstep.utils.random import Draws
 from tests.support.cases import PAIRS, SD, gaussian, noise, pair, random_network, scalings
+from tests.support.objectives import changed
 
 SCALINGS = {"linear": "identity", "trig": "unit", "euler": "edm", "bcm": "edm-input"}
 BITS = {STREAM_T: 0, STREAM_DIAGONAL: 0, STREAM_S: 1, STREAM_U: 2}
@@ -38,18 +39,18 @@ class EndDraws(Draws):
 def objectives() -> dict[str, Objective]:
     """Every one of the table, with its settings that meet an end of the clock in another way."""
     found: dict[str, Objective] = {}
-    for entry in CATALOGUE:
+    for entry in TABLE:
         plain: Any = entry.objective()
         names = set(plain.__dataclass_fields__)
         found[entry.name] = plain
-        if "diagonal" in names:
-            found[f"{entry.name}, off the diagonal"] = replace(plain, diagonal=0.0)
+        if "pairs" in names:
+            found[f"{entry.name}, off the diagonal"] = changed(plain, flow_matching_ratio=0.0)
         if "derivative" in names:
-            found[f"{entry.name}, by differences"] = replace(plain, derivative="finite-difference")
+            found[f"{entry.name}, by differences"] = changed(plain, kind="finite-difference")
         if "guidance" in names:
-            found[f"{entry.name}, guided"] = replace(plain, guidance=FixedGuidance(2.0), dropout=0.0)
+            found[f"{entry.name}, guided"] = replace(plain, guidance=FixedGuidance(2.0), label_dropout=0.0)
     for times in (UniformTimes(), BetaTimes(), LogitNormalTimes(), LogNormalTimes()):
-        found[type(times).__name__] = DiagonalMatching(times)
+        found[type(times).__name__] = DiagonalMatching(times=times)
     found["denoising"] = DiagonalMatching(measure="denoiser", sigma_data=SD)
     return found
 
@@ -71,7 +72,7 @@ def test_losses_are_finite(name: str, path_name: str, own: str) -> None:
         objective = replace(objective, sigma_data=SD)
     draws = EndDraws(0, 0, torch.arange(8))
     batch = Batch(noise(8, 3).float(), torch.arange(8) % 2, draws, images=1000)
-    losses = objective(model, batch, Companions(teacher=teacher, target=slow))
+    losses = objective(model, batch, Companions(teacher=teacher, ema_target=slow))
     assert bool(losses.loss.isfinite().all()), losses
     losses.mean().backward()
     for parameter in model.network.parameters():

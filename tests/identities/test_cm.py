@@ -15,9 +15,10 @@ from fewstep.objectives import CT, ECT, Batch
 from tests.support.batches import OneTime, draws
 from tests.support.cases import SD, Callback, close, gaussian, noise, slope
 from tests.support.gradients import expected_gradient
+from tests.support.objectives import made
 
 PATH, CM = EDM(), CMPreconditioning(SD)
-OBJECTIVES = [CT(norm="l2", first=10, last=640, duration=600), ECT(norm="l2", stage_images=100)]
+OBJECTIVES = [made(CT, kind="l2", first=10, last=640, duration=600), made(ECT, kind="l2", stage_images=100)]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=["ct", "ect"])
 every_stage = pytest.mark.parametrize("images", [0, 250, 700])
 
@@ -78,11 +79,11 @@ def test_the_loss_is_zero_where_one_noise_is_one_solution(objective: CT | ECT, i
 
 def test_the_bias_of_adjacent_points_falls_with_their_distance() -> None:
     """As with preconditionings that have a diagonal: of order 1 in t - u at the data's map, and not at another's."""
-    ct = CT(OneTime(0.8), first=50, last=400, duration=400, norm="l2")
+    ct = made(CT, times=OneTime(0.8), first=50, last=400, duration=400, kind="l2")
     found = [bias(ct, images) for images in (0, 100, 200, 300)]
     assert slope([1 / 50, 1 / 100, 1 / 200, 1 / 400], found) == pytest.approx(1, abs=0.25)
     assert bias(ct, 300, shift=0.5) > 10 * found[-1]
-    ect = ECT(OneTime(0.8), stage_images=1, norm="l2", stages=20)
+    ect = made(ECT, times=OneTime(0.8), stage_images=1, kind="l2", stages=20)
     found = [bias(ect, stage) for stage in (4, 5, 6, 7)]
     assert slope([2.0**-stage for stage in (4, 5, 6, 7)], found) == pytest.approx(1, abs=0.25)
     assert bias(ect, 7, shift=0.5) > 10 * found[-1]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.derivatives import Derivative, DerivativeKind
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear, Trig
 from fewstep.flow.preconditioning import (
@@ -25,10 +25,11 @@ from fewstep.flow.preconditioning import (
     LinearPreconditioning,
     TrigPreconditioning,
 )
-from fewstep.flow.times import LogNormalTimes, doubling_cells, edm_grid, falling_ratio, warm_up
+from fewstep.flow.times import LogNormalTimes, edm_grid
 from fewstep.networks import UNetConfig
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Tangent, eulerian_residual
+from fewstep.objectives.curricula import doubling_cells, falling_ratio, warm_up
 from fewstep.objectives.losses import normalised
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, OneTime, draws, small_batch
@@ -47,6 +48,7 @@ from tests.support.cases import (
     slope,
 )
 from tests.support.gradients import assert_anchored, expected_gradient, gradients
+from tests.support.objectives import made
 
 BARE = Tangent(normalise=False)
 some_pairs = pytest.mark.parametrize(
@@ -58,11 +60,11 @@ some_pairs = pytest.mark.parametrize(
 def test_the_bias_of_adjacent_points_falls_with_their_distance(path_name: str, name: str) -> None:
     """The expected gradient at the oracle is of order 1 in t - u; at a map of other data it stays."""
     path, preconditioning = pair(path_name, name)
-    ct = CT(OneTime(0.8), first=50, last=400, duration=400, norm="l2")
+    ct = made(CT, times=OneTime(0.8), first=50, last=400, duration=400, kind="l2")
     found = [expected_gradient(ct, path, preconditioning, images) for images in (0, 100, 200, 300)]
     assert slope([1 / 50, 1 / 100, 1 / 200, 1 / 400], found) == pytest.approx(1, abs=0.25)
     assert expected_gradient(ct, path, preconditioning, 300, shift=0.5) > 10 * found[-1]
-    ect = ECT(OneTime(0.8), stage_images=1, norm="l2", stages=20)
+    ect = made(ECT, times=OneTime(0.8), stage_images=1, kind="l2", stages=20)
     stages = (4, 5, 6, 7)
     found = [expected_gradient(ect, path, preconditioning, a) for a in stages]
     assert slope([2.0**-a for a in stages], found) == pytest.approx(1, abs=0.25)
@@ -72,7 +74,7 @@ def test_the_bias_of_adjacent_points_falls_with_their_distance(path_name: str, n
 @every_pair
 def test_scts_expected_gradient_is_zero_at_the_oracle(path_name: str, name: str) -> None:
     """Where the tangent is not normalised, which bends what the mean of the conditional velocity keeps straight."""
-    assert_anchored(SCT(LATE, BARE), path_name, name, moved=0.5)
+    assert_anchored(SCT(times=LATE, tangent=BARE), path_name, name, moved=0.5)
 
 
 @every_pair
@@ -82,9 +84,11 @@ def test_scds_error_is_zero_at_exact_maps(path_name: str, name: str, teachers_pa
     data, foreign = gaussian(), path if teachers_path == "own" else EDM(1e-6, 1e9)
     teacher = Companions(teacher=data.flow_map(foreign, EulerPreconditioning(foreign)))
     for tangent in (Tangent(), BARE):
-        losses = SCD(LATE, tangent)(data.flow_map(path, preconditioning), small_batch(64), teacher)
+        losses = SCD(times=LATE, tangent=tangent)(data.flow_map(path, preconditioning), small_batch(64), teacher)
         assert float(losses.loss.sqrt().max()) < 1e-7
-        wrong = SCD(LATE, tangent)(gaussian(1.2).flow_map(path, preconditioning), small_batch(64), teacher)
+        wrong = SCD(times=LATE, tangent=tangent)(
+            gaussian(1.2).flow_map(path, preconditioning), small_batch(64), teacher
+        )
         assert float(wrong.loss.sqrt().max()) > 1e-3
         assert torch.equal(losses.s, torch.full_like(losses.s, path.t_min))
 
@@ -95,9 +99,9 @@ def test_the_trig_tangent_is_the_published_one(images: int) -> None:
     path = Trig(SD)
     flow_map = FlowMap(path, TrigPreconditioning(), random_network(), scalings(path)["unit"])
     batch, tangent = replace(small_batch(), images=images), Tangent(warm_up_images=50)
-    t = SCT(LATE).times.quantile(path, batch.draws.uniform(11))
+    t = SCT(times=LATE).times.quantile(path, batch.draws.uniform(11))
     x, v = path.interpolate(batch.x0, batch.noise(), t), path.conditional_velocity(batch.x0, batch.noise(), t)
-    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, torch.zeros_like(t), Condition())
+    output, d_output = Derivative().along(flow_map, x, v, t, torch.zeros_like(t), Condition())
     cos, sin = torch.cos(t)[:, None], torch.sin(t)[:, None]
     g = -(cos**2) * (output - v) - min(1.0, images / 50) * cos * sin * (x + d_output)
     for each, expected in (
@@ -105,7 +109,7 @@ def test_the_trig_tangent_is_the_published_one(images: int) -> None:
         (replace(tangent, normalise=False), g),
     ):
         target = (output + expected).detach()
-        losses = SCT(LATE, each)(flow_map, batch)
+        losses = SCT(times=LATE, tangent=each)(flow_map, batch)
         close(losses.loss, (output - target).square().mean(1))
         grads = [gradients(loss.sum(), flow_map) for loss in (losses.loss, one_more(flow_map, x, t, target))]
         close(*grads)
@@ -121,12 +125,12 @@ def test_scds_gradient_flows_through_the_output_alone(path_name: str, name: str,
     flow_map, batch = random_map(path_name, name), small_batch()
     path, frozen = flow_map.path, copy.deepcopy(flow_map).requires_grad_(False)
     teacher = gaussian().flow_map(path, flow_map.preconditioning)
-    tangent = Tangent(normalise=False, derivative=derivative)
-    losses = SCD(LATE, tangent)(flow_map, batch, Companions(teacher=teacher))
+    tangent = made(Tangent, normalise=False, kind=derivative)
+    losses = SCD(times=LATE, tangent=tangent)(flow_map, batch, Companions(teacher=teacher))
     t, s = losses.t, losses.s
     x = path.interpolate(batch.x0, batch.noise(), t)
     v = teacher.velocity(x, t)
-    terms = OutputDerivative(derivative).along_flow(frozen, x, v, t, s, Condition())
+    terms = Derivative(derivative).along(frozen, x, v, t, s, Condition())
     residual = eulerian_residual(frozen, x, v, *terms, t, s)
     _, g, _, g_t = flow_map.preconditioning.derivatives(t, s)
     inside = flow_map.preconditioning.target_in_network
@@ -137,15 +141,15 @@ def test_scds_gradient_flows_through_the_output_alone(path_name: str, name: str,
 
 
 @some_pairs
-@pytest.mark.parametrize("objective", [CT(first=20), ECT(), CT(decay=0.9), ECT(decay=0.9)])
+@pytest.mark.parametrize("objective", [CT(first=20), ECT(), CT(target_decay=0.9), ECT(target_decay=0.9)])
 def test_the_target_of_adjacent_points_is_frozen(objective: CT | ECT, path_name: str, name: str) -> None:
     """Taken by the model's own weights, or by their slow average, from the same noise."""
     flow_map, batch = random_map(path_name, name), small_batch()
     frozen = copy.deepcopy(flow_map).requires_grad_(False)
     with torch.no_grad():
         for parameter in frozen.parameters():
-            parameter.mul_(1.0 if objective.decay is None else 1.1)
-    losses = objective(flow_map, batch, Companions(target=frozen))
+            parameter.mul_(1.0 if objective.target_decay is None else 1.1)
+    losses = objective(flow_map, batch, Companions(ema_target=frozen))
     t, u = objective.neighbours(flow_map.path, batch)
     s, eps = losses.s, batch.noise()
     x, x_u = flow_map.path.interpolate(batch.x0, eps, t), flow_map.path.interpolate(batch.x0, eps, u)
@@ -153,12 +157,11 @@ def test_the_target_of_adjacent_points_is_frozen(objective: CT | ECT, path_name:
     huber = (torch.sqrt(error.square().sum(1) + 0.03**2) - 0.03) / math.sqrt(3)
     close(losses.loss, huber / (t - u))
     close(gradients(losses.loss.sum(), flow_map), gradients((huber / (t - u)).sum(), flow_map))
-    assert objective.target_decay == objective.decay
 
 
 def test_missing_companions_are_named() -> None:
     flow_map, batch = random_map(), small_batch()
-    for objective in (CT(decay=0.9), ECT(decay=0.9)):
+    for objective in (CT(target_decay=0.9), ECT(target_decay=0.9)):
         with pytest.raises(ConfigError, match="average"):
             objective(flow_map, batch)
     assert SCD().needs_teacher
@@ -168,7 +171,7 @@ def test_missing_companions_are_named() -> None:
 
 @pytest.mark.parametrize("path_name", PATHS)
 def test_neighbours_are_neighbours_and_cover_the_grid(path_name: str) -> None:
-    path, objective = PATHS[path_name], CT(LogNormalTimes(-1.1, 2.0), first=6, last=24, duration=90)
+    path, objective = PATHS[path_name], CT(times=LogNormalTimes(-1.1, 2.0), first=6, last=24, duration=90)
     for images, cells in ((0, 6), (30, 12), (89, 24), (1000, 24)):
         batch = Batch(noise(20_000, 1), None, draws(20_000), images)
         t, u = objective.neighbours(path, batch)
@@ -184,7 +187,7 @@ def test_neighbours_are_neighbours_and_cover_the_grid(path_name: str) -> None:
 def test_at_t_min_easy_consistency_has_no_loss_and_no_trap() -> None:
     """A draw held at t_min has no point below it: the loss is 0 and the gradient finite."""
     flow_map, batch = random_map("edm", "euler"), small_batch()
-    losses = ECT(LogNormalTimes(-20.0, 0.1))(flow_map, batch)
+    losses = ECT(times=LogNormalTimes(-20.0, 0.1))(flow_map, batch)
     assert bool((losses.t == EDM().t_min).all())
     assert float(losses.loss.abs().max().detach()) == 0
     assert bool(gradients(losses.loss.sum(), flow_map).isfinite().all())
@@ -199,7 +202,7 @@ def test_both_points_see_the_same_dropout() -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
     flow_map = FlowMap(EDM(), EulerPreconditioning(), network.double(), scalings(EDM())["edm"]).train()
     batch = Batch(noise(8, 1, 4, 4), None, draws(8))
-    close_by = CT(OneTime(1.0), first=20_000, last=20_000, norm="l2")
+    close_by = made(CT, times=OneTime(1.0), first=20_000, last=20_000, kind="l2")
     values = [float(close_by(flow_map, batch).logs["consistency"].mean().sqrt()) for _ in range(2)]
     assert max(values) < 1e-2
     assert values[0] != values[1]
@@ -283,13 +286,13 @@ def test_bcm_and_euler_with_edms_scaling_are_one_objective() -> None:
     [
         lambda: CT(first=0),
         lambda: CT(last=5),
-        lambda: CT(decay=1.0),
+        lambda: CT(target_decay=1.0),
         lambda: ECT(q=1),
         lambda: ECT(stages=0),
-        lambda: ECT(dropout=2.0),
+        lambda: ECT(label_dropout=2.0),
         lambda: Tangent(constant=0.0),
         lambda: Tangent(warm_up_images=-1),
-        lambda: SCT(dropout=-0.5),
+        lambda: SCT(label_dropout=-0.5),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any) -> None:

@@ -24,9 +24,10 @@ from fewstep.utils.random import Draws
 from tests.support.batches import draws
 from tests.support.cases import F64, Callback, close, noise
 from tests.support.degeneracy import SELF_DISTILLED, SETTINGS, G, case
+from tests.support.objectives import made
 
-OBJECTIVES = SELF_DISTILLED | {"MeanFlow": MeanFlow(**SETTINGS)}
-SHORTCUT = Shortcut(steps=8, bootstrap=1.0, decay=None, dropout=0.0)
+OBJECTIVES = SELF_DISTILLED | {"MeanFlow": made(MeanFlow, **SETTINGS)}
+SHORTCUT = Shortcut(steps=8, bootstrap=1.0, target_decay=None, label_dropout=0.0)
 
 
 def zeros(family: Any) -> Tensor:
@@ -80,7 +81,7 @@ def test_the_flow_map_of_any_velocity_has_no_residual(
         scale = 1 + float(flow_map.velocity(x0, torch.full((32,), 0.5, dtype=F64)).detach().square().mean())
         assert float(loss.detach().max()) < 1e-16 * scale
         assert float(torch.autograd.grad(loss.sum(), velocity)[0].norm()) < 1e-6 * scale
-    anchor = ISD(**SETTINGS)(flow_map, Batch(4 + noise(256, 1), None, draws(256))).terms["anchor"].mean()
+    anchor = made(ISD, **SETTINGS)(flow_map, Batch(4 + noise(256, 1), None, draws(256))).terms["anchor"].mean()
     assert float(torch.autograd.grad(anchor, velocity)[0].norm()) > 1e-2
 
 

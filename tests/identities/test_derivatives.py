@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.flow.derivatives import (
     MIN_STEP,
-    OutputDerivative,
+    Derivative,
     exact_derivative,
     finite_derivative,
     finite_difference_nodes,
@@ -139,8 +139,8 @@ def test_step_follows_a_logarithmic_network_clock(path: Path) -> None:
     t = path.time_from_tau(torch.tensor([0.005, 0.02, 0.5], dtype=F64))
     s = torch.full_like(t, path.t_min)
     x, v = noise(3, 3, seed=0), noise(3, 3, seed=1)
-    found = OutputDerivative("finite-difference").along_flow(flow_map, x, v, t, s, Condition())[1]
-    exact = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())[1]
+    found = Derivative("finite-difference").along(flow_map, x, v, t, s, Condition())[1]
+    exact = Derivative().along(flow_map, x, v, t, s, Condition())[1]
     assert float((found - exact).norm() / exact.norm()) < 1e-2
 
 
@@ -161,16 +161,16 @@ def derivative_errors(path_name: str, name: str, unit: float, share: float, step
     x, data = path.interpolate(SD * noise(4, 3), noise(4, 3, seed=1), t), gaussian()
     flow_map, v = data.flow_map(path, preconditioning), data.velocity(path, x, t)
 
-    def both(derivative: OutputDerivative) -> list[tuple[Tensor, Tensor]]:
+    def both(derivative: Derivative) -> list[tuple[Tensor, Tensor]]:
         return [
-            derivative.along_flow(flow_map, x, v, t, s, Condition()),
+            derivative.along(flow_map, x, v, t, s, Condition()),
             derivative.at_end(flow_map, x, t, s, Condition()),
         ]
 
-    found = [both(OutputDerivative("finite-difference", step)) for step in steps]
+    found = [both(Derivative("finite-difference", step)) for step in steps]
     return [
         [float((each[i][1] - exact).norm() / torch.maximum(exact.norm(), output.norm())) for each in found]
-        for i, (output, exact) in enumerate(both(OutputDerivative()))
+        for i, (output, exact) in enumerate(both(Derivative()))
     ]
 
 
@@ -178,7 +178,7 @@ def derivative_errors(path_name: str, name: str, unit: float, share: float, step
 @pytest.mark.parametrize(("path_name", "name"), PAIRS)
 def test_the_default_step_is_small_at_both_ends_of_every_path(path_name: str, name: str, unit: float) -> None:
     """On VP near data sigma grows as sqrt(t): a step of 0.005 at t = 0.002 would leave an error of a tenth."""
-    step = OutputDerivative().step
+    step = Derivative().step
     for errors in derivative_errors(path_name, name, unit, 0.5, [step]):
         assert errors[0] < (1e-5 if path_name == "vp" else 2e-4)
 
@@ -198,8 +198,8 @@ def test_a_difference_under_bf16_is_taken_in_full_precision() -> None:
     flow_map = FlowMap(Linear(), LinearPreconditioning(), random_network().float())
     t, s = torch.tensor([0.3, 0.5, 0.9], dtype=F64), torch.tensor([0.1, 0.2, 0.899], dtype=F64)
     x, v = noise(3, 3, seed=0).float(), noise(3, 3, seed=1).float()
-    exact = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())[1]
+    exact = Derivative().along(flow_map, x, v, t, s, Condition())[1]
     with torch.autocast("cpu", torch.bfloat16):
-        output, found = OutputDerivative("finite-difference").along_flow(flow_map, x, v, t, s, Condition())
+        output, found = Derivative("finite-difference").along(flow_map, x, v, t, s, Condition())
     assert output.requires_grad
     assert float((found - exact).norm() / exact.norm()) < 2e-2

@@ -18,6 +18,7 @@ from fewstep.objectives.losses import gradient_balance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from tests.support.cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
+from tests.support.objectives import changed, made
 from tests.support.statistics import wavy
 
 COUNT = 64
@@ -33,7 +34,7 @@ def exact_case(path_name: str, name: str = "euler") -> tuple[FlowMap, Companions
     path = PATHS[path_name]
     kinds = preconditionings(path) | {"analytic": AnalyticPreconditioning(wavy(), "backward", path)}
     exact = gaussian().flow_map(path, kinds[name])
-    return exact, Companions(teacher=exact, target=exact)
+    return exact, Companions(teacher=exact, ema_target=exact)
 
 
 def student_case(seed: int = 0) -> tuple[FlowMap, FlowMap, Companions]:
@@ -42,10 +43,12 @@ def student_case(seed: int = 0) -> tuple[FlowMap, FlowMap, Companions]:
     maps = [FlowMap(EDM(), EulerPreconditioning(), random_network(), EDMScaling(SD)) for _ in range(2)]
     teacher = gaussian().flow_map(EDM(), EulerPreconditioning())
     maps[1].requires_grad_(False)
-    return maps[0], maps[1], Companions(teacher=teacher, target=maps[1])
+    return maps[0], maps[1], Companions(teacher=teacher, ema_target=maps[1])
 
 
-@pytest.mark.parametrize("objective", [CD(), MOVED, replace(MOVED, to_end=True)], ids=["cd", "ctm", "ctm to the end"])
+@pytest.mark.parametrize(
+    "objective", [CD(), MOVED, changed(MOVED, endpoint_only=True)], ids=["cd", "ctm", "ctm to the end"]
+)
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
 @pytest.mark.parametrize(
     ("path_name", "name"),
@@ -79,7 +82,7 @@ def test_the_residual_falls_at_exact_maps_as_the_solver_does(
 @pytest.mark.parametrize("longest", [0, 3])
 def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) -> None:
     steps = TeacherSteps(points=7, u=u, longest=longest)  # type: ignore[arg-type]
-    n, k, j = steps.draw(batch(20_000), to_end=False)
+    n, k, j = steps.draw(batch(20_000), endpoint_only=False)
     assert bool(((n < k) & (k <= j) & (n >= 0) & (j <= 6)).all())
     assert sorted(set(n.tolist())) == list(range(6))
     assert {(a, b) for a, b in zip(n.tolist(), j.tolist(), strict=True)} == {
@@ -87,7 +90,7 @@ def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) 
     }
     longest_seen = int((k - n).max())
     assert longest_seen == (1 if u == "adjacent" else longest or 6)
-    assert bool((steps.draw(batch(50), to_end=True)[2] == 6).all())
+    assert bool((steps.draw(batch(50), endpoint_only=True)[2] == 6).all())
     counts = torch.bincount(n, minlength=6).double()
     assert float((counts - 20_000 / 6).abs().max()) < 5 * (20_000 / 6) ** 0.5
 
@@ -154,7 +157,7 @@ def test_a_labelled_teacher_sees_each_samples_own_label(solver: str) -> None:
     teacher = FlowMap(EDM(), EulerPreconditioning(), network, EDMScaling(SD)).requires_grad_(False)
     labels = torch.arange(COUNT) % 4
     data, steps = batch(labels=labels), TeacherSteps(points=9, solver=solver)  # type: ignore[arg-type]
-    n, k, _ = steps.draw(data, to_end=False)
+    n, k, _ = steps.draw(data, endpoint_only=False)
     x = 5 * noise(COUNT, 3)
     together = steps.walk(teacher, x, n, k, Condition(labels), teacher)
     alone = [steps.walk(teacher, x[[i]], n[[i]], k[[i]], Condition(labels[[i]]), teacher) for i in range(COUNT)]
@@ -165,7 +168,7 @@ def test_a_teacher_on_another_path_gives_the_same_walk() -> None:
     """math.md §3.5: y = x/alpha at noise level tau."""
     data = gaussian()
     steps = TeacherSteps(points=9)
-    n, k, _ = steps.draw(batch(), to_end=False)
+    n, k, _ = steps.draw(batch(), endpoint_only=False)
     x = 5 * noise(COUNT, 3)
     path = EDM(0.02, 80.0)  # all of it within the other paths' ranges
     own = data.flow_map(path, EulerPreconditioning(path))
@@ -185,13 +188,13 @@ def test_jump_where_apart_leaves_the_others_and_does_not_evaluate_them() -> None
     assert jump_where_apart(student, x, t, t, Condition()) is x
 
 
-@pytest.mark.parametrize("objective", [CD(), CTM(), CTM(distance="features")], ids=["cd", "ctm", "features"])
+@pytest.mark.parametrize("objective", [CD(), CTM(), made(CTM, kind="features")], ids=["cd", "ctm", "features"])
 def test_missing_companions_are_named(objective: Objective) -> None:
     student, slow, companions = student_case()
     with pytest.raises(ConfigError, match="average"):
         objective(student, batch(), Companions(teacher=companions.teacher))
     with pytest.raises(ConfigError, match="--teacher"):
-        objective(student, batch(), Companions(target=slow))
+        objective(student, batch(), Companions(ema_target=slow))
     if objective.measures_features:
         with pytest.raises(ConfigError, match="extractor"):
             objective(student, batch(), companions)
@@ -199,11 +202,10 @@ def test_missing_companions_are_named(objective: Objective) -> None:
 
 def test_a_distance_of_features_is_the_distance_between_features() -> None:
     student, slow, companions = student_case()
-    seen = replace(companions, features=lambda x: torch.cat([2 * x, 2 * x], 1))
-    plain = replace(MOVED, distance="l2")(student, batch(), companions)
-    featured = replace(MOVED, distance="features")(student, batch(), seen)
+    seen = Companions(companions.teacher, slow, lambda x: torch.cat([2 * x, 2 * x], 1))
+    plain = changed(MOVED, kind="l2")(student, batch(), companions)
+    featured = changed(MOVED, kind="features")(student, batch(), seen)
     close(featured.loss, 4 * plain.loss)
-    assert slow is companions.target
 
 
 @pytest.mark.parametrize("wrong", [{"points": 1}, {"longest": -1}])
@@ -212,7 +214,9 @@ def test_a_teachers_grid_refuses_nonsense(wrong: dict[str, int]) -> None:
         TeacherSteps(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [lambda: CD(decay=1.0), lambda: CTM(decay=-0.1), lambda: CTM(denoising=-1.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: CD(target_decay=1.0), lambda: CTM(target_decay=-0.1), lambda: CTM(denoising=-1.0)]
+)
 def test_objectives_refuse_nonsense(make: type[CTM]) -> None:
     with pytest.raises(ConfigError):
         make()

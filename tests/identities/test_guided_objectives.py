@@ -36,20 +36,21 @@ from fewstep.objectives import (
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import draws, labelled_batch, part
 from tests.support.cases import F64, Callback, close, labelled_map, noise, random_network, scalings
+from tests.support.objectives import changed, made
 
 COUNT = 40_000
 SPREAD = 0.5
 CENTRES, NULL = torch.tensor([[-1.0], [0.8]], dtype=F64), 0.2
 GUIDANCE: dict[str, TrainingGuidance] = {"fixed": FixedGuidance(2.0), "drawn": DrawnGuidance(4.0, full=1.0)}
 GUIDED: dict[str, Any] = {
-    "meanflow": MeanFlow(diagonal=0.0, power=0.0, dropout=0.0),
-    "meanflow's diagonal": MeanFlow(diagonal=1.0, power=0.0, dropout=0.0),
-    "esd": ESD(diagonal=0.0, dropout=0.0),
-    "isd": ISD(diagonal=0.0, power=0.0, dropout=0.0),
-    "isd's diagonal": ISD(diagonal=1.0, power=0.0, dropout=0.0),
-    "lsd": LSD(diagonal=1.0, dropout=0.0),
-    "psd": PSD(diagonal=1.0, dropout=0.0),
-    "shortcut": Shortcut(bootstrap=0.0, decay=None, dropout=0.0),
+    "meanflow": made(MeanFlow, flow_matching_ratio=0.0, weight_power=0.0, label_dropout=0.0),
+    "meanflow's diagonal": made(MeanFlow, flow_matching_ratio=1.0, weight_power=0.0, label_dropout=0.0),
+    "esd": made(ESD, flow_matching_ratio=0.0, label_dropout=0.0),
+    "isd": made(ISD, flow_matching_ratio=0.0, weight_power=0.0, label_dropout=0.0),
+    "isd's diagonal": made(ISD, flow_matching_ratio=1.0, weight_power=0.0, label_dropout=0.0),
+    "lsd": made(LSD, flow_matching_ratio=1.0, label_dropout=0.0),
+    "psd": made(PSD, flow_matching_ratio=1.0, label_dropout=0.0),
+    "shortcut": Shortcut(bootstrap=0.0, target_decay=None, label_dropout=0.0),
     "scd": SCD(tangent=Tangent(normalise=False)),
 }
 
@@ -118,19 +119,19 @@ def test_drawn_guidance_needs_a_network_that_takes_it(name: str) -> None:
 
 
 ALL: list[Any] = [
-    MeanFlow(diagonal=0.5),
-    MeanFlow(diagonal=0.25, guidance=FixedGuidance(2.0, 0.2, 0.9), derivative="finite-difference"),
-    ESD(diagonal=0.5, guidance=DrawnGuidance()),
-    LSD(diagonal=0.5, guidance=DrawnGuidance(), dropout=0.4),
-    LSD(diagonal=0.25, derivative="finite-difference", norm="pseudo-huber"),
-    PSD("midpoint", diagonal=0.5, guidance=FixedGuidance(2.0)),
-    PSD("uniform", diagonal=0.5, guidance=DrawnGuidance(), power=1.0),
+    made(MeanFlow, flow_matching_ratio=0.5),
+    made(MeanFlow, flow_matching_ratio=0.25, guidance=FixedGuidance(2.0, 0.2, 0.9), kind="finite-difference"),
+    made(ESD, flow_matching_ratio=0.5, guidance=DrawnGuidance()),
+    made(LSD, flow_matching_ratio=0.5, guidance=DrawnGuidance(), label_dropout=0.4),
+    made(LSD, flow_matching_ratio=0.25, kind="finite-difference", norm="pseudo-huber"),
+    made(PSD, u="midpoint", flow_matching_ratio=0.5, guidance=FixedGuidance(2.0)),
+    made(PSD, u="uniform", flow_matching_ratio=0.5, guidance=DrawnGuidance(), weight_power=1.0),
     Shortcut(bootstrap=0.5, guidance=FixedGuidance(2.0)),
-    Shortcut(bootstrap=0.5, guidance=DrawnGuidance(), decay=None),
-    CT(dropout=0.3),
-    ECT(dropout=0.3),
-    SCT(dropout=0.3),
-    SCD(guidance=DrawnGuidance(), dropout=0.3),
+    Shortcut(bootstrap=0.5, guidance=DrawnGuidance(), target_decay=None),
+    CT(label_dropout=0.3),
+    ECT(label_dropout=0.3),
+    SCT(label_dropout=0.3),
+    SCD(guidance=DrawnGuidance(), label_dropout=0.3),
     SCD(guidance=FixedGuidance(3.0)),
 ]
 
@@ -138,7 +139,7 @@ ALL: list[Any] = [
 @pytest.mark.parametrize("objective", ALL, ids=str)
 def test_losses_do_not_depend_on_how_a_batch_is_split(objective: Objective) -> None:
     flow_map, batch = labelled_map(objective.guided), replace(labelled_batch(), images=5000)
-    companions = Companions(teacher=labelled_map(), target=labelled_map(objective.guided))
+    companions = Companions(teacher=labelled_map(), ema_target=labelled_map(objective.guided))
     whole = objective(flow_map, batch, companions)
     assert bool((whole.loss > 0).all())
     for index in (torch.arange(4), torch.arange(4, 8), torch.tensor([6, 1, 3])):
@@ -151,7 +152,7 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(objective: Objective) -> N
 @pytest.mark.parametrize("objective", ALL, ids=str)
 def test_labels_are_dropped_with_the_objectives_probability(objective: Any) -> None:
     """Every evaluation with a graph sees the batch's labels with the same ones dropped."""
-    dropping, seen = replace(objective, dropout=0.4, **unguided(objective)), []
+    dropping, seen = changed(objective, label_dropout=0.4, **unguided(objective)), []
     network = random_network((2,), 3)
 
     def output(x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
@@ -160,7 +161,7 @@ def test_labels_are_dropped_with_the_objectives_probability(objective: Any) -> N
 
     flow_map = FlowMap(Linear(), LinearPreconditioning(), Callback(output), scalings(Linear())["unit"])
     batch = labelled_batch(400)
-    dropping(flow_map, batch, Companions(teacher=labelled_map(), target=labelled_map()))
+    dropping(flow_map, batch, Companions(teacher=labelled_map(), ema_target=labelled_map()))
     expected = drop_labels(batch.labels, 0.4, batch.draws)  # type: ignore[arg-type]
     share = float((expected == NULL_LABEL).double().mean())
     assert share == pytest.approx(0.4, abs=0.08)

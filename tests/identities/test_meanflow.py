@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 
-from fewstep.flow.derivatives import DerivativeKind, OutputDerivative
+from fewstep.flow.derivatives import Derivative, DerivativeKind
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning import LinearPreconditioning
@@ -29,30 +28,31 @@ from tests.support.cases import (
     random_network,
 )
 from tests.support.gradients import assert_anchored, gradients
+from tests.support.objectives import changed, made
 
-PLAIN = MeanFlow(UniformTimes(), diagonal=0.0, power=0.0, dropout=0.0)
-BARE = ESD(diagonal=0.0, dropout=0.0)
+PLAIN = made(MeanFlow, times=UniformTimes(), flow_matching_ratio=0.0, weight_power=0.0, label_dropout=0.0)
+BARE = made(ESD, flow_matching_ratio=0.0, label_dropout=0.0)
 
 
 @every_pair
 def test_meanflows_expected_gradient_is_zero_at_the_oracle(path_name: str, name: str) -> None:
     """The residual is linear in the conditional velocity, whose mean given x_t is the true one."""
-    assert_anchored(replace(PLAIN, times=LATE), path_name, name, moved=0.5)
+    assert_anchored(changed(PLAIN, times=LATE), path_name, name, moved=0.5)
 
 
 def test_meanflow_on_the_diagonal_is_flow_matching() -> None:
     """The two branches agree where they meet: N - N_target at s = t, in units of g_s, is v - v*."""
     for path_name, name in (("linear", "linear"), ("trig", "trig"), ("edm", "euler"), ("vp", "bcm")):
         flow_map, batch = random_map(path_name, name), small_batch()
-        t = replace(PLAIN, diagonal=1.0)(flow_map, batch).t
-        matched = replace(PLAIN, diagonal=1.0)(flow_map, batch).loss
-        limit = PLAIN.compare(flow_map, batch, t, t).error.square().mean(1)
+        t = changed(PLAIN, flow_matching_ratio=1.0)(flow_map, batch).t
+        matched = changed(PLAIN, flow_matching_ratio=1.0)(flow_map, batch).loss
+        limit = PLAIN.off_diagonal(flow_map, batch, t, t).error.square().mean(1)
         close(matched, limit, rtol=1e-6)
         close(gradients(matched.sum(), flow_map), gradients(limit.sum(), flow_map), rtol=1e-6, atol=1e-7)
 
 
 def test_meanflow_takes_the_share_of_the_diagonal() -> None:
-    losses = MeanFlow(power=0.0)(random_map(), small_batch())
+    losses = made(MeanFlow, weight_power=0.0)(random_map(), small_batch())
     on = losses.t == losses.s
     assert int(on.sum()) == 12
     close(losses.loss[on].detach(), losses.logs["anchor"])
@@ -67,10 +67,10 @@ def test_meanflows_gradient_flows_through_the_output_alone(
     """That of |c (N - sg N) + R|^2 with R of frozen weights, c = 1 or, for a step in the map, -g/(t - s)."""
     flow_map, batch = random_map(path_name, name), small_batch()
     frozen = copy.deepcopy(flow_map).requires_grad_(False)
-    losses = replace(PLAIN, derivative=derivative)(flow_map, batch)
+    losses = changed(PLAIN, kind=derivative)(flow_map, batch)
     t, s, eps = losses.t, losses.s, batch.noise()
     x, v = flow_map.path.interpolate(batch.x0, eps, t), flow_map.path.conditional_velocity(batch.x0, eps, t)
-    terms = OutputDerivative(derivative).along_flow(frozen, x, v, t, s, Condition())
+    terms = Derivative(derivative).along(frozen, x, v, t, s, Condition())
     residual = eulerian_residual(frozen, x, v, *terms, t, s)
     in_network = flow_map.preconditioning.target_in_network
     slope = torch.ones_like(t) if in_network else -flow_map.preconditioning.coefficients(t, s)[1] / (t - s)
@@ -81,7 +81,10 @@ def test_meanflows_gradient_flows_through_the_output_alone(
 
 def test_meanflows_weight_has_no_gradient() -> None:
     flow_map, batch = random_map(), small_batch()
-    plain, weighted = PLAIN(flow_map, batch).loss, replace(PLAIN, power=0.5, offset=0.001)(flow_map, batch).loss
+    plain, weighted = (
+        PLAIN(flow_map, batch).loss,
+        changed(PLAIN, weight_power=0.5, weight_eps=0.001)(flow_map, batch).loss,
+    )
     weight = (plain.detach() + 0.001) ** -0.5
     close(weighted, weight * plain)
     close(gradients(weighted.sum(), flow_map), gradients((weight * plain).sum(), flow_map))
@@ -98,7 +101,7 @@ def test_esds_residual_is_zero_at_exact_maps(path_name: str, name: str) -> None:
 
 @pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("edm", "euler")])
 def test_esds_anchors_expected_gradient_is_zero_at_the_oracle(path_name: str, name: str) -> None:
-    assert_anchored(replace(BARE, times=LATE, diagonal=1.0), path_name, name, moved=0.5)
+    assert_anchored(changed(BARE, times=LATE, flow_matching_ratio=1.0), path_name, name, moved=0.5)
 
 
 def slope_along(objective: Objective, flow_map: FlowMap, batch: Batch, h: float = 1e-5) -> tuple[float, float]:
@@ -120,7 +123,7 @@ def slope_along(objective: Objective, flow_map: FlowMap, batch: Batch, h: float 
 @pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("trig", "trig"), ("edm", "euler")])
 def test_esds_gradient_is_that_of_the_whole_loss(path_name: str, name: str, derivative: DerivativeKind) -> None:
     """Nothing is detached: reverse mode over the JVP agrees with differences of the loss itself."""
-    objective = replace(BARE, derivative=derivative, diagonal=0.25)
+    objective = changed(BARE, kind=derivative, flow_matching_ratio=0.25)
     got, expected = slope_along(objective, random_map(path_name, name), small_batch())
     assert got == pytest.approx(expected, rel=1e-5)
 
@@ -128,7 +131,7 @@ def test_esds_gradient_is_that_of_the_whole_loss(path_name: str, name: str, deri
 def test_esds_finite_difference_agrees_with_the_exact_derivative() -> None:
     flow_map, batch = random_map(), small_batch()
     kinds: list[DerivativeKind] = ["exact", "finite-difference"]
-    exact, finite = (replace(BARE, derivative=kind)(flow_map, batch).loss for kind in kinds)
+    exact, finite = (changed(BARE, kind=kind)(flow_map, batch).loss for kind in kinds)
     close(exact, finite, rtol=1e-3, atol=1e-4)
     exact, finite = (gradients(loss.sum(), flow_map) for loss in (exact, finite))
     assert float((exact - finite).norm()) < 1e-2 * float(exact.norm())
@@ -142,7 +145,7 @@ NETWORKS: dict[str, NetworkConfig] = {
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("objective", [BARE, LSD(diagonal=0.0, dropout=0.0)], ids=["esd", "lsd"])
+@pytest.mark.parametrize("objective", [BARE, made(LSD, flow_matching_ratio=0.0, label_dropout=0.0)], ids=["esd", "lsd"])
 def test_reverse_mode_over_forward_mode_passes_every_layer(objective: Objective, network: str) -> None:
     """ESD by differences of the loss; LSD, part of which is frozen, by the finite difference's gradient."""
     built = NETWORKS[network].build((1, 8, 8), 0, False).double()
@@ -157,7 +160,7 @@ def test_reverse_mode_over_forward_mode_passes_every_layer(objective: Objective,
         assert got == pytest.approx(expected, rel=1e-4)
         return
     exact, finite = (
-        gradients(replace(objective, derivative=kind)(flow_map, batch).loss.sum(), flow_map)  # type: ignore[call-arg]
+        gradients(changed(objective, kind=kind)(flow_map, batch).loss.sum(), flow_map)  # type: ignore[call-arg]
         for kind in ("exact", "finite-difference")
     )
     assert float(exact.norm()) > 1e-3
@@ -165,10 +168,12 @@ def test_reverse_mode_over_forward_mode_passes_every_layer(objective: Objective,
 
 
 @pytest.mark.parametrize("make", [MeanFlow, ESD, LSD])
-@pytest.mark.parametrize("wrong", [{"diagonal": 1.5}, {"step": 0.0}, {"offset": 0.0}, {"dropout": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"flow_matching_ratio": 1.5}, {"step": 0.0}, {"weight_eps": 0.0}, {"label_dropout": -0.1}]
+)
 def test_settings_out_of_range_are_refused(make: type[MeanFlow], wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        make(**wrong)  # type: ignore[arg-type]
+        made(make, **wrong)
 
 
 def test_times_are_of_the_paths_clock_in_float32_too() -> None:

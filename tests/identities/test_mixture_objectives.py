@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.closed_form import MixtureData
-from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.ode import reference_solution
 from fewstep.flow.paths import Linear, Path
@@ -22,6 +22,7 @@ from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, Objective, eulerian_residual
 from tests.support.batches import draws
 from tests.support.cases import F64, Callback, mixture, noise, pair, slope
+from tests.support.objectives import made
 
 COUNT, STEPS = 32, 40
 TOLERANCE = 2e-5
@@ -37,8 +38,8 @@ class Interior(TimeDistribution):
         return path.time_from_tau(0.05 * 400**u)
 
 
-BARE: dict[str, Any] = {"times": Interior(), "diagonal": 0.0, "dropout": 0.0, "power": 0.0}
-OBJECTIVES: dict[str, Any] = {"isd": ISD(**BARE), "esd": ESD(**BARE), "lsd": LSD(**BARE), "psd": PSD(**BARE)}
+BARE: dict[str, Any] = {"times": Interior(), "flow_matching_ratio": 0.0, "label_dropout": 0.0, "weight_power": 0.0}
+OBJECTIVES: dict[str, Any] = {kind.__name__.lower(): made(kind, **BARE) for kind in (ISD, ESD, LSD, PSD)}
 CASES = [
     *(("isd", each) for each in (("linear", "linear"), ("trig", "trig"), ("edm", "euler"), ("vp", "bcm"))),
     ("esd", ("linear", "linear")),
@@ -95,14 +96,14 @@ def test_the_spatial_part_of_the_derivative_counts_at_a_curved_map() -> None:
     x = path.interpolate(batch().x0, batch().noise(), t)
     v = flow_map.velocity(x, t)
 
-    def size(v: Tensor, along: Tensor, derivative: OutputDerivative) -> float:
-        terms = derivative.along_flow(flow_map, x, along, t, s, Condition())
+    def size(v: Tensor, along: Tensor, derivative: Derivative) -> float:
+        terms = derivative.along(flow_map, x, along, t, s, Condition())
         return float(eulerian_residual(flow_map, x, v, *terms, t, s).abs().max())
 
-    assert size(v, v, OutputDerivative()) < TOLERANCE
-    assert size(v, 0 * v, OutputDerivative()) > 0.1
+    assert size(v, v, Derivative()) < TOLERANCE
+    assert size(v, 0 * v, Derivative()) > 0.1
     steps = [0.02, 0.01]
-    found = [size(v, v, OutputDerivative("finite-difference", step)) for step in steps]
+    found = [size(v, v, Derivative("finite-difference", step)) for step in steps]
     assert found[-1] < 1e-3
     assert slope(steps, found) == pytest.approx(2, abs=0.25)
     ends = flow_map.jump(x, t, s)

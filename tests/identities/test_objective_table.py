@@ -17,7 +17,6 @@ from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import (
-    CATALOGUE,
     CD,
     CT,
     CTM,
@@ -28,6 +27,7 @@ from fewstep.objectives import (
     PSD,
     SCD,
     SCT,
+    TABLE,
     Batch,
     Companions,
     DiagonalMatching,
@@ -41,30 +41,31 @@ from fewstep.objectives import (
 )
 from fewstep.utils.random import Draws
 from tests.support.cases import SD, Callback, noise
+from tests.support.objectives import made
 
 EXAMPLES: dict[str, Objective] = {
     "flow matching, denoising": DiagonalMatching(),
     "regression": Regression(),
     "CD": CD(),
-    "CTM": CTM(TeacherSteps(u="adjacent"), balance=False, sigma_data=0.5),
+    "CTM": CTM(steps=TeacherSteps(u="adjacent"), balance=False, sigma_data=0.5),
     "CT": CT(),
     "ECT": ECT(),
     "sCT": SCT(),
     "sCD": SCD(),
-    "MeanFlow": MeanFlow(diagonal=0.0),
+    "MeanFlow": made(MeanFlow, flow_matching_ratio=0.0),
     "iSD": ISD(),
-    "iSD-T": ISD(guidance=FixedGuidance(2.0), dropout=0.0),
-    "ESD": ESD(diagonal=0.0),
-    "LSD": LSD(diagonal=0.0),
-    "PSD": PSD(diagonal=0.0),
+    "iSD-T": ISD(guidance=FixedGuidance(2.0), label_dropout=0.0),
+    "ESD": made(ESD, flow_matching_ratio=0.0),
+    "LSD": made(LSD, flow_matching_ratio=0.0),
+    "PSD": made(PSD, flow_matching_ratio=0.0),
     "shortcut": Shortcut(bootstrap=1.0),
 }
 FINITE = {
-    "sCT": (SCT(tangent=Tangent(derivative="finite-difference")), 1, 2),
-    "MeanFlow": (MeanFlow(diagonal=0.0, derivative="finite-difference"), 1, 2),
-    "iSD": (ISD(derivative="finite-difference"), 2, 2),
-    "ESD": (ESD(diagonal=0.0, derivative="finite-difference"), 4, 0),
-    "LSD": (LSD(diagonal=0.0, derivative="finite-difference"), 3, 1),
+    "sCT": (SCT(tangent=made(Tangent, kind="finite-difference")), 1, 2),
+    "MeanFlow": (made(MeanFlow, flow_matching_ratio=0.0, kind="finite-difference"), 1, 2),
+    "iSD": (made(ISD, kind="finite-difference"), 2, 2),
+    "ESD": (made(ESD, flow_matching_ratio=0.0, kind="finite-difference"), 4, 0),
+    "LSD": (made(LSD, flow_matching_ratio=0.0, kind="finite-difference"), 3, 1),
 }
 """Forward and frozen evaluations with a finite difference."""
 
@@ -92,7 +93,7 @@ def measured(objective: Objective, index: int) -> dict[str, int]:
     """Evaluations of one sample; a cosine leaves one node in the graph, and its tangent, a sine, another."""
     count = Count()
     student, average = count.map(count.student, trained=True), count.map(count.student, trained=False)
-    companions = Companions(teacher=count.map(count.teacher, trained=False), target=average)
+    companions = Companions(teacher=count.map(count.teacher, trained=False), ema_target=average)
     batch = Batch(SD * noise(1, 2, seed=index), torch.tensor([1]), Draws(0, 3, torch.tensor([index])))
     loss = objective(student, batch, companions).loss.sum()
     found = {name: count.student[name] for name in ("forward", "frozen", "tangents")}
@@ -112,7 +113,7 @@ def passed_back(loss: Tensor) -> int:
     return found
 
 
-@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
 def test_counts_are_those_measured(entry: Entry) -> None:
     """The most that a sample costs: one whose jump ends where the next begins costs less."""
     objective = EXAMPLES[entry.name]
@@ -133,7 +134,7 @@ def test_a_finite_difference_costs_two_evaluations_more(objective: Objective, fo
 def test_guidance_costs_one_frozen_evaluation_more(kind: type[MeanFlow]) -> None:
     """Of a sample that has the anchor; of one that has a distillation alone, only where its target is the data's."""
     plain, guided = (
-        measured(kind(diagonal=1.0, dropout=0.0, **settings), 0)  # type: ignore[arg-type]
+        measured(made(kind, flow_matching_ratio=1.0, label_dropout=0.0, **settings), 0)
         for settings in ({}, {"guidance": FixedGuidance(2.0)})
     )
     assert guided == plain | {"frozen": plain["frozen"] + 1}
@@ -145,6 +146,6 @@ def test_every_objective_has_a_row_of_its_own() -> None:
         for value in vars(fewstep.objectives).values()
         if isinstance(value, type) and issubclass(value, Objective) and value is not Objective
     }
-    assert {entry.objective for entry in CATALOGUE} == exported
-    assert len({entry.name for entry in CATALOGUE}) == len(CATALOGUE)
-    assert set(EXAMPLES) == {entry.name for entry in CATALOGUE}
+    assert {entry.objective for entry in TABLE} == exported
+    assert len({entry.name for entry in TABLE}) == len(TABLE)
+    assert set(EXAMPLES) == {entry.name for entry in TABLE}

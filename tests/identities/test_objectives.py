@@ -32,12 +32,12 @@ from fewstep.objectives import (
     DiagonalMatching,
     MeanFlow,
     Objective,
+    Pairs,
     Shortcut,
     Tangent,
 )
-from fewstep.objectives.base import STREAM_S, STREAM_T
+from fewstep.objectives.base import STREAM_S, STREAM_T, is_diagonal
 from fewstep.objectives.losses import adaptive_weight, error_norm
-from fewstep.objectives.pairs import draw_pair, is_diagonal
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, draws, labelled_batch, part
@@ -55,12 +55,13 @@ from tests.support.cases import (
     scalings,
 )
 from tests.support.gradients import COUNT, assert_anchored, z_scores
+from tests.support.objectives import changed, made
 
-ANCHOR = ISD(times=UniformTimes(), diagonal=1.0, power=0.0, dropout=0.0)
+ANCHOR = made(ISD, times=UniformTimes(), flow_matching_ratio=1.0, weight_power=0.0, label_dropout=0.0)
 
 
 @pytest.mark.parametrize(
-    "objective", [replace(ANCHOR, times=LATE), DiagonalMatching(LATE, dropout=0.0)], ids=["isd", "matching"]
+    "objective", [changed(ANCHOR, times=LATE), DiagonalMatching(times=LATE, label_dropout=0.0)], ids=["isd", "matching"]
 )
 @pytest.mark.parametrize(("path_name", "name"), PAIRS)
 def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objective, path_name: str, name: str) -> None:
@@ -68,7 +69,9 @@ def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objectiv
     assert_anchored(objective, path_name, name, moved=0.5)
 
 
-@pytest.mark.parametrize("objective", [ANCHOR, DiagonalMatching(UniformTimes(), dropout=0.0)], ids=["isd", "matching"])
+@pytest.mark.parametrize(
+    "objective", [ANCHOR, DiagonalMatching(times=UniformTimes(), label_dropout=0.0)], ids=["isd", "matching"]
+)
 @pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("trig", "trig"), ("vp", "bcm")])
 def test_the_anchor_notices_data_that_move_by_a_tenth(objective: Objective, path_name: str, name: str) -> None:
     """At uniform times, where velocities are of one size."""
@@ -79,7 +82,7 @@ def test_the_denoisers_expected_gradient_is_zero_at_the_oracle() -> None:
     path, preconditioning = pair("edm", "bcm")
     data = GaussianData(torch.tensor([0.4, -0.3], dtype=F64), SD)
     exact, x0 = GaussianOutput(data, path, preconditioning), data.mean + SD * noise(COUNT, 2, seed=5)
-    objective = DiagonalMatching(UniformTimes(), "denoiser", SD, 0.0)
+    objective = DiagonalMatching(times=UniformTimes(), measure="denoiser", sigma_data=SD, label_dropout=0.0)
     assert float(z_scores(objective, path, preconditioning, exact, Batch(x0, None, draws(COUNT))).abs().max()) < 4
     moved = Batch(x0 + 0.1, None, draws(COUNT))
     assert float(z_scores(objective, path, preconditioning, exact, moved).abs().max()) > 8
@@ -104,16 +107,16 @@ def two_classes(omega: float) -> tuple[Any, Tensor, Tensor]:
 def test_the_guided_anchors_expected_gradient_is_zero_at_the_guided_oracle(dropout: float) -> None:
     exact, x0, labels = two_classes(2.0)
     batch, path = Batch(x0, labels, draws(COUNT)), Linear()
-    guided = replace(ANCHOR, guidance=FixedGuidance(2.0), dropout=dropout)
+    guided = changed(ANCHOR, guidance=FixedGuidance(2.0), label_dropout=dropout)
     assert float(z_scores(guided, path, LinearPreconditioning(), exact, batch).abs().max()) < 4
-    plain = replace(ANCHOR, dropout=dropout)
+    plain = changed(ANCHOR, label_dropout=dropout)
     assert float(z_scores(plain, path, LinearPreconditioning(), exact, batch).abs().max()) > 8
 
 
 OBJECTIVES = [
-    ISD(diagonal=0.5),
-    ISD(derivative="finite-difference", norm="pseudo-huber", dropout=0.5),
-    ISD(diagonal=0.25, guidance=FixedGuidance(2.0, 0.2, 0.9)),
+    made(ISD, flow_matching_ratio=0.5),
+    made(ISD, kind="finite-difference", norm="pseudo-huber", label_dropout=0.5),
+    made(ISD, flow_matching_ratio=0.25, guidance=FixedGuidance(2.0, 0.2, 0.9)),
     ISD(guidance=DrawnGuidance()),
     DiagonalMatching(),
 ]
@@ -131,15 +134,15 @@ def test_losses_do_not_depend_on_how_a_batch_is_split(objective: Objective) -> N
 def test_the_whole_gradient_is_the_anchors_plus_the_distillations() -> None:
     """The tangent's velocity is detached, the anchor's is not."""
     flow_map, batch = labelled_map(), replace(labelled_batch(), labels=None)
-    objective, weights = ISD(power=0.0, diagonal=0.25), list(flow_map.parameters())
+    objective, weights = made(ISD, weight_power=0.0, flow_matching_ratio=0.25), list(flow_map.parameters())
     losses = objective(flow_map, batch)
     actual = torch.autograd.grad(losses.loss.sum(), weights, allow_unused=True)
     eps, t, s = batch.noise(), losses.t, losses.s
     x = flow_map.path.interpolate(batch.x0, eps, t)
     v = flow_map.velocity(x, t)
     anchor = (v - (eps - batch.x0)).square().mean(1).sum()
-    compared = objective.compare(flow_map, x, v.detach(), t, s, Condition())
-    distill = error_norm(compared.error, objective.norm, objective.huber)
+    compared = objective.off_diagonal(flow_map, x, v.detach(), t, s, Condition())
+    distill = objective.weighting.measure(compared.error)
     total = anchor + distill[s < t].sum()
     expected = torch.autograd.grad(total, weights, allow_unused=True)
     for one, other in zip(actual, expected, strict=True):
@@ -150,7 +153,7 @@ def test_the_whole_gradient_is_the_anchors_plus_the_distillations() -> None:
 
 def test_diagonal_samples_have_an_anchor_alone() -> None:
     flow_map, batch = labelled_map(), labelled_batch()
-    losses = ISD(diagonal=0.5, power=0.0)(flow_map, batch)
+    losses = made(ISD, flow_matching_ratio=0.5, weight_power=0.0)(flow_map, batch)
     on_diagonal = losses.t == losses.s
     assert int(on_diagonal.sum()) == 4
     close(losses.loss[on_diagonal].detach(), losses.logs["anchor"][on_diagonal])
@@ -161,8 +164,8 @@ def test_diagonal_samples_have_an_anchor_alone() -> None:
 def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:
     """On the diagonal t is one draw; off it the larger of two."""
     flow_map, batch = labelled_map(), Batch(noise(4000, 2), None, draws(4000))
-    objective = ISD(times=UniformTimes(), diagonal=0.5)
-    t, s = objective.draw_times(flow_map, batch)
+    objective = made(ISD, times=UniformTimes(), flow_matching_ratio=0.5)
+    t, s = objective.pairs.draw(flow_map.path, batch)
     u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
     on = t == s
     assert torch.equal(t[on], u[on])
@@ -173,8 +176,8 @@ def test_a_diagonal_times_law_is_not_that_of_a_maximum() -> None:
 @pytest.mark.parametrize("path", [Linear(), Trig(), EDM()], ids=str)
 def test_a_share_of_the_jumps_goes_to_the_data_end(path: Path) -> None:
     batch = Batch(noise(4000, 2), None, draws(4000))
-    plain = draw_pair(UniformTimes(), 0.5, path, batch)
-    t, s = draw_pair(UniformTimes(), 0.5, path, batch, to_end=0.4)
+    plain = Pairs(UniformTimes(), 0.5).draw(path, batch)
+    t, s = Pairs(UniformTimes(), 0.5, 0.4).draw(path, batch)
     ending = (s == path.t_min) & (t > s)
     assert abs(float(ending.double().mean()) - 0.2) < 0.02  # of half of the batch
     u = batch.draws.uniform(STREAM_T)
@@ -186,20 +189,22 @@ def test_a_share_of_the_jumps_goes_to_the_data_end(path: Path) -> None:
 @pytest.mark.parametrize("kind", [ISD, MeanFlow, ESD])
 def test_an_objective_takes_that_share(kind: type[ISD | MeanFlow | ESD]) -> None:
     flow_map, batch = labelled_map(), labelled_batch()
-    plain, ending = (kind(diagonal=0.5, to_end=share)(flow_map, batch) for share in (0.0, 1.0))
+    plain, ending = (made(kind, flow_matching_ratio=0.5, endpoint_share=share)(flow_map, batch) for share in (0.0, 1.0))
     off = plain.s < plain.t
     assert bool(off.any())
     assert bool((plain.s[off] > flow_map.path.t_min).all())
     assert bool((ending.s[off] == flow_map.path.t_min).all())
     assert torch.equal(ending.s[~off], plain.s[~off])
     for share in (-0.1, 1.5):
-        with pytest.raises(ConfigError, match=f"share to the data end is {share}"):
-            kind(to_end=share)
+        with pytest.raises(ConfigError, match=f"endpoint share is {share}"):
+            made(kind, endpoint_share=share)
 
 
 def test_the_second_term_has_the_weight_that_is_asked_for() -> None:
     flow_map, batch = labelled_map(), labelled_batch()
-    once, thrice = (ISD(diagonal=0.5, power=0.0, distill=weight)(flow_map, batch) for weight in (1.0, 3.0))
+    once, thrice = (
+        made(ISD, flow_matching_ratio=0.5, weight_power=0.0, distill=weight)(flow_map, batch) for weight in (1.0, 3.0)
+    )
     off = once.s < once.t
     distilled = once.terms["distill"]
     assert bool((distilled[off] > 0).all())
@@ -227,7 +232,7 @@ def test_the_diagonal_is_a_function_of_the_index() -> None:
 def test_the_adaptive_weight_has_no_gradient() -> None:
     flow_map, batch = labelled_map(), labelled_batch()
     weights = [p for p in flow_map.parameters() if p.ndim == 2]
-    plain, weighted = (ISD(power=power)(flow_map, batch).loss for power in (0.0, 0.7))
+    plain, weighted = (made(ISD, weight_power=power)(flow_map, batch).loss for power in (0.0, 0.7))
     weight = (plain.detach() + 0.01) ** -0.7
     close(weighted, weight * plain)
     grads = torch.autograd.grad(weighted.sum(), weights)
@@ -287,7 +292,10 @@ def test_drawn_guidance_has_its_distribution() -> None:
 
 def test_the_denoisers_loss_has_edms_weight() -> None:
     """(sigma^2 + sd^2)/(sigma sd)^2 |D - x0|^2."""
-    path, objective = EDM(), DiagonalMatching(UniformTimes(), "denoiser", SD, 0.0)
+    path, objective = (
+        EDM(),
+        DiagonalMatching(times=UniformTimes(), measure="denoiser", sigma_data=SD, label_dropout=0.0),
+    )
     flow_map = FlowMap(path, EulerPreconditioning(path), random_network((2,)), scalings(path)["edm"])
     batch = Batch(noise(6, 2), None, draws(6))
     losses = objective(flow_map, batch)
@@ -324,10 +332,10 @@ def test_a_denoisers_deviation_is_stated_or_measured() -> None:
         lambda: LogitNormalTimes(std=-1.0),
         lambda: LogitNormalTimes(mean=math.nan),
         lambda: LogNormalTimes(std=0.0),
-        lambda: ISD(offset=math.inf),
+        lambda: made(ISD, weight_eps=math.inf),
         lambda: DiagonalMatching(sigma_data=-1.0),
         lambda: OptimizerConfig(lr=math.inf),
-        lambda: ISD(step=math.nan),
+        lambda: made(ISD, step=math.nan),
     ],
 )
 def test_settings_out_of_their_range_are_refused(make: Callable[[], object]) -> None:
@@ -339,19 +347,19 @@ def test_settings_out_of_their_range_are_refused(make: Callable[[], object]) -> 
     ("make", "message"),
     [
         *(
-            (lambda kind=kind: kind(power=-1.0), "power .* is -1.0")
+            (lambda kind=kind: made(kind, weight_power=-1.0), "power .* is -1.0")
             for kind in (ISD, MeanFlow, ESD, LSD, PSD, Shortcut)
         ),
-        (lambda: ISD(power=math.nan), "power .* is nan"),
+        (lambda: made(ISD, weight_power=math.nan), "power .* is nan"),
         (lambda: FixedGuidance(math.inf), "finite omega"),
         (lambda: DrawnGuidance(math.inf), "finite omega_max"),
         (lambda: ECT(k=math.nan), "finite k, b"),
         (lambda: ECT(b=math.inf), "finite k, b"),
         (lambda: CTM(denoising=math.nan), "finite and at least 0"),
-        (lambda: ISD(norm="huber"), "norm is 'huber'; choose one of l2, pseudo-huber"),  # type: ignore[arg-type]
-        (lambda: CT(norm="huber"), "norm is 'huber'"),  # type: ignore[arg-type]
-        (lambda: MeanFlow(derivative="fd"), "derivative is 'fd'; choose one of exact"),  # type: ignore[arg-type]
-        (lambda: Tangent(derivative="fd"), "derivative is 'fd'"),  # type: ignore[arg-type]
+        (lambda: made(ISD, norm="huber"), "norm is 'huber'; choose one of l2, pseudo-huber"),  # type: ignore[arg-type]
+        (lambda: made(CT, kind="huber"), "distance is 'huber'"),  # type: ignore[arg-type]
+        (lambda: made(MeanFlow, kind="fd"), "derivative is 'fd'; choose one of exact"),  # type: ignore[arg-type]
+        (lambda: made(Tangent, kind="fd"), "derivative is 'fd'"),  # type: ignore[arg-type]
         (lambda: PSD(u="center"), "u is 'center'; choose one of uniform, midpoint"),  # type: ignore[arg-type]
     ],
 )

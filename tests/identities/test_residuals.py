@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
-from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear, Path, Trig
 from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
@@ -52,7 +52,7 @@ def test_the_residual_is_zero_at_exact_maps(
     path, preconditioning = pair(path_name, name)
     data, (x, s, t) = gaussian(mean, sd), points(path, times[0], times[2])
     flow_map, v = data.flow_map(path, preconditioning), data.velocity(path, x, t)
-    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
+    output, d_output = Derivative().along(flow_map, x, v, t, s, Condition())
     f, g, f_t, g_t = (c[:, None] for c in preconditioning.derivatives(t, s))
     scale = ((f_t * x).abs() + (f * v).abs() + (g_t * output).abs() + (g * d_output).abs()).clamp(min=1)
     residual = eulerian_residual(flow_map, x, v, output, d_output, t, s)
@@ -67,7 +67,7 @@ def test_the_residual_is_not_zero_at_the_map_of_other_data(path_name: str, name:
     x, s, t = points(path, 0.2, 0.7)
     flow_map = gaussian(0.4, 0.3).flow_map(path, preconditioning)
     v = gaussian(0.9, 0.8).velocity(path, x, t)
-    output, d_output = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
+    output, d_output = Derivative().along(flow_map, x, v, t, s, Condition())
     assert float(eulerian_residual(flow_map, x, v, output, d_output, t, s).abs().max()) > 1e-3
 
 
@@ -78,8 +78,8 @@ def test_with_finite_differences_the_residual_is_of_order_two(path_name: str, na
     flow_map, v, steps, errors = data.flow_map(path, preconditioning), data.velocity(path, x, t), [], []
     for step in (0.04, 0.02, 0.01):
         steps.append(step * float(t[0] - s[0]))
-        derivative = OutputDerivative("finite-difference", steps[-1])
-        output, d_output = derivative.along_flow(flow_map, x, v, t, s, Condition())
+        derivative = Derivative("finite-difference", steps[-1])
+        output, d_output = derivative.along(flow_map, x, v, t, s, Condition())
         errors.append(float(eulerian_residual(flow_map, x, v, output, d_output, t, s).abs().max()))
     assert slope(steps, errors) == pytest.approx(2, abs=0.2)
 
@@ -99,7 +99,7 @@ def test_a_clock_in_units_of_half_pi_needs_its_factor(unit_times: tuple[float, f
     x, s, t = points(path, *unit_times)
     flow_map, in_units = unit_clock_map(data, path)
     v = data.velocity(path, x, t)
-    output, right = OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
+    output, right = Derivative().along(flow_map, x, v, t, s, Condition())
     assert float(eulerian_residual(flow_map, x, v, output, right, t, s).abs().max()) < 1e-8
     u, w = t * 2 / math.pi, s * 2 / math.pi
     _, wrong = torch.func.jvp(lambda x, u: in_units(x, u, w), (x, u), (v, torch.ones_like(u)))
@@ -108,7 +108,7 @@ def test_a_clock_in_units_of_half_pi_needs_its_factor(unit_times: tuple[float, f
 
 def isd_terms(flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v = flow_map.velocity(x, t).detach()
-    return v, *OutputDerivative().along_flow(flow_map, x, v, t, s, Condition())
+    return v, *Derivative().along(flow_map, x, v, t, s, Condition())
 
 
 def test_the_linear_target_is_the_published_one() -> None:
@@ -153,7 +153,7 @@ def test_distillation_has_gradient_through_the_output_alone(path_name: str, name
     weights = list(network.parameters())
     x, s, t = points(path, 0.2, 0.7)
     v = flow_map.velocity(x, t).detach()
-    loss = ISD().compare(flow_map, x, v, t, s, Condition()).error.square().mean(1)
+    loss = ISD().off_diagonal(flow_map, x, v, t, s, Condition()).error.square().mean(1)
     actual = torch.autograd.grad(loss.sum(), weights)
 
     d_output = torch.func.jvp(lambda x, t: flow_map.output(x, t, s), (x, t), (v, torch.ones_like(t)))[1].detach()
@@ -174,13 +174,13 @@ def test_logged_sizes_are_those_of_the_target(path_name: str, name: str) -> None
     flow_map = FlowMap(path, preconditioning, random_network(), scalings(path)["edm"])
     x, s, t = points(path, 0.2, 0.7)
     v = flow_map.velocity(x, t).detach()
-    output, d_output = (each.detach() for each in OutputDerivative().along_flow(flow_map, x, v, t, s, Condition()))
+    output, d_output = (each.detach() for each in Derivative().along(flow_map, x, v, t, s, Condition()))
     residual = eulerian_residual(flow_map, x, v, output, d_output, t, s)
     target = output + residual
-    close(ESD().compare(flow_map, x, v, t, s, Condition()).sizes()["target_rms"], target.square().mean(1).sqrt())
+    close(ESD().off_diagonal(flow_map, x, v, t, s, Condition()).sizes()["target_rms"], target.square().mean(1).sqrt())
     if not preconditioning.target_in_network:
         gap = (t - s)[:, None]
         target = (flow_map.jump(x, t, s) - gap * residual - x) / gap
-    sizes = ISD().compare(flow_map, x, v, t, s, Condition()).sizes()
+    sizes = ISD().off_diagonal(flow_map, x, v, t, s, Condition()).sizes()
     close(sizes["target_rms"], target.detach().square().mean(1).sqrt())
     close(sizes["derivative_rms"], d_output.square().mean(1).sqrt())

@@ -12,20 +12,24 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear
 from fewstep.flow.preconditioning import AnalyticPreconditioning, LinearPreconditioning
-from fewstep.flow.times import UniformTimes
 from fewstep.objectives import ESD, LSD, PSD, Batch, Companions, Losses, Objective, Shortcut
 from fewstep.objectives.base import STREAM_S, STREAM_T
-from fewstep.objectives.self_distillation import STREAM_SIZE
+from fewstep.objectives.shortcut import STREAM_SIZE
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, draws, small_batch
 from tests.support.cases import F64, PATHS, Callback, close, every_pair, gaussian, noise, pair, random_map, slope
 from tests.support.gradients import assert_anchored, gradients
+from tests.support.objectives import changed, made
 from tests.support.statistics import wavy
 
-OFF = {"diagonal": 0.0, "dropout": 0.0}
-BARE = ESD(**OFF)  # type: ignore[arg-type]
-JUMPS = Shortcut(steps=8, bootstrap=1.0, decay=None, dropout=0.0)
-OBJECTIVES = {"lsd": LSD(**OFF), "uniform": PSD("uniform", **OFF), "midpoint": PSD("midpoint", **OFF)}  # type: ignore[arg-type]
+OFF = {"flow_matching_ratio": 0.0, "label_dropout": 0.0}
+BARE = made(ESD, **OFF)
+JUMPS = Shortcut(steps=8, bootstrap=1.0, target_decay=None, label_dropout=0.0)
+OBJECTIVES = {
+    "lsd": made(LSD, **OFF),
+    "uniform": made(PSD, u="uniform", **OFF),
+    "midpoint": made(PSD, u="midpoint", **OFF),
+}  # type: ignore[arg-type]
 
 
 def sizes(batch: Batch, steps: int) -> Tensor:
@@ -67,9 +71,9 @@ def test_the_smallest_jumps_are_euler_steps(path_name: str, name: str) -> None:
 @pytest.mark.parametrize("objective", [LSD(), PSD(), replace(JUMPS, bootstrap=0.0)], ids=["lsd", "psd", "shortcut"])
 @pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"), ("edm", "euler")])
 def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: LSD, path_name: str, name: str) -> None:
-    anchored = replace(objective, times=LATE, dropout=0.0)
+    anchored = changed(objective, times=LATE, label_dropout=0.0)
     if not isinstance(objective, Shortcut):
-        anchored = replace(anchored, diagonal=1.0)
+        anchored = changed(anchored, flow_matching_ratio=1.0)
     assert_anchored(anchored, path_name, name, moved=0.5)
 
 
@@ -77,7 +81,7 @@ def setting(objective: Objective, path_name: str, name: str) -> tuple[FlowMap, F
     """A random map, a copy without gradients, the losses, and x_t."""
     flow_map, batch = random_map(path_name, name), small_batch()
     frozen = copy.deepcopy(flow_map).requires_grad_(False)
-    losses = objective(flow_map, batch, Companions(target=frozen))
+    losses = objective(flow_map, batch, Companions(ema_target=frozen))
     return flow_map, frozen, batch, losses, flow_map.path.interpolate(batch.x0, batch.noise(), losses.t)
 
 
@@ -88,7 +92,7 @@ some_pairs = pytest.mark.parametrize(("path_name", "name"), [("linear", "linear"
 @pytest.mark.parametrize("derivative", ["exact", "finite-difference"])
 def test_lsds_gradient_flows_through_the_derivative_alone(path_name: str, name: str, derivative: str) -> None:
     """That of |d_s X - v(X, s)|^2 with v and X of frozen weights, d_s X by a difference of the whole jump."""
-    objective = replace(OBJECTIVES["lsd"], derivative=derivative)
+    objective = changed(OBJECTIVES["lsd"], kind=derivative)
     flow_map, frozen, _, losses, x = setting(objective, path_name, name)
     t, s = losses.t, losses.s
     h = 1e-5 * flow_map.path.time_scale(s).clamp(max=1) * (t - s).clamp(max=1)
@@ -116,7 +120,7 @@ def test_psds_gradient_flows_through_the_long_jump_alone(path_name: str, name: s
 @some_pairs
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_a_shortcuts_gradient_flows_through_the_long_jump_alone(path_name: str, name: str, decay: float | None) -> None:
-    objective = replace(JUMPS, decay=decay)
+    objective = changed(JUMPS, target_decay=decay)
     flow_map, frozen, batch, losses, x = setting(objective, path_name, name)
     t, u, s = objective.draw_times(flow_map.path, batch)
     smallest = sizes(batch, 8) == 2
@@ -129,11 +133,11 @@ def test_a_shortcuts_gradient_flows_through_the_long_jump_alone(path_name: str, 
 
 
 def test_a_shortcuts_slow_average_takes_the_short_jumps() -> None:
-    flow_map, batch, objective = random_map(), small_batch(), replace(JUMPS, decay=0.99)
+    flow_map, batch, objective = random_map(), small_batch(), changed(JUMPS, target_decay=0.99)
     exact = gaussian().flow_map(flow_map.path, flow_map.preconditioning)
     assert objective.target_decay == 0.99
     assert JUMPS.target_decay is None
-    own, other = (objective(flow_map, batch, Companions(target=model)).loss for model in (flow_map, exact))
+    own, other = (objective(flow_map, batch, Companions(ema_target=model)).loss for model in (flow_map, exact))
     close(own, JUMPS(flow_map, batch).loss)
     assert float((own - other).abs().min().detach()) > 1e-6
     with pytest.raises(ConfigError, match="average"):
@@ -164,10 +168,10 @@ def test_psds_middle_lies_between() -> None:
     for path in (Linear(), EDM()):
         first, second = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
         t, s = (path.time_from_unit(end) for end in (torch.maximum(first, second), torch.minimum(first, second)))
-        u = PSD("uniform", UniformTimes()).between(path, batch)
+        u = PSD(u="uniform").between(path, batch)
         assert bool(((s < u) & (u < t)).all())
-        close(PSD("midpoint").between(path, batch), path.time_from_unit((first + second) / 2))
-    share = ((PSD("uniform").between(Linear(), batch) - second) / (first - second)).double()
+        close(PSD(u="midpoint").between(path, batch), path.time_from_unit((first + second) / 2))
+    share = ((PSD(u="uniform").between(Linear(), batch) - second) / (first - second)).double()
     assert float(share.mean()) == pytest.approx(0.5, abs=0.03)
     assert float(share.std()) == pytest.approx(12**-0.5, abs=0.02)
 
@@ -185,10 +189,12 @@ def test_without_the_anchor_a_collapsed_map_is_perfect() -> None:
         assert float(anchored(flow_map, batch).mean()) > 0.1
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 12}, {"steps": 1}, {"bootstrap": 1.2}, {"decay": 1.0}, {"offset": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 12}, {"steps": 1}, {"bootstrap": 1.2}, {"target_decay": 1.0}, {"weight_eps": 0.0}]
+)
 def test_shortcut_refuses_nonsense(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
-        Shortcut(**wrong)  # type: ignore[arg-type]
+        made(Shortcut, **wrong)
 
 
 @pytest.mark.parametrize("path_name", ["linear", "edm"])

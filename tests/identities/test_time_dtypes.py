@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow import ode
-from fewstep.flow.derivatives import OutputDerivative
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import ClassifierFreeGuidance, omega_at
 from fewstep.flow.paths import Path
@@ -66,8 +66,8 @@ def guided(path: Path, times: Tensor) -> tuple[Tensor, ...]:
 
 
 def along(kind: str, path: Path, times: Tensor) -> tuple[Tensor, ...]:
-    derivative, (t, s) = OutputDerivative(kind), pairs(times)  # type: ignore[arg-type]
-    return *derivative.along_flow(flow_map(path), X, EPS, t, s, COND), *derivative.at_end(flow_map(path), X, t, s, COND)
+    derivative, (t, s) = Derivative(kind), pairs(times)  # type: ignore[arg-type]
+    return *derivative.along(flow_map(path), X, EPS, t, s, COND), *derivative.at_end(flow_map(path), X, t, s, COND)
 
 
 def converted(path: Path, times: Tensor) -> tuple[Tensor, ...]:

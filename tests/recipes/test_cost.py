@@ -28,6 +28,7 @@ from fewstep.recipes.cost import (
 )
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
+from tests.support.objectives import made
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,17 @@ def test_parameters_and_flops_are_those_of_the_network(
 @pytest.mark.parametrize("omega", [1.0, 2.0])
 def test_passes_are_the_floor_that_steps_are_held_to(derivative: str, diagonal: float, omega: float) -> None:
     """Its count of evaluations is held to that floor by tests/benchmarks/test_step.py."""
-    objective = ISD(derivative=derivative, diagonal=diagonal, guidance=FixedGuidance(omega), dropout=0.2)
+    objective = made(
+        ISD, kind=derivative, flow_matching_ratio=diagonal, guidance=FixedGuidance(omega), label_dropout=0.2
+    )
     assert passes(objective) == pytest.approx(floor_passes(objective))
 
 
 def test_passes_of_other_objectives() -> None:
     assert passes(DiagonalMatching()) == 3
-    assert passes(ISD(guidance=DrawnGuidance(), dropout=0.1, derivative="finite-difference")) == pytest.approx(8.9)
+    assert passes(made(ISD, guidance=DrawnGuidance(), label_dropout=0.1, kind="finite-difference")) == pytest.approx(
+        8.9
+    )
     with pytest.raises(ConfigError, match="the evaluations of MeanFlow are not counted"):
         passes(MeanFlow())
     with pytest.raises(ConfigError, match="CTM are not counted"):
@@ -81,7 +86,7 @@ def test_passes_under_bf16_are_what_autocast_lets_through(derivative: str) -> No
         seen[out.dtype] += (1 + carries_tangent(*given[:3])) * len(out) / 8
 
     network.register_forward_hook(count)
-    objective = ISD(derivative=derivative, diagonal=0.0, guidance=NoGuidance())
+    objective = made(ISD, kind=derivative, flow_matching_ratio=0.0, guidance=NoGuidance())
     draws = Draws(3, 0, torch.arange(8))
     batch = Batch(draws.normal(0, (1, 8, 8)), None, draws)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):

@@ -34,6 +34,7 @@ from fewstep.training import RunFolder, Runtime, train
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind
 from fewstep.utils.serialization import from_json, to_json
+from tests.support.objectives import made
 
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "digits": ((1, 8, 8), 10),
@@ -94,7 +95,9 @@ def test_an_unknown_recipe_lists_the_known() -> None:
         recipe("digit")
 
 
-@pytest.mark.parametrize("objective", [LSD(diagonal=0.0), PSD(diagonal=0.0), Shortcut(bootstrap=1.0)])
+@pytest.mark.parametrize(
+    "objective", [made(LSD, flow_matching_ratio=0.0), made(PSD, flow_matching_ratio=0.0), Shortcut(bootstrap=1.0)]
+)
 def test_a_run_without_an_anchor_is_refused(objective: LSD | PSD | Shortcut) -> None:
     with pytest.raises(ConfigError, match=r"learns nothing of the data.*degeneracy"):
         replace(recipe("digits"), objective=objective)

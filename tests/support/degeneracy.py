@@ -13,13 +13,19 @@ from fewstep.flow.preconditioning import LinearPreconditioning, TrigPrecondition
 from fewstep.flow.times import UniformTimes
 from fewstep.objectives import ESD, ISD, LSD, PSD, Objective
 from tests.support.cases import F64
+from tests.support.objectives import made
 
-SETTINGS: dict[str, Any] = {"times": UniformTimes(), "diagonal": 0.0, "dropout": 0.0, "power": 0.0}
+SETTINGS: dict[str, Any] = {
+    "times": UniformTimes(),
+    "flow_matching_ratio": 0.0,
+    "label_dropout": 0.0,
+    "weight_power": 0.0,
+}
 SELF_DISTILLED: dict[str, Objective] = {
-    "iSD": ISD(**SETTINGS),
-    "ESD": ESD(**SETTINGS),
-    "LSD": LSD(**SETTINGS),
-    "PSD": PSD("midpoint", **SETTINGS),
+    "iSD": made(ISD, **SETTINGS),
+    "ESD": made(ESD, **SETTINGS),
+    "LSD": made(LSD, **SETTINGS),
+    "PSD": made(PSD, u="midpoint", **SETTINGS),
 }
 
 

@@ -13,6 +13,7 @@ from fewstep.networks import MLPConfig
 from fewstep.objectives import ISD
 from fewstep.policies.simulation import Expert, Outcome, Picture, Simulation, Task, Vector
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from tests.support.objectives import made
 
 STEP = 0.1
 
@@ -97,7 +98,8 @@ def run_config(root: str, objective: object = None, images: int = 38_400) -> Run
         recipe="policy-mlp",
         data=DataConfig(source="demonstrations", root=root, chunks=ChunkConfig(2, 8, 4), heldout=0.1),
         network=MLPConfig(width=64, depth=2, embedding_width=32, max_frequency=8.0),
-        objective=objective or ISD(diagonal=0.75, offset=1.0, dropout=0.0, derivative="finite-difference"),  # type: ignore[arg-type]
+        objective=objective
+        or made(ISD, flow_matching_ratio=0.75, weight_eps=1.0, label_dropout=0.0, kind="finite-difference"),  # type: ignore[arg-type]
         optimizer=OptimizerConfig(lr=2e-3, warmup_images=2_000, decay="cosine"),
         training=TrainingConfig(images=images, batch_size=128, sample_images=0, checkpoint_images=images),
         evaluation=EvaluationConfig(steps=(1, 2)),

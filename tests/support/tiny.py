@@ -27,12 +27,13 @@ from fewstep.recipes.config import (
     TrainingConfig,
 )
 from fewstep.training import RunFolder, Runtime
+from tests.support.objectives import made
 
 RUNTIME = Runtime(cpu=True, threads=1, quiet=True)
 TINY = RunConfig(
     recipe="tiny",
     network=MLPConfig(width=16, depth=1, embedding_width=16),
-    objective=ISD(diagonal=0.5, guidance=FixedGuidance(omega=1.3)),
+    objective=made(ISD, flow_matching_ratio=0.5, guidance=FixedGuidance(omega=1.3)),
     optimizer=OptimizerConfig(lr=5e-3, warmup_images=100),
     training=TrainingConfig(
         images=320, batch_size=32, ema_power=(0.1,), ema_decay=(0.9,),
@@ -68,7 +69,7 @@ _CTM = replace(
     TINY,
     recipe="student",
     model=EDM_MODEL,
-    objective=CTM(steps=TeacherSteps(points=5), decay=0.9),
+    objective=CTM(steps=TeacherSteps(points=5), target_decay=0.9),
     initial="teacher",
     statistics=_ONCE,
 )
@@ -77,7 +78,7 @@ STUDENTS: dict[str, RunConfig] = {
     "ctm-analytic": replace(_CTM, model=_ANALYTIC),
     "ctm-refreshed": replace(_CTM, model=_ANALYTIC, statistics=_REFRESHED),
     "ctm-adversarial": replace(_CTM, objective=replace(_CTM.objective, adversarial=0.5), adversary=CRITIC),
-    "cd": replace(_CTM, objective=CD(steps=TeacherSteps(points=5, u="adjacent"), decay=0.9)),
+    "cd": replace(_CTM, objective=CD(steps=TeacherSteps(points=5, u="adjacent"), target_decay=0.9)),
 }
 """Runs that distil a teacher; those refreshed take new statistics after steps 4 and 8."""
 TEACHERLESS: dict[str, RunConfig] = {

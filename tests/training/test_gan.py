@@ -22,6 +22,7 @@ from fewstep.training import Callbacks, RunFolder, train
 from fewstep.training.gan import Adversary
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import CheckpointError, ConfigError, TrainingDivergedError
+from tests.support.objectives import changed
 from tests.support.tiny import CRITIC, RUNTIME, snapshot, student
 
 BATCH = 12
@@ -177,7 +178,7 @@ def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: 
     """Where a label was dropped, real and generated samples alike are judged without one."""
     config = student("ctm-adversarial", teacher)
     config = replace(
-        config, objective=replace(config.objective, dropout=0.5), adversary=replace(CRITIC, start_images=0)
+        config, objective=changed(config.objective, label_dropout=0.5), adversary=replace(CRITIC, start_images=0)
     )
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     assert trainer.adversary is not None

@@ -51,7 +51,7 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(micro_batch: int, dig
 
 def test_a_batch_whose_labels_are_all_dropped_trains(digits: Dataset, tmp_path: Path) -> None:
     """Nothing is left to guide: small batches meet it by chance, a dropout of 1 always."""
-    config = replace(TINY, objective=ISD(dropout=1.0, guidance=FixedGuidance(omega=1.3)))
+    config = replace(TINY, objective=ISD(label_dropout=1.0, guidance=FixedGuidance(omega=1.3)))
     assert train(config, digits, RunFolder(tmp_path), RUNTIME).step == 10
 
 
@@ -105,10 +105,6 @@ class Poisoned(Objective):
 
     step: int
     what: str
-
-    @property
-    def label_dropout(self) -> float:
-        return 0.1
 
     @property
     def guided(self) -> bool:

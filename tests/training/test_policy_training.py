@@ -19,6 +19,7 @@ from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.training import RunFolder, Runtime, load, train
 from fewstep.training.setup import acting
 from fewstep.utils.errors import ConfigError
+from tests.support.objectives import made
 
 QUIET = Runtime(cpu=True, quiet=True, threads=1)
 
@@ -57,7 +58,7 @@ def trained(config: RunConfig, root: Path, runtime: Runtime = QUIET) -> dict[str
 
 
 def test_a_stopped_policy_goes_on_exactly(file: str, tmp_path: Path) -> None:
-    config = configuration(file, ISD(diagonal=0.5))
+    config = configuration(file, made(ISD, flow_matching_ratio=0.5))
     whole = trained(config, tmp_path / "whole")
     trained(config, tmp_path / "stopped")
     for later in RunFolder(tmp_path / "stopped").checkpoints()[1:]:
@@ -69,7 +70,7 @@ def test_a_stopped_policy_goes_on_exactly(file: str, tmp_path: Path) -> None:
 
 
 def test_parts_of_a_batch_give_the_weights_of_the_whole(file: str, tmp_path: Path) -> None:
-    config = configuration(file, ISD(diagonal=0.5))
+    config = configuration(file, made(ISD, flow_matching_ratio=0.5))
     whole, parts = trained(config, tmp_path / "a"), trained(config, tmp_path / "b", replace(QUIET, micro_batch=2))
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=0, atol=1e-5)
@@ -78,7 +79,7 @@ def test_parts_of_a_batch_give_the_weights_of_the_whole(file: str, tmp_path: Pat
 def test_a_teacher_must_see_and_move_the_same_numbers(file: str, tmp_path: Path) -> None:
     for name, objective in (("flow", DiagonalMatching()), ("mean", Regression())):
         trained(configuration(file, objective), tmp_path / name)
-    student = configuration(file, SCD(tangent=Tangent(derivative="finite-difference")))
+    student = configuration(file, SCD(tangent=made(Tangent, kind="finite-difference")))
     student = replace(student, teacher=str(tmp_path / "flow"), initial="teacher")
     trained(student, tmp_path / "student")
     with pytest.raises(ConfigError, match="is a regression"):

@@ -216,7 +216,7 @@ def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: 
     assert again.target is not None
     restored = again.target.flow_map.network.state_dict()
     assert all(torch.equal(restored[key], value) for key, value in stored.items())
-    assert again.companions().slow() is again.target.flow_map
+    assert again.companions().ema_target is again.target.flow_map
 
 
 def test_training_leaves_the_teacher_alone(

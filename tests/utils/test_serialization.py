@@ -38,6 +38,7 @@ from fewstep.sampling.pipeline import PipelineConfig
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind
 from fewstep.utils.serialization import differences, from_json, to_json
+from tests.support.objectives import made
 
 PATHS = [EDM(0.01, 50.0), Linear(), Trig(0.4), VP(0.2, 15.0, 1e-4)]
 NETWORKS = [MLPConfig(width=8), UNetConfig(multipliers=(1, 3), patch=2), DiTConfig(heads=2, checkpoint=True)]
@@ -72,10 +73,10 @@ def test_flow_maps_survive(path: Path, network: NetworkConfig) -> None:
 @pytest.mark.parametrize(
     "objective",
     [
-        ISD(guidance=FixedGuidance(2.0), derivative="finite-difference", times=UniformTimes()),
-        ISD(guidance=DrawnGuidance(), norm="pseudo-huber", times=BetaTimes(1.0, 2.0)),
-        DiagonalMatching(LogNormalTimes(-0.5, 1.0), "denoiser"),
-        DiagonalMatching(LogitNormalTimes(0.1, 0.5)),
+        made(ISD, guidance=FixedGuidance(2.0), kind="finite-difference", times=UniformTimes()),
+        made(ISD, guidance=DrawnGuidance(), norm="pseudo-huber", times=BetaTimes(1.0, 2.0)),
+        DiagonalMatching(times=LogNormalTimes(-0.5, 1.0), measure="denoiser"),
+        DiagonalMatching(times=LogitNormalTimes(0.1, 0.5)),
     ],
 )
 def test_runs_survive(network: Any, objective: Any) -> None:
@@ -222,7 +223,7 @@ def test_what_json_cannot_hold_is_refused(value: Any) -> None:
 
 def test_terse_leaves_out_what_came_later_and_says_nothing() -> None:
     """A setting that is added tomorrow must not change what today's settings are known by."""
-    whole, terse = to_json(ISD(to_end=0.5)), to_json((ISD(), ISD(to_end=0.5)), terse=True)
+    whole, terse = to_json(made(ISD, endpoint_share=0.5)), to_json((ISD(), made(ISD, endpoint_share=0.5)), terse=True)
     assert isinstance(whole, dict)
     said = {key: value for key, value in whole.items() if key != "distill"}
     assert terse == [{key: value for key, value in said.items() if key != "to_end"}, said]

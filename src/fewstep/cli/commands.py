@@ -321,11 +321,11 @@ def recipes_command(args: Sequence[str]) -> None:
 
 def objectives_command(args: Sequence[str]) -> None:
     """Print the catalogue of objectives."""
-    from fewstep.cli.objective_table import catalogue_table, catalogue_text
-    from fewstep.objectives import CATALOGUE
+    from fewstep.cli.objective_table import table_markdown, table_text
+    from fewstep.objectives import TABLE
 
     options = parse(ObjectivesOptions, args, "objectives")
-    print(catalogue_table(CATALOGUE) if options.markdown else catalogue_text(CATALOGUE))
+    print(table_markdown(TABLE) if options.markdown else table_text(TABLE))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

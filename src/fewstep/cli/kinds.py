@@ -1,6 +1,6 @@
 """Settings that are one of several dataclasses, such as a run's network or an objective's times: chosen by name.
 
-The command line gives the name in place of a value, `--network dit --objective.times logit-normal`; what was set in
+The command line gives the name in place of a value, `--network dit --objective.pairs.times beta`; what was set in
 the setting before is then that kind's own defaults, and its fields follow as usual, `--network.depth 6`. A kind of the
 user's own is FILE.py:CLASS, or goes by its name where the command has imported its file, `--import FILE.py`.
 """
@@ -24,7 +24,7 @@ def annotation_of(owner: object, field: str) -> Any:
 
 
 def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting with a choice of kinds and its annotation, as ('objective.times', TimeDistribution)."""
+    """Every setting with a choice of kinds and its annotation, as ('objective.pairs.times', TimeDistribution)."""
     for item in dataclasses.fields(settings):  # type: ignore[arg-type]  # callers pass dataclasses
         value = getattr(settings, item.name)
         if dataclasses.is_dataclass(value):

@@ -9,7 +9,7 @@ from fewstep.objectives import Entry
 _HEADS = ("objective", "loss", "velocity", "gradient through", "evaluations of a sample", "teacher", "arXiv")
 
 
-def catalogue_text(entries: Sequence[Entry]) -> str:
+def table_text(entries: Sequence[Entry]) -> str:
     """Four lines for each objective."""
     return "\n\n".join(
         f"{entry.name} ({entry.objective.__name__}; {entry.paper})\n    {entry.formula}\n"
@@ -19,7 +19,7 @@ def catalogue_text(entries: Sequence[Entry]) -> str:
     )
 
 
-def catalogue_table(entries: Sequence[Entry]) -> str:
+def table_markdown(entries: Sequence[Entry]) -> str:
     """A row for each objective, in Markdown."""
     lines = ["| " + " | ".join(_HEADS) + " |", "|" + " --- |" * len(_HEADS)]
     for entry in entries:

@@ -25,12 +25,12 @@ _CHUNK_ELEMENTS = 1 << 22
 class Context:
     """What samples come with besides a label.
 
-    observation: (n, To, Do) float32, normalised, what they are conditioned on. counted: (n, ...) bool, over their
+    observation: (n, To, Do) float32, normalised, what they are conditioned on. loss_mask: (n, ...) bool, over their
     numbers or broadcasting to them: which of them a loss may count; None for all.
     """
 
     observation: Tensor | None = None
-    counted: Tensor | None = None
+    loss_mask: Tensor | None = None
 
 
 def source_path(root: Path | str) -> Path:

@@ -106,7 +106,7 @@ def measure_alignment(
     x0, labels = dataset.heldout.fetch(indices)
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
-    ends_only = config.objective.to_data_end
+    ends_only = config.objective.endpoint_only
     jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
     spaced = edm_grid if student.path.noise_clock else uniform_grid

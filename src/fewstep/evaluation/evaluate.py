@@ -28,7 +28,7 @@ from fewstep.evaluation.metrics import (
     measure,
     reference_features,
 )
-from fewstep.objectives import CATALOGUE, CD, CTM, ISD, DiagonalMatching, Regression
+from fewstep.objectives import CD, CTM, ISD, TABLE, DiagonalMatching, Regression
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
@@ -114,7 +114,7 @@ def method_name(config: RunConfig, classes: int) -> str:
         case CTM():
             return f"CTM, {kind_name(type(config.model.preconditioning))}"
         case objective:
-            own = (entry.name for entry in CATALOGUE if entry.objective is type(objective))
+            own = (entry.name for entry in TABLE if entry.objective is type(objective))
             return next(own, type(objective).__name__)
 
 
@@ -243,7 +243,7 @@ def measure_run(
     name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(pipeline, each))]
-    if not (config.objective.on_diagonal or config.objective.to_data_end):
+    if not (config.objective.on_diagonal or config.objective.endpoint_only):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     return [
         _row(measure_settings(pipeline, each, label, settings.samples, stick), training_seconds(run), settings.omega)

@@ -7,7 +7,6 @@ assume a deterministic network: no dropout between the evaluations. Networks are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, final, get_args
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
-from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
-from fewstep.utils.tensors import check_choice, expand
+from fewstep.utils.tensors import check_choice, check_positive, expand
 
 OutputFunction = Callable[[Tensor, Tensor], Tensor]
 DerivativeKind = Literal["exact", "finite-difference"]
@@ -83,57 +81,54 @@ def finite_derivative(
 
 @final
 @dataclass(frozen=True)
-class OutputDerivative:
-    """How the derivatives of N(x, t, s) are taken.
-
-    step: of the finite difference, in units of the time over which the path or the network's clock changes.
-    attached: whether the derivative keeps its graph, for losses whose gradient flows through it too.
-    """
+class Derivative:
+    """How dN/dt, the total derivative of N(x, t, s) along the flow, or dN/ds is taken (math.md section 5.4)."""
 
     kind: DerivativeKind = "exact"
+    """exact, by forward-mode AD, or finite-difference, by evaluations beside the time."""
     step: float = 0.005
-    attached: bool = False
+    """Step of the finite difference, above 0, in units of the path's or network's time scale; 0.005 in iSD."""
 
-    def check(self) -> None:
-        """Raise ConfigError for an unknown kind, or a step that is not positive and finite."""
+    def __post_init__(self) -> None:
         check_choice("derivative", self.kind, get_args(DerivativeKind))
-        if not 0 < self.step < math.inf:
-            raise ConfigError(f"step is {self.step}; it must be positive and finite")
+        check_positive(step=self.step)
 
-    def along_flow(
-        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    def along(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition, attached: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """(N, dN/dt) at (x, t, s) along v; N keeps its graph."""
+        """(N, dN/dt) at (x, t, s) along v; N keeps its graph, dN/dt keeps its own if `attached`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
 
         def output(x: Tensor, t: Tensor) -> Tensor:
             return flow_map.output(x, t, s, cond)
 
         if self.kind == "exact":
-            return exact_derivative(output, x, t, v, self.attached)
+            return exact_derivative(output, x, t, v, attached)
 
         def pair(x: Tensor, t: Tensor) -> Tensor:
             return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
 
         nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, _time_scale(flow_map, t))
-        return finite_derivative(output, pair, x, t, v, nodes, self.attached)
+        return finite_derivative(output, pair, x, t, v, nodes, attached)
 
-    def at_end(self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """(N, dN/ds) at (x, t, s), s the time where the jump ends; N keeps its graph."""
+    def at_end(
+        self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, attached: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(N, dN/ds) at (x, t, s), s the time where the jump ends; graphs as in `along`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
 
         def output(x: Tensor, s: Tensor) -> Tensor:
             return flow_map.output(x, t, s, cond)
 
         if self.kind == "exact":
-            return jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),), self.attached)
+            return jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),), attached)
 
         def pair(x: Tensor, s: Tensor) -> Tensor:
             return flow_map.output(x, torch.cat([t, t]), s, Condition.cat(cond, cond))
 
         low = torch.full_like(s, flow_map.path.t_min)
         nodes = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s))
-        return finite_derivative(output, pair, x, s, torch.zeros_like(x), nodes, self.attached)
+        return finite_derivative(output, pair, x, s, torch.zeros_like(x), nodes, attached)
 
 
 def _time_scale(flow_map: FlowMap, t: Tensor) -> Tensor:

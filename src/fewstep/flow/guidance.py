@@ -38,6 +38,10 @@ class TrainingGuidance(ABC):
     def draw(self, draws: Draws) -> Tensor:
         """(B, 3): log omega and the interval's ends as fractions of the path's unit clock."""
 
+    def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
+        """omega (B,) of targets at times t: 1 outside the interval and where the label is dropped."""
+        return omega_at(path, self.draw(draws), t, labels)
+
 
 @final
 @dataclass(frozen=True)

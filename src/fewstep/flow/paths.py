@@ -87,6 +87,10 @@ class Path(ABC):
         p = self.values(t).over(x0)
         return p.d_alpha * x0 + p.d_sigma * eps
 
+    def sample(self, x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, the conditional velocity), (B, ...) each."""
+        return self.interpolate(x0, eps, t), self.conditional_velocity(x0, eps, t)
+
     def denoised_from_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """D = (sigma' x - sigma v) / (sigma' alpha - sigma alpha')."""
         p = self.values(t).over(x)

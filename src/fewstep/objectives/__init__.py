@@ -1,16 +1,23 @@
 """Training objectives: functions of a flow map and a batch."""
 
 from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
-from fewstep.objectives.consistency import CT, ECT, SCD, SCT, Tangent
-from fewstep.objectives.distillation import CD, CTM, TeacherSteps
-from fewstep.objectives.eulerian import ESD, ISD, MeanFlow, distillation_error, eulerian_residual
-from fewstep.objectives.flow_matching import DiagonalMatching, Regression
-from fewstep.objectives.self_distillation import LSD, PSD, Shortcut
-from fewstep.objectives.table import CATALOGUE, Entry
+from fewstep.objectives.consistency import CT, ECT
+from fewstep.objectives.ctm import CTM
+from fewstep.objectives.distillation import CD, TeacherSteps
+from fewstep.objectives.eulerian import distillation_error, eulerian_error, eulerian_residual
+from fewstep.objectives.flow_matching import DiagonalMatching
+from fewstep.objectives.isd import ISD
+from fewstep.objectives.losses import Distance, Weighting
+from fewstep.objectives.mean_flow import MeanFlow
+from fewstep.objectives.pairs import Pairs
+from fewstep.objectives.regression import Regression
+from fewstep.objectives.scm import SCD, SCT, Tangent
+from fewstep.objectives.self_distillation import ESD, LSD, PSD
+from fewstep.objectives.shortcut import Shortcut
+from fewstep.objectives.table import TABLE, Entry
 
 __all__ = [
     "ALONE",
-    "CATALOGUE",
     "CD",
     "CT",
     "CTM",
@@ -21,18 +28,23 @@ __all__ = [
     "PSD",
     "SCD",
     "SCT",
+    "TABLE",
     "Batch",
     "Companions",
     "DiagonalMatching",
+    "Distance",
     "Entry",
     "Generated",
     "Losses",
     "MeanFlow",
     "Objective",
+    "Pairs",
     "Regression",
     "Shortcut",
     "Tangent",
     "TeacherSteps",
+    "Weighting",
     "distillation_error",
+    "eulerian_error",
     "eulerian_residual",
 ]

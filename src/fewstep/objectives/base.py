@@ -1,16 +1,19 @@
-"""What an objective is: a function of a flow map and a batch, giving one loss per sample."""
+"""What an objective is: a function of a flow map, a batch and companions, giving one loss per sample."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance, drop_labels, guide
+from fewstep.flow.paths import Path
+from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import expand
@@ -18,7 +21,15 @@ from fewstep.utils.tensors import expand
 Acting = Literal["map", "gamma", "euler", "mean"]
 """How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
 
-STREAM_NOISE, STREAM_T, STREAM_S = 10, 11, 12
+STREAM_NOISE, STREAM_T, STREAM_S, STREAM_U = 10, 11, 12, 13
+
+T = TypeVar("T")
+
+
+def is_diagonal(indices: Tensor, share: float) -> Tensor:
+    """Which samples of the global batch take s = t: evenly spread, a function of their index alone. (B,) bool."""
+    count = indices.double()  # float32 would miscount
+    return torch.floor((count + 1) * share + 1e-9) > torch.floor(count * share + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,9 @@ class Batch:
     """Data x0 (B, ...), labels (B,) int64 or None, and the random numbers of these samples.
 
     images: seen in training before this batch, which curricula are functions of. observation: (B, To, Do) that
-    the samples are conditioned on. counted: (B, ...) bool, broadcasting to x0: the numbers that a loss may count; None
-    for all.
+    the samples are conditioned on. loss_mask: (B, ...) bool, broadcasting to x0: the numbers that a loss may count;
+    None for all. places: (B,) int64 on the host, the samples' indices in the global batch, by which they are split
+    without asking the device; None reads those of the draws.
     """
 
     x0: Tensor
@@ -35,29 +47,36 @@ class Batch:
     draws: Draws
     images: int = 0
     observation: Tensor | None = None
-    counted: Tensor | None = None
+    loss_mask: Tensor | None = None
+    places: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Batch:
-        labels, observation, counted = (
-            None if each is None else each[rows] for each in (self.labels, self.observation, self.counted)
+        labels, observation, loss_mask = (
+            None if each is None else each[rows] for each in (self.labels, self.observation, self.loss_mask)
         )
         draws = replace(self.draws, indices=self.draws.indices[rows])
-        return Batch(self.x0[rows], labels, draws, self.images, observation, counted)
+        return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask)
+
+    def split(self, share: float) -> tuple[Tensor, Tensor]:
+        """Rows of the samples that take s = t, a `share` of all, and of the others; decided on the host."""
+        on = is_diagonal(self.draws.indices.cpu() if self.places is None else self.places, share)
+        first, second = (torch.nonzero(each).squeeze(1).to(self.x0.device, non_blocking=True) for each in (on, ~on))
+        return first, second
 
     def noise(self) -> Tensor:
         """Standard normal, shape and dtype of x0."""
         return self.draws.normal(STREAM_NOISE, tuple(self.x0.shape[1:]), self.x0.dtype)
 
-    def count(self, error: Tensor, rows: Tensor | None = None) -> Tensor:
+    def masked(self, error: Tensor, rows: Tensor | None = None) -> Tensor:
         """An error (B, ...), or that of some rows, with zeros for the numbers that do not count, the others scaled up.
 
         The mean square over all numbers is then the mean square over those that count.
         """
-        if self.counted is None:
+        if self.loss_mask is None:
             return error
-        counted = (self.counted if rows is None else self.counted[rows]).expand_as(error)
-        share = counted.flatten(1).to(error.dtype).mean(1)
-        return error * counted * expand(share.clamp(min=1e-12).rsqrt(), error)
+        mask = (self.loss_mask if rows is None else self.loss_mask[rows]).expand_as(error)
+        share = mask.flatten(1).to(error.dtype).mean(1)
+        return error * mask * expand(share.clamp(min=1e-12).rsqrt(), error)
 
 
 class Generated(NamedTuple):
@@ -95,64 +114,98 @@ def _own(value: Tensor) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
 class Companions:
     """What an objective may consult beside the flow map in training; none of it is trained by the objective.
 
-    teacher: the model to distil. target: a slow average of the flow map. features: images (B, ...) -> (B, d),
-    differentiable. critic: samples and labels to scores (B,), for an adversarial loss; None while it is off.
-    average: the mean of a tensor over processes.
+    critic: samples and labels to scores (B,), for an adversarial loss; None while it is off. average: the mean of a
+    tensor over processes.
     """
 
-    teacher: FlowMap | None = None
-    target: FlowMap | None = None
-    features: Callable[[Tensor], Tensor] | None = None
-    critic: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    average: Callable[[Tensor], Tensor] = _own
+    def __init__(
+        self,
+        teacher: FlowMap | None = None,
+        ema_target: FlowMap | None = None,
+        perceptual_features: Callable[[Tensor], Tensor] | None = None,
+        critic: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        average: Callable[[Tensor], Tensor] = _own,
+    ) -> None:
+        self._teacher, self._ema_target, self._features = teacher, ema_target, perceptual_features
+        self.critic, self.average = critic, average
 
-    def master(self) -> FlowMap:
-        """The teacher; raises ConfigError when there is none."""
-        if self.teacher is None:
-            raise ConfigError("this objective distils a teacher: name its run with --teacher")
-        return self.teacher
+    @property
+    def teacher(self) -> FlowMap:
+        """The model to distil; raises ConfigError when there is none."""
+        return _given(self._teacher, "this objective distils a teacher: name its run with --teacher")
 
-    def slow(self) -> FlowMap:
-        """The slow average; raises ConfigError when there is none."""
-        if self.target is None:
-            raise ConfigError("this objective needs a slow average of the model beside it")
-        return self.target
+    @property
+    def ema_target(self) -> FlowMap:
+        """A slow average of the flow map; raises ConfigError when there is none."""
+        return _given(self._ema_target, "this objective needs a slow average of the model beside it")
 
-    def perception(self) -> Callable[[Tensor], Tensor]:
-        """The features; raises ConfigError when there are none."""
-        if self.features is None:
-            raise ConfigError("a distance of features needs an extractor: none was given to the training loop")
-        return self.features
+    @property
+    def perceptual_features(self) -> Callable[[Tensor], Tensor]:
+        """Images (B, ...) -> (B, d), differentiable; raises ConfigError when there are none."""
+        message = "a distance of features needs an extractor: none was given to the training loop"
+        return _given(self._features, message)
+
+
+def _given(value: T | None, message: str) -> T:
+    if value is None:
+        raise ConfigError(message)
+    return value
 
 
 ALONE = Companions()
 
 
+class Velocities(Protocol):
+    """What has a velocity on a path: a flow map, or a teacher carried over to the flow map's path."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """Subclasses are final frozen dataclasses; an objective holds settings and no state."""
+    """Subclasses are frozen dataclasses, abstract or final; an objective holds settings and no state."""
+
+    label_dropout: float = 0.0
+    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise ConfigError(f"label dropout is {self.label_dropout}; it must lie in [0, 1]")
+        if self.target_decay is not None and not 0 <= self.target_decay < 1:
+            raise ConfigError(f"decay of the target is {self.target_decay}; it must lie in [0, 1)")
 
     @abstractmethod
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         """The losses of a batch."""
 
-    @property
-    @abstractmethod
-    def label_dropout(self) -> float:
-        """Probability with which labels are replaced by the null label."""
+    def condition(self, flow_map: FlowMap, batch: Batch) -> Condition:
+        """Labels with dropout, observations, and the guidance drawn for networks that take it."""
+        labels = None if batch.labels is None else drop_labels(batch.labels, self.label_dropout, batch.draws)
+        cond = Condition(labels, observation=batch.observation)
+        if self.guidance.conditions_network and labels is not None and not flow_map.guided:
+            raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
+        return replace(cond, guidance=self.guidance.draw(batch.draws)) if flow_map.guided else cond
 
-    @property
-    def on_diagonal(self) -> bool:
-        """Whether the network is only ever asked at s = t."""
-        return False
+    def guide(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition, v: Tensor) -> Tensor:
+        """v_null + omega (v - v_null), v_null the model's own velocity without a label and without gradient.
 
-    @property
-    def to_data_end(self) -> bool:
-        """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
-        return False
+        Guided where a label is kept and t lies in the guidance interval; v (B, ...) elsewhere.
+        """
+        if not self.guidance.active or cond.labels is None:
+            return v
+        omega = self.guidance.strength(model.path, batch.draws, t, cond.labels)
+        rows = torch.nonzero(omega != 1).squeeze(1)
+        if len(rows) == 0:
+            return v
+        with torch.no_grad():
+            null = model.velocity(x[rows], t[rows], cond[rows].without_labels())
+        return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
 
     @property
     def anchored(self) -> bool:
@@ -174,7 +227,17 @@ class Objective(ABC):
         """The sampler that a policy trained by it acts with."""
         if self.on_diagonal:
             return "euler"
-        return "gamma" if self.to_data_end else "map"
+        return "gamma" if self.endpoint_only else "map"
+
+    @property
+    def on_diagonal(self) -> bool:
+        """Whether the network is only ever asked at s = t."""
+        return False
+
+    @property
+    def endpoint_only(self) -> bool:
+        """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
+        return False
 
     @property
     def needs_teacher(self) -> bool:
@@ -197,11 +260,11 @@ class Objective(ABC):
         return False
 
     @property
-    def target_guidance(self) -> TrainingGuidance:
+    def guidance(self) -> TrainingGuidance:
         """How its targets are guided towards their class."""
         return NoGuidance()
 
     @property
     def guided(self) -> bool:
         """Whether the network must take guidance as an input."""
-        return self.target_guidance.conditions_network
+        return self.guidance.conditions_network

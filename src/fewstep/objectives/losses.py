@@ -1,18 +1,102 @@
-"""Loss norms and adaptive weights, per sample."""
+"""How an error becomes a loss, per sample: norms, distances, adaptive weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
+from fewstep.objectives.base import Batch, Companions
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_choice, check_positive
+
 LossNorm = Literal["l2", "pseudo-huber"]
+DistanceKind = Literal["l2", "pseudo-huber", "features"]
 
 
-def error_norm(error: Tensor, norm: LossNorm, huber: float) -> Tensor:
+@dataclass(frozen=True)
+class Comparison:
+    """An error (B, ...), prediction less target, with the sides that it compares.
+
+    prediction: what the gradient moves: N, or what an objective compares in its place. derivative: the dN/dt or dN/ds
+    that the target is made of, where there is one.
+    """
+
+    error: Tensor
+    prediction: Tensor
+    derivative: Tensor | None = None
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Root mean square of a sample's numbers, (B,) each, detached: prediction, target and derivative."""
+        prediction, error = self.prediction.detach(), self.error.detach()
+        found = {} if self.derivative is None else {"derivative_rms": rms(self.derivative.detach())}
+        return found | {"target_rms": rms(prediction - error), "prediction_rms": rms(prediction)}
+
+
+def rms(values: Tensor) -> Tensor:
+    """Root mean square of a sample's numbers: (B, ...) -> (B,)."""
+    return values.flatten(1).square().mean(1).sqrt()
+
+
+@final
+@dataclass(frozen=True)
+class Weighting:
+    """How an error becomes a loss: its norm, weighted by w = sg (loss + weight_eps)^-weight_power per sample.
+
+    The adaptive weight is of MeanFlow and iSD (2505.13447, 2601.22679).
+    """
+
+    norm: LossNorm = "l2"
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
+    huber_c: float = 0.03
+    """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
+    weight_power: float = 0.0
+    """Power of the adaptive weight w, at least 0; 1 in iSD and MeanFlow, 0 is no weight."""
+    weight_eps: float = 0.01
+    """Added to the loss in the adaptive weight w, above 0; 0.01 in iSD, 0.001 in MeanFlow."""
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, get_args(LossNorm))
+        check_positive(huber_c=self.huber_c, weight_eps=self.weight_eps)
+        if not 0 <= self.weight_power < math.inf:
+            raise ConfigError(f"power of the adaptive weight is {self.weight_power}; it must be finite and at least 0")
+
+    def measure(self, error: Tensor) -> Tensor:
+        """(B, ...) -> (B,), not weighted yet."""
+        return error_norm(error, self.norm, self.huber_c)
+
+    def weight(self, loss: Tensor) -> Tensor:
+        """w of a loss (B,), without gradient."""
+        return adaptive_weight(loss, self.weight_power, self.weight_eps)
+
+
+@final
+@dataclass(frozen=True)
+class Distance:
+    """d(a, b) between jumps that should agree (math.md section 4)."""
+
+    kind: DistanceKind = "l2"
+    """l2 (squared), pseudo-huber, which counts large errors less, or features (squared, of a feature extractor)."""
+    huber_c: float = 0.03
+    """The c of pseudo-huber, above 0; iCT's is 0.00054 times the root of the numbers in a sample."""
+
+    def __post_init__(self) -> None:
+        check_choice("distance", self.kind, get_args(DistanceKind))
+        check_positive(huber_c=self.huber_c)
+
+    def __call__(self, batch: Batch, a: Tensor, b: Tensor, companions: Companions) -> Tensor:
+        """(B, ...), (B, ...) -> (B,): between samples, or between their features."""
+        if self.kind == "features":
+            features = companions.perceptual_features
+            return error_norm(features(a) - features(b), "l2", self.huber_c)
+        return error_norm(batch.masked(a - b), self.kind, self.huber_c)
+
+
+def error_norm(error: Tensor, norm: LossNorm, huber_c: float) -> Tensor:
     """(B, ...) -> (B,): mean square, or pseudo-Huber sqrt(sum of squares + c^2) - c (iCT, 2310.14189) over sqrt(dim).
 
     Dividing by sqrt(dim) keeps pseudo-Huber's size independent of the data's dimension, as the mean does for L2.
@@ -20,22 +104,22 @@ def error_norm(error: Tensor, norm: LossNorm, huber: float) -> Tensor:
     flat = error.flatten(1)
     if norm == "l2":
         return flat.square().mean(1)
-    distance = torch.sqrt(flat.square().sum(1) + huber * huber) - huber
+    distance = torch.sqrt(flat.square().sum(1) + huber_c * huber_c) - huber_c
     return distance / math.sqrt(flat.shape[1])
 
 
-def normalised(tangent: Tensor, constant: float, counted: Tensor | None = None) -> Tensor:
+def normalised(tangent: Tensor, constant: float, masked: Tensor | None = None) -> Tensor:
     """g / (rms(g) + constant), per sample (B, ...): the root mean square of a sample's numbers (sCM, 2410.11081).
 
-    counted: g as a loss counts it, whose rms is taken instead (Batch.count).
+    masked: g as a loss counts it, whose rms is taken instead (Batch.masked).
     """
-    size = (tangent if counted is None else counted).flatten(1).square().mean(1).sqrt()
+    size = (tangent if masked is None else masked).flatten(1).square().mean(1).sqrt()
     return tangent / (size + constant).reshape(-1, *[1] * (tangent.ndim - 1))
 
 
-def adaptive_weight(loss: Tensor, power: float, offset: float) -> Tensor:
-    """sg (loss + offset)^-power, per sample; power 0 is no weight. iSD uses power 1, offset 0.01 (2601.22679)."""
-    return torch.pow(loss.detach() + offset, -power)
+def adaptive_weight(loss: Tensor, power: float, eps: float) -> Tensor:
+    """sg (loss + eps)^-power, per sample; power 0 is no weight."""
+    return torch.pow(loss.detach() + eps, -power)
 
 
 def gradient_balance(

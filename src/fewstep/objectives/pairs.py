@@ -1,208 +1,209 @@
-"""What objectives from scratch draw and aim at: pairs of times, conditions, guided velocities (math.md §5.2, §5.3)."""
+"""Objectives of pairs of times: how (t, s) are drawn, and how the anchor and a method's own error become one loss."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Protocol, get_args
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import TrainingGuidance, guide, omega_at
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
-from fewstep.flow.times import TimeDistribution, ordered_pair
+from fewstep.flow.times import TimeDistribution, UniformTimes, ordered_pair
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import STREAM_S, STREAM_T, Batch, Losses
-from fewstep.objectives.flow_matching import check_dropout, conditioned
-from fewstep.objectives.losses import LossNorm, adaptive_weight, error_norm
-from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_choice
+from fewstep.objectives.base import (
+    ALONE,
+    STREAM_S,
+    STREAM_T,
+    Batch,
+    Companions,
+    Losses,
+    Objective,
+    is_diagonal,
+)
+from fewstep.objectives.losses import Comparison, Weighting
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import check_share
 
 STREAM_END = 17
 
 
-class Velocities(Protocol):
-    """What has a velocity on a path: a flow map, or a teacher carried over to the flow map's path."""
+@final
+@dataclass(frozen=True)
+class Pairs:
+    """How the pair of times s <= t of a sample is drawn: two ordered draws of `times`, or one with s = t.
+
+    `endpoint_share` is of no paper: what holds for each s by itself needs no other than the last call's.
+    """
+
+    times: TimeDistribution = UniformTimes()
+    flow_matching_ratio: float = 0.75
+    """Share in [0, 1] of samples with s = t, which learn from the data alone; 0.75 in MeanFlow."""
+    endpoint_share: float = later(float)
+    """Share in [0, 1] of the other samples with s at the data end, as in the last call when sampling."""
+
+    def __post_init__(self) -> None:
+        check_share("flow matching ratio", self.flow_matching_ratio)
+        check_share("endpoint share", self.endpoint_share)
+
+    def draw(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t, s), each (B,) float64; t is one draw where s = t or s is the data end, the larger of two elsewhere."""
+        u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
+        t, s = ordered_pair(self.times, path, u, w)
+        on_diagonal = is_diagonal(batch.draws.indices, self.flow_matching_ratio)
+        if self.endpoint_share > 0:
+            ending = self._ending(batch)
+            t = torch.where(ending, self.times.quantile(path, u), t)
+            s = torch.where(ending, path.t_min, s)
+        t = torch.where(on_diagonal, self.times.quantile(path, u), t)
+        return t, torch.where(on_diagonal, t, s)
+
+    def between(self, path: Path, batch: Batch, share: Tensor | float) -> Tensor:
+        """The time at that share of the way from one quantile to the other, of samples with s < t; (B,) float64."""
+        first, second = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
+        if self.endpoint_share > 0:
+            second = torch.where(self._ending(batch), 0.0, second)
+        return self.times.quantile(path, first + share * (second - first))
+
+    def _ending(self, batch: Batch) -> Tensor:
+        return batch.draws.uniform(STREAM_END) < self.endpoint_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchoredObjective(Objective):
+    """loss = w (anchor + error): |v(x_t, t) - v*|^2 ties the map to the data, the error makes its jumps agree.
+
+    v* = alpha' x0 + sigma' eps, the conditional velocity, guided where `guidance` says (math.md section 5.3). Without
+    the anchor an error between jumps is zero at maps that are no flow map of the data (math.md section 5.2).
+    """
+
+    label_dropout: float = 0.1
+    pairs: Pairs = Pairs()
+    weighting: Weighting = Weighting()
+    guidance: TrainingGuidance = NoGuidance()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairObjective(AnchoredObjective):
+    """The anchor on the samples with s = t alone, the method's own error on the others alone."""
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = self.pairs.draw(flow_map.path, batch)
+        rows = on, off = batch.split(self.pairs.flow_matching_ratio)
+        anchor = anchor_error(self, flow_map, batch[on], t[on])
+        own = batch[off]
+        compared = self.off_diagonal(flow_map, own, t[off], s[off]) if len(off) else nothing(self, own.x0)
+        return split_losses(batch, t, s, rows, anchor, compared, self.weighting)
+
+    @abstractmethod
+    def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
+        """The error of samples with s < t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointObjective(AnchoredObjective):
+    """The anchor on every sample; on those with s < t the method's own error is added to it.
+
+    Both read the model's own velocity v = v(x_t, t), which is evaluated once.
+    """
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        t, s = self.pairs.draw(flow_map.path, batch)
+        off = batch.split(self.pairs.flow_matching_ratio)[1]
+        x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
+        cond = self.condition(flow_map, batch)
+        target = self.guide(flow_map, batch, x, t, cond, conditional)
+        v = flow_map.velocity(x, t, cond)
+        own = x[off]
+        compared = (
+            self.off_diagonal(flow_map, own, v[off], t[off], s[off], cond[off]) if len(off) else nothing(self, own)
+        )
+        return joint_losses(batch, t, s, off, v - target, compared, self.weighting, self.share)
 
     @property
-    def path(self) -> Path: ...
+    def share(self) -> float:
+        """Weight of the method's own error; the anchor has 1."""
+        return 1.0
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    @property
+    def differentiates(self) -> bool:
+        return True
 
-
-def is_diagonal(indices: Tensor, share: float) -> Tensor:
-    """Which samples of the global batch take s = t: evenly spread, a function of their index alone. (B,) bool."""
-    count = indices.double()  # float32 would miscount
-    return torch.floor((count + 1) * share + 1e-9) > torch.floor(count * share + 1e-9)
-
-
-def draw_pair(
-    times: TimeDistribution, diagonal: float, path: Path, batch: Batch, to_end: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """(t, s): two ordered draws of `times`, or one with s = t for the diagonal share; float64.
-
-    to_end: share of the others that have s at the data end, and for t one draw.
-    """
-    u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
-    t, s = ordered_pair(times, path, u, w)
-    on_diagonal = is_diagonal(batch.draws.indices, diagonal)
-    if to_end > 0:
-        ending = batch.draws.uniform(STREAM_END) < to_end
-        t = torch.where(ending, times.quantile(path, u), t)
-        s = torch.where(ending, path.t_min, s)
-    t = torch.where(on_diagonal, times.quantile(path, u), t)
-    return t, torch.where(on_diagonal, t, s)
+    @abstractmethod
+    def off_diagonal(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> Comparison:
+        """The error of samples with s < t; v has its graph."""
 
 
-def noised(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, alpha' x0 + sigma' eps), each (B, ...)."""
-    eps = batch.noise()
-    return path.interpolate(batch.x0, eps, t), path.conditional_velocity(batch.x0, eps, t)
-
-
-def guided_condition(flow_map: FlowMap, batch: Batch, dropout: float, guidance: TrainingGuidance) -> Condition:
-    """Labels with dropout, and the drawn guidance for networks that take it."""
-    cond = conditioned(batch, dropout)
-    if guidance.conditions_network and cond.labels is not None and not flow_map.guided:
-        raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
-    return replace(cond, guidance=guidance.draw(batch.draws)) if flow_map.guided else cond
-
-
-def guided_velocity(
-    model: Velocities,
-    x: Tensor,
-    t: Tensor,
-    cond: Condition,
-    conditional: Tensor,
-    guidance: TrainingGuidance,
-    batch: Batch,
-) -> Tensor:
-    """v_null + omega (conditional - v_null), v_null the model's own velocity without a label and without gradient.
-
-    Guided where a label is kept and t lies in the guidance interval; the conditional velocity (B, ...) elsewhere.
-    """
-    if not guidance.active or cond.labels is None:
-        return conditional
-    omega = omega_at(model.path, guidance.draw(batch.draws), t, cond.labels)
-    rows = torch.nonzero(omega != 1).squeeze(1)
-    if len(rows) == 0:
-        return conditional
-    with torch.no_grad():
-        null = model.velocity(x[rows], t[rows], cond[rows].without_labels())
-    return conditional.index_copy(0, rows, guide(null, conditional[rows], omega[rows]))
-
-
-def anchor_error(flow_map: FlowMap, batch: Batch, t: Tensor, dropout: float, guidance: TrainingGuidance) -> Tensor:
-    """v(x_t, t) - v* on the diagonal, (B, ...): v* the conditional velocity, guided where `guidance` says."""
+def anchor_error(objective: Objective, flow_map: FlowMap, batch: Batch, t: Tensor) -> Tensor:
+    """v(x_t, t) - v*, (B, ...)."""
     if len(t) == 0:
         return batch.x0
-    x, conditional = noised(flow_map.path, batch, t)
-    cond = guided_condition(flow_map, batch, dropout, guidance)
-    target = guided_velocity(flow_map, x, t, cond, conditional, guidance, batch)
+    x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
+    cond = objective.condition(flow_map, batch)
+    target = objective.guide(flow_map, batch, x, t, cond, conditional)
     return flow_map.velocity(x, t, cond) - target
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """An error (B, ...), prediction less target, with the sides that it compares.
-
-    prediction: what the gradient moves: N, or what an objective compares in its place. derivative: the dN/dt or dN/ds
-    that the target is made of, where there is one.
-    """
-
-    error: Tensor
-    prediction: Tensor
-    derivative: Tensor | None = None
-
-    def sizes(self) -> dict[str, Tensor]:
-        """Root mean square of a sample's numbers, (B,) each, detached: prediction, target and derivative."""
-        prediction, error = self.prediction.detach(), self.error.detach()
-        found = {} if self.derivative is None else {"derivative_rms": rms(self.derivative.detach())}
-        return found | {"target_rms": rms(prediction - error), "prediction_rms": rms(prediction)}
+def nothing(objective: Objective, x: Tensor) -> Comparison:
+    """The comparison of no samples; x (0, ...)."""
+    return Comparison(x, x, x if objective.differentiates else None)
 
 
-def rms(values: Tensor) -> Tensor:
-    """Root mean square of a sample's numbers: (B, ...) -> (B,)."""
-    return values.flatten(1).square().mean(1).sqrt()
+def split_losses(
+    batch: Batch,
+    t: Tensor,
+    s: Tensor,
+    rows: tuple[Tensor, Tensor],
+    anchor: Tensor,
+    compared: Comparison,
+    weighting: Weighting,
+) -> Losses:
+    """The anchor's errors of the rows with s = t and the comparison of the others, weighted."""
+    terms = [
+        _spread(weighting.measure(batch.masked(error, own)), own, len(t))
+        for error, own in zip((anchor, compared.error), rows, strict=True)
+    ]
+    return _weighted(t, s, (terms[0], terms[1]), rows, compared, weighting)
 
 
-def spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+def joint_losses(
+    batch: Batch,
+    t: Tensor,
+    s: Tensor,
+    off: Tensor,
+    anchor: Tensor,
+    compared: Comparison,
+    weighting: Weighting,
+    share: float,
+) -> Losses:
+    """The anchor's errors of all samples and, added with weight `share`, the comparison of the rows `off`, weighted."""
+    every = torch.arange(len(t), device=off.device)
+    own = share * weighting.measure(batch.masked(compared.error, off))
+    terms = weighting.measure(batch.masked(anchor)), _spread(own, off, len(t))
+    return _weighted(t, s, terms, (every, off), compared, weighting)
+
+
+def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Values of some samples as values of all, (count,); zero where there is none."""
     return values.new_zeros(count).index_copy(0, rows, values)
 
 
-@dataclass(frozen=True)
-class Measure:
-    """How an error becomes a loss: its norm (`error_norm`), weighted by sg (loss + offset)^-power."""
-
-    norm: LossNorm
-    huber: float
-    power: float
-    offset: float
-
-    def check(self) -> None:
-        """Raise ConfigError for an unknown norm, a power below 0, or other numbers that are not positive and finite."""
-        check_choice("norm", self.norm, get_args(LossNorm))
-        check_settings(0.0, 0.0, huber=self.huber, offset=self.offset)
-        if not 0 <= self.power < math.inf:
-            raise ConfigError(f"power of the adaptive weight is {self.power}; it must be finite and at least 0")
-
-    def __call__(self, error: Tensor) -> Tensor:
-        """(B, ...) -> (B,), not weighted yet."""
-        return error_norm(error, self.norm, self.huber)
-
-
-def split_losses(batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure) -> Losses:
-    """The anchor's errors of the samples with s = t and the comparison of the others, weighted adaptively."""
-    on, off = rows_on_and_off(t, s)
-    anchored = spread(measure(batch.count(anchor, on)), on, len(t))
-    distilled = spread(measure(batch.count(compared.error, off)), off, len(t))
-    return weighted_losses(t, s, (anchored, distilled), (on, off), compared, measure)
-
-
-def joint_losses(
-    batch: Batch, t: Tensor, s: Tensor, anchor: Tensor, compared: Comparison, measure: Measure, share: float = 1.0
-) -> Losses:
-    """The anchor's errors of all samples and, added to them, the comparison of those with s < t, weighted together.
-
-    share: of the comparison; the anchor has 1.
-    """
-    off = rows_on_and_off(t, s)[1]
-    every = torch.arange(len(t), device=off.device)
-    distilled = share * measure(batch.count(compared.error, off))
-    terms = measure(batch.count(anchor)), spread(distilled, off, len(t))
-    return weighted_losses(t, s, terms, (every, off), compared, measure)
-
-
-def weighted_losses(
+def _weighted(
     t: Tensor,
     s: Tensor,
     terms: tuple[Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
     compared: Comparison,
-    measure: Measure,
+    weighting: Weighting,
 ) -> Losses:
-    """w (anchor + distill), w = sg (anchor + distill + offset)^-power; terms (B,), zero outside their rows."""
-    weight = adaptive_weight(terms[0] + terms[1], measure.power, measure.offset)
+    """w (anchor + distill); terms (B,), zero outside their rows."""
+    weight = weighting.weight(terms[0] + terms[1])
     named = dict(zip(("anchor", "distill"), terms, strict=True))
     logs = {key: term.detach()[own] for (key, term), own in zip(named.items(), rows, strict=True)}
     parts = {key: weight * term for key, term in named.items()}
     return Losses(parts["anchor"] + parts["distill"], t, s, compared.sizes() | logs, parts)
-
-
-def rows_on_and_off(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the samples with s = t, and of the others."""
-    return torch.nonzero(s == t).squeeze(1), torch.nonzero(s != t).squeeze(1)
-
-
-def check_settings(dropout: float, diagonal: float, to_end: float = 0.0, **positive: float) -> None:
-    """Raise ConfigError unless dropout and the shares lie in [0, 1] and the rest are positive and finite."""
-    check_dropout(dropout)
-    for name, share in (("diagonal share", diagonal), ("share to the data end", to_end)):
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{name} is {share}; it must lie in [0, 1]")
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} is {value}; it must be positive and finite")

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fewstep.objectives.base import Objective
-from fewstep.objectives.consistency import CT, ECT, SCD, SCT
-from fewstep.objectives.distillation import CD, CTM
-from fewstep.objectives.eulerian import ESD, ISD, MeanFlow
-from fewstep.objectives.flow_matching import DiagonalMatching, Regression
-from fewstep.objectives.self_distillation import LSD, PSD, Shortcut
+from fewstep.objectives.consistency import CT, ECT
+from fewstep.objectives.ctm import CTM
+from fewstep.objectives.distillation import CD
+from fewstep.objectives.flow_matching import DiagonalMatching
+from fewstep.objectives.isd import ISD
+from fewstep.objectives.mean_flow import MeanFlow
+from fewstep.objectives.regression import Regression
+from fewstep.objectives.scm import SCD, SCT
+from fewstep.objectives.self_distillation import ESD, LSD, PSD
+from fewstep.objectives.shortcut import Shortcut
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Entry:
 _ANCHOR = "|v(x_t, t) - v*|^2"
 _CONDITIONAL = "conditional, alpha' x0 + sigma' eps"
 
-CATALOGUE = (
+TABLE = (
     Entry(
         name="flow matching, denoising",
         objective=DiagonalMatching,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fewstep.networks import DiTConfig
 from fewstep.networks.dit import gated_width
-from fewstep.objectives import CATALOGUE, ISD, DiagonalMatching, Objective
+from fewstep.objectives import ISD, TABLE, DiagonalMatching, Objective
 from fewstep.recipes.config import RunConfig
 from fewstep.utils.errors import ConfigError
 
@@ -72,9 +72,9 @@ def training_cost(config: RunConfig, shape: tuple[int, int, int], num_classes: i
 
 def difference_passes(objective: Objective) -> float:
     """Of `passes` under bf16, those of a finite difference: its three points are taken in float32 (derivatives.py)."""
-    if not isinstance(objective, ISD) or objective.derivative == "exact":
+    if not isinstance(objective, ISD) or objective.derivative.kind == "exact":
         return 0.0
-    return 3 * (1 - objective.diagonal)
+    return 3 * (1 - objective.pairs.flow_matching_ratio)
 
 
 def passes(objective: Objective, bf16: bool = False) -> float:
@@ -88,12 +88,12 @@ def passes(objective: Objective, bf16: bool = False) -> float:
         return 3.0
     if not isinstance(objective, ISD):
         raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
-    entry = next(each for each in CATALOGUE if each.name == "iSD")
-    null = (1 - objective.dropout) if objective.guidance.active else 0.0
-    derivative = entry.tangents if objective.derivative == "exact" else 3 if bf16 else 2
+    entry = next(each for each in TABLE if each.name == "iSD")
+    null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
+    derivative = entry.tangents if objective.derivative.kind == "exact" else 3 if bf16 else 2
     off = entry.forward + entry.frozen + derivative + 2 * entry.backward
     on = 1 + 2
-    return null + objective.diagonal * on + (1 - objective.diagonal) * off
+    return null + objective.pairs.flow_matching_ratio * on + (1 - objective.pairs.flow_matching_ratio) * off
 
 
 def forward_flops(config: DiTConfig, shape: tuple[int, int, int], guided: bool) -> int:

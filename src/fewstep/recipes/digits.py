@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
 from fewstep.networks import MLPConfig, UNetConfig
-from fewstep.objectives import ISD, DiagonalMatching
+from fewstep.objectives import ISD, DiagonalMatching, Pairs, Weighting
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
@@ -24,13 +25,10 @@ def digits() -> RunConfig:
         data=DataConfig(source="digits"),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=ISD(
-            times=LogitNormalTimes(),
-            diagonal=0.75,
-            to_end=1.0,
+            pairs=Pairs(LogitNormalTimes(), flow_matching_ratio=0.75, endpoint_share=1.0),
             guidance=FixedGuidance(omega=1.3, low=0.3),
-            derivative="finite-difference",
-            power=1.0,
-            offset=1.0,
+            derivative=Derivative("finite-difference"),
+            weighting=Weighting(weight_power=1.0, weight_eps=1.0),
         ),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(

@@ -70,7 +70,7 @@ def _student(teacher: RunConfig, name: str, images: int, batch_size: int, sample
         teacher,
         recipe=name,
         model=_STUDENT,
-        objective=CTM(steps=TeacherSteps(points=18, solver="heun"), decay=0.99),
+        objective=CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99),
         optimizer=OptimizerConfig(lr=1e-3, warmup_images=50 * batch_size),
         training=TrainingConfig(
             images=images,

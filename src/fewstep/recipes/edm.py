@@ -17,7 +17,7 @@ from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 EDM_MODEL = ModelConfig(EDMPathConfig(), EulerPreconditioningConfig(), EDMScalingConfig())
-EDM_OBJECTIVE = DiagonalMatching(times=LogNormalTimes(-0.5, 1.8), measure="denoiser", dropout=0.0)
+EDM_OBJECTIVE = DiagonalMatching(times=LogNormalTimes(-0.5, 1.8), measure="denoiser", label_dropout=0.0)
 
 
 def edm_mixture() -> RunConfig:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
 from fewstep.networks import DiTConfig, UNetConfig
-from fewstep.objectives import ISD, DiagonalMatching
+from fewstep.objectives import ISD, DiagonalMatching, Pairs, Weighting
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
@@ -25,7 +26,10 @@ def fashion_mnist_unet() -> RunConfig:
             width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0
         ),
         objective=ISD(
-            diagonal=0.75, guidance=FixedGuidance(omega=1.3), derivative="finite-difference", power=1.0, offset=1.0
+            pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75),
+            guidance=FixedGuidance(omega=1.3),
+            derivative=Derivative("finite-difference"),
+            weighting=Weighting(weight_power=1.0, weight_eps=1.0),
         ),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=12_800, decay="cosine"),
         training=TrainingConfig(
@@ -69,13 +73,10 @@ def fashion_mnist_dit() -> RunConfig:
         recipe="fashion-mnist-dit",
         network=DiTConfig(width=128, depth=4, heads=4, patch=4, max_frequency=16.0),
         objective=ISD(
-            times=LogitNormalTimes(),
-            diagonal=0.75,
-            to_end=0.75,
+            pairs=Pairs(LogitNormalTimes(), flow_matching_ratio=0.75, endpoint_share=0.75),
             guidance=FixedGuidance(omega=1.5, low=0.3),
-            derivative="finite-difference",
-            power=1.0,
-            offset=1.0,
+            derivative=Derivative("finite-difference"),
+            weighting=Weighting(weight_power=1.0, weight_eps=1.0),
         ),
         optimizer=replace(base.optimizer, lr=2e-3),
         training=replace(base.training, images=192_000),

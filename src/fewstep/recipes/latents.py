@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fewstep.data import DataConfig
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
 from fewstep.flow.paths import TrigPathConfig
 from fewstep.flow.preconditioning import TrigPreconditioningConfig, UnitScalingConfig
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import DiTConfig
-from fewstep.objectives import ISD
-from fewstep.objectives.losses import LossNorm
+from fewstep.objectives import ISD, Pairs, Weighting
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
@@ -64,7 +64,10 @@ def imagenet256_dit_xl1() -> RunConfig:
         recipe="imagenet256-dit-xl1",
         data=DataConfig(source="latents"),
         network=DiTConfig.of("XL", 1),
-        objective=_published(guidance=DrawnGuidance(omega_max=8.0), norm="pseudo-huber", huber=5.0),
+        objective=replace(
+            _published(guidance=DrawnGuidance(omega_max=8.0)),
+            weighting=Weighting("pseudo-huber", 5.0, weight_power=1.0),
+        ),
         optimizer=OptimizerConfig(name="muon", lr=1e-4, matrix_lr=5e-4, warmup_images=0),
         training=_durations(600_000),
         evaluation=EvaluationConfig(samples=50_000, steps=(1, 2, 4)),
@@ -88,18 +91,13 @@ def celebahq256_dit_b4() -> RunConfig:
     )
 
 
-def _published(guidance: TrainingGuidance, norm: LossNorm = "l2", huber: float = 0.03) -> ISD:
+def _published(guidance: TrainingGuidance) -> ISD:
     return ISD(
-        times=BetaTimes(0.8, 1.0),
-        diagonal=0.0,
+        pairs=Pairs(BetaTimes(0.8, 1.0), flow_matching_ratio=0.0),
         guidance=guidance,
-        dropout=0.1,
-        derivative="finite-difference",
-        step=0.005,
-        norm=norm,
-        huber=huber,
-        power=1.0,
-        offset=0.01,
+        label_dropout=0.1,
+        derivative=Derivative("finite-difference", step=0.005),
+        weighting=Weighting(weight_power=1.0, weight_eps=0.01),
     )
 
 

@@ -15,13 +15,13 @@ from fewstep.flow.preconditioning import (
     TrigPreconditioningConfig,
     UnitScalingConfig,
 )
-from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, MeanFlow, Objective, Shortcut, Tangent
+from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, Distance, MeanFlow, Objective, Shortcut, Tangent
 from fewstep.recipes.config import ModelConfig, RunConfig
 from fewstep.recipes.digits import digits
 from fewstep.recipes.edm import EDM_MODEL, edm_digits
 
 _TEACHER = "runs/edm-digits"
-_HUBER = 0.00054 * 64**0.5  # of iCT, 2310.14189, for 64 numbers
+_HUBER = Distance("pseudo-huber", 0.00054 * 64**0.5)  # of iCT, 2310.14189, for 64 numbers
 
 
 def digits_meanflow() -> RunConfig:
@@ -66,7 +66,7 @@ def digits_shortcut() -> RunConfig:
     Measured: Frechet distance 14.5 / 8.4 / 5.8 at 1 / 2 / 4 steps (classifier features, real digits
     1.6), 272 s on one shared core.
     """
-    return _by("digits-shortcut", Shortcut(decay=0.99))
+    return _by("digits-shortcut", Shortcut(target_decay=0.99))
 
 
 def digits_ct() -> RunConfig:
@@ -77,7 +77,7 @@ def digits_ct() -> RunConfig:
     1.6), 304 s on one shared core.
     """
     model = replace(EDM_MODEL, preconditioning=BCMPreconditioningConfig(), scaling=EDMInputScalingConfig())
-    return _to_the_end("digits-ct", CT(duration=digits().training.images, huber=_HUBER), model)
+    return _to_the_end("digits-ct", CT(duration=digits().training.images, distance=_HUBER), model)
 
 
 def digits_ect() -> RunConfig:
@@ -88,7 +88,7 @@ def digits_ect() -> RunConfig:
     1.6), 310 s on one shared core.
     """
     return replace(
-        _tuned("digits-ect", ECT(stage_images=digits().training.images // 8, huber=_HUBER)), initial=_TEACHER
+        _tuned("digits-ect", ECT(stage_images=digits().training.images // 8, distance=_HUBER)), initial=_TEACHER
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import MLPConfig, UNet1dConfig
-from fewstep.objectives import ISD, DiagonalMatching, Regression
+from fewstep.objectives import ISD, DiagonalMatching, Pairs, Regression, Weighting
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 
@@ -21,7 +22,12 @@ def policy_mlp() -> RunConfig:
         recipe="policy-mlp",
         data=DataConfig(source="demonstrations", heldout=0.05),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=64, max_frequency=16.0),
-        objective=ISD(diagonal=0.75, derivative="finite-difference", power=1.0, offset=1.0, dropout=0.0),
+        objective=ISD(
+            pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75),
+            derivative=Derivative("finite-difference"),
+            weighting=Weighting(weight_power=1.0, weight_eps=1.0),
+            label_dropout=0.0,
+        ),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(
             images=1_024_000, batch_size=256, ema_power=(0.1,), checkpoint_images=256_000, sample_images=0
@@ -40,7 +46,7 @@ def policy_flow_matching() -> RunConfig:
     return replace(
         base,
         recipe="policy-flow-matching",
-        objective=DiagonalMatching(times=BetaTimes(), dropout=0.0),
+        objective=DiagonalMatching(times=BetaTimes(), label_dropout=0.0),
         evaluation=replace(base.evaluation, steps=(1, 2, 4, 16)),
     )
 

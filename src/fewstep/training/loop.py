@@ -165,8 +165,8 @@ class Trainer:
         begun = self.images >= self.config.adversary.start_images
         return Companions(
             teacher=self.teacher,
-            target=None if self.target is None else self.target.flow_map,
-            features=self.callbacks.features,
+            ema_target=None if self.target is None else self.target.flow_map,
+            perceptual_features=self.callbacks.features,
             critic=self.adversary.score if self.adversary is not None and begun else None,
             average=self.mean_over_processes,
         )

@@ -17,7 +17,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.networks import Network
-from fewstep.objectives import Batch, Regression
+from fewstep.objectives import Batch
 from fewstep.recipes.config import RunConfig, TrainingConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training.teacher import start_from
@@ -83,7 +83,7 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
             f"{dataset.name} has no classes to guide samples to: leave --evaluation.omega at 1 (it is "
             f"{config.evaluation.omega:g})"
         )
-    guidance = config.objective.target_guidance
+    guidance = config.objective.guidance
     if warn and guidance.active and not dataset.num_classes:
         off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
         warnings.warn(
@@ -95,11 +95,7 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
 
 def acting(config: RunConfig) -> ActingName:
     """The sampler that a run's policy acts with."""
-    if isinstance(config.objective, Regression):
-        return "mean"
-    if config.objective.on_diagonal:
-        return "euler"
-    return "gamma" if config.objective.to_data_end else "map"
+    return config.objective.acting
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
@@ -124,15 +120,16 @@ def fetch_batch(
 ) -> Batch:
     """Samples first .. first + count - 1 of the global batch of step 0, 1, ..."""
     position = step * settings.batch_size + first
-    draws = Draws(settings.seed, step, torch.arange(first, first + count, device=device))
+    places = torch.arange(first, first + count)
+    draws = Draws(settings.seed, step, places.to(device))
     mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
     rows = batch_indices(len(dataset.train), settings.seed, position, count)
     x0, labels = dataset.train.fetch(rows, mirror)
     context = dataset.train.context(rows)
-    labels, observation, counted = (
-        None if each is None else each.to(device) for each in (labels, context.observation, context.counted)
+    labels, observation, loss_mask = (
+        None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
     )
-    return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, counted)
+    return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, loss_mask, places)
 
 
 def join_processes(cpu: bool, **options: Any) -> Accelerator:

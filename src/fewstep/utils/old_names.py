@@ -12,7 +12,36 @@ from typing import Any
 
 TYPES: dict[str, str] = {"Control": "PolicySpec", "Decoding": "LatentSpec"}
 
-FIELDS: dict[str, dict[str, str]] = {}
+_PAIRS = {"times": "pairs.times", "diagonal": "pairs.flow_matching_ratio", "to_end": "pairs.endpoint_share"}
+_WEIGHTING = {
+    "norm": "weighting.norm",
+    "huber": "weighting.huber_c",
+    "power": "weighting.weight_power",
+    "offset": "weighting.weight_eps",
+}
+_DERIVATIVE = {"derivative": "derivative.kind", "step": "derivative.step"}
+_LABELS = {"dropout": "label_dropout"}
+_TARGET = {"decay": "target_decay"}
+_ADJACENT = {**_LABELS, **_TARGET, "norm": "distance.kind", "huber": "distance.huber_c"}
+_DISTILLED = {**_LABELS, **_TARGET, "distance": "distance.kind", "huber": "distance.huber_c"}
+
+FIELDS: dict[str, dict[str, str]] = {
+    "ISD": {**_PAIRS, **_WEIGHTING, **_DERIVATIVE, **_LABELS},
+    "MeanFlow": {**_PAIRS, **_WEIGHTING, **_DERIVATIVE, **_LABELS},
+    "ESD": {**_PAIRS, **_WEIGHTING, **_DERIVATIVE, **_LABELS},
+    "LSD": {**_PAIRS, **_WEIGHTING, **_DERIVATIVE, **_LABELS},
+    "PSD": {**_PAIRS, **_WEIGHTING, **_LABELS},
+    "Shortcut": {**_WEIGHTING, **_LABELS, **_TARGET},
+    "CT": _ADJACENT,
+    "ECT": _ADJACENT,
+    "Tangent": _DERIVATIVE,
+    "SCT": _LABELS,
+    "SCD": _LABELS,
+    "CD": _DISTILLED,
+    "CTM": {**_DISTILLED, "to_end": "endpoint_only"},
+    "DiagonalMatching": _LABELS,
+    "Regression": _LABELS,
+}
 
 
 def _kinds(ending: str, **stems: str) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -51,6 +52,19 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless the value is one of the choices: what the command line refuses, in Python too."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise ConfigError, by its name, for a value that is not positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be positive and finite")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ConfigError unless the share lies in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ConfigError(f"{name} is {share}; it must lie in [0, 1]")
 
 
 def per_sample_mean(value: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
     for settings in sampler_settings(config, config.evaluation.steps[:3]):
         tuned = tuned_settings(pipeline, settings)
         plans.append((f"{name}, tuned times", tuned) if tuned else (name, settings))
-    if not config.objective.to_data_end:
+    if not config.objective.endpoint_only:
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(pipeline, count, settings)) for label, settings in plans]
     return tuple(

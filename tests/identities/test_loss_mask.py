@@ -36,6 +36,7 @@ from fewstep.objectives import (
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
 from tests.support.cases import F64, SD, noise
+from tests.support.objectives import made
 
 STEPS, SIZE, COUNT = 4, 2, 16
 LAST = slice(STEPS - 1, STEPS)
@@ -43,12 +44,12 @@ OBJECTIVES: dict[str, Objective] = {
     "flow matching": DiagonalMatching(),
     "denoising": DiagonalMatching(measure="denoiser", sigma_data=SD),
     "regression": Regression(),
-    "iSD": ISD(diagonal=0.5),
+    "iSD": made(ISD, flow_matching_ratio=0.5),
     "MeanFlow": MeanFlow(),
     "ESD": ESD(),
     "LSD": LSD(),
     "PSD": PSD(),
-    "shortcut": Shortcut(decay=None),
+    "shortcut": Shortcut(target_decay=None),
     "CT": CT(),
     "ECT": ECT(),
     "sCT": SCT(),
@@ -75,16 +76,16 @@ def model(name: str) -> FlowMap:
 
 def padded(count: int = COUNT) -> Batch:
     """The last step of every chunk does not count."""
-    counted = torch.ones(count, STEPS, 1, dtype=torch.bool)
-    counted[:, LAST] = False
+    loss_mask = torch.ones(count, STEPS, 1, dtype=torch.bool)
+    loss_mask[:, LAST] = False
     draws = Draws(0, 3, torch.arange(count))
-    return Batch(SD * noise(count, STEPS, SIZE), None, draws, 0, noise(count, 2, 3, seed=4), counted)
+    return Batch(SD * noise(count, STEPS, SIZE), None, draws, 0, noise(count, 2, 3, seed=4), loss_mask)
 
 
 def outcome(name: str, batch: Batch, change: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(losses (B,), gradient of the output layer's bias (steps, size)) of an objective."""
     student = model(name)
-    companions = Companions(teacher=model(name), target=model(name))
+    companions = Companions(teacher=model(name), ema_target=model(name))
     losses = OBJECTIVES[name](student, batch if change is None else replace(batch, x0=batch.x0 + change), companions)
     bias = student.network.output.bias  # type: ignore[union-attr]
     (gradient,) = torch.autograd.grad(losses.mean(), bias)  # type: ignore[arg-type]
@@ -101,7 +102,7 @@ def test_what_does_not_count_has_neither_loss_nor_gradient(name: str) -> None:
     torch.testing.assert_close(same, gradient, rtol=1e-12, atol=1e-12)
     assert (gradient[LAST] == 0).all()
     assert (gradient[: STEPS - 1].abs() > 1e-9).all()
-    whole = replace(padded(), counted=None)
+    whole = replace(padded(), loss_mask=None)
     assert (outcome(name, whole)[1][LAST].abs() > 1e-9).all()
 
 
@@ -117,13 +118,13 @@ def test_the_observation_reaches_the_network(name: str) -> None:
 
 @given(st.lists(st.booleans(), min_size=4, max_size=4).filter(any), st.integers(1, 5))
 def test_the_mean_square_is_that_over_what_counts(counts: list[bool], count: int) -> None:
-    counted = torch.tensor(counts)[None, :, None].expand(count, 4, 1)
+    loss_mask = torch.tensor(counts)[None, :, None].expand(count, 4, 1)
     error = noise(count, 4, 3, seed=count)
-    batch = Batch(error, None, Draws(0, 0, torch.arange(count)), counted=counted)
+    batch = Batch(error, None, Draws(0, 0, torch.arange(count)), loss_mask=loss_mask)
     expected = torch.stack([row[torch.tensor(counts)].square().mean() for row in error])
-    torch.testing.assert_close(batch.count(error).flatten(1).square().mean(1), expected)
+    torch.testing.assert_close(batch.masked(error).flatten(1).square().mean(1), expected)
     rows = torch.tensor([count - 1])
-    torch.testing.assert_close(batch.count(error[rows], rows), batch.count(error)[rows])
+    torch.testing.assert_close(batch.masked(error[rows], rows), batch.masked(error)[rows])
 
 
 def test_a_network_without_observations_refuses_them() -> None:

@@ -1,0 +1,119 @@
+"""Consistency trajectory models (2310.02279; math.md section 4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
+from fewstep.networks import Network
+from fewstep.networks.condition import Condition
+from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
+from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
+from fewstep.objectives.flow_matching import denoising_loss, deviation_of
+from fewstep.objectives.gan import generator_loss
+from fewstep.objectives.losses import Distance, gradient_balance
+from fewstep.utils.errors import ConfigError
+
+STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CTM(Objective):
+    """Consistency trajectory model: jumps between any two levels, compared at the data end,
+
+    d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
+    t > u >= s grid points, X_sg the slow average, through which the gradient passes to X(x_t, t, s).
+
+    lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `adversarial` likewise.
+
+    Source: 2310.02279; math.md section 4.
+    Deviations: the published code's t lies nearer the noise end and u further from t than uniform draws do.
+    """
+
+    steps: TeacherSteps = TeacherSteps()
+    target_decay: float = 0.999
+    """Decay per step, in [0, 1), of the slow average X_sg; 0.999 in the paper at 32 x 32."""
+    distance: Distance = Distance()
+    denoising: float = 1.0
+    """Weight of the denoising loss at noise levels `times`; 0 leaves it out."""
+    balance: bool = True
+    """Multiply both weights by the ratio of the losses' gradient norms on the network's last layer."""
+    adversarial: float = 0.0
+    """Weight of -critic on what is compared, while there is a critic; 0 trains none."""
+    times: TimeDistribution = LogNormalTimes()
+    sigma_data: float | None = None
+    """The data's standard deviation in the denoising loss; None takes what the flow map's configuration says."""
+    endpoint_only: bool = False
+    """Make every jump one to the data end, s = t_min."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.denoising < math.inf and 0 <= self.adversarial < math.inf):
+            raise ConfigError(
+                f"weights of the denoising and adversarial losses are {self.denoising} and {self.adversarial}; "
+                "they must be finite and at least 0"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def measures_features(self) -> bool:
+        return self.distance.kind == "features"
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.adversarial > 0
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        target, cond = companions.ema_target, self.condition(flow_map, batch)
+        n, k, j = self.steps.draw(batch, self.endpoint_only)
+        grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
+        t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
+        x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
+        x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
+        with torch.no_grad():
+            goal = jump_where_apart(target, jump_where_apart(target, x_u, u, s, cond), s, end, cond)
+        reached = jump_where_apart(target, flow_map.jump(x, t, s, cond), s, end, cond)
+        consistency = self.distance(batch, reached, goal, companions)
+        terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
+        if self.denoising:
+            denoising = self.denoising_loss(flow_map, batch, cond)
+            scale = self.denoising * self.weight(consistency, denoising, flow_map, companions)
+            terms["denoising"] = scale * denoising
+            logs |= {"denoising": denoising.detach(), "balance": scale.expand(len(t))}
+        if self.adversarial and companions.critic is not None:
+            adversarial = generator_loss(companions.critic, reached, cond.labels)
+            scale = self.adversarial * self.weight(consistency, adversarial, flow_map, companions)
+            terms["adversarial"] = scale * adversarial
+            logs |= {"adversarial": adversarial.detach()}
+        total = torch.stack(list(terms.values())).sum(0)
+        judged = Generated(reached.detach(), cond.labels) if self.adversarial else None
+        return Losses(total, t, s, logs, terms, judged)
+
+    def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:
+        """What makes the second loss weigh as much as the first on the last layer; 1 when not balanced."""
+        if not self.balance:
+            return first.new_ones(())
+        return gradient_balance(first, second, last_layer(flow_map), companions.average)
+
+    def denoising_loss(self, flow_map: FlowMap, batch: Batch, cond: Condition) -> Tensor:
+        """EDM's denoising loss of the same images at noise levels and noise of its own."""
+        t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_DIAGONAL))
+        eps = batch.draws.normal(STREAM_DIAGONAL_NOISE, tuple(batch.x0.shape[1:]), batch.x0.dtype)
+        return denoising_loss(flow_map, batch, eps, t, cond, deviation_of(flow_map, self.sigma_data))
+
+
+def last_layer(flow_map: FlowMap) -> Tensor:
+    """The weight of the network's output layer; raises ConfigError for a foreign network."""
+    if not isinstance(flow_map.network, Network):
+        raise ConfigError("balancing losses by gradient norm needs a fewstep network: set balance to false")
+    return flow_map.network.last_layer

@@ -1,0 +1,57 @@
+"""iSD (2601.22679): the tangent of the Eulerian identity is driven by the model's own velocity, without gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.times import BetaTimes
+from fewstep.networks.condition import Condition
+from fewstep.objectives.eulerian import eulerian_error
+from fewstep.objectives.losses import Comparison, Weighting
+from fewstep.objectives.pairs import JointObjective, Pairs
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import check_positive
+
+
+def _one() -> float:
+    return 1.0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ISD(JointObjective):
+    """loss = w (|v(x_t, t) - v*|^2 + distill |N - sg N_target|^2), N_target = N + R along sg v(x_t, t).
+
+    The second term is of samples with s < t. v* = alpha' x0 + sigma' eps; with guidance, which is iSD-T,
+    v* = v_null + omega (alpha' x0 + sigma' eps - v_null), v_null the model's own without a label and without gradient.
+
+    Source: 2601.22679; math.md sections 5.1 to 5.3.
+    Deviations: the paper has `distill` 1, no share of samples with s = t and no endpoint_share. On too large a
+    `distill` see studies/degeneracy.md.
+    """
+
+    pairs: Pairs = Pairs(times=BetaTimes(), flow_matching_ratio=0.0)
+    weighting: Weighting = Weighting(weight_power=1.0)
+    derivative: Derivative = Derivative()
+    distill: float = later(_one)
+    """Weight of the second term, above 0; 1 in the paper. Too much, and the anchor holds no longer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(distill=self.distill)
+
+    @property
+    def share(self) -> float:
+        return self.distill
+
+    def off_diagonal(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> Comparison:
+        v = v.detach()
+        output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
+        return eulerian_error(flow_map, x, v, output, d_output, t, s)

@@ -1,0 +1,156 @@
+"""sCM (2410.11081): consistency training and distillation in continuous time, to s = t_min alone (math.md section 5.2).
+
+Neighbours in the limit: the difference of adjacent points is a derivative. The paper's learned weight in t is left out.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance
+from fewstep.flow.ode import denoiser_on
+from fewstep.flow.paths import Path
+from fewstep.flow.times import LogNormalTimes, TimeDistribution
+from fewstep.networks.condition import Condition
+from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.consistency import check_end
+from fewstep.objectives.curricula import warm_up
+from fewstep.objectives.eulerian import eulerian_residual
+from fewstep.objectives.losses import Comparison, error_norm, normalised
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_positive, expand
+
+
+@final
+@dataclass(frozen=True)
+class Tangent:
+    """The step that sCM takes at s = t_min: h = c R, R of math.md section 5.1, as a target of N or of the map.
+
+    Where the residual may be added to N, c = -g_t (cos t for trig: the paper's) and the error is N - sg(N + h); else
+    c = -(t - s) and it is X - sg(X + h), for Euler on the EDM path nearly N - sg(N - t dN/dt).
+
+    Warmed up, R = (f + g c_skip)(v - v_N) + r (rest) with v_N = f_s x + g_s N and f + g c_skip the share of x in the
+    jump: the rest is -sin t (x + dN/dt) for trig. Normalising takes the rms in place of the paper's norm, so that the
+    constant does not depend on the dimension.
+    """
+
+    warm_up_images: int = 0
+    """Images seen over which r in R rises from 0 to 1; 0 begins with r = 1."""
+    normalise: bool = True
+    """Whether h becomes h / (rms(h) + constant)."""
+    constant: float = 0.1
+    """Added to rms(h), above 0; 0.1 in the paper."""
+    derivative: Derivative = Derivative()
+
+    def __post_init__(self) -> None:
+        check_positive(constant=self.constant)
+        if self.warm_up_images < 0:
+            raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
+
+    def compare(self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, t: Tensor, cond: Condition) -> Comparison:
+        """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
+        own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
+        output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
+        frozen = output.detach()
+        residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
+        f, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
+        share = f + g * expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
+        straight = share * (v - flow_map.velocity_from_output(x, frozen, t))
+        residual = straight + warm_up(batch.images, self.warm_up_images) * (residual - straight)
+        scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
+        step = scale * residual
+        step = normalised(step, self.constant, batch.masked(step)) if self.normalise else step
+        moved = output - frozen
+        if own.target_in_network:
+            return Comparison(moved - step, output, d_output)
+        return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s), d_output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousObjective(Objective):
+    """|N - sg(N + h)|^2 at s = t_min with h of Tangent."""
+
+    times: TimeDistribution = LogNormalTimes(-1.0, 1.4)
+    tangent: Tangent = Tangent()
+
+    @property
+    def endpoint_only(self) -> bool:
+        return True
+
+    @property
+    def differentiates(self) -> bool:
+        return True
+
+    @abstractmethod
+    def driving(
+        self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions
+    ) -> tuple[Tensor, Tensor]:
+        """(x_t, the velocity that drives the tangent), (B, ...) each."""
+
+    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
+        check_end(flow_map, continuous=True)
+        t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
+        cond = self.condition(flow_map, batch)
+        x, v = self.driving(flow_map, batch, t, cond, companions)
+        compared = self.tangent.compare(flow_map, batch, x, v, t, cond)
+        loss = error_norm(batch.masked(compared.error), "l2", 0.0)
+        logs = compared.sizes() | {"consistency": loss.detach()}
+        return Losses(loss, t, torch.full_like(t, flow_map.path.t_min), logs)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SCT(ContinuousObjective):
+    """sCT, continuous-time consistency training: the conditional velocity alpha' x0 + sigma' eps drives the tangent."""
+
+    def driving(
+        self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions
+    ) -> tuple[Tensor, Tensor]:
+        return flow_map.path.sample(batch.x0, batch.noise(), t)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SCD(ContinuousObjective):
+    """sCD, continuous-time consistency distillation: the teacher's velocity drives the tangent.
+
+    It is guided by the teacher's own without a label where `guidance` says: fixed, or drawn and fed to the student.
+    """
+
+    times: TimeDistribution = LogNormalTimes(-0.8, 1.6)
+    guidance: TrainingGuidance = NoGuidance()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    def driving(
+        self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions
+    ) -> tuple[Tensor, Tensor]:
+        teacher = TeacherVelocity(flow_map.path, companions.teacher)
+        x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
+        return x, self.guide(teacher, batch, x, t, cond, teacher.velocity(x, t, cond))
+
+
+@final
+@dataclass(frozen=True)
+class TeacherVelocity:
+    """A teacher's velocity, without gradient, on another path than its own."""
+
+    path: Path
+    teacher: FlowMap
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """v(x, t), (B, ...)."""
+        cond = cond if self.teacher.guided else replace(cond, guidance=None)
+        with torch.no_grad():
+            if self.teacher.path == self.path:
+                return self.teacher.velocity(x, t, cond)
+            return self.path.velocity_from_denoised(x, denoiser_on(self.path, self.teacher)(x, t, cond), t)
