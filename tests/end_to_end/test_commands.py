@@ -28,6 +28,7 @@ from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import RunFolder, Runtime
 from fewstep.utils.errors import FewstepWarning
+from fewstep.utils.parts import kinds
 from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, contents
 
 
@@ -79,8 +80,8 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str], c
 
 def own_kinds(setting: str) -> list[str]:
     """The commands that choose each of fewstep's own kinds of a setting of the recipe digits."""
-    kinds = dict(choices(recipe("digits")))[setting]
-    return [f"train digits --{setting} {name}" for name, cls in kinds.items() if cls.__module__.startswith("fewstep.")]
+    own = kinds(dict(choices(recipe("digits")))[setting])
+    return [f"train digits --{setting} {name}" for name, cls in own.items() if cls.__module__.startswith("fewstep.")]
 
 
 def options_shown(printed: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ import fewstep
 from fewstep import SamplingSettings
 from fewstep.data import load_dataset
 from fewstep.training import RunFolder, train
-from tests.support.tiny import MACHINE
+from tests.support.tiny import RUNTIME
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
 EXPECTED = load_file(FIXTURES / "expected.safetensors")
@@ -74,7 +74,7 @@ def test_a_run_of_format_1_goes_on_to_the_same_weights(
     run = RunFolder(Path(name))
     config = run.config()
     assert run.last_checkpoint().name == "step-00000003"
-    train(config, load_dataset(config.data), run, MACHINE)
+    train(config, load_dataset(config.data), run, RUNTIME)
     weights = load_file(run.last_checkpoint() / "weights.safetensors")
     assert len(weights) > 5
     for key, value in weights.items():

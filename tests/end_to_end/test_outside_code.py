@@ -23,7 +23,7 @@ from fewstep.utils.errors import ConfigError, FewstepError
 from fewstep.utils.parts import import_file
 from fewstep.utils.serialization import from_json, to_json
 from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, Finished
-from tests.support.tiny import MACHINE, Killed, assert_same_run, interrupt_after
+from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
 QUIET = ("--machine.cpu", "--machine.quiet", "--machine.threads", "1")
@@ -39,7 +39,7 @@ def outside_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of tests/support/outside.py, trained in Python without a stop."""
     config = recipe(str(OUTSIDE))
     run = RunFolder(tmp_path_factory.mktemp("outside") / "run")
-    train(config, load_dataset(config.data), run, MACHINE)
+    train(config, load_dataset(config.data), run, RUNTIME)
     return run.root
 
 
