@@ -22,7 +22,7 @@ from fewstep.data.folder import decode_or_reason, list_images
 from fewstep.data.latents.autoencoders import Decoder, load_decoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings, Manifest
-from fewstep.evaluation.evaluate import measure_real, measure_run, write_figures, yardstick
+from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, write_figures
 from fewstep.evaluation.report import image_grid, to_uint8
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
@@ -236,8 +236,8 @@ class Road:
         config = run_config(self.out / "latents", self.train_seconds)
         run, dataset = RunFolder(self.out / "run"), load_dataset(config.data)
         result = train(config, dataset, run, Runtime(cpu=True, threads=1))
-        stick = yardstick(dataset, None)
-        rows = [*measure_run(run, stick), *measure_real(dataset, config.evaluation.samples, stick)]
+        evaluator = build_evaluator(dataset, None)
+        rows = [*measure_run(run, evaluator), measure_real(dataset, config.evaluation.samples, evaluator)]
         write_figures(rows, run.root)
         psnr, model = show_samples(dataset, images, run, figure)
         network = sum(p.numel() for p in model.parameters())

@@ -19,7 +19,9 @@ from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
+    EstimationSettings,
     EulerPreconditioning,
+    GapSettings,
     Preconditioning,
     TrajectoryStatistics,
     consistency_gap,
@@ -62,7 +64,14 @@ def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Precon
     for method, preconditioning in found.items():
         ends = ("t", "s") if method == "euler" else (preconditioning.frozen_at,)
         gaps = [
-            consistency_gap(preconditioning, denoiser, data, t, s, samples=COUNT, seed=1, solver_steps=64, end=end)  # type: ignore[arg-type]
+            consistency_gap(
+                preconditioning,
+                denoiser,
+                data,
+                t,
+                s,
+                settings=GapSettings(samples=COUNT, seed=1, solver_steps=64, end=end),
+            )  # type: ignore[arg-type]
             for end in ends
         ]
         best = torch.stack([gap.rms for gap in gaps]).argmin(0)
@@ -104,7 +113,9 @@ def of_closed_form(samples: int) -> list[Row]:
     def estimate(centred: bool) -> TrajectoryStatistics:
         train = dataset.train.fetch(torch.arange(samples))[0].double()
         mean = data_mean(dataset)
-        return estimate_statistics(denoiser, train, samples=samples, centred=centred, mean=mean, shrink=False)
+        return estimate_statistics(
+            denoiser, train, settings=EstimationSettings(samples=samples, centred=centred, shrink=False), mean=mean
+        )
 
     return rows_of("mixture, closed form", denoiser, x0, candidates(estimate, conditional=False))
 

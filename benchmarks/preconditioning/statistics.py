@@ -25,7 +25,7 @@ from benchmarks.harness import RESULTS, Row, markdown
 from fewstep.data import DataConfig, load_dataset
 from fewstep.flow.closed_form import MixtureData, toy_mixture
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import TrajectoryStatistics, estimate_statistics
+from fewstep.flow.preconditioning import EstimationSettings, TrajectoryStatistics, estimate_statistics
 
 CHECKED = RESULTS / "statistics_check.json"
 BANDS = (80.0, 12.0, 2.0, 0.3, 0.06, 0.03, 0.0)
@@ -116,7 +116,9 @@ def estimate(
         return data.denoise(EDM(), x, t)
 
     mean = data.weights @ data.means
-    return estimate_statistics(denoise, rows, samples=samples, seed=seed, probes=probes, mean=mean, shrink=False)
+    return estimate_statistics(
+        denoise, rows, settings=EstimationSettings(samples=samples, seed=seed, probes=probes, shrink=False), mean=mean
+    )
 
 
 def rows_of(seed: int, found: TrajectoryStatistics, truth: Reference) -> list[Row]:

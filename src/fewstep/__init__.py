@@ -1,144 +1,113 @@
-"""fewstep: generative models that need one to four network calls."""
+"""fewstep: generative models that need one to four network calls.
+
+Every name below is imported when it is first asked for: the command line shows its help without PyTorch.
+"""
+
+import ast
+import importlib
+from pathlib import Path as _File
+from typing import TYPE_CHECKING, Any
 
 from fewstep._version import __version__
-from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
-from fewstep.flow.closed_form import GaussianData, MixtureData
-from fewstep.flow.flow_map import FlowMap, FlowMapConfig
-from fewstep.flow.guidance import ClassifierFreeGuidance, DrawnGuidance, FixedGuidance, NoGuidance
-from fewstep.flow.paths import EDM, VP, Linear, Path, PathConfig, Trig
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    BCMPreconditioning,
-    CMPreconditioning,
-    EDMInputScaling,
-    EDMScaling,
-    EulerPreconditioning,
-    IdentityScaling,
-    LinearPreconditioning,
-    Preconditioning,
-    PreconditioningConfig,
-    Scaling,
-    ScalingConfig,
-    TrajectoryStatistics,
-    TrigPreconditioning,
-    UnitScaling,
-    consistency_gap,
-    estimate_statistics,
-)
-from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
-from fewstep.networks.condition import NULL_LABEL, Condition
-from fewstep.objectives import (
-    CD,
-    CT,
-    CTM,
-    ECT,
-    ESD,
-    ISD,
-    LSD,
-    PSD,
-    SCD,
-    SCT,
-    TABLE,
-    Batch,
-    Companions,
-    DiagonalMatching,
-    Losses,
-    MeanFlow,
-    Objective,
-    Regression,
-    Shortcut,
-    TeacherSteps,
-)
-from fewstep.policies import Policy, Simulation, Task, load_policy, roll_out
-from fewstep.recipes.config import RunConfig
-from fewstep.sampling.generate import SamplingSettings, generate
-from fewstep.sampling.pipeline import Pipeline, PipelineConfig
-from fewstep.training import RunFolder, Runtime, load, train
-from fewstep.utils.errors import FewstepError
-from fewstep.utils.parts import import_file
 
-__all__ = [
-    "CD",
-    "CT",
-    "CTM",
-    "ECT",
-    "EDM",
-    "ESD",
-    "ISD",
-    "LSD",
-    "NULL_LABEL",
-    "PSD",
-    "SCD",
-    "SCT",
-    "TABLE",
-    "VP",
-    "AnalyticPreconditioning",
-    "BCMPreconditioning",
-    "Batch",
-    "CMPreconditioning",
-    "ClassifierFreeGuidance",
-    "Companions",
-    "Condition",
-    "DataConfig",
-    "Dataset",
-    "Demonstrations",
-    "DiTConfig",
-    "DiagonalMatching",
-    "DrawnGuidance",
-    "EDMInputScaling",
-    "EDMScaling",
-    "EulerPreconditioning",
-    "FewstepError",
-    "FixedGuidance",
-    "FlowMap",
-    "FlowMapConfig",
-    "GaussianData",
-    "IdentityScaling",
-    "Linear",
-    "LinearPreconditioning",
-    "Losses",
-    "MLPConfig",
-    "MeanFlow",
-    "MixtureData",
-    "Network",
-    "NetworkConfig",
-    "NoGuidance",
-    "Objective",
-    "Path",
-    "PathConfig",
-    "Pipeline",
-    "PipelineConfig",
-    "Policy",
-    "Preconditioning",
-    "PreconditioningConfig",
-    "Regression",
-    "RunConfig",
-    "RunFolder",
-    "Runtime",
-    "SamplingSettings",
-    "Scaling",
-    "ScalingConfig",
-    "Shortcut",
-    "Simulation",
-    "Task",
-    "TeacherSteps",
-    "TrajectoryStatistics",
-    "Trig",
-    "TrigPreconditioning",
-    "UNet1dConfig",
-    "UNetConfig",
-    "UnitScaling",
-    "__version__",
-    "consistency_gap",
-    "estimate_statistics",
-    "generate",
-    "import_file",
-    "load",
-    "load_dataset",
-    "load_demonstrations",
-    "load_policy",
-    "roll_out",
-    "save_demonstrations",
-    "train",
-]
+if TYPE_CHECKING:
+    from fewstep.data import DataConfig as DataConfig
+    from fewstep.data import Dataset as Dataset
+    from fewstep.data import load_dataset as load_dataset
+    from fewstep.data.demonstrations.episodes import Demonstrations as Demonstrations
+    from fewstep.data.demonstrations.episodes import load_demonstrations as load_demonstrations
+    from fewstep.data.demonstrations.episodes import save_demonstrations as save_demonstrations
+    from fewstep.flow.closed_form import GaussianData as GaussianData
+    from fewstep.flow.closed_form import MixtureData as MixtureData
+    from fewstep.flow.flow_map import FlowMap as FlowMap
+    from fewstep.flow.flow_map import FlowMapConfig as FlowMapConfig
+    from fewstep.flow.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
+    from fewstep.flow.guidance import DrawnGuidance as DrawnGuidance
+    from fewstep.flow.guidance import FixedGuidance as FixedGuidance
+    from fewstep.flow.guidance import NoGuidance as NoGuidance
+    from fewstep.flow.paths import EDM as EDM
+    from fewstep.flow.paths import VP as VP
+    from fewstep.flow.paths import Linear as Linear
+    from fewstep.flow.paths import Path as Path
+    from fewstep.flow.paths import PathConfig as PathConfig
+    from fewstep.flow.paths import Trig as Trig
+    from fewstep.flow.preconditioning import AnalyticPreconditioning as AnalyticPreconditioning
+    from fewstep.flow.preconditioning import BCMPreconditioning as BCMPreconditioning
+    from fewstep.flow.preconditioning import CMPreconditioning as CMPreconditioning
+    from fewstep.flow.preconditioning import EDMInputScaling as EDMInputScaling
+    from fewstep.flow.preconditioning import EDMScaling as EDMScaling
+    from fewstep.flow.preconditioning import EstimationSettings as EstimationSettings
+    from fewstep.flow.preconditioning import EulerPreconditioning as EulerPreconditioning
+    from fewstep.flow.preconditioning import GapSettings as GapSettings
+    from fewstep.flow.preconditioning import IdentityScaling as IdentityScaling
+    from fewstep.flow.preconditioning import LinearPreconditioning as LinearPreconditioning
+    from fewstep.flow.preconditioning import Preconditioning as Preconditioning
+    from fewstep.flow.preconditioning import PreconditioningConfig as PreconditioningConfig
+    from fewstep.flow.preconditioning import Scaling as Scaling
+    from fewstep.flow.preconditioning import ScalingConfig as ScalingConfig
+    from fewstep.flow.preconditioning import TrajectoryStatistics as TrajectoryStatistics
+    from fewstep.flow.preconditioning import TrigPreconditioning as TrigPreconditioning
+    from fewstep.flow.preconditioning import UnitScaling as UnitScaling
+    from fewstep.flow.preconditioning import consistency_gap as consistency_gap
+    from fewstep.flow.preconditioning import estimate_statistics as estimate_statistics
+    from fewstep.networks import DiTConfig as DiTConfig
+    from fewstep.networks import MLPConfig as MLPConfig
+    from fewstep.networks import Network as Network
+    from fewstep.networks import NetworkConfig as NetworkConfig
+    from fewstep.networks import UNet1dConfig as UNet1dConfig
+    from fewstep.networks import UNetConfig as UNetConfig
+    from fewstep.networks.condition import NULL_LABEL as NULL_LABEL
+    from fewstep.networks.condition import Condition as Condition
+    from fewstep.objectives import CD as CD
+    from fewstep.objectives import CT as CT
+    from fewstep.objectives import CTM as CTM
+    from fewstep.objectives import ECT as ECT
+    from fewstep.objectives import ESD as ESD
+    from fewstep.objectives import ISD as ISD
+    from fewstep.objectives import LSD as LSD
+    from fewstep.objectives import PSD as PSD
+    from fewstep.objectives import SCD as SCD
+    from fewstep.objectives import SCT as SCT
+    from fewstep.objectives import TABLE as TABLE
+    from fewstep.objectives import Batch as Batch
+    from fewstep.objectives import Companions as Companions
+    from fewstep.objectives import DiagonalMatching as DiagonalMatching
+    from fewstep.objectives import Losses as Losses
+    from fewstep.objectives import MeanFlow as MeanFlow
+    from fewstep.objectives import Objective as Objective
+    from fewstep.objectives import Regression as Regression
+    from fewstep.objectives import Shortcut as Shortcut
+    from fewstep.objectives import TeacherSteps as TeacherSteps
+    from fewstep.policies import Policy as Policy
+    from fewstep.policies import Simulation as Simulation
+    from fewstep.policies import Task as Task
+    from fewstep.policies import load_policy as load_policy
+    from fewstep.policies import roll_out as roll_out
+    from fewstep.recipes.config import RunConfig as RunConfig
+    from fewstep.sampling.generate import SamplingSettings as SamplingSettings
+    from fewstep.sampling.generate import generate as generate
+    from fewstep.sampling.pipeline import Pipeline as Pipeline
+    from fewstep.sampling.pipeline import PipelineConfig as PipelineConfig
+    from fewstep.training import RunFolder as RunFolder
+    from fewstep.training import Runtime as Runtime
+    from fewstep.training import load as load
+    from fewstep.training import train as train
+    from fewstep.utils.errors import FewstepError as FewstepError
+    from fewstep.utils.parts import import_file as import_file
+
+_IMPORTS = [node for node in ast.walk(ast.parse(_File(__file__).read_text())) if isinstance(node, ast.ImportFrom)]
+_MODULES = {name.asname: str(node.module) for node in _IMPORTS for name in node.names if name.asname == name.name}
+"""Where each public name is at home, read off the imports above, which only type checkers run."""
+
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

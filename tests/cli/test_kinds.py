@@ -6,8 +6,8 @@ from typing import get_type_hints
 import pytest
 
 from fewstep.cli.kinds import choices, choose_kinds
-from fewstep.cli.options import TrainOptions
 from fewstep.cli.parsing import parse
+from fewstep.cli.train import Options as TrainOptions
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
 from fewstep.flow.preconditioning import EDMInputScalingConfig
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, UniformTimes

@@ -107,9 +107,9 @@ def test_a_model_of_values_that_are_not_finite_draws_nothing(run: Path, command:
     ("words", "message"),
     [
         ("--label 99999999999999999999", r"labels are no whole numbers of 64 bits"),
-        ("--omega inf", r"needs a finite omega"),
+        ("--guidance-scale inf", r"needs a finite omega"),
         ("--count 1000000000000", r"out of memory \(drawing 1000000000000 samples takes .+\): draw fewer"),
-        ("--omega 1e300", r"needs a finite omega"),
+        ("--guidance-scale 1e300", r"needs a finite omega"),
     ],
 )
 def test_samples_beyond_reason(words: str, message: str, run: Path, command: Command) -> None:

@@ -17,7 +17,7 @@ import fewstep
 from fewstep.cli.main import main
 from fewstep.data import DataConfig, load_dataset
 from fewstep.data.latents.autoencoders import load_autoencoder
-from fewstep.evaluation.evaluate import yardstick
+from fewstep.evaluation.evaluate import build_evaluator
 from fewstep.evaluation.metrics import RandomConvExtractor
 from fewstep.evaluation.report import RunReport
 from fewstep.utils.errors import FewstepWarning
@@ -145,13 +145,13 @@ def test_evaluate_and_report_see_decoded_images(
 def test_the_reference_is_the_features_of_decoded_latents(studio: Path) -> None:
     """In batches of any size the same as of the whole."""
     dataset = load_dataset(DataConfig(source="latents", root=str(studio / "latents")))
-    stick = yardstick(dataset, None)
+    evaluator = build_evaluator(dataset, None)
     latents, _ = dataset.heldout.fetch(torch.arange(len(dataset.heldout)))
     assert dataset.latents is not None
     autoencoder = load_autoencoder(studio / "vae", torch.device("cpu"))
     images = autoencoder.decode(dataset.latents.latents(latents)).clamp(-1, 1)
     expected = RandomConvExtractor((3, SIDE, SIDE)).features(images)
-    torch.testing.assert_close(stick.reference.features, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(evaluator.reference.features, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_training_draws_decoded_grids_and_goes_on(studio: Path, command: Command, tmp_path: Path) -> None:

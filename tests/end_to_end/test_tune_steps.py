@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fewstep
-from fewstep.cli.commands import COMMANDS
+from fewstep.cli import recipes
 from fewstep.sampling.step_times import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training import RunFolder
 from fewstep.utils.errors import FewstepWarning
@@ -125,12 +124,12 @@ def test_further_training_leaves_it_behind(run: Path, small_run: Path, archive: 
 def test_a_warning_is_one_plain_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a command formats it: pytest itself would catch one that is given."""
 
-    def warn(args: Sequence[str]) -> None:
+    def warn(options: recipes.Options) -> None:
         for kind in (FewstepWarning, UserWarning):
             print(warnings.formatwarning(kind("first\n  second"), kind, "module.py", 3, ""), end="")
 
     usual = warnings.formatwarning
-    monkeypatch.setitem(COMMANDS, "recipes", warn)
+    monkeypatch.setattr(recipes, "run", warn)
     assert command("recipes").out.splitlines()[:2] == ["fewstep: first second", "module.py:3: UserWarning: first"]
     assert warnings.formatwarning is usual
 
@@ -138,7 +137,7 @@ def test_a_warning_is_one_plain_line(command: Command, monkeypatch: pytest.Monke
 def test_a_model_of_the_diagonal_is_placed_for_its_solver(archive: Path, command: Command) -> None:
     words = ("train", "digits-flow-matching", "--data.source", "npz", "--data.root", archive, "--out", "flow")
     assert command(*words, *SMALL, *STEPS, "--training.images", 64, "--training.sample-images", 0).code == 0
-    assert command("tune-steps", "flow", "--steps", 2, "--omega", 1.5, *FEW).code == 0
+    assert command("tune-steps", "flow", "--steps", 2, "--guidance-scale", 1.5, *FEW).code == 0
     tuned = read_tuned_steps(Path("flow"))
     assert tuned is not None
     assert tuned.found[0].step_times.purpose == ("euler", 0.0, 1.5, 2)
@@ -148,17 +147,17 @@ def test_a_model_of_the_diagonal_is_placed_for_its_solver(archive: Path, command
     shown = command("sample", "model")
     assert "4 network calls" in shown.out
     assert "Times tuned for 2 steps" in shown.out
-    plain = command("sample", "model", "--omega", 1)
+    plain = command("sample", "model", "--guidance-scale", 1)
     assert "2 network calls" in plain.out
     assert "Times tuned" not in plain.out
 
 
 def test_samples_are_guided_as_the_run_is_measured(archive: Path, command: Command) -> None:
     words = ("train", "digits-flow-matching", "--data.source", "npz", "--data.root", archive, "--out", "flow")
-    few = ("--training.images", 64, "--training.sample-images", 0, "--evaluation.omega", 1.5)
+    few = ("--training.images", 64, "--training.sample-images", 0, "--evaluation.guidance-scale", 1.5)
     assert command(*words, *SMALL, *STEPS, *few).code == 0
     assert "4 network calls" in command("sample", "flow").out  # two steps, each with and without the label
-    assert "2 network calls" in command("sample", "flow", "--omega", 1).out
+    assert "2 network calls" in command("sample", "flow", "--guidance-scale", 1).out
 
 
 @pytest.mark.parametrize(

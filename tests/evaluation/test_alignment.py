@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.evaluation.metrics import Alignment, alignment, trajectory_alignment
+from fewstep.evaluation.metrics import Alignment, AlignmentSettings, alignment, trajectory_alignment
 from fewstep.evaluation.report import RunReport, alignment_heatmap, render
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
@@ -69,7 +69,9 @@ class Labelled:
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 def test_an_exact_student_is_aligned(path: Path) -> None:
     exact = DATA.flow_map(path, LinearPreconditioning())
-    found = alignment(exact, exact, images(20), edm_grid(path, 5), method="exact", teacher_steps=8)
+    found = alignment(
+        exact, exact, images(20), edm_grid(path, 5), method="exact", settings=AlignmentSettings(teacher_steps=8)
+    )
     jumps = torch.ones(6, 6).triu(1).bool()
     assert torch.equal(torch.isnan(found.rmse), ~jumps)
     assert torch.equal(torch.isnan(found.stderr), ~jumps)
@@ -80,7 +82,14 @@ def test_an_exact_student_is_aligned(path: Path) -> None:
 def test_jumps_to_the_end_alone_are_those_of_the_whole_grid() -> None:
     teacher = DATA.flow_map(EDM(), EulerPreconditioning())
     whole = alignment(Shifted(EDM(), 0.1), teacher, images(8), edm_grid(EDM(), 3), method="x")
-    ends = alignment(Shifted(EDM(), 0.1), teacher, images(8), edm_grid(EDM(), 3), method="x", ends_only=True)
+    ends = alignment(
+        Shifted(EDM(), 0.1),
+        teacher,
+        images(8),
+        edm_grid(EDM(), 3),
+        method="x",
+        settings=AlignmentSettings(ends_only=True),
+    )
     for one, other in ((ends.rmse, whole.rmse), (ends.stderr, whole.stderr)):
         assert torch.equal(one[:-1, -1], other[:-1, -1])
         assert bool(one[:, :-1].isnan().all())
@@ -88,7 +97,9 @@ def test_jumps_to_the_end_alone_are_those_of_the_whole_grid() -> None:
 
 def test_a_teacher_on_another_path_is_the_same_truth() -> None:
     student, teacher = DATA.flow_map(EDM(), EulerPreconditioning()), DATA.flow_map(Linear(), LinearPreconditioning())
-    found = alignment(student, teacher, images(20), edm_grid(EDM(), 4), method="exact", teacher_steps=8)
+    found = alignment(
+        student, teacher, images(20), edm_grid(EDM(), 4), method="exact", settings=AlignmentSettings(teacher_steps=8)
+    )
     assert float(found.rmse.nan_to_num().max()) < 1e-4
 
 
@@ -97,7 +108,14 @@ def test_a_perturbation_shows_at_its_size() -> None:
     path, a, b, count = Linear(), 0.05, 0.01, 400
     teacher = DATA.flow_map(path, LinearPreconditioning())
     times = uniform_grid(path, 3)
-    found = alignment(Shifted(path, a, b), teacher, images(count), times, method="shifted", batch_size=count)
+    found = alignment(
+        Shifted(path, a, b),
+        teacher,
+        images(count),
+        times,
+        method="shifted",
+        settings=AlignmentSettings(batch_size=count),
+    )
     size = math.hypot(a, b)
     for t in times.tolist():
         for s in times.tolist():
@@ -113,7 +131,8 @@ def test_batches_change_nothing_and_the_seed_does() -> None:
     rough = GaussianData(DATA.mean, 1.0).flow_map(path, EulerPreconditioning())
     runs: list[dict[str, Any]] = [{}, {"batch_size": 7}, {"seed": 1}]
     whole, parts, other = (
-        alignment(rough, student, images(30), edm_grid(path, 3), method="m", **options).rmse for options in runs
+        alignment(rough, student, images(30), edm_grid(path, 3), method="m", settings=AlignmentSettings(**options)).rmse
+        for options in runs
     )
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12, equal_nan=True)
     difference = (other - whole).nan_to_num().abs()
@@ -124,7 +143,9 @@ def test_labels_go_with_their_samples() -> None:
     model, labels = Labelled(Linear()), torch.arange(12) % 4
     x0 = labels.to(F64).reshape(-1, 1, 1, 1) + SD * normal(12, 1, 2, 2)
     cond, times = Condition(labels), uniform_grid(Linear(), 3)
-    found = alignment(model, model, x0, times, method="labelled", cond=cond, teacher_steps=8, batch_size=5)
+    found = alignment(
+        model, model, x0, times, method="labelled", cond=cond, settings=AlignmentSettings(teacher_steps=8, batch_size=5)
+    )
     assert float(found.rmse.nan_to_num().max()) < 1e-3
     (walk,) = trajectory_alignment(
         model, model, normal(12, 1, 2, 2), [times], method="labelled", cond=cond, batch_size=5
@@ -181,7 +202,10 @@ def test_dropout_rests_while_students_and_teachers_are_compared() -> None:
         for parameter in model.parameters():
             parameter.add_(0.1)
     x0, times = torch.zeros(4, 1, 4, 4), uniform_grid(Linear(), 2)
-    first, second = (alignment(model, model, x0, times, method="m", teacher_steps=1).rmse for _ in range(2))
+    first, second = (
+        alignment(model, model, x0, times, method="m", settings=AlignmentSettings(teacher_steps=1)).rmse
+        for _ in range(2)
+    )
     assert torch.equal(first[0, 1], second[0, 1])
     assert model.training
 
@@ -201,7 +225,7 @@ def test_dropout_rests_while_students_and_teachers_are_compared() -> None:
 def test_what_cannot_be_compared_is_refused(count: int, times: list[float], options: dict[str, int]) -> None:
     exact, grid = DATA.flow_map(Linear(), LinearPreconditioning()), torch.tensor(times, dtype=F64)
     with pytest.raises(ShapeError):
-        alignment(exact, exact, images(count), grid, method="m", **options)
+        alignment(exact, exact, images(count), grid, method="m", settings=AlignmentSettings(**options))
     with pytest.raises(ShapeError):
         trajectory_alignment(exact, exact, images(count), [grid], method="m", **options)
 

@@ -20,6 +20,7 @@ from fewstep.evaluation.metrics import (
     ClassifierExtractor,
     IdentityExtractor,
     InceptionExtractor,
+    Provenance,
     RandomConvExtractor,
     class_accuracy,
     default_extractor,
@@ -354,13 +355,13 @@ def test_inception_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_measurement_names_all_it_rests_on(tiny: Dataset, tiny_extractor: ClassifierExtractor) -> None:
     reference = reference_features(tiny.heldout, "tiny held out", tiny_extractor)
     images, labels = tiny.train.fetch(torch.arange(90))
-    result = measure(images, labels, reference, tiny_extractor, method="copy", nfe=1, seed=7, seconds=0.5)
+    result = measure(images, labels, reference, tiny_extractor, Provenance(method="copy", nfe=1, seed=7, seconds=0.5))
     row = json.loads(json.dumps(result.row(), allow_nan=False))
     assert (row["method"], row["nfe"], row["seed"], row["seconds"], row["latency_ms"]) == ("copy", 1, 7, 0.5, None)
     assert (row["samples"], row["reference"]) == (90, "tiny held out (60)")
     assert row["extractor"] == tiny_extractor.name
     assert row["accuracy"] > 0.9
-    noise = measure(images * 0, None, reference, tiny_extractor, method="grey", nfe=1, seed=7, seconds=0.5)
+    noise = measure(images * 0, None, reference, tiny_extractor, Provenance(method="grey", nfe=1, seed=7, seconds=0.5))
     assert noise.accuracy is None
     assert (noise.frechet > result.frechet, noise.kernel > result.kernel, noise.recall < result.recall) == (True,) * 3
 
@@ -370,8 +371,11 @@ def test_measurement_refuses_a_reference_of_other_features(tiny: Dataset, tiny_e
     images, labels = tiny.train.fetch(torch.arange(30))
     reference = reference_features(tiny.heldout, "tiny held out", other)
     with pytest.raises(ShapeError, match="random-conv"):
-        measure(images, labels, reference, tiny_extractor, method="copy", nfe=1, seed=0, seconds=0.0)
-    assert measure(images, labels, reference, other, method="copy", nfe=1, seed=0, seconds=0.0).accuracy is None
+        measure(images, labels, reference, tiny_extractor, Provenance(method="copy", nfe=1, seed=0, seconds=0.0))
+    assert (
+        measure(images, labels, reference, other, Provenance(method="copy", nfe=1, seed=0, seconds=0.0)).accuracy
+        is None
+    )
 
 
 def test_digits_classifier_is_accurate() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewstep.evaluation.evaluate import Yardstick
+from fewstep.evaluation.evaluate import Evaluator
 from fewstep.evaluation.metrics import IdentityExtractor, ReferenceFeatures, frechet_distance
 from fewstep.evaluation.tune_steps import Point, TuningPlan, gain_error, halves, search, table, tune
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
@@ -169,11 +169,11 @@ def exact_map(path: Path) -> FlowMap:
     return FlowMap(path, preconditioning, Exact(path, preconditioning))
 
 
-def stick(count: int = 400) -> Yardstick:
+def evaluator(count: int = 400) -> Evaluator:
     """Held-out samples of the Gaussian, measured by their values."""
     extractor = IdentityExtractor((1, 1, 2))
     x0 = 0.5 + SD * Draws(3, 0, torch.arange(count)).normal(0, (2,), torch.float64)
-    return Yardstick(extractor, ReferenceFeatures("a Gaussian", x0, None, extractor.name))
+    return Evaluator(extractor, ReferenceFeatures("a Gaussian", x0, None, extractor.name))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -182,7 +182,7 @@ def test_an_exact_map_keeps_its_default(path: Path, steps: int) -> None:
     """Every placement of an exact map gives the same samples: there is nothing to win, and nothing is moved."""
     spacing = "edm" if path == EDM() else "uniform"
     plan = TuningPlan(samples=200, evaluations=16)
-    found = tune(Pipeline(exact_map(path)), SamplingSettings(steps=steps, spacing=spacing), stick(100), plan)  # type: ignore[arg-type]
+    found = tune(Pipeline(exact_map(path)), SamplingSettings(steps=steps, spacing=spacing), evaluator(100), plan)  # type: ignore[arg-type]
     assert found.tuned.times == found.default_times
     assert (found.check.gain, found.gain_error, found.kept) == (0, 0, False)
     assert found.search.tuned == found.search.default
@@ -201,7 +201,7 @@ def euler_scale(middle: float) -> float:
 def test_a_solver_is_placed_where_theory_says() -> None:
     """The two-step Euler samples' deviation is closest to the data's at a time in closed form; the gain is real."""
     plan, settings = TuningPlan(samples=2000, evaluations=40), SamplingSettings("euler", 2, spacing="uniform")
-    found = tune(Pipeline(exact_map(Linear())), settings, stick(2000), plan)
+    found = tune(Pipeline(exact_map(Linear())), settings, evaluator(2000), plan)
     best = min((k / 1000 for k in range(20, 981)), key=lambda middle: abs(euler_scale(middle) - SD))
     assert found.default_times == (1.0, 0.5, 0.0)
     assert found.tuned.times[1] == pytest.approx(best, abs=0.03)
@@ -210,11 +210,11 @@ def test_a_solver_is_placed_where_theory_says() -> None:
     assert found.tuned.purpose == ("euler", 0.0, 1.0, 2)
     assert "half A (1000 of 2000) of a Gaussian, noise of seed 2000" in found.tuned.source
     assert "kept" in table([found])
-    assert found == tune(Pipeline(exact_map(Linear())), settings, stick(2000), plan)
+    assert found == tune(Pipeline(exact_map(Linear())), settings, evaluator(2000), plan)
 
 
 def test_each_half_is_measured_from_its_own_noise() -> None:
-    held, settings = stick(100), SamplingSettings("euler", 2, spacing="uniform")
+    held, settings = evaluator(100), SamplingSettings("euler", 2, spacing="uniform")
     found = tune(Pipeline(exact_map(Linear())), settings, held, TuningPlan(samples=50, evaluations=8, seed=5))
     for half, distances, seed in zip(halves(held.reference), (found.search, found.check), (5, 6), strict=True):
         assert (distances.half, distances.heldout, distances.seed) == (half.name, 50, seed)
@@ -226,7 +226,7 @@ def test_each_half_is_measured_from_its_own_noise() -> None:
 
 def test_only_a_gain_beyond_its_error_is_kept() -> None:
     settings = SamplingSettings("euler", 2, spacing="uniform")
-    found = tune(Pipeline(exact_map(Linear())), settings, stick(100), TuningPlan(samples=50, evaluations=8))
+    found = tune(Pipeline(exact_map(Linear())), settings, evaluator(100), TuningPlan(samples=50, evaluations=8))
     for gain, kept in ((0.21, True), (0.19, False), (-0.5, False)):
         check = replace(found.check, default=1.0, tuned=1.0 - gain)
         assert replace(found, check=check, gain_error=0.2).kept is kept
@@ -236,7 +236,7 @@ def test_only_a_gain_beyond_its_error_is_kept() -> None:
 
 def test_gamma_sampling_is_tuned_for_its_gamma() -> None:
     settings = SamplingSettings("gamma", 2, gamma=0.5, spacing="uniform")
-    found = tune(Pipeline(exact_map(Linear())), settings, stick(100), TuningPlan(samples=50, evaluations=8))
+    found = tune(Pipeline(exact_map(Linear())), settings, evaluator(100), TuningPlan(samples=50, evaluations=8))
     assert found.tuned.purpose == ("gamma", 0.5, 1.0, 2)
     assert replace(settings, spacing="auto").tuned((found.tuned,)) == found.tuned
 
@@ -252,7 +252,7 @@ def test_a_model_without_finite_samples_is_refused() -> None:
     path = Linear()
     flow_map = FlowMap(path, LinearPreconditioning(), Broken(path, LinearPreconditioning()))
     with pytest.raises(ShapeError, match="NaN"):
-        tune(Pipeline(flow_map), SamplingSettings(steps=2), stick(60), TuningPlan(samples=40, evaluations=4))
+        tune(Pipeline(flow_map), SamplingSettings(steps=2), evaluator(60), TuningPlan(samples=40, evaluations=4))
 
 
 KNOWN = (
@@ -271,10 +271,10 @@ KNOWN = (
         (SamplingSettings("gamma", gamma=0.5), 0.6),
         (SamplingSettings("gamma", gamma=0.7), 0.5),
         (SamplingSettings("euler"), 0.5),
-        (SamplingSettings(omega=2.0), 0.8),
-        (SamplingSettings(omega=2.0, interval=(0.2, 0.9)), 0.5),
-        (SamplingSettings(omega=1.0, interval=(0.2, 0.9)), 0.3),
-        (SamplingSettings(omega=1.5), 0.5),
+        (SamplingSettings(guidance_scale=2.0), 0.8),
+        (SamplingSettings(guidance_scale=2.0, interval=(0.2, 0.9)), 0.5),
+        (SamplingSettings(guidance_scale=1.0, interval=(0.2, 0.9)), 0.3),
+        (SamplingSettings(guidance_scale=1.5), 0.5),
         (SamplingSettings(spacing="uniform"), 0.5),
         (SamplingSettings(spacing="edm"), float(edm_grid(Linear(), 2)[1])),
         (SamplingSettings(times=(1.0, 0.4, 0.0)), 0.4),

@@ -21,6 +21,7 @@ from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
     EDMScaling,
     EulerPreconditioning,
+    GapSettings,
     TrajectoryStatistics,
     consistency_gap,
 )
@@ -220,7 +221,13 @@ def test_on_gaussian_data_every_jump_is_exact(path: Path, form: Form, mean: floa
     t, s = (path.time_from_tau(each) for each in tau.T)
     x0 = mean + SD * noise(2, 2)
     gap = consistency_gap(
-        preconditioning, lambda x, t: data.denoise(path, x, t), x0, t, s, path=path, samples=2, solver_steps=400
+        preconditioning,
+        lambda x, t: data.denoise(path, x, t),
+        x0,
+        t,
+        s,
+        path=path,
+        settings=GapSettings(samples=2, solver_steps=400),
     )
     assert float(gap.rms.max()) < 1e-8
 

@@ -13,7 +13,9 @@ from fewstep.flow.closed_form import MixtureData, toy_mixture
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
+    EstimationSettings,
     EulerPreconditioning,
+    GapSettings,
     Preconditioning,
     TrajectoryStatistics,
     consistency_gap,
@@ -41,7 +43,10 @@ def statistics() -> TrajectoryStatistics:
     data = mixture()
     mean = data.weights @ data.means
     return estimate_statistics(
-        denoiser(data, EDM()), draw(data, 4096), points=60, samples=2048, mean=mean, batch_size=2048
+        denoiser(data, EDM()),
+        draw(data, 4096),
+        settings=EstimationSettings(points=60, samples=2048, batch_size=2048),
+        mean=mean,
     )
 
 
@@ -51,7 +56,13 @@ def rms(
     data = mixture()
     t, s = (path.time_from_tau(each) for each in torch.tensor(tau, dtype=F64).T)
     return consistency_gap(
-        preconditioning, denoiser(data, path), draw(data, 256), t, s, path=path, solver_steps=64, end=end
+        preconditioning,
+        denoiser(data, path),
+        draw(data, 256),
+        t,
+        s,
+        path=path,
+        settings=GapSettings(solver_steps=64, end=end),
     ).rms
 
 
@@ -68,12 +79,16 @@ def test_on_the_mixture_in_16_dimensions_the_gap_is_smaller_for_every_jump_that_
     """A fraction of Euler's from the noise end; between 1.9 and 0.59, where the posterior decides, hardly less."""
     data, path = toy_mixture(), EDM()
     mean = data.weights @ data.means
-    found = estimate_statistics(denoiser(data, path), draw(data, 1024), samples=256, probes=1, mean=mean)
+    found = estimate_statistics(
+        denoiser(data, path), draw(data, 1024), settings=EstimationSettings(samples=256, probes=1), mean=mean
+    )
     t, s = torch.tensor([[80.0, 12.9], [80.0, 1.9], [12.9, 1.9], [12.9, 0.59], [1.9, 0.59]], dtype=F64).T
 
     def gaps(preconditioning: Preconditioning, end: Literal["t", "s"] | None = None) -> Tensor:
         own = denoiser(data, path)
-        return consistency_gap(preconditioning, own, draw(data, 256), t, s, solver_steps=32, end=end).rms
+        return consistency_gap(
+            preconditioning, own, draw(data, 256), t, s, settings=GapSettings(solver_steps=32, end=end)
+        ).rms
 
     euler = torch.minimum(gaps(EulerPreconditioning(), "t"), gaps(EulerPreconditioning(), "s"))
     ratio = gaps(AnalyticPreconditioning(found)) / euler
@@ -105,7 +120,9 @@ def test_it_is_the_distance_between_the_best_network_and_the_denoiser() -> None:
     data, path = mixture(), EDM()
     s, t = (time.repeat(2) for time in clock(path, 0.5, 0.7))
     x0 = draw(data, 2)
-    gap = consistency_gap(EulerPreconditioning(), denoiser(data, path), x0, t[:1], s[:1], samples=2, end="s", seed=3)
+    gap = consistency_gap(
+        EulerPreconditioning(), denoiser(data, path), x0, t[:1], s[:1], settings=GapSettings(samples=2, end="s", seed=3)
+    )
     x = path.interpolate(x0, Draws(3, 0, torch.arange(2)).normal(STREAM_NOISE, (2,), F64), t)
     landed, f = data.jump(path, x, t, s), (s / t)[:, None]
     square = ((landed - f * x) / (1 - f) - data.denoise(path, landed, s)).square().mean(1)
@@ -117,7 +134,14 @@ def test_the_solver_is_of_order_four() -> None:
     found = []
     data, t, s = mixture(), torch.tensor([5.0], dtype=F64), torch.tensor([0.3], dtype=F64)
     for steps in (8, 16, 256):
-        gap = consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), draw(data, 64), t, s, solver_steps=steps)
+        gap = consistency_gap(
+            EulerPreconditioning(),
+            denoiser(data, EDM()),
+            draw(data, 64),
+            t,
+            s,
+            settings=GapSettings(solver_steps=steps),
+        )
         found.append(float(gap.rms))
     assert abs(found[0] - found[2]) > 8 * abs(found[1] - found[2])
 
@@ -129,7 +153,9 @@ def test_what_cannot_be_a_jump_is_refused() -> None:
         with pytest.raises(ShapeError):
             consistency_gap(EulerPreconditioning(path), denoiser(data, path), x0, t, s, path=path)
     with pytest.raises(ConfigError, match="samples"):
-        consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0, one, 0.5 * one, samples=1)
+        consistency_gap(
+            EulerPreconditioning(), denoiser(data, EDM()), x0, one, 0.5 * one, settings=GapSettings(samples=1)
+        )
     with pytest.raises(ShapeError, match="needs data"):
         consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0[:0], one, 0.5 * one)
 
@@ -138,7 +164,9 @@ def test_times_may_be_numbers() -> None:
     data = mixture()
     x0, one = draw(data, 8), torch.ones(1, dtype=F64)
     found, wanted = (
-        consistency_gap(EulerPreconditioning(), denoiser(data, EDM()), x0, t, s, samples=8, solver_steps=8)
+        consistency_gap(
+            EulerPreconditioning(), denoiser(data, EDM()), x0, t, s, settings=GapSettings(samples=8, solver_steps=8)
+        )
         for t, s in ((1.0, 0.5), (one, 0.5 * one))
     )
     assert torch.equal(found.rms, wanted.rms)

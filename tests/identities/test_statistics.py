@@ -18,6 +18,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear, Path
 from fewstep.flow.preconditioning import (
     EDMScaling,
+    EstimationSettings,
     EulerPreconditioning,
     LinearPreconditioning,
     StatisticsEstimator,
@@ -63,7 +64,11 @@ def estimate(
 ) -> TrajectoryStatistics:
     """With the exact mean, so that the denoiser is exact for the data's law."""
     return estimate_statistics(
-        denoise, rows(seed=seed), EDM(), POINTS, samples, seed, probes, mean=ZERO, batch_size=2048, shrink=shrink
+        denoise,
+        rows(seed=seed),
+        EDM(),
+        EstimationSettings(points=POINTS, samples=samples, seed=seed, probes=probes, batch_size=2048, shrink=shrink),
+        mean=ZERO,
     )
 
 
@@ -88,7 +93,10 @@ def test_the_curve_is_exact_for_parabolas_and_integrates_exactly() -> None:
 def test_a_flow_map_is_a_denoiser() -> None:
     flow_map = gaussian(0.0, SD).flow_map(Linear(), LinearPreconditioning())
     x0 = SD * noise(64, 4)
-    found, wanted = (estimate_statistics(each, x0, Linear(), 8, 32) for each in (flow_map, flow_map.denoise))
+    found, wanted = (
+        estimate_statistics(each, x0, Linear(), EstimationSettings(points=8, samples=32))
+        for each in (flow_map, flow_map.denoise)
+    )
     assert torch.equal(found.l, wanted.l)
     assert torch.equal(found.s, wanted.s)
 
@@ -99,9 +107,12 @@ def test_gaussian_data_have_their_closed_form(path_name: str, probes: int | None
     """l = sd^2/(sd^2 + t^2) by every trace; about the mean no residual is left, and s is 0 by definition."""
     path, data = PATHS[path_name], gaussian(0.4, SD)
     found = estimate_statistics(
-        lambda x, t: data.denoise(path, x, t), 0.4 + SD * noise(500, 3), path, 30, 64, probes=probes,
-        mean=torch.full((3,), 0.4, dtype=F64), shrink=False,
-    )  # fmt: skip
+        lambda x, t: data.denoise(path, x, t),
+        0.4 + SD * noise(500, 3),
+        path,
+        EstimationSettings(points=30, samples=64, probes=probes, shrink=False),
+        mean=torch.full((3,), 0.4, dtype=F64),
+    )
     close(found.l, SD**2 / (SD**2 + found.tau**2), rtol=1e-6)
     close(found.s, torch.zeros_like(found.s))
     assert float(found.l_stderr.max()) < 1e-6
@@ -112,7 +123,9 @@ def test_off_centre_gaussian_data_have_theirs() -> None:
     """Raw data: r = (1 - l) m, so s = -l'/(1 - l) and tends to 0 at high noise."""
     data = gaussian(0.4, SD)
     found = estimate_statistics(
-        lambda x, t: data.denoise(EDM(), x, t), 0.4 + SD * noise(500, 3), points=400, samples=4, centred=False
+        lambda x, t: data.denoise(EDM(), x, t),
+        0.4 + SD * noise(500, 3),
+        settings=EstimationSettings(points=400, samples=4, centred=False),
     )
     assert found.limit == 0
     assert found.origin is None
@@ -124,7 +137,13 @@ def test_s_is_half_the_rate_at_which_the_residual_grows() -> None:
 
     Shown for l = 0, where r = D - m, by a direct average over samples.
     """
-    found = estimate_statistics(denoise, rows(), EDM(), 100, 2048, mean=ZERO, probes=0, shrink=False, batch_size=2048)
+    found = estimate_statistics(
+        denoise,
+        rows(),
+        EDM(),
+        EstimationSettings(points=100, samples=2048, probes=0, shrink=False, batch_size=2048),
+        mean=ZERO,
+    )
     inside = slice(0, 80)  # the parts of l = 0 that change over the grid's cells by little
     x0, eps = rows()[:2048], noise(2048, DIMENSION, seed=9)
     square = [denoise(x0 + tau * eps, tau.expand(2048)).square().mean() for tau in found.tau]
@@ -158,9 +177,15 @@ def test_probes_and_steins_identity_agree_with_the_exact_trace(probes: int) -> N
 def test_every_path_sees_the_same_statistics() -> None:
     """The same law through the linear path's coordinates and clock."""
     linear = estimate_statistics(
-        lambda x, t: mixture().denoise(Linear(), x, t), rows(), Linear(), POINTS, 256, probes=1, mean=ZERO, shrink=False
+        lambda x, t: mixture().denoise(Linear(), x, t),
+        rows(),
+        Linear(),
+        EstimationSettings(points=POINTS, samples=256, probes=1, shrink=False),
+        mean=ZERO,
     )
-    edm = estimate_statistics(denoise, rows(), EDM(), POINTS, 256, probes=1, mean=ZERO, shrink=False)
+    edm = estimate_statistics(
+        denoise, rows(), EDM(), EstimationSettings(points=POINTS, samples=256, probes=1, shrink=False), mean=ZERO
+    )
     close(linear.lam, edm.lam)
     close(linear.l, edm.l, rtol=1e-7)
     close(linear.s, edm.s, rtol=1e-5, atol=1e-5)
@@ -174,7 +199,7 @@ def test_the_grid_covers_the_path_within_edms_range(path: Path, high: float) -> 
 
 def test_an_interrupted_and_a_shared_estimation_equal_one_pass() -> None:
     def fresh() -> StatisticsEstimator:
-        return StatisticsEstimator(denoise, rows(), EDM(), 12, 100, probes=1)
+        return StatisticsEstimator(denoise, rows(), EDM(), EstimationSettings(points=12, samples=100, probes=1))
 
     whole, stopped, resumed, other = (fresh() for _ in range(4))
     whole.update(0, 100)
@@ -188,7 +213,7 @@ def test_an_interrupted_and_a_shared_estimation_equal_one_pass() -> None:
     for one, two in zip(vars_of(whole.statistics()), vars_of(resumed.statistics()), strict=True):
         close(one, two, rtol=1e-8, atol=1e-9)
     with pytest.raises(ConfigError, match="other settings"):
-        StatisticsEstimator(denoise, rows(), EDM(), 13, 100).restore(stopped.state())
+        StatisticsEstimator(denoise, rows(), EDM(), EstimationSettings(points=13, samples=100)).restore(stopped.state())
 
 
 def vars_of(found: TrajectoryStatistics) -> list[Tensor]:
@@ -197,7 +222,7 @@ def vars_of(found: TrajectoryStatistics) -> list[Tensor]:
 
 def test_data_come_as_a_tensor_or_as_a_function_of_the_samples_number() -> None:
     order: list[Tensor] = []
-    recorder = StatisticsEstimator(denoise, rows(100), EDM(), 3, 50)
+    recorder = StatisticsEstimator(denoise, rows(100), EDM(), EstimationSettings(points=3, samples=50))
     numbers = torch.arange(50)
     table = recorder._rows(numbers)
 
@@ -206,10 +231,14 @@ def test_data_come_as_a_tensor_or_as_a_function_of_the_samples_number() -> None:
         return table[asked]
 
     progress: list[tuple[int, int]] = []
-    settings: dict[str, Any] = {"points": 5, "samples": 50, "mean": ZERO, "probes": 0, "shrink": False}
-    one = estimate_statistics(denoise, rows(100), **settings)
+    settings = EstimationSettings(points=5, samples=50, probes=0, shrink=False)
+    one = estimate_statistics(denoise, rows(100), settings=settings, mean=ZERO)
     other = estimate_statistics(
-        denoise, by_number, **settings, batch_size=20, progress=lambda *now: progress.append(now)
+        denoise,
+        by_number,
+        settings=replace(settings, batch_size=20),
+        mean=ZERO,
+        progress=lambda *now: progress.append(now),
     )
     close(one.l, other.l)
     assert progress == [(20, 50), (40, 50), (50, 50)]
@@ -221,9 +250,9 @@ def test_a_network_in_single_precision_and_image_shape() -> None:
     network = random_network((1, 2, 3)).float()
     flow_map = FlowMap(path, EulerPreconditioning(path), network, EDMScaling(SD, path))
     x0 = noise(64, 1, 2, 3).float()
-    found = estimate_statistics(flow_map.denoise, x0, path, 6, 64)
+    found = estimate_statistics(flow_map.denoise, x0, path, EstimationSettings(points=6, samples=64))
     double = FlowMap(path, EulerPreconditioning(path), random_network((1, 2, 3)), EDMScaling(SD, path))
-    expected = estimate_statistics(double.denoise, x0.double(), path, 6, 64)
+    expected = estimate_statistics(double.denoise, x0.double(), path, EstimationSettings(points=6, samples=64))
     assert found.mean.shape == (1, 2, 3)
     close(found.l, expected.l, rtol=1e-3, atol=1e-4)
     close(found.s[:4], expected.s[:4], rtol=2e-2, atol=2e-2)
@@ -247,7 +276,13 @@ def test_a_teachers_own_error_at_high_noise_is_taken_out() -> None:
     def polluted(x: Tensor, t: Tensor) -> Tensor:
         return denoise(x, t) + 0.08 * torch.sin((x / t[:, None]) @ projection)
 
-    raw = estimate_statistics(polluted, rows(), EDM(), POINTS, 1024, mean=ZERO, probes=0, batch_size=1024, shrink=False)
+    raw = estimate_statistics(
+        polluted,
+        rows(),
+        EDM(),
+        EstimationSettings(points=POINTS, samples=1024, probes=0, batch_size=1024, shrink=False),
+        mean=ZERO,
+    )
     high = raw.tau > 12
     shrunk = raw.shrunk()
     assert float((raw.s[high] - 1).abs().max()) > 0.7
@@ -324,8 +359,11 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: FilePath, text: str, na
     ],
 )
 def test_what_cannot_be_estimated_is_refused(error: type[FewstepError], settings: dict[str, Any]) -> None:
+    names = {field.name for field in fields(EstimationSettings)}
+    others = {"denoiser": denoise, "data": rows()} | {k: v for k, v in settings.items() if k not in names}
+    own = {"samples": 8, "points": 3} | {k: v for k, v in settings.items() if k in names}
     with pytest.raises(error):
-        estimate_statistics(**({"denoiser": denoise, "data": rows(), "samples": 8, "points": 3} | settings))
+        estimate_statistics(settings=EstimationSettings(**own), **others)
 
 
 def test_uneven_or_broken_tables_are_refused() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.preconditioning import statistics as CHECK
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import TrajectoryStatistics, estimate_statistics
+from fewstep.flow.preconditioning import EstimationSettings, TrajectoryStatistics, estimate_statistics
 from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
 from tests.support.cases import F64, SD, close, gaussian, noise
@@ -109,9 +109,10 @@ def test_the_grids_step_is_part_of_the_error_of_s() -> None:
     """r = (1 - l) m of every sample, so that samples leave s no error: what is left is the grid's, and it is stated."""
     data = gaussian(0.4, SD)
     coarse = estimate_statistics(
-        lambda x, t: data.denoise(EDM(), x, t), 0.4 + SD * noise(64, 3), points=30, samples=16, centred=False,
-        shrink=False,
-    )  # fmt: skip
+        lambda x, t: data.denoise(EDM(), x, t),
+        0.4 + SD * noise(64, 3),
+        settings=EstimationSettings(points=30, samples=16, centred=False, shrink=False),
+    )
     miss = (coarse.s + 2 * coarse.l).abs()
     assert float(miss.max()) > 1e-3
     within = miss <= coarse.s_stderr + 1e-6

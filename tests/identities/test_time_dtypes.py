@@ -15,7 +15,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import ClassifierFreeGuidance, omega_at
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning import EDMScaling, EulerPreconditioning
-from fewstep.flow.preconditioning.gap import consistency_gap
+from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
 from fewstep.flow.times import check_grid
 from fewstep.networks.condition import Condition
 from fewstep.sampling.generate import euler_sampler, gamma_sampler, heun_sampler, map_sampler
@@ -108,7 +108,9 @@ def closed_forms(path: Path, times: Tensor) -> tuple[Tensor, ...]:
 def gaps(path: Path, times: Tensor) -> Tensor:
     own = EulerPreconditioning(path)
     t, s = times[1:2], times[2:3]
-    return consistency_gap(own, partial(denoise, path), X, t, s, path=path, samples=4, solver_steps=4).rms
+    return consistency_gap(
+        own, partial(denoise, path), X, t, s, path=path, settings=GapSettings(samples=4, solver_steps=4)
+    ).rms
 
 
 FUNCTIONS: dict[str, Function] = {

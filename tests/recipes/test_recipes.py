@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.cli.options import TrainOptions
 from fewstep.cli.parsing import parse
+from fewstep.cli.train import Options as TrainOptions
 from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.flow.paths import EDM, VP

@@ -137,7 +137,7 @@ def test_evaluations_are_counted(sampler: Any, per_n: tuple[int, ...], gamma: fl
         settings = SamplingSettings(sampler if gamma == 0 else "gamma", n, gamma=gamma, batch_size=4)
         expected = nfe if gamma == 0 else n
         assert generate(flow_map, 7, settings).nfe == expected
-        assert generate(flow_map, 7, replace(settings, omega=2.0)).nfe == 2 * expected
+        assert generate(flow_map, 7, replace(settings, guidance_scale=2.0)).nfe == 2 * expected
 
 
 @given(count=st.integers(1, 9), size=st.integers(1, 10), first=st.integers(0, 8), seed=st.integers(0, 2**40))
@@ -184,12 +184,12 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
     (LABELLED, {}, {"labels": [0, 10**30]}, "no whole numbers"),
     (LABELLED, {}, {"labels": ["cat", "dog"]}, "no whole numbers"),
     (LABELLED, {}, {"labels": torch.tensor([0, 200], dtype=torch.uint8)}, "class 200"),
-    (LABELLED, {"omega": math.inf}, {}, "finite omega"),
-    (LABELLED, {"omega": 1e300}, {}, "finite omega"),
-    (LABELLED, {"omega": 0.0}, {}, "omega > 0"),
-    (LABELLED, {"omega": -2.0}, {}, "omega > 0"),
-    (LABELLED, {"omega": 2.0, "interval": (0.6, 0.4)}, {}, "interval"),
-    (LABELLED, {"omega": 2.0, "interval": (-0.1, 0.4)}, {}, "interval"),
+    (LABELLED, {"guidance_scale": math.inf}, {}, "finite omega"),
+    (LABELLED, {"guidance_scale": 1e300}, {}, "finite omega"),
+    (LABELLED, {"guidance_scale": 0.0}, {}, "omega > 0"),
+    (LABELLED, {"guidance_scale": -2.0}, {}, "omega > 0"),
+    (LABELLED, {"guidance_scale": 2.0, "interval": (0.6, 0.4)}, {}, "interval"),
+    (LABELLED, {"guidance_scale": 2.0, "interval": (-0.1, 0.4)}, {}, "interval"),
 ]
 
 
@@ -224,7 +224,7 @@ def test_a_count_below_one_and_guidance_without_classes_are_refused() -> None:
     with pytest.raises(ShapeError, match="at least 1"):
         generate(PLAIN, 0, SamplingSettings())
     with pytest.raises(ConfigError, match="class labels"):
-        generate(PLAIN, 2, SamplingSettings(omega=2.0))
+        generate(PLAIN, 2, SamplingSettings(guidance_scale=2.0))
     for omega, interval in ((0.0, (0.0, 1.0)), (math.nan, (0.0, 1.0)), (2.0, (0.5, 1.5))):
         with pytest.raises(FewstepError):
             ClassifierFreeGuidance(LABELLED, omega, interval)

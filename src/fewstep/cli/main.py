@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
 from fewstep._version import __version__
-from fewstep.cli.commands import COMMANDS
-from fewstep.cli.kinds import import_named
 from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning
+
+COMMANDS = {
+    "quickstart": ("", "train on real digits, measure, write a report: minutes on a laptop"),
+    "recipes": ("", "what can be trained, the figure to expect, the cost"),
+    "objectives": ("", "every training objective: formula, velocity, gradient, evaluations, paper"),
+    "train": ("RECIPE", "train it, or go on where it stopped; every option can be set by name"),
+    "sample": ("RUN", "draw images from a trained run"),
+    "tune-steps": ("RUN", "place its 2 and 4 steps better, by search on held-out data; sample uses them then"),
+    "evaluate": ("RUN", "measure its samples against held-out data"),
+    "report": ("RUN", "write RUN/report.html, one self-contained page"),
+    "encode": ("FOLDER", "turn a folder of images into latents to train on, with an autoencoder of yours"),
+    "statistics": ("RUN", "what an analytic preconditioning computes from a teacher: estimated, drawn, its cost"),
+    "policy-quickstart": ("", "the same for a robot: a maze with two ways, its policy, its page"),
+    "demos": ("TASK", "record demonstrations of a robot's task, to train a policy on"),
+    "rollout": ("RUN", "let a policy act: success, episode length, time per decision"),
+    "compare": ("RUN RUN ...", "how many images each method needs to the same quality, with their curves"),
+}
+"""What each command takes, and does: fewstep.cli.COMMAND has its `Options` and its `run`."""
 
 OVERVIEW = f"""fewstep {__version__}: generative models that need one to four network calls.
 
-  fewstep quickstart           train on real digits, measure, write a report: minutes on a laptop
-  fewstep recipes              what can be trained, the figure to expect, the cost
-  fewstep objectives           every training objective: formula, velocity, gradient, evaluations, paper
-  fewstep train RECIPE         train it, or go on where it stopped; every option can be set by name
-  fewstep sample RUN           draw images from a trained run
-  fewstep tune-steps RUN       place its 2 and 4 steps better, by search on held-out data; sample uses them then
-  fewstep evaluate RUN         measure its samples against held-out data
-  fewstep report RUN           write RUN/report.html, one self-contained page
-  fewstep encode FOLDER        turn a folder of images into latents to train on, with an autoencoder of yours
-  fewstep statistics RUN       what an analytic preconditioning computes from a teacher: estimated, drawn, its cost
-  fewstep policy-quickstart    the same for a robot: a maze with two ways, its policy, its page
-  fewstep demos TASK           record demonstrations of a robot's task, to train a policy on
-  fewstep rollout RUN          let a policy act: success, episode length, time per decision
-  fewstep compare RUN RUN ...  how many images each method needs to the same quality, with their curves
-
+{"".join(f"  {f'fewstep {name} {takes}':<29}{does}" + chr(10) for name, (takes, does) in COMMANDS.items())}
 A RUN is the folder that `train` wrote, or a saved model. Add --help to a command for its options,
 for example: fewstep train digits --help. Parts of your own: --import FILE.py with any command.
 """
@@ -61,6 +64,16 @@ def _is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Run one of COMMANDS. Its module is imported here, and PyTorch with it: the overview is shown without."""
+    from fewstep.cli.kinds import import_named
+    from fewstep.cli.parsing import parse
+
+    words = import_named(args)
+    command = importlib.import_module(f"fewstep.cli.{name.replace('-', '_')}")
+    command.run(command.read(words) if hasattr(command, "read") else parse(command.Options, words, name))
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 with one line on standard error for bad input."""
     arguments = list(sys.argv[1:] if args is None else args)
@@ -74,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
         with _plain_warnings():
-            COMMANDS[arguments[0]](import_named(arguments[1:]))
+            run_command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except FewstepError as error:
         print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.evaluation.metrics import alignment, default_extractor, trajectory_alignment
+from fewstep.evaluation.metrics import AlignmentSettings, alignment, default_extractor, trajectory_alignment
 from fewstep.evaluation.report import Curve, Jumps, statistics_figure
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
@@ -107,7 +107,15 @@ def measure_alignment(
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
     ends_only = config.objective.endpoint_only
-    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, seed=seed, ends_only=ends_only)
+    jumps = alignment(
+        student,
+        teacher,
+        x0.to(device),
+        times,
+        method=method,
+        cond=cond,
+        settings=AlignmentSettings(seed=seed, ends_only=ends_only),
+    )
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
     spaced = edm_grid if student.path.noise_clock else uniform_grid
     grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
@@ -170,7 +178,7 @@ def alignment_line(record: Record) -> str:
     )
 
 
-def survey(run: RunFolder, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool) -> str:
+def measure_statistics(run: RunFolder, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool) -> str:
     """What `fewstep statistics` does: estimate, time the student's training, draw; returns what there is to say.
 
     student: a recipe's name, or nothing for the CTM recipe of this teacher's. given: settings of the statistics that

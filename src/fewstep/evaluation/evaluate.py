@@ -21,6 +21,7 @@ from fewstep.evaluation.metrics import (
     Extractor,
     InceptionExtractor,
     Measurement,
+    Provenance,
     RandomConvExtractor,
     ReferenceFeatures,
     default_extractor,
@@ -61,7 +62,11 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
     jumping: SamplerName = "gamma" if evaluation.gamma else "map"
     sampler = diagonal if config.objective.on_diagonal else jumping
     base = SamplingSettings(
-        sampler=sampler, gamma=evaluation.gamma, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+        sampler=sampler,
+        gamma=evaluation.gamma,
+        spacing=spacing(config),
+        guidance_scale=evaluation.guidance_scale,
+        seed=evaluation.seed,
     )
     return [replace(base, steps=count) for count in steps]
 
@@ -75,17 +80,16 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
     run = RunFolder(folder)
     if run.config_file.is_file() and run.checkpoints():
         own = sampler_settings(run.config(), (1,))[0]
-        return SamplingSettings(
-            sampler=own.sampler, gamma=own.gamma or 0.5, omega=own.omega if pipeline.flow_map.num_classes else 1.0
-        )
-    omegas = {each.omega for each in pipeline.step_times}
-    omega = omegas.pop() if len(omegas) == 1 else 1.0
+        scale = own.guidance_scale if pipeline.flow_map.num_classes else 1.0
+        return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, guidance_scale=scale)
+    scales = {each.guidance_scale for each in pipeline.step_times}
+    scale = scales.pop() if len(scales) == 1 else 1.0
     tuned = next((each for each in pipeline.step_times if each.steps == steps), None)
     if pipeline.flow_map.preconditioning.data_end_only:  # which has no other jumps
-        return SamplingSettings(sampler="gamma", gamma=1.0, omega=omega)
+        return SamplingSettings(sampler="gamma", gamma=1.0, guidance_scale=scale)
     if tuned is None:
-        return SamplingSettings(sampler="map", gamma=0.5, omega=omega)
-    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, omega=omega)
+        return SamplingSettings(sampler="map", gamma=0.5, guidance_scale=scale)
+    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, guidance_scale=scale)
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -119,16 +123,16 @@ def method_name(config: RunConfig, classes: int) -> str:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Evaluator:
     """What samples are measured with: the extractor and the held-out part's features."""
 
     extractor: Extractor
     reference: ReferenceFeatures
 
 
-def yardstick(
+def build_evaluator(
     dataset: Dataset, cache: Path | None, inception: Path | None = None, autoencoder: Path | None = None
-) -> Yardstick:
+) -> Evaluator:
     """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given.
 
     Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
@@ -142,11 +146,11 @@ def yardstick(
         decoder = load_decoder(dataset.latents, autoencoder, best_device())
         random = RandomConvExtractor(dataset.latents.image_shape)
         seen = DecodedExtractor(random if inception is None else InceptionExtractor(inception), decoder)
-        return Yardstick(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
+        return Evaluator(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
     if autoencoder is not None:
         raise ConfigError(f"the samples of {dataset.name} are no latents: leave out --autoencoder")
     extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
-    return Yardstick(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
+    return Evaluator(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
 
 
 def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
@@ -155,20 +159,20 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     Each point is the Frechet distance of the averaged model's samples, by the run's own sampler at `curve_steps`.
     """
     settings = config.evaluation
-    sticks: list[Yardstick] = []
+    evaluators: list[Evaluator] = []
     foreign = dataset.latents is not None or dataset.policy is not None
     if settings.curve_images and foreign:  # what they lack is said before the training
-        sticks.append(yardstick(dataset, cache))
+        evaluators.append(build_evaluator(dataset, cache))
 
     def watch(pipeline: Pipeline, step: int) -> None:
-        if not sticks:  # at the first point: its classifier may have to be trained
-            sticks.append(yardstick(with_labels(config.data, dataset), cache))
+        if not evaluators:  # at the first point: its classifier may have to be trained
+            evaluators.append(build_evaluator(with_labels(config.data, dataset), cache))
         images = step * config.training.batch_size
         points: list[Row] = []
         for each in sampler_settings(config, settings.curve_steps):
-            drawn, features = drawn_features(pipeline, settings.curve_samples, each, sticks[0].extractor)
+            drawn, features = drawn_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
-            value = frechet_distance(features, sticks[0].reference.features) if sound else math.nan
+            value = frechet_distance(features, evaluators[0].reference.features) if sound else math.nan
             points.append(
                 {"images": images, "step": step, "seconds": _seconds_at(run, step)}
                 | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value}
@@ -211,12 +215,16 @@ def _seconds_at(run: RunFolder, step: int) -> float | None:
         return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
 
 
-def measure_real(dataset: Dataset, samples: int, stick: Yardstick) -> Row:
+def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
     """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
     count = min(samples, len(dataset.train))
     images, labels = dataset.train.fetch(torch.arange(count))
     found = measure(
-        images, labels, stick.reference, stick.extractor, method="real data (training part)", nfe=0, seed=0, seconds=0.0
+        images,
+        labels,
+        evaluator.reference,
+        evaluator.extractor,
+        Provenance(method="real data (training part)", nfe=0, seed=0, seconds=0.0),
     )
     return _row(found, 0.0)
 
@@ -227,7 +235,7 @@ def best_device() -> torch.device:
 
 
 def measure_run(
-    run: RunFolder, stick: Yardstick, evaluation: EvaluationConfig | None = None, weights: str = ""
+    run: RunFolder, evaluator: Evaluator, evaluation: EvaluationConfig | None = None, weights: str = ""
 ) -> list[Row]:
     """One row for every step count of the recipe, and for the ODE reference of a map; `evaluation` replaces its own.
 
@@ -239,14 +247,15 @@ def measure_run(
     config, pipeline = run.config(), run.pipeline(weights).to(best_device())
     config = config if evaluation is None else replace(config, evaluation=evaluation)
     settings = config.evaluation
-    name = method_of(run) + ("" if settings.omega == 1 else f", omega {settings.omega:g}")
+    name = method_of(run) + ("" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}")
     name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(pipeline, each))]
     if not (config.objective.on_diagonal or config.objective.endpoint_only):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
+    seconds = training_seconds(run)
     return [
-        _row(measure_settings(pipeline, each, label, settings.samples, stick), training_seconds(run), settings.omega)
+        _row(measure_settings(pipeline, each, label, settings.samples, evaluator), seconds, settings.guidance_scale)
         | {"tuned_on": found.source if (found := each.tuned(pipeline.step_times)) else None}
         for label, each in plans
     ]
@@ -263,25 +272,31 @@ def reference_settings(config: RunConfig) -> SamplingSettings:
     evaluation = config.evaluation
     steps = max(1, (evaluation.reference_steps + 1) // 2)
     return SamplingSettings(
-        sampler="heun", steps=steps, spacing=spacing(config), omega=evaluation.omega, seed=evaluation.seed
+        sampler="heun",
+        steps=steps,
+        spacing=spacing(config),
+        guidance_scale=evaluation.guidance_scale,
+        seed=evaluation.seed,
     )
 
 
 def measure_settings(
-    pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, stick: Yardstick
+    pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, evaluator: Evaluator
 ) -> Measurement:
     """Draw `count` samples and measure them."""
     drawn = generate(pipeline, count, settings)
     return measure(
         _within_range(pipeline, drawn.samples),
         drawn.labels,
-        stick.reference,
-        stick.extractor,
-        method=method,
-        nfe=round(drawn.nfe),
-        seed=settings.seed,
-        seconds=drawn.seconds,
-        latency_ms=latency(pipeline, settings),
+        evaluator.reference,
+        evaluator.extractor,
+        Provenance(
+            method=method,
+            nfe=round(drawn.nfe),
+            seed=settings.seed,
+            seconds=drawn.seconds,
+            latency_ms=latency(pipeline, settings),
+        ),
     )
 
 
@@ -306,13 +321,13 @@ def training_seconds(run: RunFolder) -> float:
     return float(read_state(run.last_checkpoint())["seconds"])
 
 
-def _row(found: Measurement, seconds: float, omega: float = 1.0) -> Row:
+def _row(found: Measurement, seconds: float, guidance_scale: float = 1.0) -> Row:
     """A measurement as stored: `seconds` is training time there, `sampling_seconds` the time to draw all samples."""
     row = found.row()
     return row | {
         "seconds": seconds,
         "sampling_seconds": row["seconds"],
-        "omega": omega,
+        "guidance_scale": guidance_scale,
         "device": str(best_device()),
     }
 
@@ -321,7 +336,7 @@ def write_figures(rows: list[Row], folder: Path) -> Path:
     """Store rows in figures.json beside those stored earlier; a row measured anew replaces its older self."""
 
     def identity(row: Row) -> tuple[Any, ...]:
-        keys = ("method", "nfe", "extractor", "reference", "samples", "seed", "omega")
+        keys = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
         return tuple(row.get(key) for key in keys)
 
     fresh = {identity(row) for row in rows}
@@ -335,12 +350,20 @@ def read_figures(folder: Path) -> list[Row]:
     """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
     file = folder / FIGURES_FILE
     advice = f"delete it, and run fewstep evaluate {folder} anew"
-    rows = read_rows(file, _SHOWN, advice)
+    rows = [_in_todays_names(row) for row in read_rows(file, _SHOWN, advice)]
     with reading(file, advice):
         for row in rows:
             if not all(isinstance(row[key], kind) for key, kind in _SHOWN.items()):
                 raise ValueError(f"a method, distance or number of calls is none: {row['method']!r}")
     return rows
+
+
+def _in_todays_names(row: Row) -> Row:
+    """A row as rows are called now: those stored with "omega" for the guidance scale have it in the method's name."""
+    if "omega" not in row:
+        return row
+    renamed = {"guidance_scale" if key == "omega" else key: value for key, value in row.items()}
+    return renamed | {"method": str(row["method"]).replace(", omega ", ", guidance ")}
 
 
 def table(rows: list[Row]) -> str:

@@ -93,8 +93,8 @@ def measure_rollouts(
     rows = []
     for policy in policies:
         label = f"{method}, {policy.steps} step{'s' if policy.steps > 1 else ''}: "
-        told = None if progress is None else _labelled(progress, label)
-        found = roll_out(policy, task, episodes, first_seed, at_once, told)
+        report = None if progress is None else _labelled(progress, label)
+        found = roll_out(policy, task, episodes, first_seed, at_once, report)
         rows.append(rollout_row(found, task, method, first_seed, policy))
     return rows, task, policies[0]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluation.evaluate import Yardstick, best_device, drawn_features, sampler_settings
+from fewstep.evaluation.evaluate import Evaluator, best_device, drawn_features, sampler_settings
 from fewstep.evaluation.metrics import ReferenceFeatures, frechet_distance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
@@ -218,13 +218,13 @@ class _Placements:
 
     pipeline: Pipeline
     settings: SamplingSettings
-    stick: Yardstick
+    evaluator: Evaluator
     samples: int
 
     def features(self, times: Point, seed: int) -> Tensor:
         """Features (samples, d) of what is drawn at these times from the noise of a seed."""
         placed = replace(self.settings, times=times, seed=seed)
-        return drawn_features(self.pipeline, self.samples, placed, self.stick.extractor)[1]
+        return drawn_features(self.pipeline, self.samples, placed, self.evaluator.extractor)[1]
 
     def distance(self, times: Point, seed: int, half: Half) -> float:
         """Frechet distance to a half; infinite where the samples are not finite."""
@@ -232,29 +232,29 @@ class _Placements:
         return frechet_distance(features, half.features) if bool(features.isfinite().all()) else math.inf
 
 
-def tune(pipeline: Pipeline, settings: SamplingSettings, stick: Yardstick, plan: TuningPlan) -> Tuning:
+def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, plan: TuningPlan) -> Tuning:
     """Search the times between t_max and t_min for these settings' sampler and steps, and check what is found.
 
     The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
     model's samples are not finite.
     """
-    drawn, (half, other) = _Placements(pipeline, settings, stick, plan.samples), halves(stick.reference)
+    drawn, (half, other) = _Placements(pipeline, settings, evaluator, plan.samples), halves(evaluator.reference)
     default = tuple(settings.grid(pipeline.flow_map.path).tolist())
     found, times = _searched(drawn, default, half, plan)
     search = Distances(half.name, len(half.features), plan.seed, found.first, found.value)
     before, after = (drawn.features(each, plan.seed + 1) for each in (default, times))
     first, last = (frechet_distance(each, other.features) for each in (before, after))
     check = Distances(other.name, len(other.features), plan.seed + 1, first, last)
-    sampler, gamma, omega, _ = settings.purpose
+    sampler, gamma, guidance_scale, _ = settings.purpose
     return Tuning(
-        tuned=StepTimes(sampler, gamma, omega, times, _source(stick.reference, search, check)),
+        tuned=StepTimes(sampler, gamma, guidance_scale, times, _source(evaluator.reference, search, check)),
         default_times=default,
         search=search,
         check=check,
         gain_error=gain_error(before, after, other.features),
         samples=plan.samples,
         evaluations=found.evaluations,
-        extractor=stick.extractor.name,
+        extractor=evaluator.extractor.name,
     )
 
 
@@ -319,7 +319,7 @@ def _source(reference: ReferenceFeatures, search: Distances, check: Distances) -
     )
 
 
-def tune_run(run: RunFolder, config: RunConfig, stick: Yardstick, plan: TuningPlan) -> tuple[Tuning, ...]:
+def tune_run(run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: TuningPlan) -> tuple[Tuning, ...]:
     """Tune the newest checkpoint for each number of steps, and store each in RUN/step_times.json as it is found.
 
     config: the run's own, its evaluation as it is to be tuned for. What was tuned for the same checkpoint and another
@@ -334,7 +334,7 @@ def tune_run(run: RunFolder, config: RunConfig, stick: Yardstick, plan: TuningPl
         stored = TunedSteps(step)
     found = []
     for settings in sampler_settings(config, plan.steps):
-        found.append(tune(pipeline, settings, stick, plan))
+        found.append(tune(pipeline, settings, evaluator, plan))
         stored = stored.adding(found[-1].record())
         stored.write(run.root)
     return tuple(found)

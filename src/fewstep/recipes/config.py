@@ -126,7 +126,7 @@ class EvaluationConfig:
     """Steps of the map sampler (of the ODE sampler, for models trained on the diagonal alone)."""
     reference_steps: int = 32
     """Steps of the ODE reference."""
-    omega: float = 1.0
+    guidance_scale: float = 1.0
     """Guidance when sampling; choose it by the Frechet distance."""
     gamma: float = 0.0
     """Of gamma-sampling: 1 re-noises fully between steps, as consistency models must; 0 is the map itself."""
@@ -145,8 +145,11 @@ class EvaluationConfig:
                 f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
                 "needs at least 4 samples and one step count, each at least 1"
             )
-        if not (0 <= self.gamma <= 1 and 0 < self.omega < math.inf):
-            raise ConfigError(f"gamma is {self.gamma} and omega {self.omega}: gamma lies in [0, 1], omega is positive")
+        if not (0 <= self.gamma <= 1 and 0 < self.guidance_scale < math.inf):
+            raise ConfigError(
+                f"gamma is {self.gamma} and guidance_scale {self.guidance_scale}: gamma lies in [0, 1], "
+                "guidance_scale is positive and finite"
+            )
         if not self.curve_steps or min(self.curve_steps) < 1 or self.curve_samples < 4 or self.curve_images < 0:
             raise ConfigError(
                 f"a learning curve every {self.curve_images} images of {self.curve_samples} samples at "

@@ -104,8 +104,8 @@ class SamplingSettings:
     spacing: uniform on the path's unit clock, or EDM's (rho = 7); auto takes the times tuned for the flow map where it
     has them for this sampler, guidance and number of steps, else EDM's on the EDM path and uniform ones elsewhere.
 
-    omega: guidance strength, on the unit times of interval. A network trained with drawn guidance takes it as an
-    input; otherwise omega != 1 doubles the evaluations.
+    guidance_scale: omega, on the unit times of interval. A network trained with drawn guidance takes it as an
+    input; otherwise guidance_scale != 1 doubles the evaluations.
     """
 
     sampler: SamplerName = "map"
@@ -113,7 +113,7 @@ class SamplingSettings:
     times: tuple[float, ...] = ()
     spacing: Spacing = "auto"
     gamma: float = 0.0
-    omega: float = 1.0
+    guidance_scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     batch_size: int = 512
@@ -141,7 +141,7 @@ class SamplingSettings:
 
     def tuned(self, known: tuple[StepTimes, ...]) -> StepTimes | None:
         """Those of the known times that these settings are sampled at; None where others are asked for."""
-        everywhere = self.omega == 1.0 or self.interval == (0.0, 1.0)
+        everywhere = self.guidance_scale == 1.0 or self.interval == (0.0, 1.0)
         if self.times or self.spacing != "auto" or not everywhere:
             return None
         return next((each for each in known if each.purpose == self.purpose), None)
@@ -150,7 +150,7 @@ class SamplingSettings:
     def purpose(self) -> Purpose:
         """What step times are tuned for (StepTimes.purpose): gamma counts for its sampler only, whose 0 is the map."""
         gamma = self.gamma if self.sampler == "gamma" else 0.0
-        return "map" if self.sampler == "gamma" and gamma == 0 else self.sampler, gamma, self.omega, self.steps
+        return "map" if self.sampler == "gamma" and gamma == 0 else self.sampler, gamma, self.guidance_scale, self.steps
 
     def function(self) -> Sampler:
         """The sampler itself."""
@@ -234,16 +234,16 @@ def generate(
             part = slice(low, min(low + settings.batch_size, count))
             draws = Draws(settings.seed, 0, torch.arange(first + part.start, first + part.stop, device=device))
             own = None if labels is None else labels[part].to(device)
-            cond = sampling_condition(own, flow_map.guided, settings.omega, settings.interval)
+            cond = sampling_condition(own, flow_map.guided, settings.guidance_scale, settings.interval)
             batches.append(sampler(guided, prior_noise(flow_map, draws), times, cond, draws).cpu())
         seconds = time.perf_counter() - start
     return Generated(torch.cat(batches), labels, counter.rows / count, seconds)
 
 
 def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
-    if settings.omega == 1.0 or flow_map.guided:
+    if settings.guidance_scale == 1.0 or flow_map.guided:
         return flow_map
-    return ClassifierFreeGuidance(flow_map, settings.omega, settings.interval)
+    return ClassifierFreeGuidance(flow_map, settings.guidance_scale, settings.interval)
 
 
 def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import parse_json, reading, write_atomically
+from fewstep.utils.old_names import translated
 from fewstep.utils.serialization import from_json, to_json
 
 SamplerName = Literal["map", "gamma", "euler", "heun"]
@@ -22,14 +23,14 @@ TIMES_FILE = "step_times.json"
 class StepTimes:
     """The times (t_max, ..., t_min) that a model is sampled at in len(times) - 1 steps, in its path's clock.
 
-    sampler, gamma, omega: what they were found for, and all that they hold for; gamma is 0 but for the gamma sampler,
-    omega is the guidance strength over the whole range. source: what they were found on.
+    sampler, gamma, guidance_scale: what they were found for, and all that they hold for; gamma is 0 but for the gamma
+    sampler, guidance_scale is the strength over the whole range. source: what they were found on.
     Raises ConfigError unless the times fall.
     """
 
     sampler: SamplerName
     gamma: float
-    omega: float
+    guidance_scale: float
     times: tuple[float, ...]
     source: str
 
@@ -45,7 +46,7 @@ class StepTimes:
     @property
     def purpose(self) -> Purpose:
         """Sampler, gamma, guidance strength, steps: a model has at most one placement for each."""
-        return self.sampler, self.gamma, self.omega, self.steps
+        return self.sampler, self.gamma, self.guidance_scale, self.steps
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_tuned_steps(run: Path) -> TunedSteps | None:
     with reading(file, "delete it, and run fewstep tune-steps anew"):
         record = parse_json(file.read_bytes())
         found = [
-            Tuned(from_json(StepTimes, each["step_times"]), bool(each["kept"]), dict(each["figures"]))
+            Tuned(from_json(StepTimes, translated(each["step_times"])), bool(each["kept"]), dict(each["figures"]))
             for each in record["found"]
         ]
         return TunedSteps(int(record["step"]), tuple(found))

@@ -78,10 +78,10 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
 
     Raises ConfigError where such a run would be measured with guidance, which it could not be.
     """
-    if config.evaluation.omega != 1.0 and not dataset.num_classes:
+    if config.evaluation.guidance_scale != 1.0 and not dataset.num_classes:
         raise ConfigError(
-            f"{dataset.name} has no classes to guide samples to: leave --evaluation.omega at 1 (it is "
-            f"{config.evaluation.omega:g})"
+            f"{dataset.name} has no classes to guide samples to: leave --evaluation.guidance-scale at 1 (it is "
+            f"{config.evaluation.guidance_scale:g})"
         )
     guidance = config.objective.guidance
     if warn and guidance.active and not dataset.num_classes:

@@ -20,6 +20,7 @@ from fewstep.data import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning import (
     AnalyticPreconditioning,
+    EstimationSettings,
     EulerPreconditioningConfig,
     StatisticsEstimator,
     TrajectoryStatistics,
@@ -100,11 +101,13 @@ def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig)
         denoiser,
         denoiser.fetch,
         model.path,
-        settings.points,
-        settings.samples,
-        settings.seed,
-        None if settings.probes == -1 else settings.probes,
-        centred=settings.centred,
+        EstimationSettings(
+            points=settings.points,
+            samples=settings.samples,
+            seed=settings.seed,
+            probes=None if settings.probes == -1 else settings.probes,
+            centred=settings.centred,
+        ),
         mean=data_mean(dataset),
         device=denoiser.device,
     )

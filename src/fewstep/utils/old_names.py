@@ -41,6 +41,8 @@ FIELDS: dict[str, dict[str, str]] = {
     "CTM": {**_DISTILLED, "to_end": "endpoint_only"},
     "DiagonalMatching": _LABELS,
     "Regression": _LABELS,
+    "EvaluationConfig": {"omega": "guidance_scale"},
+    "StepTimes": {"omega": "guidance_scale"},
 }
 
 

@@ -1,6 +1,13 @@
 """Evaluation: features of images, distances between sets of them, alignment with a teacher, figures of one run."""
 
-from fewstep.evaluation.metrics.alignment import Alignment, TrajectoryAlignment, alignment, rmse, trajectory_alignment
+from fewstep.evaluation.metrics.alignment import (
+    Alignment,
+    AlignmentSettings,
+    TrajectoryAlignment,
+    alignment,
+    rmse,
+    trajectory_alignment,
+)
 from fewstep.evaluation.metrics.curves import Speedup, common_target, speedup, targets_of, time_to
 from fewstep.evaluation.metrics.decoded import DecodedExtractor
 from fewstep.evaluation.metrics.features import (
@@ -19,10 +26,11 @@ from fewstep.evaluation.metrics.fidelity import (
     kernel_distance,
     precision_recall,
 )
-from fewstep.evaluation.metrics.measure import Measurement, ReferenceFeatures, measure, reference_features
+from fewstep.evaluation.metrics.measure import Measurement, Provenance, ReferenceFeatures, measure, reference_features
 
 __all__ = [
     "Alignment",
+    "AlignmentSettings",
     "ClassifierExtractor",
     "DecodedExtractor",
     "Extractor",
@@ -30,6 +38,7 @@ __all__ = [
     "InceptionExtractor",
     "KernelDistance",
     "Measurement",
+    "Provenance",
     "RandomConvExtractor",
     "ReferenceFeatures",
     "Speedup",

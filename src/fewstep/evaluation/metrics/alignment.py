@@ -108,6 +108,20 @@ class TrajectoryAlignment:
         }
 
 
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """How alignment is measured.
+
+    seed: of the noise. teacher_steps: Runge-Kutta steps of the truth between two times. batch_size: samples at once.
+    ends_only: measure the jumps to the last time alone, of a student that learns no others.
+    """
+
+    seed: int = 0
+    teacher_steps: int = 4
+    batch_size: int = 512
+    ends_only: bool = False
+
+
 @torch.no_grad()
 def alignment(
     student: Student,
@@ -117,29 +131,24 @@ def alignment(
     *,
     method: str,
     cond: Condition = _UNCONDITIONAL,
-    seed: int = 0,
-    teacher_steps: int = 4,
-    batch_size: int = 512,
-    ends_only: bool = False,
+    settings: AlignmentSettings = AlignmentSettings(),
 ) -> Alignment:
     """Errors of the student's jumps between all pairs of times t > s, from x_t = alpha x0 + sigma eps at every t.
 
     x0: real samples (n, ...), n at least 2, on the models' device; cond: theirs. times: (K,) falling, in the student's
     clock. The teacher may live on another path. Each x_t is carried down all later times by one trajectory of the
     teacher, about 2 K (K - 1) teacher_steps evaluations for each sample, which the student's K (K - 1) / 2 are compared
-    with. The noise of sample k is a function of (seed, t's place, k). ends_only: measure the jumps to the last time
-    alone, of a student that learns no others. Raises ShapeError on times or counts that do not fit.
+    with. The noise of sample k is a function of (seed, t's place, k). Raises ShapeError on times or counts that do
+    not fit.
     """
     times = check_grid(student.path, times.to(x0.device))
-    _check_counts(x0, batch_size)
+    _check_counts(x0, settings.batch_size)
     parts = []
     with _at_rest(student, teacher):
-        for indices in torch.arange(len(x0), device=x0.device).split(batch_size):
-            draws = Draws(seed, 0, indices)
-            own = x0[indices], times, cond[indices], draws, teacher_steps
-            parts.append(_squared_errors(student, teacher, *own, ends_only))
+        for indices in torch.arange(len(x0), device=x0.device).split(settings.batch_size):
+            parts.append(_squared_errors(student, teacher, x0[indices], times, cond[indices], indices, settings))
     rmse, stderr = _root_mean(torch.cat(parts, dim=2))
-    return Alignment(method, tuple(times.tolist()), rmse, stderr, len(x0), seed, teacher_steps)
+    return Alignment(method, tuple(times.tolist()), rmse, stderr, len(x0), settings.seed, settings.teacher_steps)
 
 
 @torch.no_grad()
@@ -193,19 +202,19 @@ def _squared_errors(
     x0: Tensor,
     times: Tensor,
     cond: Condition,
-    draws: Draws,
-    steps: int,
-    ends_only: bool,
+    indices: Tensor,
+    settings: AlignmentSettings,
 ) -> Tensor:
     """Mean squared error of every sample's jumps, (K, K, B) float64 on the CPU; NaN where none is measured."""
     path, denoise = student.path, denoiser_on(student.path, teacher)
+    draws = Draws(settings.seed, 0, indices)
     errors = torch.full((len(times), len(times), len(x0)), torch.nan, dtype=torch.float64)
     for i, t in enumerate(times.tolist()[:-1]):
         eps = draws.normal(STREAM_START + i, tuple(x0.shape[1:]), x0.dtype)
         x = path.interpolate(x0, eps, at(t, x0))
-        states = trajectory(denoise, path, x, times[i:], steps, cond)
+        states = trajectory(denoise, path, x, times[i:], settings.teacher_steps, cond)
         for j, s in enumerate(times.tolist()[i + 1 :], start=1):
-            if ends_only and i + j < len(times) - 1:
+            if settings.ends_only and i + j < len(times) - 1:
                 continue
             errors[i, i + j] = _squared(student.jump(x, at(t, x), at(s, x), cond), states[j])
     return errors

@@ -30,14 +30,28 @@ class ReferenceFeatures:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where measured samples come from.
+
+    method: the sampler or model, as the table shows it. nfe: network calls per sample. seed: of their noise. seconds:
+    time to draw them all. latency_ms: time to draw one, None when not measured.
+    """
+
+    method: str
+    nfe: int
+    seed: int
+    seconds: float
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The figures of one set of samples.
 
-    method: the sampler or model, as the table shows it. nfe: network calls per sample.
-    frechet, kernel, kernel_error, precision, recall: as in `fidelity`. accuracy: share of samples that the extractor
-    puts in the class asked for; None without labels or a classifier. extractor: the name of the features.
-    samples: how many were measured. reference: what they were measured against, with its count.
-    seconds: time to draw all samples. latency_ms: time to draw one, None when not measured.
+    method, nfe, seed, seconds, latency_ms: of their Provenance. frechet, kernel, kernel_error, precision, recall: as in
+    `fidelity`. accuracy: share of samples that the extractor puts in the class asked for; None without labels or a
+    classifier. extractor: the name of the features. samples: how many were measured. reference: what they were measured
+    against, with its count.
     """
 
     method: str
@@ -79,12 +93,7 @@ def measure(
     labels: Tensor | None,
     reference: ReferenceFeatures,
     extractor: Extractor,
-    *,
-    method: str,
-    nfe: int,
-    seed: int,
-    seconds: float,
-    latency_ms: float | None = None,
+    provenance: Provenance,
 ) -> Measurement:
     """Measure generated images (n, C, H, W), asked for as classes labels (n,), against the reference.
 
@@ -99,8 +108,7 @@ def measure(
     kernel = kernel_distance(features, reference.features)
     precision, recall = precision_recall(reference.features, features)
     return Measurement(
-        method=method,
-        nfe=nfe,
+        **asdict(provenance),
         frechet=frechet_distance(features, reference.features),
         kernel=kernel.value,
         kernel_error=kernel.standard_error,
@@ -110,9 +118,6 @@ def measure(
         extractor=extractor.name,
         samples=len(images),
         reference=f"{reference.name} ({len(reference.features)})",
-        seed=seed,
-        seconds=seconds,
-        latency_ms=latency_ms,
     )
 
 

@@ -12,8 +12,8 @@ from fewstep.flow.preconditioning.base import (
     origin_weight,
     origin_weight_derivative,
 )
-from fewstep.flow.preconditioning.estimation import StatisticsEstimator, estimate_statistics
-from fewstep.flow.preconditioning.gap import ConsistencyGap, consistency_gap
+from fewstep.flow.preconditioning.estimation import EstimationSettings, StatisticsEstimator, estimate_statistics
+from fewstep.flow.preconditioning.gap import ConsistencyGap, GapSettings, consistency_gap
 from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioning,
     BCMPreconditioningConfig,
@@ -54,8 +54,10 @@ __all__ = [
     "EDMInputScalingConfig",
     "EDMScaling",
     "EDMScalingConfig",
+    "EstimationSettings",
     "EulerPreconditioning",
     "EulerPreconditioningConfig",
+    "GapSettings",
     "IdentityScaling",
     "IdentityScalingConfig",
     "JumpDerivatives",

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -113,15 +114,40 @@ def rate_estimate(m: Moments, l: Tensor | float, l_slope: Tensor | float, limit:
     return RateEstimate(s, credit, drift.clamp(min=0))
 
 
+@final
+@dataclass(frozen=True)
+class EstimationSettings:
+    """How statistics are estimated. Raises ConfigError for what does not suffice.
+
+    points: noise levels, evenly spaced in lambda. samples: at each. seed: of their choice, their noise and the probes.
+    probes: None for the exact trace up to 64 dimensions and one Rademacher probe beyond; 0 for Stein's identity.
+    centred: about the data's mean. batch_size: samples that pass the denoiser at once. shrink: draw l and s to their
+    limits at high noise (TrajectoryStatistics.shrunk).
+    """
+
+    points: int = 120
+    samples: int = 4096
+    seed: int = 0
+    probes: int | None = None
+    centred: bool = True
+    batch_size: int = 512
+    shrink: bool = True
+
+    def __post_init__(self) -> None:
+        if self.points < 3 or self.samples < 2 or self.batch_size < 1 or (self.probes is not None and self.probes < 0):
+            raise ConfigError(
+                "statistics need points >= 3, samples >= 2, probes >= 0 and batch_size >= 1, got "
+                f"{self.points}, {self.samples}, {self.probes} and {self.batch_size}"
+            )
+
+
 class StatisticsEstimator:
     """Sums over samples, fed in any order and portions; `statistics` solves for l and s at any time.
 
     denoiser: (x (B, ...), t (B,)) -> (B, ...) in the coordinates and clock of `path`. data: tensor (n, ...), cycled
     in a shuffled order of every epoch, or a function from sample numbers (B,) in [0, samples) to x0 (B, ...).
-    points noise levels, evenly spaced in lambda over the path's range held within [0.002, 80]. probes: None for the
-    exact trace up to 64 dimensions and one Rademacher probe beyond; 0 for Stein's identity, without a probe.
-    centred: take statistics about `mean`, which is measured on the data unless given. Runs on `device`, by default the
-    data's.
+    settings: the points cover the path's range held within [0.002, 80]. mean: what centred statistics are about;
+    measured on the data unless given. Runs on `device`, by default the data's.
 
     sums (points, blocks, moments) float64 is all the state there is: processes that feed disjoint portions may
     add theirs up, and `state`/`restore` carry it over an interruption.
@@ -132,35 +158,27 @@ class StatisticsEstimator:
         denoiser: Denoiser,
         data: DataSource,
         path: Path = EDM(),
-        points: int = 120,
-        samples: int = 4096,
-        seed: int = 0,
-        probes: int | None = None,
+        settings: EstimationSettings = EstimationSettings(),
         *,
-        centred: bool = True,
         mean: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if points < 3 or samples < 2 or (probes is not None and probes < 0):
-            raise ConfigError(
-                f"statistics need points >= 3, samples >= 2 and probes >= 0, got {points}, {samples} and {probes}"
-            )
         self.denoiser, self.data, self.path = denoiser, data, path
-        self.samples, self.seed, self.centred = samples, seed, centred
+        self.samples, self.seed, self.centred = settings.samples, settings.seed, settings.centred
         self.device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         first = self._rows(torch.zeros(1, dtype=torch.int64))
         self.shape, self.dtype, self.dimension = tuple(first.shape[1:]), first.dtype, first[0].numel()
         if not self.dtype.is_floating_point or self.dimension == 0:
             raise ShapeError(f"data must be floating-point samples (n, ...), got {self.dtype} of shape {self.shape}")
-        self.probes = 1 if probes is None and self.dimension > EXACT_DIMENSION else probes
+        self.probes = 1 if settings.probes is None and self.dimension > EXACT_DIMENSION else settings.probes
         measured, self.sigma_data = self._measured()
         self.data_mean = (measured if mean is None else mean).to(self.device, torch.float64)
         if self.data_mean.shape != self.shape:
             raise ShapeError(f"mean has shape {tuple(self.data_mean.shape)}, samples have {self.shape}")
-        self.origin = self.data_mean if centred else torch.zeros_like(self.data_mean)
-        self.limit = 1.0 if centred or float(measured.square().mean()) <= 0.01 * self.sigma_data**2 else 0.0
-        self.lam = noise_grid(path, points)
-        self.sums = torch.zeros(points, min(BLOCKS, samples), len(Moments._fields), dtype=torch.float64)
+        self.origin = self.data_mean if self.centred else torch.zeros_like(self.data_mean)
+        self.limit = 1.0 if self.centred or float(measured.square().mean()) <= 0.01 * self.sigma_data**2 else 0.0
+        self.lam = noise_grid(path, settings.points)
+        self.sums = torch.zeros(settings.points, min(BLOCKS, self.samples), len(Moments._fields), dtype=torch.float64)
         self.sums = self.sums.to(self.device)
 
     @property
@@ -329,37 +347,26 @@ def estimate_statistics(
     denoiser: Denoiser,
     data: DataSource,
     path: Path = EDM(),
-    points: int = 120,
-    samples: int = 4096,
-    seed: int = 0,
-    probes: int | None = None,
+    settings: EstimationSettings = EstimationSettings(),
     *,
-    centred: bool = True,
     mean: Tensor | None = None,
     device: torch.device | None = None,
-    batch_size: int = 512,
-    shrink: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrajectoryStatistics:
     """l and s of a denoiser on data (math.md §3.2); see StatisticsEstimator for what the arguments mean.
 
-    shrink: draw them to their limits at high noise (TrajectoryStatistics.shrunk). progress: called with (samples fed,
-    samples). Costs points * samples network calls, each with as many tangents as there are probes (dim for the exact
-    trace) and one more; at high noise one plain call besides.
+    progress: called with (samples fed, samples). Costs points * samples network calls, each with as many tangents as
+    there are probes (dim for the exact trace) and one more; at high noise one plain call besides.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-    begin = time.perf_counter()
-    estimator = StatisticsEstimator(
-        denoiser, data, path, points, samples, seed, probes, centred=centred, mean=mean, device=device
-    )
-    for first in range(0, samples, batch_size):
-        count = min(batch_size, samples - first)
+    begin, samples = time.perf_counter(), settings.samples
+    estimator = StatisticsEstimator(denoiser, data, path, settings, mean=mean, device=device)
+    for first in range(0, samples, settings.batch_size):
+        count = min(settings.batch_size, samples - first)
         estimator.update(first, count)
         if progress is not None:
             progress(first + count, samples)
     found = estimator.statistics(time.perf_counter() - begin)
-    return found.shrunk() if shrink else found
+    return found.shrunk() if settings.shrink else found
 
 
 def noise_grid(path: Path, points: int) -> Tensor:

@@ -33,6 +33,27 @@ class ConsistencyGap:
     stderr: Tensor
 
 
+@final
+@dataclass(frozen=True)
+class GapSettings:
+    """How a gap is measured. Raises ConfigError for too few samples or steps.
+
+    samples: of x0 and eps, the same for every jump. seed: of the noise. solver_steps: of the Runge-Kutta method, of
+    equal length in log tau. end: of the jump at which N* is compared with D; None for Preconditioning.frozen_at.
+    """
+
+    samples: int = 256
+    seed: int = 0
+    solver_steps: int = 128
+    end: Literal["t", "s"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.solver_steps < 1:
+            raise ConfigError(
+                f"the gap needs at least 2 samples and 1 step of the solver, got {self.samples} and {self.solver_steps}"
+            )
+
+
 def consistency_gap(
     preconditioning: Preconditioning,
     denoiser: Denoiser,
@@ -41,43 +62,34 @@ def consistency_gap(
     s: Tensor | float,
     *,
     path: Path = EDM(),
-    samples: int = 256,
-    seed: int = 0,
-    solver_steps: int = 128,
-    end: Literal["t", "s"] | None = None,
+    settings: GapSettings = GapSettings(),
 ) -> ConsistencyGap:
     """sqrt(E|N* - D|^2 / dim), the root mean square over samples and their elements, at each of K jumps t -> s, where
 
       N*(x_t, t, s) = (X(x_t, t, s) - f x_t - (alpha_s - alpha_t f - g) m)/g
-    is what a perfect student's network gives, X by the Runge-Kutta method of order 4 in `solver_steps` steps of equal
-    length in log tau, and D the denoiser at (x_t, t), or at (X, s) where the preconditioning freezes its residual there
-    (Preconditioning.frozen_at). `end` overrides which.
+    is what a perfect student's network gives, X by the Runge-Kutta method of order 4, and D the denoiser at (x_t, t),
+    or at (X, s) where the preconditioning freezes its residual there.
 
-    denoiser: (x, t) -> (B, ...) in the path's coordinates. data (n, ...): the first `samples` rows, cycled; every jump
-    sees the same x0 and eps. t, s (K,) in the path's clock with s < t and sigma/alpha positive and finite at both, or
-    ShapeError.
+    denoiser: (x, t) -> (B, ...) in the path's coordinates. data (n, ...): its first rows, cycled. t, s (K,) in the
+    path's clock with s < t and sigma/alpha positive and finite at both, or ShapeError.
     """
-    if samples < 2 or solver_steps < 1:
-        raise ConfigError(
-            f"the gap needs at least 2 samples and 1 step of the solver, got {samples} and {solver_steps}"
-        )
     if not len(data):
         raise ShapeError("the gap needs data (n, ...), n at least 1")
     t, s = (_times(path, given, data.device) for given in (t, s))
     _check(path, t, s)
-    numbers = torch.arange(samples, device=data.device)
+    numbers = torch.arange(settings.samples, device=data.device)
     x0 = data[numbers % len(data)]
-    eps = Draws(seed, 0, numbers).normal(STREAM_NOISE, tuple(x0.shape[1:]), x0.dtype)
-    side = preconditioning.frozen_at if end is None else end
+    eps = Draws(settings.seed, 0, numbers).normal(STREAM_NOISE, tuple(x0.shape[1:]), x0.dtype)
+    side = settings.end or preconditioning.frozen_at
     rows = []
     with torch.no_grad():
         for time_t, time_s in zip(t, s, strict=True):
-            pair = time_t.expand(samples), time_s.expand(samples)
-            error = _error(preconditioning, denoiser, path, x0, eps, pair, solver_steps, side)
+            pair = time_t.expand(len(x0)), time_s.expand(len(x0))
+            error = _error(preconditioning, denoiser, path, x0, eps, pair, settings.solver_steps, side)
             rows.append(error.square().flatten(1).mean(1))
     square = torch.stack(rows)
     rms = square.mean(1).sqrt()
-    stderr = square.std(1) / math.sqrt(samples) / (2 * rms.clamp_min(torch.finfo(torch.float64).tiny))
+    stderr = square.std(1) / math.sqrt(len(x0)) / (2 * rms.clamp_min(torch.finfo(torch.float64).tiny))
     return ConsistencyGap(t, s, rms, stderr)
 
 

@@ -1,0 +1,75 @@
+"""`fewstep evaluate RUN`: figures of its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fewstep.cli.cache import cache_folder
+from fewstep.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run."""
+    samples: int | None = None
+    """Generated samples per measurement; like the options below, the recipe's own when not given."""
+    steps: tuple[int, ...] = ()
+    """Step counts of the run's own sampler."""
+    weights: str = ""
+    """Which of the run's weights: the name of an EMA, such as power-0.1, or last, those of the last step; the first EMA
+    when not given. A name that the run does not have shows those it has."""
+    guidance_scale: float | None = None
+    """Guidance strength when sampling: choose it by the Frechet distance."""
+    seed: int | None = None
+    """Decides the noise that samples start from."""
+    inception: Path | None = None
+    """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
+    teacher: Path | None = None
+    """Where the teacher of a distilled run lies now; where it lay in training when not given."""
+    autoencoder: Path | None = None
+    """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+
+
+def run(options: Options) -> None:
+    """Run the command; raises what it calls raises."""
+    from fewstep.data import load_dataset
+    from fewstep.evaluation.align import align, teacher_of, with_labels
+    from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, method_of, table, write_figures
+    from fewstep.training import RunFolder
+
+    run = RunFolder(options.run)
+    config = run.config()
+    run.last_checkpoint()
+    own = config.evaluation
+    evaluation = dataclasses.replace(
+        own,
+        samples=own.samples if options.samples is None else options.samples,
+        steps=options.steps or own.steps,
+        guidance_scale=own.guidance_scale if options.guidance_scale is None else options.guidance_scale,
+        seed=own.seed if options.seed is None else options.seed,
+    )
+    dataset = load_dataset(config.data)
+    if options.teacher is not None:
+        if not config.teacher:
+            raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
+        teacher_of(run, options.teacher)
+    evaluator = build_evaluator(
+        with_labels(config.data, dataset), cache_folder(), options.inception, options.autoencoder
+    )
+    rows = [
+        *measure_run(run, evaluator, evaluation, options.weights),
+        measure_real(dataset, evaluation.samples, evaluator),
+    ]
+    print(table(rows))
+    print(f"Stored: {write_figures(rows, run.root)}")
+    first = options.weights in ("", next(iter(run.averages())))
+    if config.teacher and not config.objective.on_diagonal and first:
+        print(align(run, dataset, method_of(run), options.teacher))

@@ -1,0 +1,116 @@
+"""`fewstep sample RUN`: images from a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fewstep.sampling.generate import Spacing
+from fewstep.sampling.step_times import SamplerName
+from fewstep.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw images from a run. The same seed gives the same noise to sample k, whatever the number of images."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run or of a saved model."""
+    out: Path | None = None
+    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; when not given samples-SEED.png in RUN, or
+    samples-SEED-WEIGHTS.png."""
+    count: int = 64
+    """Number of images."""
+    weights: str = ""
+    """Which of the run's weights: the name of an EMA, such as power-0.1, or last, those of the last step; the first EMA
+    when not given. A name that the run does not have shows those it has."""
+    steps: int = 2
+    """Steps; the map sampler makes one network call each."""
+    sampler: SamplerName | None = None
+    """map: jumps; gamma: CTM's gamma-sampling; euler, heun: the ODE itself. Not given: the one that the run is measured
+    by; the map for a saved model."""
+    spacing: Spacing = "auto"
+    """auto: the times that `fewstep tune-steps` found for this model, sampler, guidance and number of steps; without
+    any, as for these two: uniform on the path's clock, or on the EDM path edm, EDM's noise levels (rho = 7)."""
+    gamma: float | None = None
+    """For the gamma sampler: 0 is deterministic, 1 re-noises fully. Not given: the run's own, or 0.5."""
+    times: tuple[float, ...] = ()
+    """The times to walk through in the path's clock, falling; overrides steps and spacing."""
+    label: tuple[int, ...] = ()
+    """Class of each image, repeated as needed, -1 for none; all classes in turn when not given."""
+    guidance_scale: float | None = None
+    """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
+    given: the one that the run is measured by; for a saved model the one that all its tuned times are for, else 1."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Where guidance acts, as fractions of the path's range."""
+    seed: int = 0
+    """Decides the noise that samples start from."""
+    columns: int = 8
+    """Images per row of a grid."""
+    batch_size: int = 512
+    """Images drawn at once."""
+    latents: bool = False
+    """Leave latents as they are: FILE.npz then holds `latents` in the autoencoder's own units instead of images."""
+    autoencoder: Path | None = None
+    """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
+
+
+def run(options: Options) -> None:
+    """Run the command; raises what it calls raises."""
+    import torch
+
+    from fewstep.evaluation.evaluate import own_settings
+    from fewstep.sampling.decode import save_latents
+    from fewstep.sampling.generate import SamplingSettings
+    from fewstep.training import load
+
+    named = f"samples-{options.seed}" + (f"-{options.weights}" if options.weights else "")
+    out = options.out or options.run / f"{named}{'.npz' if options.latents else '.png'}"
+    if out.suffix not in ("", ".png", ".npz"):
+        raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
+    if options.latents and out.suffix != ".npz":
+        raise ConfigError(f"{out}: latents are written to FILE.npz")
+    pipeline = load(options.run, options.weights)
+    if pipeline.config.policy is not None:
+        raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
+    if torch.cuda.is_available() and not options.cpu:
+        pipeline = pipeline.to("cuda")
+    view = None if options.latents else pipeline.viewer(options.autoencoder)
+    own = own_settings(options.run, pipeline, options.steps)
+    if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
+        raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
+    scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    if scale == 1.0 and options.interval != (0.0, 1.0):
+        raise ConfigError(
+            "--interval bounds where guidance acts, and there is none: add --guidance-scale, or leave it out"
+        )
+    settings = SamplingSettings(
+        sampler=options.sampler or own.sampler,
+        steps=options.steps,
+        times=options.times,
+        spacing=options.spacing,
+        gamma=own.gamma if options.gamma is None else options.gamma,
+        guidance_scale=scale,
+        interval=options.interval,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    labels = None
+    if options.label:
+        labels = [options.label[k % len(options.label)] for k in range(options.count)]
+    drawn = pipeline.generate(options.count, settings, labels)
+    drawn.check_finite()
+    if view is None:
+        save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
+    else:
+        view.write(drawn.samples, drawn.labels, out, options.columns)
+    guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
+    print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
+    tuned = settings.tuned(pipeline.step_times)
+    if tuned is not None:
+        print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")

@@ -1,0 +1,73 @@
+"""`fewstep train RECIPE`: a run of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fewstep.cli.cache import cache_folder
+from fewstep.cli.parsing import parse
+from fewstep.recipes import RECIPES, recipe
+from fewstep.recipes.config import RunConfig
+from fewstep.training.settings import Runtime
+from fewstep.utils.errors import ConfigError
+
+USAGE = f"""usage: fewstep train RECIPE [options]
+
+Recipes: {", ".join(RECIPES)}
+
+A recipe of your own is a function in FILE.py or FILE.py:FUNCTION; any run's is RUN/config.json.
+fewstep train RECIPE --help shows every option and the recipe's own values."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a recipe, or go on where it stopped."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run; runs/RECIPE when not given."""
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+def read(args: Sequence[str]) -> Options:
+    """The options, with the recipe's own values where none are given; raises ConfigError for what does not fit."""
+    if args and args[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0)
+    if not args or args[0].startswith("-"):
+        raise ConfigError(f"train needs a recipe first: fewstep train RECIPE; recipes: {', '.join(RECIPES)}")
+    started = recipe(args[0])
+    options = parse(Options, args[1:], f"train {args[0]}", Options(run=started))
+    name = options.run.recipe
+    if name != started.recipe:
+        raise ConfigError(f"the recipe is {started.recipe!r}; leave out --recipe {name}")
+    if options.out is None and args[0] != name and (args[0].endswith(".json") or name in RECIPES):
+        raise ConfigError(f"{args[0]} has the name {name}, which another run may have: give a folder with --out")
+    return options
+
+
+def run(options: Options) -> None:
+    """Train; raises what `train` raises."""
+    from fewstep.data import load_dataset
+    from fewstep.evaluation.align import perception
+    from fewstep.evaluation.evaluate import curve_watcher
+    from fewstep.evaluation.report.run import watcher
+    from fewstep.training import Callbacks, RunFolder, train
+
+    config = options.run
+    run = RunFolder(options.out or Path("runs") / config.recipe)
+    dataset, cache = load_dataset(config.data), cache_folder()
+    features = perception(config, dataset, cache)
+    pictures = None if dataset.policy is not None else watcher(run, config)
+    callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)
+    result = train(config, dataset, run, options.runtime, callbacks)
+    if not result.main_process:
+        return
+    print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
+    following = ("rollout", "report") if dataset.policy is not None else ("sample", "evaluate", "report")
+    print("Next: " + "   ".join(f"fewstep {command} {run.root}" for command in following))
