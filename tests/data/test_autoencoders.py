@@ -8,15 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, LatentSpec, load_autoencoder, load_decoder
 from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
 from tests.support.photographs import SIDE, save_autoencoder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,17 +13,16 @@ from tests.support.commands import SMALL, STEPS, Command, Finished
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(classifiers: Path) -> Iterator[Path]:
     """Where commands run in a test process keep classifiers: one place for all of them, not the user's own cache."""
-    folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEWSTEP_CACHE", str(folder))
-        yield folder
+        patch.setenv("FEWSTEP_CACHE", str(classifiers))
+        yield classifiers
 
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of few pixels: drawing them is most of a report's time. tests/test_reporting.py looks at whole ones."""
+    """Figures of few pixels: drawing them is most of a report's time. The page of test_report.py has whole ones."""
     monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
 
 

@@ -264,8 +264,25 @@ def test_classifier_is_a_function_of_data_and_seed(tiny: Dataset, tiny_extractor
     assert not torch.equal(other.features(images), again.features(images))
 
 
+@pytest.fixture
+def trainings(tiny_extractor: ClassifierExtractor, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Trainings asked for, each of which gives the tiny classifier at once."""
+    made: list[object] = []
+
+    def train(network: torch.nn.Module, samples: Samples, seed: int) -> None:
+        made.append(samples)
+        network.eval().load_state_dict(tiny_extractor._network.state_dict())
+
+    monkeypatch.setattr("fewstep.evaluation.metrics.features._train", train)
+    return made
+
+
 def test_classifier_is_saved_loaded_and_replaced_when_corrupt(
-    tiny: Dataset, tiny_extractor: ClassifierExtractor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Dataset,
+    tiny_extractor: ClassifierExtractor,
+    trainings: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, _ = tiny.heldout.fetch(torch.arange(60))
     cache = tmp_path / "extractors"
@@ -278,6 +295,7 @@ def test_classifier_is_saved_loaded_and_replaced_when_corrupt(
         with pytest.warns(FewstepWarning, match="training it again"):
             train_extractor(tiny, cache=cache)
         assert file.read_bytes() == whole
+    assert len(trainings) == 5
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.evaluation.metrics.features._train", pytest.fail)
         loaded = train_extractor(tiny, cache=cache)
@@ -285,6 +303,7 @@ def test_classifier_is_saved_loaded_and_replaced_when_corrupt(
     assert (loaded.name, loaded.heldout_accuracy) == (tiny_extractor.name, tiny_extractor.heldout_accuracy)
 
 
+@pytest.mark.usefixtures("trainings")
 def test_a_cache_that_cannot_be_written_does_not_lose_the_classifier(tiny: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(FewstepWarning, match="could not be saved"):
@@ -378,6 +397,7 @@ def test_measurement_refuses_a_reference_of_other_features(tiny: Dataset, tiny_e
     )
 
 
-def test_digits_classifier_is_accurate() -> None:
+def test_digits_classifier_is_accurate(classifiers: Path) -> None:
     pytest.importorskip("sklearn")
-    assert train_extractor(load_dataset(DataConfig(source="digits"))).heldout_accuracy >= 0.97
+    digits = load_dataset(DataConfig(source="digits"))
+    assert train_extractor(digits, cache=classifiers).heldout_accuracy >= 0.97

@@ -314,29 +314,27 @@ def test_a_stored_file_is_the_same_statistics(tmp_path: FilePath) -> None:
     assert found != 3
 
 
-def damaged(**changes: Any) -> str:
-    stored: Any = to_json(estimate(0))
-    return json.dumps({**stored, **changes})
+ONE = {"dtype": "float64", "shape": [1], "values": [0.5]}
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("damage", "named"),
     [
         ('{"l": [1', "is damaged .*estimate it anew"),
         ("[]", "object"),
         ("{}", "missing key"),
-        (damaged(colour=1), "colour"),
-        (damaged(l={"dtype": "float64", "shape": [1], "values": [0.5]}), "l must be"),
-        (damaged(l={"dtype": "float64", "shape": [40], "values": [0.5]}), "values"),
-        (damaged(l={"dtype": "float64", "shape": [1], "values": [math.nan]}), "finite"),
-        (damaged(lam={"dtype": "float64", "shape": [3], "values": [0, 1, 3]}), "must"),
-        (damaged(l=[0.5]), "l must be"),
-        (damaged(samples="many"), "samples"),
+        ({"colour": 1}, "colour"),
+        ({"l": ONE}, "l must be"),
+        ({"l": {**ONE, "shape": [40]}}, "values"),
+        ({"l": {**ONE, "values": [math.nan]}}, "finite"),
+        ({"lam": {"dtype": "float64", "shape": [3], "values": [0, 1, 3]}}, "must"),
+        ({"l": [0.5]}, "l must be"),
+        ({"samples": "many"}, "samples"),
     ],
 )
-def test_damaged_files_are_refused_in_one_line(tmp_path: FilePath, text: str, named: str) -> None:
-    file = tmp_path / "statistics.json"
-    file.write_text(text)
+def test_damaged_files_are_refused_in_one_line(tmp_path: FilePath, damage: str | dict[str, Any], named: str) -> None:
+    file, stored = tmp_path / "statistics.json", to_json(estimate(0))
+    file.write_text(damage if isinstance(damage, str) else json.dumps({**stored, **damage}))  # type: ignore[dict-item]
     with pytest.raises((CheckpointError, ConfigError), match=named) as caught:
         TrajectoryStatistics.load(file)
     assert "\n" not in str(caught.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.recipes.config import RunConfig, flow_map_config
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, train
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind
 from fewstep.utils.serialization import from_json, to_json
 from tests.support.objectives import made
+from tests.support.tiny import RUNTIME
 
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "digits": ((1, 8, 8), 10),
@@ -132,18 +133,32 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
     return replace(config, network=network, training=training, data=data, statistics=statistics)
 
 
+@pytest.fixture(scope="module")
+def begun_from(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig], Path]:
+    """The folder of a run that others distil or start from, trained once."""
+    root = tmp_path_factory.mktemp("begun")
+
+    def folder(config: RunConfig) -> Path:
+        if not (root / config.recipe).exists():
+            train(config, load_dataset(config.data), RunFolder(root / config.recipe), RUNTIME)
+        return root / config.recipe
+
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_takes_training_steps(name: str, tmp_path: Path, demonstrations: str) -> None:
+def test_every_recipe_takes_training_steps(
+    name: str, tmp_path: Path, demonstrations: str, begun_from: Callable[[RunConfig], Path]
+) -> None:
     """Those that distil, or start from a model, do so from the recipe that its folder is named after."""
-    config, runtime = small(recipe(name), demonstrations), Runtime(cpu=True, threads=1, quiet=True)
+    config = small(recipe(name), demonstrations)
     dataset = load_dataset(config.data)
     for folder in {config.teacher, config.initial} - {"", "teacher"}:
         other = small(recipe(Path(folder).name))
         assert other.data == config.data
-        train(other, dataset, RunFolder(tmp_path / folder), runtime)
         parts = {role: getattr(config, role) for role in ("teacher", "initial")}
-        config = replace(config, **{role: str(tmp_path / folder) for role, name in parts.items() if name == folder})
-    result = train(config, dataset, RunFolder(tmp_path / "run"), runtime)
+        config = replace(config, **{role: str(begun_from(other)) for role, name in parts.items() if name == folder})
+    result = train(config, dataset, RunFolder(tmp_path / "run"), RUNTIME)
     assert result.step == 2
     (record,) = RunFolder(tmp_path / "run").read_log()
     assert record["loss"] > 0
@@ -168,7 +183,7 @@ def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
     training = replace(config.training, images=2, batch_size=2, sample_images=0)
     data = DataConfig(source="random", random_shape=(4, 32, 32), random_classes=1000, random_count=4)
     config = replace(config, network=replace(config.network, depth=1), training=training, data=data)
-    assert train(config, load_dataset(data), RunFolder(tmp_path), Runtime(cpu=True, threads=1, quiet=True)).step == 1
+    assert train(config, load_dataset(data), RunFolder(tmp_path), RUNTIME).step == 1
 
 
 KEPT = {"recipe", "a", "b"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 SIDE = 16
 """Of the images that the tests encode; their latents are half as wide."""
@@ -15,6 +18,8 @@ SIDE = 16
 
 def save_autoencoder(folder: Path, seed: int = 0, channels: int = 3, latents: int = 4) -> AutoencoderKL:
     """Two levels, so that latents are half as wide as images; random weights of that seed, saved and returned."""
+    from diffusers import AutoencoderKL  # seconds, which a worker that collects these tests alone need not spend
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoencoderKL(

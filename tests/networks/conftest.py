@@ -1,0 +1,10 @@
+"""Settings of the tests of networks, some of which compile."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def fast_zero_tangents() -> None:
+    """Torch's own shapes, which compilation asks for strides too."""
