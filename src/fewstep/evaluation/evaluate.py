@@ -29,7 +29,6 @@ from fewstep.evaluation.metrics import (
     measure,
     reference_features,
 )
-from fewstep.objectives import CD, CTM, ISD, TABLE, DiagonalMatching, Regression
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
@@ -104,22 +103,7 @@ def method_of(run: RunFolder) -> str:
 
 def method_name(config: RunConfig, classes: int) -> str:
     """The objective as figures name it; classes: how many the data have, without which nothing is guided."""
-    match config.objective:
-        case DiagonalMatching(measure="velocity"):
-            return "flow matching"
-        case DiagonalMatching():
-            return "denoising"
-        case Regression():
-            return "regression"
-        case ISD():
-            return "iSD-T" if config.objective.guidance.active and classes else "iSD"
-        case CD():
-            return f"CD, {kind_name(type(config.model.preconditioning))}"
-        case CTM():
-            return f"CTM, {kind_name(type(config.model.preconditioning))}"
-        case objective:
-            own = (entry.name for entry in TABLE if entry.objective is type(objective))
-            return next(own, type(objective).__name__)
+    return config.objective.method(kind_name(type(config.model.preconditioning)), classes > 0)
 
 
 @dataclass(frozen=True)

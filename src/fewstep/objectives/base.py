@@ -207,6 +207,10 @@ class Objective(ABC):
             null = model.velocity(x[rows], t[rows], cond[rows].without_labels())
         return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        """What figures call it; preconditioning: that of its map. labelled: whether the data have classes."""
+        return type(self).__name__
+
     @property
     def anchored(self) -> bool:
         """Whether anything in it ties the map to the data, or to a teacher, with these settings."""

@@ -53,6 +53,9 @@ class CTM(Objective):
     endpoint_only: bool = False
     """Make every jump one to the data end, s = t_min."""
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return f"CTM, {preconditioning}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 <= self.denoising < math.inf and 0 <= self.adversarial < math.inf):

@@ -75,6 +75,9 @@ class CD(Objective):
     """Decay per step, in [0, 1), of the slow average that gives the target."""
     distance: Distance = Distance()
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return f"CD, {preconditioning}"
+
     @property
     def endpoint_only(self) -> bool:
         return True

@@ -34,6 +34,9 @@ class DiagonalMatching(Objective):
     sigma_data: float | None = None
     """The data's standard deviation in EDM's weight; None takes what the flow map's configuration says."""
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "flow matching" if self.measure == "velocity" else "denoising"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sigma_data is not None:

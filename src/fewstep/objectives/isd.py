@@ -41,6 +41,9 @@ class ISD(JointObjective):
     distill: float = later(_one)
     """Weight of the second term, above 0; 1 in the paper. Too much, and the anchor holds no longer."""
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "iSD-T" if self.guidance.active and labelled else "iSD"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(distill=self.distill)

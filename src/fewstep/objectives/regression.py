@@ -21,6 +21,9 @@ class Regression(Objective):
     policy of it starts from zero in place of noise.
     """
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "regression"
+
     @property
     def endpoint_only(self) -> bool:
         return True

@@ -110,6 +110,9 @@ class ContinuousObjective(Objective):
 class SCT(ContinuousObjective):
     """sCT, continuous-time consistency training: the conditional velocity alpha' x0 + sigma' eps drives the tangent."""
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "sCT"
+
     def driving(
         self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions
     ) -> tuple[Tensor, Tensor]:
@@ -126,6 +129,9 @@ class SCD(ContinuousObjective):
 
     times: TimeDistribution = LogNormalTimes(-0.8, 1.6)
     guidance: TrainingGuidance = NoGuidance()
+
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "sCD"
 
     @property
     def needs_teacher(self) -> bool:

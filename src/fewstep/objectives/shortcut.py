@@ -56,6 +56,9 @@ class Shortcut(Objective):
     weighting: Weighting = Weighting()
     guidance: TrainingGuidance = NoGuidance()
 
+    def method(self, preconditioning: str, labelled: bool) -> str:
+        return "shortcut"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("bootstrap", self.bootstrap)

@@ -154,16 +154,17 @@ class SamplingSettings:
 
     def function(self) -> Sampler:
         """The sampler itself."""
-        match self.sampler:
-            case "map":
-                return map_sampler
-            case "gamma":
-                return gamma_sampler(self.gamma)
-            case "euler":
-                return euler_sampler
-            case "heun":
-                return heun_sampler
-        raise ShapeError(f"there is no sampler {self.sampler!r}: take map, gamma, euler or heun")
+        if self.sampler not in _SAMPLERS:
+            raise ShapeError(f"there is no sampler {self.sampler!r}: take {', '.join(_SAMPLERS)}")
+        return _SAMPLERS[self.sampler](self.gamma)
+
+
+_SAMPLERS: dict[str, Callable[[float], Sampler]] = {
+    "map": lambda gamma: map_sampler,
+    "gamma": gamma_sampler,
+    "euler": lambda gamma: euler_sampler,
+    "heun": lambda gamma: heun_sampler,
+}
 
 
 @dataclass(frozen=True)
