@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.evaluation.evaluate import Evaluator
 from fewstep.evaluation.metrics import IdentityExtractor, ReferenceFeatures, frechet_distance
-from fewstep.evaluation.tune_steps import Point, TuningPlan, gain_error, halves, search, table, tune
+from fewstep.evaluation.tune_steps import Point, TuningPlan, format_table, gain_error, search, split_in_halves, tune
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
@@ -127,14 +127,14 @@ def test_evaluation_keeps_its_noise() -> None:
 def test_halves_share_no_sample() -> None:
     features = torch.arange(2 * 101, dtype=torch.float64).reshape(101, 2)
     reference = ReferenceFeatures("numbers", features, None, "values-1x1x2")
-    a, b = halves(reference)
+    a, b = split_in_halves(reference)
     assert (len(a.features), len(b.features)) == (50, 51)
     together = torch.cat([a.features, b.features])
     assert torch.equal(together.sort(dim=0).values, features)
     assert not torch.equal(together, features)
-    assert torch.equal(a.features, halves(reference)[0].features)
+    assert torch.equal(a.features, split_in_halves(reference)[0].features)
     with pytest.raises(DataError, match=r"numbers has 39 samples: tuning needs at least 40"):
-        halves(replace(reference, features=features[:39]))
+        split_in_halves(replace(reference, features=features[:39]))
 
 
 def test_the_error_of_a_gain_is_its_spread() -> None:
@@ -209,14 +209,14 @@ def test_a_solver_is_placed_where_theory_says() -> None:
     assert found.check.gain > 5 * found.gain_error
     assert found.tuned.purpose == ("euler", 0.0, 1.0, 2)
     assert "half A (1000 of 2000) of a Gaussian, noise of seed 2000" in found.tuned.source
-    assert "kept" in table([found])
+    assert "kept" in format_table([found])
     assert found == tune(Pipeline(exact_map(Linear())), settings, evaluator(2000), plan)
 
 
 def test_each_half_is_measured_from_its_own_noise() -> None:
     held, settings = evaluator(100), SamplingSettings("euler", 2, spacing="uniform")
     found = tune(Pipeline(exact_map(Linear())), settings, held, TuningPlan(samples=50, evaluations=8, seed=5))
-    for half, distances, seed in zip(halves(held.reference), (found.search, found.check), (5, 6), strict=True):
+    for half, distances, seed in zip(split_in_halves(held.reference), (found.search, found.check), (5, 6), strict=True):
         assert (distances.half, distances.heldout, distances.seed) == (half.name, 50, seed)
         for times, value in ((found.default_times, distances.default), (found.tuned.times, distances.tuned)):
             placed = replace(settings, times=times, seed=seed)

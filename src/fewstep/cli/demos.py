@@ -41,7 +41,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.evaluation.rollouts import import_demonstrations, record_demonstrations, shown_on_terminal
+    from fewstep.evaluation.rollouts import import_demonstrations, record_demonstrations, show_on_terminal
     from fewstep.policies.tasks.registry import TASKS
 
     minari, robomimic = options.from_minari, options.from_robomimic
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         raise ConfigError("--keys and --split choose from an imported file: add --from-minari or --from-robomimic")
     if not options.task:
         raise ConfigError(f"demos needs a task: fewstep demos TASK; tasks: {', '.join(TASKS)}")
-    progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
+    progress = None if options.quiet or not sys.stderr.isatty() else show_on_terminal
     count = 100 if options.count is None else options.count
     message = record_demonstrations(options.task, count, options.out, options.first_seed or 0, progress)
     print(f"\n{message}" if progress else message)

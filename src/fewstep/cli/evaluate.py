@@ -41,8 +41,15 @@ class Options:
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.data import load_dataset
-    from fewstep.evaluation.align import align, teacher_of, with_labels
-    from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, method_of, table, write_figures
+    from fewstep.evaluation.align import align, load_teacher, with_labels
+    from fewstep.evaluation.evaluate import (
+        build_evaluator,
+        format_table,
+        measure_real,
+        measure_run,
+        method_of,
+        write_figures,
+    )
     from fewstep.training import RunFolder
 
     run = RunFolder(options.run)
@@ -60,7 +67,7 @@ def run(options: Options) -> None:
     if options.teacher is not None:
         if not config.teacher:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
-        teacher_of(run, options.teacher)
+        load_teacher(run, options.teacher)
     evaluator = build_evaluator(
         with_labels(config.data, dataset), cache_folder(), options.inception, options.autoencoder
     )
@@ -68,7 +75,7 @@ def run(options: Options) -> None:
         *measure_run(run, evaluator, evaluation, options.weights),
         measure_real(dataset, evaluation.samples, evaluator),
     ]
-    print(table(rows))
+    print(format_table(rows))
     print(f"Stored: {write_figures(rows, run.root)}")
     first = options.weights in ("", next(iter(run.averages())))
     if config.teacher and not config.objective.on_diagonal and first:

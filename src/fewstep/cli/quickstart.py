@@ -12,9 +12,9 @@ from fewstep.data import Dataset, load_dataset
 from fewstep.evaluation.evaluate import (
     Row,
     build_evaluator,
+    format_table,
     measure_real,
     measure_run,
-    table,
     training_seconds,
     write_figures,
 )
@@ -70,7 +70,7 @@ def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float) -> Pat
         measure_real(dataset, config.evaluation.samples, evaluator),
     ]
     write_figures(rows, root)
-    print(table(rows))
+    print(format_table(rows))
     return report(run, title="fewstep quickstart: digits in one and two network calls")
 
 

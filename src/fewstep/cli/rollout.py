@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         expert_row,
         measure_rollouts,
         rollout_table,
-        shown_on_terminal,
+        show_on_terminal,
         write_rollouts,
     )
 
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
     if options.film:
         choose_drawing()
     starts = options.episodes, options.seed, options.first_seed, options.at_once
-    progress = None if options.quiet or not sys.stderr.isatty() else shown_on_terminal
+    progress = None if options.quiet or not sys.stderr.isatty() else show_on_terminal
     rows, task, policy = measure_rollouts(options.run, options.steps, options.task, *starts, progress)
     if options.expert:
         rows.append(expert_row(task, options.episodes, options.first_seed))

@@ -54,7 +54,7 @@ def read(args: Sequence[str]) -> Options:
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
     from fewstep.data import load_dataset
-    from fewstep.evaluation.align import perception
+    from fewstep.evaluation.align import perceptual_features
     from fewstep.evaluation.evaluate import curve_watcher
     from fewstep.evaluation.report.run import watcher
     from fewstep.training import Callbacks, RunFolder, train
@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
-    features = perception(config, dataset, cache)
+    features = perceptual_features(config, dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)
     callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)
     result = train(config, dataset, run, options.runtime, callbacks)

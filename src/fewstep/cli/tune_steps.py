@@ -43,7 +43,7 @@ def run(options: Options) -> None:
     from fewstep.data import load_dataset
     from fewstep.evaluation.align import with_labels
     from fewstep.evaluation.evaluate import build_evaluator
-    from fewstep.evaluation.tune_steps import TuningPlan, table, tune_run
+    from fewstep.evaluation.tune_steps import TuningPlan, format_table, tune_run
     from fewstep.sampling.step_times import TIMES_FILE
     from fewstep.training import RunFolder
 
@@ -58,5 +58,5 @@ def run(options: Options) -> None:
     dataset = with_labels(config.data, load_dataset(config.data))
     evaluator = build_evaluator(dataset, cache_folder(), options.inception, options.autoencoder)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(own, guidance_scale=scale))
-    print(table(tune_run(run, config, evaluator, plan)))
+    print(format_table(tune_run(run, config, evaluator, plan)))
     print(f"Stored: {run.root / TIMES_FILE}")

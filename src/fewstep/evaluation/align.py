@@ -52,7 +52,7 @@ def with_labels(data: DataConfig, dataset: Dataset) -> Dataset:
     return dataset if data.labels else load_dataset(replace(data, labels=True))
 
 
-def perception(config: RunConfig, dataset: Dataset, cache: Path | None) -> Callable[[Tensor], Tensor] | None:
+def perceptual_features(config: RunConfig, dataset: Dataset, cache: Path | None) -> Callable[[Tensor], Tensor] | None:
     """The features that the run's objective compares, of the data set's own classifier; None when it compares none."""
     if not config.objective.measures_features:
         return None
@@ -67,7 +67,7 @@ def teacher_name(config: RunConfig) -> str:
         return Path(config.teacher).name
 
 
-def teacher_of(run: RunFolder, place: Path | None = None) -> FlowMap:
+def load_teacher(run: RunFolder, place: Path | None = None) -> FlowMap:
     """The model that the run was distilled from, in `place` or where it lay in training.
 
     Raises CheckpointError when it is missing or has other weights.
@@ -97,11 +97,11 @@ def measure_alignment(
     """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
 
     On at most `samples` held-out samples, their labels given where there are classes. Of a student that learns jumps to
-    the data end alone, those alone, and samples in 1 step. place: of the teacher, as in `teacher_of`. Returns
+    the data end alone, those alone, and samples in 1 step. place: of the teacher, as in `load_teacher`. Returns
     {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = run.pipeline().flow_map.to(device), teacher_of(run, place).to(device)
+    student, teacher = run.pipeline().flow_map.to(device), load_teacher(run, place).to(device)
     indices = torch.arange(min(samples, len(dataset.heldout)))
     x0, labels = dataset.heldout.fetch(indices)
     cond = Condition(None if labels is None else labels.to(device))
@@ -275,7 +275,7 @@ def training_cost(
     network = own.network if student.initial == "teacher" else student.network
     student = replace(student, teacher=str(teacher.root), data=own.data, network=network, statistics=settings)
     with tempfile.TemporaryDirectory() as folder:
-        callbacks = Callbacks(features=perception(student, dataset, cache))
+        callbacks = Callbacks(features=perceptual_features(student, dataset, cache))
         run, runtime = RunFolder(Path(folder)), Runtime(cpu=cpu, quiet=True)
         with Trainer(student, dataset, run, runtime, callbacks) as trainer:
             trainer.flow_map.train()

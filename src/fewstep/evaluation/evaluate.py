@@ -154,7 +154,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
         images = step * config.training.batch_size
         points: list[Row] = []
         for each in sampler_settings(config, settings.curve_steps):
-            drawn, features = drawn_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
+            drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
             value = frechet_distance(features, evaluators[0].reference.features) if sound else math.nan
             points.append(
@@ -166,7 +166,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     return watch
 
 
-def drawn_features(
+def draw_features(
     pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor
 ) -> tuple[Generated, Tensor]:
     """`count` samples, and their features (count, d)."""
@@ -279,7 +279,7 @@ def measure_settings(
             nfe=round(drawn.nfe),
             seed=settings.seed,
             seconds=drawn.seconds,
-            latency_ms=latency(pipeline, settings),
+            latency_ms=measure_latency(pipeline, settings),
         ),
     )
 
@@ -290,7 +290,7 @@ def _within_range(pipeline: Pipeline, images: Tensor) -> Tensor:
     return images if bounds is None else images.clamp(*bounds)
 
 
-def latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int = 5) -> float:
+def measure_latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int = 5) -> float:
     """Median milliseconds to draw one sample alone, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
@@ -350,7 +350,7 @@ def _in_todays_names(row: Row) -> Row:
     return renamed | {"method": str(row["method"]).replace(", omega ", ", guidance ")}
 
 
-def table(rows: list[Row]) -> str:
+def format_table(rows: list[Row]) -> str:
     """Rows as aligned text."""
     heads = f"{'Frechet':>9} {'accuracy':>9} {'precision':>10} {'recall':>7} {'ms/sample':>10}"
     width = max([32, *(len(row["method"]) for row in rows)])

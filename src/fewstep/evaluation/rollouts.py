@@ -32,7 +32,7 @@ def record_demonstrations(name: str, count: int, out: Path | None, first_seed: i
     return (
         f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
         + (f"Routes: {', '.join(f'{name} {n}' for name, n in found.routes.items())}\n" if found.routes else "")
-        + described(file, found.demonstrations)
+        + describe(file, found.demonstrations)
     )
 
 
@@ -52,10 +52,10 @@ def import_demonstrations(
     else:
         found = import_robomimic(source, keys or ROBOMIMIC_KEYS, split, name)
     save_demonstrations(found, file)
-    return described(file, found)
+    return describe(file, found)
 
 
-def described(file: Path, found: Demonstrations) -> str:
+def describe(file: Path, found: Demonstrations) -> str:
     """Where demonstrations are, how large, and what to do next."""
     return (
         f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
@@ -133,7 +133,7 @@ def choose_drawing() -> None:
         os.environ["MUJOCO_GL"] = "osmesa"
 
 
-def shown_on_terminal(text: str) -> None:
+def show_on_terminal(text: str) -> None:
     """Progress on one line of standard error."""
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -146,6 +146,6 @@ __all__ = [
     "measure_rollouts",
     "record_demonstrations",
     "rollout_table",
-    "shown_on_terminal",
+    "show_on_terminal",
     "write_rollouts",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluation.evaluate import Evaluator, best_device, drawn_features, sampler_settings
+from fewstep.evaluation.evaluate import Evaluator, best_device, draw_features, sampler_settings
 from fewstep.evaluation.metrics import ReferenceFeatures, frechet_distance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
@@ -152,7 +152,7 @@ class Half:
     features: Tensor
 
 
-def halves(reference: ReferenceFeatures) -> tuple[Half, Half]:
+def split_in_halves(reference: ReferenceFeatures) -> tuple[Half, Half]:
     """A and B: the held-out samples' features, split by an order that depends on their number alone.
 
     Raises DataError when there are too few.
@@ -224,7 +224,7 @@ class _Placements:
     def features(self, times: Point, seed: int) -> Tensor:
         """Features (samples, d) of what is drawn at these times from the noise of a seed."""
         placed = replace(self.settings, times=times, seed=seed)
-        return drawn_features(self.pipeline, self.samples, placed, self.evaluator.extractor)[1]
+        return draw_features(self.pipeline, self.samples, placed, self.evaluator.extractor)[1]
 
     def distance(self, times: Point, seed: int, half: Half) -> float:
         """Frechet distance to a half; infinite where the samples are not finite."""
@@ -238,9 +238,12 @@ def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, p
     The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
     model's samples are not finite.
     """
-    drawn, (half, other) = _Placements(pipeline, settings, evaluator, plan.samples), halves(evaluator.reference)
+    drawn, (half, other) = (
+        _Placements(pipeline, settings, evaluator, plan.samples),
+        split_in_halves(evaluator.reference),
+    )
     default = tuple(settings.grid(pipeline.flow_map.path).tolist())
-    found, times = _searched(drawn, default, half, plan)
+    found, times = _search_times(drawn, default, half, plan)
     search = Distances(half.name, len(half.features), plan.seed, found.first, found.value)
     before, after = (drawn.features(each, plan.seed + 1) for each in (default, times))
     first, last = (frechet_distance(each, other.features) for each in (before, after))
@@ -258,7 +261,7 @@ def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, p
     )
 
 
-def _searched(drawn: _Placements, default: Point, half: Half, plan: TuningPlan) -> tuple[Found, Point]:
+def _search_times(drawn: _Placements, default: Point, half: Half, plan: TuningPlan) -> tuple[Found, Point]:
     """The search on the path's unit clock from the default and from EDM's spacing; the times that it found."""
     path = drawn.pipeline.flow_map.path
     start, other = (_fractions(path, times) for times in (default, edm_grid(path, len(default) - 1).tolist()))
@@ -340,7 +343,7 @@ def tune_run(run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: Tuni
     return tuple(found)
 
 
-def table(found: Sequence[Tuning]) -> str:
+def format_table(found: Sequence[Tuning]) -> str:
     """The times and distances as aligned text: default -> tuned."""
     rows = [("steps", "half A (searched)", "half B (check)", "gain on B", "", "times")]
     for each in found:
