@@ -99,11 +99,7 @@ def slope_table(rows: list[Row]) -> str:
     keys = ("anchor alone", "weight 1", "weight 0.1", "weight 0.01")
     heads = ("sd", *keys[:2], "0.1", "0.01", "normalised apart (weight there)")
     lines = [
-        (
-            f"{row['sd']:g}",
-            *(number(row[key]) for key in keys),
-            f"{row['apart']:.3f} ({number(row[APART], 2)})",
-        )
+        (f"{row['sd']:g}", *(number(row[key]) for key in keys), f"{row['apart']:.3f} ({number(row[APART], 2)})")
         for row in rows
     ]
     return markdown(heads, lines)
@@ -140,8 +136,4 @@ def measured(rows: list[Row], loss: str) -> tuple[str, str, str]:
     """Means over seeds of inconsistency, error (lowest to highest) and variance."""
     own = [row for row in rows if row["loss"] == loss]
     inconsistency, error, variance = ([row[key] for row in own] for key in ("inconsistency", "error", "variance"))
-    return (
-        f"{statistics.fmean(inconsistency):.3f}",
-        interval(error, 3, "–"),
-        f"{statistics.fmean(variance):.2f}",
-    )
+    return (f"{statistics.fmean(inconsistency):.3f}", interval(error, 3, "–"), f"{statistics.fmean(variance):.2f}")
