@@ -19,7 +19,7 @@ settings.load_profile("fewstep")
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def fast_zero_tangents() -> Iterator[None]:
     """Forward mode at a fraction of its cost, where nothing is compiled."""
     with shapes_by_broadcasting():

@@ -5,6 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def fast_zero_tangents() -> None:
     """Torch's own shapes, which compilation asks for strides too."""
