@@ -18,8 +18,9 @@ from fewstep.data import Dataset
 from fewstep.evaluation.metrics import class_accuracy, default_extractor, frechet_distance
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.generate import SamplerName, SamplingSettings, generate
+from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.sampling.step_times import SamplerName
 from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import TrainingDivergedError

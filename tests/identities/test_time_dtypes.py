@@ -18,7 +18,7 @@ from fewstep.flow.preconditioning import EDMScaling, EulerPreconditioning
 from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
 from fewstep.flow.times import check_grid
 from fewstep.networks.condition import Condition
-from fewstep.sampling.generate import euler_sampler, gamma_sampler, heun_sampler, map_sampler
+from fewstep.sampling.samplers import euler_sampler, gamma_sampler, heun_sampler, map_sampler
 from fewstep.utils.random import Draws
 from tests.support.cases import F64, PATHS, SD, gaussian, mixture, noise, preconditionings, random_network
 

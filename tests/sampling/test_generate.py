@@ -20,14 +20,8 @@ from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditio
 from fewstep.flow.times import check_grid, edm_grid, uniform_grid
 from fewstep.networks import Network, UNetConfig
 from fewstep.networks.condition import NULL_LABEL, Condition
-from fewstep.sampling.generate import (
-    SamplingSettings,
-    euler_sampler,
-    gamma_sampler,
-    generate,
-    heun_sampler,
-    map_sampler,
-)
+from fewstep.sampling.generate import SamplingSettings, generate
+from fewstep.sampling.samplers import euler_sampler, gamma_sampler, heun_sampler, map_sampler
 from fewstep.utils.errors import ConfigError, FewstepError, ShapeError
 from fewstep.utils.random import Draws
 

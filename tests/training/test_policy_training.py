@@ -17,7 +17,6 @@ from fewstep.networks import MLPConfig
 from fewstep.objectives import ISD, SCD, DiagonalMatching, Objective, Regression, Tangent
 from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.training import RunFolder, Runtime, load, train
-from fewstep.training.setup import acting
 from fewstep.utils.errors import ConfigError
 from tests.support.objectives import made
 
@@ -100,7 +99,7 @@ def test_a_teacher_must_see_and_move_the_same_numbers(file: str, tmp_path: Path)
     ("objective", "sampler"), [(Regression(), "mean"), (DiagonalMatching(), "euler"), (ISD(), "map"), (SCD(), "gamma")]
 )
 def test_a_policy_acts_by_what_it_was_trained_for(file: str, objective: Objective, sampler: str) -> None:
-    assert acting(configuration(file, objective)) == sampler
+    assert configuration(file, objective).objective.acting == sampler
 
 
 def test_models_and_runs_from_before_policies_are_read(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
 from fewstep.flow.preconditioning import AnalyticPreconditioning, EulerPreconditioning, TrajectoryStatistics
-from fewstep.flow.times import edm_grid, uniform_grid
+from fewstep.flow.times import default_grid, edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig, StatisticsConfig
@@ -117,8 +117,7 @@ def measure_alignment(
         settings=AlignmentSettings(seed=seed, ends_only=ends_only),
     )
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
-    spaced = edm_grid if student.path.noise_clock else uniform_grid
-    grids = [spaced(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
+    grids = [default_grid(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
     walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
     return {
         "teacher": teacher_name(config),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -34,34 +34,6 @@ PURE_NOISE = 1e6
 
 _SMOOTH = (1e-4, 1e3)
 _UNCONDITIONAL = Condition()
-
-
-class Teacher(Protocol):
-    """A model of the denoiser on a path of its own: a flow map, or a foreign model wrapped."""
-
-    path: Path
-
-    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
-
-
-def denoiser_on(path: Path, teacher: Teacher) -> Denoiser:
-    """The teacher's denoiser in the coordinates and clock of `path`.
-
-    D(x, t) = D_teacher(c x, t'), tau'(t') = tau(t) and c = sqrt((alpha'^2 + sigma'^2) / (alpha^2 + sigma^2)); t' is
-    held within the teacher's own range, so that beyond it the teacher sees the level next to the one asked for.
-    """
-    if teacher.path == path:
-        return teacher.denoise
-
-    def denoise(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        t = path.clock(t)
-        ends = t.new_tensor([teacher.path.t_min, teacher.path.t_max])
-        own = teacher.path.time_from_tau(path.tau(t).clamp(*teacher.path.tau(ends))).clamp(*ends)
-        here, there = path.values(t), teacher.path.values(own)
-        scale = torch.hypot(there.alpha, there.sigma) / torch.hypot(here.alpha, here.sigma)
-        return teacher.denoise(expand(scale, x).to(x.dtype) * x, own, cond)
-
-    return denoise
 
 
 def ddim(path: Path, x: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -122,6 +123,15 @@ def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
     grid = path.time_from_tau(tau).clamp(path.t_min, path.t_max)
     grid[0], grid[-1] = path.t_max, path.t_min
     return grid
+
+
+def default_grid(path: Path, steps: int) -> Tensor:
+    """EDM's grid on a clock that is a noise level, else the uniform one."""
+    return edm_grid(path, steps) if path.noise_clock else uniform_grid(path, steps)
+
+
+GRIDS: dict[str, Callable[[Path, int], Tensor]] = {"auto": default_grid, "uniform": uniform_grid, "edm": edm_grid}
+"""By the name of their spacing."""
 
 
 def check_grid(path: Path, times: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.ode import SolverName, denoiser_on, solve
+from fewstep.flow.ode import SolverName, solve
 from fewstep.flow.times import edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, STREAM_U, Batch, Companions, Losses, Objective
 from fewstep.objectives.losses import Distance
+from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import NoGuidance, TrainingGuidance
-from fewstep.flow.ode import denoiser_on
 from fewstep.flow.paths import Path
 from fewstep.flow.times import LogNormalTimes, TimeDistribution
 from fewstep.networks.condition import Condition
@@ -24,6 +23,7 @@ from fewstep.objectives.consistency import check_end
 from fewstep.objectives.curricula import warm_up
 from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
+from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_positive, expand
 

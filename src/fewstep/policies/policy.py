@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.networks.condition import Condition
-from fewstep.sampling.generate import Sampler, SamplingSettings, prior_noise
+from fewstep.sampling.generate import SamplingSettings, prior_noise
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.sampling.samplers import Sampler
 from fewstep.sampling.step_times import SamplerName, StepTimes
 from fewstep.training import load
 from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError

@@ -1,15 +1,10 @@
-"""Samplers: one function each, one signature (math.md §6).
-
-A sampler takes noise x (B, ...) at times[0], strictly falling times, conditions and the random numbers of these
-samples, and returns samples at times[-1]. Network evaluations (NFE) are counted, not assumed.
-"""
+"""Samples of a flow map: how they are drawn, and drawing them. Network evaluations (NFE) are counted, not assumed."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -17,84 +12,18 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import ClassifierFreeGuidance, sampling_condition
 from fewstep.flow.paths import Path
-from fewstep.flow.times import check_grid, edm_grid, uniform_grid
-from fewstep.networks.condition import Condition
+from fewstep.flow.times import GRIDS, check_grid
+from fewstep.sampling.samplers import Model, Sampler, sampler_of
 from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import check_memory
 
-STREAM_PRIOR, STREAM_RENOISE = 20, 1000
+STREAM_PRIOR = 20
 Spacing = Literal["auto", "uniform", "edm"]
-
-
-class Model(Protocol):
-    """What a sampler needs: a flow map, or one wrapped in guidance."""
-
-    path: Path
-
-    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor: ...
-
-    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
-
-
-Sampler = Callable[[Model, Tensor, Tensor, Condition, Draws], Tensor]
-
-
-def map_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
-    """x <- X(x, t_i, t_{i+1}): one evaluation a step."""
-    for t, s in _steps(model, times):
-        x = model.jump(x, at(t, x), at(s, x), cond)
-    return x
-
-
-def gamma_sampler(gamma: float) -> Sampler:
-    """CTM's gamma-sampling (2310.02279): jump past s, then add noise back up to s.
-
-    gamma = 0 is `map_sampler`; gamma = 1 jumps to data and re-noises, the multistep sampler of consistency models
-    (2303.01469). On the path: with x = alpha(y) at noise level tau, jump to tau' = sqrt(1 - gamma^2) tau_s, rescale
-    by alpha_s/alpha', add alpha_s gamma tau_s of noise.
-    """
-    if not 0 <= gamma <= 1:
-        raise ShapeError(f"gamma is {gamma}; it must lie in [0, 1]")
-
-    def sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
-        path = model.path
-        for i, (t, s) in enumerate(_steps(model, times)):
-            if i == len(times) - 2 or gamma == 0:
-                x = model.jump(x, at(t, x), at(s, x), cond)
-                continue
-            tau_s = path.tau(torch.tensor(s, dtype=torch.float64))
-            lower = path.time_from_tau(tau_s * (1 - gamma * gamma) ** 0.5).clamp(min=path.t_min)
-            x = model.jump(x, at(t, x), at(float(lower), x), cond)
-            low, high = path.values(lower), path.values(torch.tensor(s, dtype=torch.float64))
-            added = (high.sigma**2 - (high.alpha / low.alpha * low.sigma) ** 2).clamp(min=0).sqrt()
-            noise = draws.normal(STREAM_RENOISE + i, tuple(x.shape[1:]), x.dtype)
-            x = float(high.alpha / low.alpha) * x + float(added) * noise
-        return x
-
-    return sampler
-
-
-def euler_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
-    """Euler's method on the PF-ODE in the path's clock: one evaluation a step, order 1."""
-    for t, s in _steps(model, times):
-        x = x + (s - t) * model.velocity(x, at(t, x), cond)
-    return x
-
-
-def heun_sampler(model: Model, x: Tensor, times: Tensor, cond: Condition, draws: Draws) -> Tensor:
-    """Heun's method (EDM, 2206.00364): two evaluations a step, order 2; the last is Euler's, as sigma may be 0."""
-    for i, (t, s) in enumerate(_steps(model, times)):
-        slope = model.velocity(x, at(t, x), cond)
-        guess = x + (s - t) * slope
-        if i == len(times) - 2:
-            return guess
-        x = x + (s - t) * 0.5 * (slope + model.velocity(guess, at(s, x), cond))
-    return x
 
 
 @dataclass(frozen=True)
@@ -102,7 +31,7 @@ class SamplingSettings:
     """How to sample. times overrides steps.
 
     spacing: uniform on the path's unit clock, or EDM's (rho = 7); auto takes the times tuned for the flow map where it
-    has them for this sampler, guidance and number of steps, else EDM's on the EDM path and uniform ones elsewhere.
+    has them for this sampler, guidance and number of steps, else what the path prefers: EDM's on its own, else uniform.
 
     guidance_scale: omega, on the unit times of interval. A network trained with drawn guidance takes it as an
     input; otherwise guidance_scale != 1 doubles the evaluations.
@@ -136,8 +65,7 @@ class SamplingSettings:
                     f"times end at {float(times[-1]):g}, where samples are noisy: end at t_min = {path.t_min:g}"
                 )
             return times
-        edm = self.spacing == "edm" or (self.spacing == "auto" and path.noise_clock)
-        return edm_grid(path, self.steps) if edm else uniform_grid(path, self.steps)
+        return GRIDS[self.spacing](path, self.steps)
 
     def tuned(self, known: tuple[StepTimes, ...]) -> StepTimes | None:
         """Those of the known times that these settings are sampled at; None where others are asked for."""
@@ -154,17 +82,7 @@ class SamplingSettings:
 
     def function(self) -> Sampler:
         """The sampler itself."""
-        if self.sampler not in _SAMPLERS:
-            raise ShapeError(f"there is no sampler {self.sampler!r}: take {', '.join(_SAMPLERS)}")
-        return _SAMPLERS[self.sampler](self.gamma)
-
-
-_SAMPLERS: dict[str, Callable[[float], Sampler]] = {
-    "map": lambda gamma: map_sampler,
-    "gamma": gamma_sampler,
-    "euler": lambda gamma: euler_sampler,
-    "heun": lambda gamma: heun_sampler,
-}
+        return sampler_of(self.sampler, self.gamma)
 
 
 @dataclass(frozen=True)
@@ -272,10 +190,6 @@ def _whole_numbers(labels: Tensor | Sequence[int]) -> Tensor:
     if whole is None or not bool((whole == found).all()):
         raise ShapeError(f"labels of {found.dtype} that are no whole numbers of 64 bits: give a class per sample")
     return whole
-
-
-def _steps(model: Model, times: Tensor) -> Iterator[tuple[float, float]]:
-    return itertools.pairwise(model.path.clock(times).tolist())
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 
 from fewstep.data import Dataset, batch_indices, random_flips
-from fewstep.data.demonstrations.normaliser import ActingName
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.preconditioning import TrajectoryStatistics
@@ -68,7 +67,7 @@ def build(
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
-    policy = None if policy is None else replace(policy, sampler=acting(config))
+    policy = None if policy is None else replace(policy, sampler=config.objective.acting)
     samples = PipelineConfig(dataset.class_names, dataset.data_range, latents=dataset.latents, policy=policy)
     return Pipeline(flow_map, samples)
 
@@ -91,11 +90,6 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
             FewstepWarning,
             stacklevel=5,
         )
-
-
-def acting(config: RunConfig) -> ActingName:
-    """The sampler that a run's policy acts with."""
-    return config.objective.acting
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.flow.flow_map import at
-from fewstep.flow.ode import Denoiser, Teacher, denoiser_on, reference_solution, trajectory
+from fewstep.flow.ode import Denoiser, reference_solution, trajectory
 from fewstep.flow.paths import Path
 from fewstep.flow.times import check_grid
 from fewstep.networks.condition import Condition
 from fewstep.sampling.generate import evaluating
+from fewstep.teachers import Teacher, denoiser_on
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import per_sample_mean
