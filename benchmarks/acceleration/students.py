@@ -78,7 +78,7 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
 
     def adversarial(config: RunConfig) -> RunConfig:
         assert isinstance(config.objective, CTM)
-        return replace(config, objective=replace(config.objective, adversarial=0.2))
+        return replace(config, objective=replace(config.objective, gan=0.2))
 
     cd = CD(steps=TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
     found = {

@@ -88,7 +88,7 @@ def assert_same_statistics(one: Path, two: Path) -> None:
 
 
 def largest_difference(one: Path, two: Path) -> float:
-    """Between the newest checkpoints' weights: raw, averaged, the critic's; not the optimisers' state."""
+    """Between the newest checkpoints' weights: raw, averaged, the discriminator's; not the optimisers' state."""
     first, second = stored(one), stored(two)
     assert first.keys() == second.keys()
     return max(float((first[key] - second[key]).abs().max()) for key in first if "optimizer" not in key)
@@ -102,8 +102,8 @@ SCRATCH = [
 TEACHER = ["train", "edm-digits", *SMALL, *BATCH, "--training.images", "320", "--data.labels"]
 STUDENT = [
     "train", "ctm-digits", *SMALL, *BATCH, "--training.images", "256", "--data.labels",
-    "--objective.steps.points", "5", "--objective.adversarial", "0.5", "--adversary.critic.width", "4",
-    "--adversary.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
+    "--objective.steps.points", "5", "--objective.gan", "0.5", "--gan.discriminator.width", "4",
+    "--gan.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
     "--evaluation.curve-images", "0",
 ]  # fmt: skip
 ESTIMATE = ["--points", "8", "--samples", "200"]
@@ -125,8 +125,8 @@ def printed_by_two(folder: Path, commands: list[list[str]]) -> str:
 
 def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
-    statistics, balanced losses, a critic; ten of a policy, whose padded steps are masked; a teacher's statistics, by
-    their command. Then, in the same pair, a NaN in one process and a time limit.
+    statistics, balanced losses, a discriminator; ten of a policy, whose padded steps are masked; a teacher's
+    statistics, by their command. Then, in the same pair, a NaN in one process and a time limit.
     """
     teacher, demonstrations = tmp_path / "teacher", tmp_path / "demos.safetensors"
     assert command(*TEACHER, "--out", teacher).code == 0
@@ -147,7 +147,9 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
     assert len(RunFolder(tmp_path / "two").read_log()) == 1
 
     assert command(*STUDENT, "--teacher", teacher, "--out", tmp_path / "student-one").code == 0
-    assert {"critic/critic.score.weight", "ema-target-0.99/output.weight"} <= stored(tmp_path / "student-one").keys()
+    assert {"discriminator/discriminator.score.weight", "ema-target-0.99/output.weight"} <= stored(
+        tmp_path / "student-one"
+    ).keys()
     assert largest_difference(tmp_path / "student-one", tmp_path / "student-two") < 1e-5
     kept = [
         sorted(file.name for file in (tmp_path / name / "statistics").iterdir()) for name in ("teacher", "its-copy")

@@ -16,10 +16,10 @@ from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import EDMPathConfig, LinearPathConfig
 from fewstep.flow.preconditioning import AnalyticPreconditioningConfig, EDMScalingConfig, EulerPreconditioningConfig
 from fewstep.flow.times import LogNormalTimes
-from fewstep.networks import CriticConfig, MLPConfig, UNetConfig
+from fewstep.networks import DiscriminatorConfig, MLPConfig, UNetConfig
 from fewstep.objectives import CD, CTM, ISD, DiagonalMatching, TeacherSteps
 from fewstep.recipes.config import (
-    AdversaryConfig,
+    GANConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -60,7 +60,7 @@ TEACHER = replace(
     model=EDM_MODEL,
     objective=DiagonalMatching(times=LogNormalTimes(), measure="denoiser"),
 )
-CRITIC = AdversaryConfig(critic=CriticConfig(width=4), start_images=128)
+DISCRIMINATOR = GANConfig(discriminator=DiscriminatorConfig(width=4), start_images=128)
 """Begins with the fifth step."""
 _ANALYTIC = replace(EDM_MODEL, preconditioning=AnalyticPreconditioningConfig())
 _ONCE = StatisticsConfig(points=8, samples=64)
@@ -77,7 +77,7 @@ STUDENTS: dict[str, RunConfig] = {
     "ctm": _CTM,
     "ctm-analytic": replace(_CTM, model=_ANALYTIC),
     "ctm-refreshed": replace(_CTM, model=_ANALYTIC, statistics=_REFRESHED),
-    "ctm-adversarial": replace(_CTM, objective=replace(_CTM.objective, adversarial=0.5), adversary=CRITIC),
+    "ctm-adversarial": replace(_CTM, objective=replace(_CTM.objective, gan=0.5), gan=DISCRIMINATOR),
     "cd": replace(_CTM, objective=CD(steps=TeacherSteps(points=5, u="adjacent"), target_decay=0.9)),
 }
 """Runs that distil a teacher; those refreshed take new statistics after steps 4 and 8."""

@@ -243,7 +243,7 @@ def test_a_stopped_student_goes_on_exactly(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed after checkpoints 3 and 6: by then statistics are newer than the checkpoint's, and a critic has begun."""
+    """Killed after checkpoints 3 and 6: by then statistics are newer, and a discriminator has begun."""
     config = student(kind, teacher)
     with monkeypatch.context() as patch:
         interrupt_after(patch, Trainer, "take_step", steps)

@@ -1,7 +1,7 @@
 """Networks F(x, t, s, cond), and the settings that build them."""
 
 from fewstep.networks.base import Network, NetworkConfig
-from fewstep.networks.discriminator import Critic, CriticConfig
+from fewstep.networks.discriminator import Discriminator, DiscriminatorConfig
 from fewstep.networks.dit import DiT, DiTConfig
 from fewstep.networks.mlp import MLP, MLPConfig
 from fewstep.networks.unet import UNet, UNetConfig
@@ -9,10 +9,10 @@ from fewstep.networks.unet1d import UNet1d, UNet1dConfig
 
 __all__ = [
     "MLP",
-    "Critic",
-    "CriticConfig",
     "DiT",
     "DiTConfig",
+    "Discriminator",
+    "DiscriminatorConfig",
     "MLPConfig",
     "Network",
     "NetworkConfig",

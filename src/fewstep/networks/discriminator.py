@@ -1,4 +1,4 @@
-"""A small critic of samples for adversarial losses: images (and their classes) to one score each."""
+"""A small discriminator of samples for adversarial losses: images (and their classes) to one score each."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from fewstep.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class CriticConfig:
-    """Settings of Critic, which scores samples for an adversarial loss."""
+class DiscriminatorConfig:
+    """Settings of Discriminator, which scores samples for an adversarial loss."""
 
     width: int = 32
     """Channels at full resolution, doubled at every halving until the sides are at most 4."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise ConfigError(f"a critic of width {self.width}: it must be at least 1")
+            raise ConfigError(f"a discriminator of width {self.width}: it must be at least 1")
 
-    def build(self, shape: tuple[int, ...], num_classes: int) -> Critic:
-        """Make the critic for samples of shape (C, H, W)."""
-        return Critic(self, shape, num_classes)
+    def build(self, shape: tuple[int, ...], num_classes: int) -> Discriminator:
+        """Make the discriminator for samples of shape (C, H, W)."""
+        return Discriminator(self, shape, num_classes)
 
 
-class Critic(nn.Module):
+class Discriminator(nn.Module):
     """3x3 convolutions, then a linear score plus the class's own projection (1802.05637): (B, C, H, W) -> (B,)."""
 
-    def __init__(self, config: CriticConfig, shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, config: DiscriminatorConfig, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         if len(shape) != 3:
-            raise ConfigError(f"a critic reads samples (C, H, W), not of shape {shape}")
+            raise ConfigError(f"a discriminator reads samples (C, H, W), not of shape {shape}")
         channels, height, width = shape
         self.first = nn.Conv2d(channels, config.width, 3, padding=1)
         self.norms, self.convolutions = nn.ModuleList(), nn.ModuleList()

@@ -80,7 +80,7 @@ class Batch:
 
 
 class Generated(NamedTuple):
-    """Samples (B, ...) at the data end that a critic may learn from, without gradient.
+    """Samples (B, ...) at the data end that a discriminator may learn from, without gradient.
 
     labels: (B,) of the classes that they were asked for, NULL_LABEL where the label was dropped; None without classes.
     """
@@ -95,7 +95,7 @@ class Losses:
 
     logs: of those samples that have the value, (k,) with k from 0 to B. terms: parts (B,) that add up to the loss, with
     their graphs; empty where it has one part.
-    generated: what a critic may learn from; None where there is no such loss.
+    generated: what a discriminator may learn from; None where there is no such loss.
     """
 
     loss: Tensor
@@ -117,8 +117,8 @@ def _own(value: Tensor) -> Tensor:
 class Companions:
     """What an objective may consult beside the flow map in training; none of it is trained by the objective.
 
-    critic: samples and labels to scores (B,), for an adversarial loss; None while it is off. average: the mean of a
-    tensor over processes.
+    discriminator: samples and labels to scores (B,), for an adversarial loss; None while it is off. average: the mean
+    of a tensor over processes.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class Companions:
         teacher: FlowMap | None = None,
         ema_target: FlowMap | None = None,
         perceptual_features: Callable[[Tensor], Tensor] | None = None,
-        critic: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+        discriminator: Callable[[Tensor, Tensor | None], Tensor] | None = None,
         average: Callable[[Tensor], Tensor] = _own,
     ) -> None:
         self._teacher, self._ema_target, self._features = teacher, ema_target, perceptual_features
-        self.critic, self.average = critic, average
+        self.discriminator, self.average = discriminator, average
 
     @property
     def teacher(self) -> FlowMap:
@@ -254,8 +254,8 @@ class Objective(ABC):
         return None
 
     @property
-    def needs_critic(self) -> bool:
-        """Whether a critic must be trained beside the flow map."""
+    def needs_discriminator(self) -> bool:
+        """Whether a discriminator must be trained beside the flow map."""
         return False
 
     @property

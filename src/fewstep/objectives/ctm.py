@@ -31,7 +31,7 @@ class CTM(Objective):
     d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
     t > u >= s grid points, X_sg the slow average, through which the gradient passes to X(x_t, t, s).
 
-    lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `adversarial` likewise.
+    lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `gan` likewise.
 
     Source: 2310.02279; math.md section 4.
     Deviations: the published code's t lies nearer the noise end and u further from t than uniform draws do.
@@ -45,8 +45,8 @@ class CTM(Objective):
     """Weight of the denoising loss at noise levels `times`; 0 leaves it out."""
     balance: bool = True
     """Multiply both weights by the ratio of the losses' gradient norms on the network's last layer."""
-    adversarial: float = 0.0
-    """Weight of -critic on what is compared, while there is a critic; 0 trains none."""
+    gan: float = 0.0
+    """Weight of -discriminator on what is compared, while there is a discriminator; 0 trains none."""
     times: TimeDistribution = LogNormalTimes()
     sigma_data: float | None = None
     """The data's standard deviation in the denoising loss; None takes what the flow map's configuration says."""
@@ -58,9 +58,9 @@ class CTM(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.denoising < math.inf and 0 <= self.adversarial < math.inf):
+        if not (0 <= self.denoising < math.inf and 0 <= self.gan < math.inf):
             raise ConfigError(
-                f"weights of the denoising and adversarial losses are {self.denoising} and {self.adversarial}; "
+                f"weights of the denoising and adversarial losses are {self.denoising} and {self.gan}; "
                 "they must be finite and at least 0"
             )
 
@@ -73,8 +73,8 @@ class CTM(Objective):
         return self.distance.kind == "features"
 
     @property
-    def needs_critic(self) -> bool:
-        return self.adversarial > 0
+    def needs_discriminator(self) -> bool:
+        return self.gan > 0
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         target, cond = companions.ema_target, self.condition(flow_map, batch)
@@ -93,13 +93,13 @@ class CTM(Objective):
             scale = self.denoising * self.weight(consistency, denoising, flow_map, companions)
             terms["denoising"] = scale * denoising
             logs |= {"denoising": denoising.detach(), "balance": scale.expand(len(t))}
-        if self.adversarial and companions.critic is not None:
-            adversarial = generator_loss(companions.critic, reached, cond.labels)
-            scale = self.adversarial * self.weight(consistency, adversarial, flow_map, companions)
-            terms["adversarial"] = scale * adversarial
-            logs |= {"adversarial": adversarial.detach()}
+        if self.gan and companions.discriminator is not None:
+            adversarial = generator_loss(companions.discriminator, reached, cond.labels)
+            scale = self.gan * self.weight(consistency, adversarial, flow_map, companions)
+            terms["gan"] = scale * adversarial
+            logs |= {"gan": adversarial.detach()}
         total = torch.stack(list(terms.values())).sum(0)
-        judged = Generated(reached.detach(), cond.labels) if self.adversarial else None
+        judged = Generated(reached.detach(), cond.labels) if self.gan else None
         return Losses(total, t, s, logs, terms, judged)
 
     def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:

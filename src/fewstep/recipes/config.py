@@ -16,7 +16,7 @@ from fewstep.flow.preconditioning import (
     ScalingConfig,
     TrajectoryStatistics,
 )
-from fewstep.networks import CriticConfig, MLPConfig, NetworkConfig
+from fewstep.networks import DiscriminatorConfig, MLPConfig, NetworkConfig
 from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
 
@@ -188,18 +188,18 @@ class StatisticsConfig:
 
 
 @dataclass(frozen=True)
-class AdversaryConfig:
-    """The critic of an adversarial loss; used where the objective's adversarial weight is positive."""
+class GANConfig:
+    """The discriminator of an adversarial loss; used where the objective's adversarial weight is positive."""
 
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     lr: float = 5e-4
-    """Learning rate of the critic's AdamW, above 0."""
+    """Learning rate of the discriminator's AdamW, above 0."""
     start_images: int = 0
     """Images after which the adversarial loss begins."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.start_images < 0:
-            raise ConfigError("the critic's learning rate must be positive and start_images at least 0")
+            raise ConfigError("the discriminator's learning rate must be positive and start_images at least 0")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class RunConfig:
     initial: str = ""
     """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
-    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    gan: GANConfig = field(default_factory=GANConfig)
 
     def __post_init__(self) -> None:
         objective = type(self.objective).__name__

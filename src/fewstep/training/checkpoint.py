@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written aside and renamed, so that a reader never meets half of one.
 
 RUN/checkpoints/step-N/  config.json + model.safetensors (a saved Pipeline with the first EMA's weights),
-                         weights.safetensors, optimizer.safetensors, ema-NAME.safetensors, critic.safetensors,
+                         weights.safetensors, optimizer.safetensors, ema-NAME.safetensors, discriminator.safetensors,
                          state.json
 """
 
@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline
 from fewstep.training.ema import EMA
-from fewstep.training.gan import Adversary
+from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
 from fewstep.utils.files import guarded, parse_json, reading
 from fewstep.utils.serialization import JSON
 from fewstep.utils.weights import fit_weights, read_weights, save_weights
 
 STATE_FILE = "state.json"
-CRITIC_FILE = "critic.safetensors"
+DISCRIMINATOR_FILE = "discriminator.safetensors"
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -65,7 +66,7 @@ def save_checkpoint(
     optimizers: Optimizers,
     emas: list[EMA],
     state: dict[str, JSON],
-    adversary: Adversary | None = None,
+    gan: GAN | None = None,
 ) -> None:
     """Write a checkpoint, unless it is there; the saved pipeline has the weights of the first average."""
     if folder.exists():
@@ -77,15 +78,15 @@ def save_checkpoint(
         save_weights(optimizers.tensors(), aside / "optimizer.safetensors")
         for ema in emas[1:]:
             save_weights(ema.weights, aside / f"ema-{ema.name}.safetensors")
-        if adversary is not None:
-            save_weights(adversary.tensors(), aside / CRITIC_FILE)
+        if gan is not None:
+            save_weights(gan.tensors(), aside / DISCRIMINATOR_FILE)
         (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
     write_folder(folder, fill)
 
 
 def load_checkpoint(
-    folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], adversary: Adversary | None = None
+    folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], gan: GAN | None = None
 ) -> dict[str, Any]:
     """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
     weights = folder / "weights.safetensors"
@@ -95,9 +96,17 @@ def load_checkpoint(
     for i, ema in enumerate(emas):
         average = folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")
         ema.load(read_weights(average), str(average))
-    if adversary is not None:
-        adversary.load(read_weights(folder / CRITIC_FILE), str(folder / CRITIC_FILE))
+    if gan is not None:
+        gan.load(*discriminator_state(folder))
     return read_state(folder)
+
+
+def discriminator_state(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The discriminator's tensors in a checkpoint, and where they lie; format 1 called it a critic."""
+    file, old = folder / DISCRIMINATOR_FILE, folder / "critic.safetensors"
+    if file.exists() or not old.exists():
+        return read_weights(file), str(file)
+    return {key.replace("critic.", "discriminator.", 1): value for key, value in read_weights(old).items()}, str(old)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

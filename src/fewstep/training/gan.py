@@ -1,4 +1,4 @@
-"""The critic's side of an adversarial loss: its network, its optimiser, its state in checkpoints."""
+"""The discriminator's side of an adversarial loss: its network, its optimiser, its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.objectives.gan import critic_loss
-from fewstep.recipes.config import AdversaryConfig
+from fewstep.objectives.gan import discriminator_loss
+from fewstep.recipes.config import GANConfig
 from fewstep.training.optimizers import State, load_state
 from fewstep.utils.errors import CheckpointError
 from fewstep.utils.weights import fit_weights
 
+_PREFIX = "discriminator."
 _NAME = re.compile(r"optimizer\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
 
 
-class Adversary:
-    """A critic trained beside the flow map, one update a step, on the samples that the objective generated.
+class GAN:
+    """A discriminator trained beside the flow map, one update a step, on the samples that the objective generated.
 
-    average: the mean of a tensor over processes; gradients go through it, so several processes train one critic.
+    average: the mean of a tensor over processes; gradients go through it, so several processes train one discriminator.
     """
 
     def __init__(
         self,
-        config: AdversaryConfig,
+        config: GANConfig,
         shape: tuple[int, ...],
         num_classes: int,
         seed: int,
@@ -35,22 +36,24 @@ class Adversary:
         self.config, self.average = config, average
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            self.critic = config.critic.build(shape, num_classes).to(device)
-        self.optimizer = torch.optim.AdamW(self.critic.parameters(), config.lr, betas=(0.5, 0.99), weight_decay=0.0)
+            self.discriminator = config.discriminator.build(shape, num_classes).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(), config.lr, betas=(0.5, 0.99), weight_decay=0.0
+        )
 
     def score(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """The critic's scores (B,), for the flow map's loss."""
-        scores: Tensor = self.critic(x, labels)
+        """The discriminator's scores (B,), for the flow map's loss."""
+        scores: Tensor = self.discriminator(x, labels)
         return scores
 
     def learn(self, gradients: list[Tensor], real: Tensor, generated: Tensor, labels: Tensor | None) -> Tensor:
-        """Add the gradients of the critic's loss on a part of the batch to `gradients`; returns the loss (B,).
+        """Add the gradients of the discriminator's loss on a part of the batch to `gradients`; returns the loss (B,).
 
         labels: what the generated samples were asked for (Generated.labels); the real ones are judged under the same.
         They are kept apart from the parameters', where the flow map's own backward pass leaves what is not wanted.
         """
-        loss = critic_loss(self.score, real, generated, labels)
-        found = torch.autograd.grad(loss.mean(), list(self.critic.parameters()))
+        loss = discriminator_loss(self.score, real, generated, labels)
+        found = torch.autograd.grad(loss.mean(), list(self.discriminator.parameters()))
         gradients[:] = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else list(found)
         return loss.detach()
 
@@ -60,7 +63,7 @@ class Adversary:
 
     def step(self, gradients: list[Tensor]) -> None:
         """One update from the batch's gradients."""
-        for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(self.discriminator.parameters(), gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -69,17 +72,17 @@ class Adversary:
         """Weights and optimiser state, flat."""
         state = self.optimizer.state_dict()["state"]
         moments = {f"optimizer.{i}.{key}": torch.as_tensor(v) for i, each in state.items() for key, v in each.items()}
-        return {f"critic.{key}": value for key, value in self.critic.state_dict().items()} | moments
+        return {_PREFIX + key: value for key, value in self.discriminator.state_dict().items()} | moments
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
-        """Take over what `tensors` gave; raises CheckpointError when it belongs to another critic."""
-        weights = {key[7:]: value for key, value in tensors.items() if key.startswith("critic.")}
-        fit_weights(self.critic, weights, source)
+        """Take over what `tensors` gave; raises CheckpointError when it belongs to another discriminator."""
+        weights = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
+        fit_weights(self.discriminator, weights, source)
         state: dict[int, State] = {}
-        for name in tensors.keys() - {f"critic.{key}" for key in weights}:
+        for name in tensors.keys() - {_PREFIX + key for key in weights}:
             match = _NAME.fullmatch(name)
             if match is None:
-                raise CheckpointError(f"{source} is no critic's state: it holds {name!r}")
+                raise CheckpointError(f"{source} is no discriminator's state: it holds {name!r}")
             state.setdefault(int(match["parameter"]), {})[match["key"]] = tensors[name]
         if state:  # none before its first update
             load_state(self.optimizer, state, source)

@@ -72,7 +72,7 @@ class Window:
 
 
 def diverged(
-    run: RunFolder, step: int, loss: float, norm: float, critic_norm: float, times: Tensor, recent: Recent
+    run: RunFolder, step: int, loss: float, norm: float, discriminator_norm: float, times: Tensor, recent: Recent
 ) -> TrainingDivergedError:
     """What stops a run at a value that is not finite: where it happened, what went first and what is left.
 
@@ -80,12 +80,12 @@ def diverged(
     """
     found = run.checkpoints()
     good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-    critic = "" if math.isfinite(critic_norm) else f", of the critic {critic_norm}"
+    discriminator = "" if math.isfinite(discriminator_norm) else f", of the discriminator {discriminator_norm}"
     t, s = times.double().cpu()
     first = recent.first_to_leave()
     cause = "" if first is None else f"{first}; "
     return TrainingDivergedError(
-        f"step {step}: loss {loss}, gradient norm {norm}{critic}; "
+        f"step {step}: loss {loss}, gradient norm {norm}{discriminator}; "
         f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{good}. "
         "Lower the learning rate or the gradient clip and train anew"
     )

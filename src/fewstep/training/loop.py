@@ -25,7 +25,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
-from fewstep.training.gan import Adversary
+from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.log import Window, diverged
 from fewstep.training.memory import check_run
@@ -127,7 +127,7 @@ class Trainer:
         self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
         decay = config.objective.target_decay
         self.target = None if decay is None else SlowAverage(self.flow_map, decay)
-        self.adversary = self.make_adversary()
+        self.gan = self.make_gan()
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
         self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
@@ -147,7 +147,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.run.checkpoints():
             newest = self.run.last_checkpoint()
-            state = load_checkpoint(newest, self.flow_map, self.optimizers, self.averages, self.adversary)
+            state = load_checkpoint(newest, self.flow_map, self.optimizers, self.averages, self.gan)
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
@@ -162,12 +162,12 @@ class Trainer:
 
     def companions(self) -> Companions:
         """What the objective may consult at this step."""
-        begun = self.images >= self.config.adversary.start_images
+        begun = self.images >= self.config.gan.start_images
         return Companions(
             teacher=self.teacher,
             ema_target=None if self.target is None else self.target.flow_map,
             perceptual_features=self.callbacks.features,
-            critic=self.adversary.score if self.adversary is not None and begun else None,
+            discriminator=self.gan.score if self.gan is not None and begun else None,
             average=self.mean_over_processes,
         )
 
@@ -201,12 +201,12 @@ class Trainer:
         else:
             self.statistics = found[0]
 
-    def make_adversary(self) -> Adversary | None:
-        """The critic's side, where the objective has an adversarial loss."""
-        if not self.config.objective.needs_critic:
+    def make_gan(self) -> GAN | None:
+        """The discriminator's side, where the objective has an adversarial loss."""
+        if not self.config.objective.needs_discriminator:
             return None
         shape, classes, seed = self.dataset.shape, self.dataset.num_classes, self.config.training.seed
-        return Adversary(self.config.adversary, shape, classes, seed, self.accelerator.device, self.mean_over_processes)
+        return GAN(self.config.gan, shape, classes, seed, self.accelerator.device, self.mean_over_processes)
 
     @property
     def averages(self) -> list[EMA]:
@@ -280,7 +280,7 @@ class Trainer:
         micro = self.share // self.accumulation
         first = self.accelerator.process_index * self.share
         times, total = [], torch.zeros((), device=self.accelerator.device)
-        critic_gradients: list[Tensor] = []
+        discriminator_gradients: list[Tensor] = []
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
@@ -289,27 +289,27 @@ class Trainer:
                 if part == 0 and self.ends_line:
                     self.window.term_norms = term_norms(terms, list(self.flow_map.network.parameters()))
                 self.accelerator.backward(loss / self.accumulation)
-            if self.adversary is not None and self.loss.companions.critic is not None and generated is not None:
-                logs["critic"] = self.adversary.learn(critic_gradients, batch.x0, *generated)
+            if self.gan is not None and self.loss.companions.discriminator is not None and generated is not None:
+                logs["discriminator"] = self.gan.learn(discriminator_gradients, batch.x0, *generated)
             total = total + loss.detach() / self.accumulation
             times.append(drawn)
             self.window.add_terms(logs)
         total = self.accelerator.reduce(total, "mean")
         norm = self.gradient_norm()
-        critic_norm = 0.0
-        if self.adversary is not None and critic_gradients:
-            critic_gradients = self.adversary.averaged(critic_gradients, self.accumulation)
-            critic_norm = float(nn.utils.get_total_norm(critic_gradients))
+        discriminator_norm = 0.0
+        if self.gan is not None and discriminator_gradients:
+            discriminator_gradients = self.gan.averaged(discriminator_gradients, self.accumulation)
+            discriminator_norm = float(nn.utils.get_total_norm(discriminator_gradients))
         self.window.observe(self.step + 1, float(total), norm)
-        if not all(math.isfinite(value) for value in (float(total), norm, critic_norm)):
+        if not all(math.isfinite(value) for value in (float(total), norm, discriminator_norm)):
             drawn, recent = torch.cat(times, dim=1), self.window.recent
-            raise diverged(self.run, self.step + 1, float(total), norm, critic_norm, drawn, recent)
+            raise diverged(self.run, self.step + 1, float(total), norm, discriminator_norm, drawn, recent)
         self.step += 1
         factor = self.optimizers.step(self.images, self.progress)
         for ema in self.averages:
             ema.update(self.flow_map.network, self.step)
-        if self.adversary is not None and critic_gradients:
-            self.adversary.step(critic_gradients)
+        if self.gan is not None and discriminator_gradients:
+            self.gan.step(discriminator_gradients)
         refresh = self.config.statistics.refresh_images
         if self.config.model.preconditioning.needs_statistics and refresh and self.due(refresh) and not self.finished:
             self.refresh_statistics()
@@ -348,7 +348,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
             folder = self.run.checkpoint(self.step)
-            save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.adversary)
+            save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.gan)
             self.run.keep_newest(self.config.training.keep)
 
     def show(self, watch: Watcher | None) -> None:

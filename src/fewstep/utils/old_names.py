@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-TYPES: dict[str, str] = {"Control": "PolicySpec", "Decoding": "LatentSpec"}
+TYPES: dict[str, str] = {
+    "AdversaryConfig": "GANConfig",
+    "Control": "PolicySpec",
+    "CriticConfig": "DiscriminatorConfig",
+    "Decoding": "LatentSpec",
+}
 
 _PAIRS = {"times": "pairs.times", "diagonal": "pairs.flow_matching_ratio", "to_end": "pairs.endpoint_share"}
 _WEIGHTING = {
@@ -38,11 +43,13 @@ FIELDS: dict[str, dict[str, str]] = {
     "SCT": _LABELS,
     "SCD": _LABELS,
     "CD": _DISTILLED,
-    "CTM": {**_DISTILLED, "to_end": "endpoint_only"},
+    "CTM": {**_DISTILLED, "to_end": "endpoint_only", "adversarial": "gan"},
     "DiagonalMatching": _LABELS,
     "Regression": _LABELS,
     "EvaluationConfig": {"omega": "guidance_scale"},
     "StepTimes": {"omega": "guidance_scale"},
+    "RunConfig": {"adversary": "gan"},
+    "GANConfig": {"critic": "discriminator"},
 }
 
 
