@@ -24,7 +24,8 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer, TrainStep
 from fewstep.training.optimizers import Optimizers, schedule
-from fewstep.training.setup import check_guidance, split_batch
+from fewstep.training.parallel import split_batch
+from fewstep.training.setup import check_guidance
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.random import Draws
 from tests.support.tiny import (

@@ -23,9 +23,9 @@ from fewstep.networks import Network
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training import statistics
+from fewstep.training.parallel import ProcessGroup
 from fewstep.training.statistics import (
     ConditionedDenoiser,
-    Team,
     cache_file,
     estimate_together,
     kept_statistics,
@@ -46,7 +46,7 @@ def model(teacher: Path) -> FlowMap:
 
 @pytest.fixture(scope="session")
 def expected(model: FlowMap, digits: Dataset) -> TrajectoryStatistics:
-    return estimate_together(model, digits, SETTINGS, Team())
+    return estimate_together(model, digits, SETTINGS, ProcessGroup())
 
 
 def no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,18 +195,18 @@ def test_two_shares_are_one_estimate(
         shares.append(value.clone())
         return value
 
-    estimate_together(model, digits, SETTINGS, Team(1 - index, 2, share))
+    estimate_together(model, digits, SETTINGS, ProcessGroup(1 - index, 2, share))
     assert int(shares[0][0, :, 0].sum()) == (64 if index == 0 else 96)
-    team = Team(index, 2, lambda value: value + (shares[0] if value.ndim else 0))
-    found = kept_statistics(tmp_path, model, digits, SETTINGS, team=team)
+    group = ProcessGroup(index, 2, lambda value: value + (shares[0] if value.ndim else 0))
+    found = kept_statistics(tmp_path, model, digits, SETTINGS, group=group)
     assert found.samples == expected.samples == 160
     for name in ("l", "s", "l_stderr", "s_stderr", "s_bias", "s_without_l", "mean"):
         assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
     assert cache_file(tmp_path, model, digits, SETTINGS).exists() == (index == 0)
     if index == 0:  # the other has no such file: both estimate anew; where both have it, neither does
-        assert kept_statistics(tmp_path, model, digits, SETTINGS, team=team).seconds != found.seconds
-        both = Team(0, 2, lambda value: 2 * value)
-        assert kept_statistics(tmp_path, model, digits, SETTINGS, team=both).samples == 160
+        assert kept_statistics(tmp_path, model, digits, SETTINGS, group=group).seconds != found.seconds
+        both = ProcessGroup(0, 2, lambda value: 2 * value)
+        assert kept_statistics(tmp_path, model, digits, SETTINGS, group=both).samples == 160
 
 
 class MeanOfClass(Network):

@@ -22,7 +22,8 @@ from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig
 from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer
-from fewstep.training.statistics import Team, estimate_together
+from fewstep.training.parallel import ProcessGroup
+from fewstep.training.statistics import estimate_together
 from fewstep.training.teacher import SlowAverage, load_teacher
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from tests.support.tiny import (
@@ -275,7 +276,7 @@ def test_statistics_are_refreshed_from_the_averaged_model(
     trainer.save()
     loaded = fewstep.load(tmp_path).flow_map
     assert loaded.preconditioning.statistics == trainer.statistics  # type: ignore[attr-defined]
-    assert estimate_together(loaded, digits, config.statistics, Team()) == trainer.statistics
+    assert estimate_together(loaded, digits, config.statistics, ProcessGroup()) == trainer.statistics
     weights = loaded.network.state_dict()
     assert any(not torch.equal(value, weights[key]) for key, value in raw.items())
 

@@ -30,10 +30,10 @@ from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.training.loop import Trainer
+from fewstep.training.parallel import ProcessGroup, join_processes
 from fewstep.training.run_folder import RunFolder, load
 from fewstep.training.settings import Callbacks, Runtime
-from fewstep.training.setup import join_processes
-from fewstep.training.statistics import Team, cache_file, kept_statistics, prepared
+from fewstep.training.statistics import cache_file, kept_statistics, prepared
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.utils.files import parse_json, reading, write_atomically
@@ -214,16 +214,16 @@ def teacher_statistics(
 
     Raises what `kept_statistics` raises, and CheckpointError when the folder is no trained run.
     """
-    team, teacher = Team.of(accelerator), run.pipeline().flow_map.requires_grad_(False).to(accelerator.device)
+    group, teacher = ProcessGroup.of(accelerator), run.pipeline().flow_map.requires_grad_(False).to(accelerator.device)
     file = cache_file(run.root, teacher, dataset, settings)
     was_kept = file.is_file()
-    quiet = was_kept or team.count > 1
+    quiet = was_kept or group.count > 1
     with tqdm(total=settings.samples, desc="statistics", unit="sample", disable=quiet, leave=False) as bar:
 
         def progress(done: int, samples: int) -> None:
             bar.update(done - bar.n)
 
-        kept_statistics(run.root, teacher, dataset, settings, progress, team)
+        kept_statistics(run.root, teacher, dataset, settings, progress, group)
     accelerator.wait_for_everyone()
     estimate = TrajectoryStatistics.load(file)
     return KeptStatistics(estimate, prepared(estimate, settings, dataset), file, was_kept)

@@ -27,14 +27,16 @@ from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
+from fewstep.training.loader import fetch_batch
 from fewstep.training.log import Window, diverged
 from fewstep.training.memory import check_run
 from fewstep.training.optimizers import Optimizers
+from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.progress import ProgressBar
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_guidance, data_record, fetch_batch, join_processes, split_batch
-from fewstep.training.statistics import Team, estimate_together, first_statistics, install, prepared
+from fewstep.training.setup import build, check_guidance, data_record
+from fewstep.training.statistics import estimate_together, first_statistics, install, prepared
 from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
@@ -118,7 +120,7 @@ class Trainer:
         """Make everything that steps need, as it is before the first."""
         config, dataset = self.config, self.dataset
         self.statistics = first_statistics(
-            config, dataset, self.run, self.teacher, self.accelerator.device, self.team, self.hidden
+            config, dataset, self.run, self.teacher, self.accelerator.device, self.group, self.hidden
         )
         self.pipeline = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
         self.flow_map = self.pipeline.flow_map
@@ -176,9 +178,9 @@ class Trainer:
         return cast(Tensor, self.accelerator.reduce(value, "mean"))
 
     @property
-    def team(self) -> Team:
+    def group(self) -> ProcessGroup:
         """The processes of the run."""
-        return Team.of(self.accelerator)
+        return ProcessGroup.of(self.accelerator)
 
     def refresh_statistics(self) -> None:
         """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7).
@@ -189,7 +191,7 @@ class Trainer:
         found: list[TrajectoryStatistics] = []
 
         def estimate(model: Pipeline, step: int) -> None:
-            fresh = estimate_together(model.flow_map, self.dataset, self.config.statistics, self.team)
+            fresh = estimate_together(model.flow_map, self.dataset, self.config.statistics, self.group)
             found.append(prepared(fresh, self.config.statistics, self.dataset))
 
         self.with_average(estimate)

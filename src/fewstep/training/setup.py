@@ -1,30 +1,22 @@
-"""What a run is made of before its first step: the flow map, the record of its data, the split of its batch."""
+"""What a run is made of before its first step: the flow map and the record of its data."""
 
 from __future__ import annotations
 
-import atexit
-import math
 import warnings
 from dataclasses import replace
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from fewstep.data import Dataset, batch_indices, random_flips
+from fewstep.data import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.preconditioning import TrajectoryStatistics
 from fewstep.networks import Network
-from fewstep.objectives import Batch
-from fewstep.recipes.config import RunConfig, TrainingConfig, flow_map_config
+from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training.teacher import start_from
 from fewstep.utils.errors import ConfigError, FewstepWarning
-from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
-
-STREAM_FLIP = 30
 
 
 def data_record(dataset: Dataset) -> dict[str, JSON]:
@@ -90,51 +82,3 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
             FewstepWarning,
             stacklevel=5,
         )
-
-
-def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:
-    """(share of each process, accumulation steps); raises ConfigError when the global batch does not split evenly."""
-    if batch_size < processes:
-        raise ConfigError(
-            f"a batch of {batch_size} is smaller than the {processes} processes: raise --training.batch-size"
-        )
-    if batch_size % processes:
-        raise ConfigError(f"a batch of {batch_size} does not split over {processes} processes: make it a multiple")
-    share = batch_size // processes
-    if micro_batch < 0:
-        raise ConfigError(f"micro_batch is {micro_batch}; it must be at least 1, or 0 for the whole share")
-    parts = 1 if micro_batch == 0 else math.ceil(share / micro_batch)
-    while share % parts:
-        parts += 1
-    return share, parts
-
-
-def fetch_batch(
-    dataset: Dataset, settings: TrainingConfig, step: int, first: int, count: int, device: torch.device
-) -> Batch:
-    """Samples first .. first + count - 1 of the global batch of step 0, 1, ..."""
-    position = step * settings.batch_size + first
-    places = torch.arange(first, first + count)
-    draws = Draws(settings.seed, step, places.to(device))
-    mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
-    rows = batch_indices(len(dataset.train), settings.seed, position, count)
-    x0, labels = dataset.train.fetch(rows, mirror)
-    context = dataset.train.context(rows)
-    labels, observation, loss_mask = (
-        None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
-    )
-    return Batch(x0.to(device), labels, draws, step * settings.batch_size, observation, loss_mask, places)
-
-
-def join_processes(cpu: bool, **options: Any) -> Accelerator:
-    """The processes that were launched together, or this one alone; they part when it ends. options: Accelerate's."""
-    # Accelerate forms a group of CPU processes only when told that there is no other device.
-    accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", **options)
-    atexit.register(leave_processes)
-    return accelerator
-
-
-def leave_processes() -> None:
-    """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -6,12 +6,10 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import cast
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +26,7 @@ from fewstep.flow.preconditioning import (
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.pipeline import read_flow_map_config
+from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
 from fewstep.training.teacher import fingerprint
@@ -42,25 +41,6 @@ Progress = Callable[[int, int], None]
 BATCH = 64
 _VERSION = 2  # raise with any change to the estimate: results of another version must not be found in a cache
 _SAVE_SECONDS = 10.0
-
-
-def _alone(value: Tensor) -> Tensor:
-    return value
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share an estimate: this one's index, their number, and the sum of a tensor over them."""
-
-    index: int = 0
-    count: int = 1
-    total: Callable[[Tensor], Tensor] = _alone
-
-    @staticmethod
-    def of(accelerator: Accelerator) -> Team:
-        """The processes that an accelerator has."""
-        index, count = accelerator.process_index, accelerator.num_processes
-        return Team(index, count, lambda value: cast(Tensor, accelerator.reduce(value, "sum")))
 
 
 class ConditionedDenoiser:
@@ -124,13 +104,15 @@ def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: D
     return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
 
 
-def estimate_together(model: FlowMap, dataset: Dataset, settings: StatisticsConfig, team: Team) -> TrajectoryStatistics:
+def estimate_together(
+    model: FlowMap, dataset: Dataset, settings: StatisticsConfig, group: ProcessGroup
+) -> TrajectoryStatistics:
     """The plain estimate, each process taking its share of the samples; every process returns the same."""
     begin = time.perf_counter()
     estimator = make_estimator(model, dataset, settings)
-    for first in range(team.index * BATCH, settings.samples, team.count * BATCH):
+    for first in range(group.index * BATCH, settings.samples, group.count * BATCH):
         estimator.update(first, min(BATCH, settings.samples - first))
-    estimator.restore({"sums": team.total(estimator.sums)})
+    estimator.restore({"sums": group.total(estimator.sums)})
     return estimator.statistics(time.perf_counter() - begin)
 
 
@@ -154,7 +136,7 @@ def kept_statistics(
     dataset: Dataset,
     settings: StatisticsConfig,
     progress: Progress | None = None,
-    team: Team = Team(),
+    group: ProcessGroup = ProcessGroup(),
 ) -> TrajectoryStatistics:
     """The statistics kept in the model's folder, or estimated now and kept there.
 
@@ -163,11 +145,11 @@ def kept_statistics(
     """
     file = cache_file(folder, model, dataset, settings)
     there = torch.tensor(float(file.is_file()), device=next(model.parameters()).device)
-    if int(team.total(there)) == team.count:  # without a disk in common some may have it and others not
+    if int(group.total(there)) == group.count:  # without a disk in common some may have it and others not
         return prepared(_read(file), settings, dataset)
-    if team.count > 1:
-        found = estimate_together(model, dataset, settings, team)
-        if team.index == 0:
+    if group.count > 1:
+        found = estimate_together(model, dataset, settings, group)
+        if group.index == 0:
             found.save(file)
         return prepared(found, settings, dataset)
     partial = file.with_suffix(".partial.safetensors")
@@ -195,7 +177,7 @@ def first_statistics(
     run: RunFolder,
     teacher: FlowMap | None,
     device: torch.device,
-    team: Team,
+    group: ProcessGroup,
     quiet: bool,
 ) -> TrajectoryStatistics | None:
     """What a run with an analytic preconditioning starts from: the statistics of its last checkpoint, else of its own
@@ -210,7 +192,7 @@ def first_statistics(
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
     if config.statistics.refresh_images:
-        found = estimate_together(untrained.to(device), dataset, config.statistics, team)
+        found = estimate_together(untrained.to(device), dataset, config.statistics, group)
         return prepared(found, config.statistics, dataset)
     assert teacher is not None
     with tqdm(total=config.statistics.samples, desc="statistics of the teacher", disable=quiet, leave=False) as bar:
@@ -218,7 +200,7 @@ def first_statistics(
         def progress(done: int, samples: int) -> None:
             bar.update(done - bar.n)
 
-        return kept_statistics(FilePath(config.teacher), teacher, dataset, config.statistics, progress, team)
+        return kept_statistics(FilePath(config.teacher), teacher, dataset, config.statistics, progress, group)
 
 
 def install(statistics: TrajectoryStatistics, flow_map: FlowMap) -> None:
