@@ -117,10 +117,10 @@ def trainer_of(name: str, base: RunConfig, steps: int, dataset: Dataset, seed: i
     trainer = Trainer(chosen, dataset, RunFolder(folder), Runtime(cpu=True, quiet=True), Callbacks())
     if name == "reweighted":
         trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
-    if name == "exchanged" and trainer.target is not None:
-        for model in (trainer.flow_map, trainer.target.flow_map):
+    if name == "exchanged" and trainer.learner.target is not None:
+        for model in (trainer.learner.flow_map, trainer.learner.target.flow_map):
             model.preconditioning = Exchanged(model.preconditioning)
-    trainer.flow_map.train()
+    trainer.learner.flow_map.train()
     return trainer
 
 
@@ -144,11 +144,11 @@ def gradient_share(trainer: Trainer, model: FlowMap) -> float:
     """|gradient of the consistency loss of jumps that stop above the data end|/|that of the others|, at the weights of
     `model`, on the first batch of the run.
     """
-    assert trainer.target is not None
-    for each in (trainer.flow_map, trainer.target.flow_map):
+    assert trainer.learner.target is not None
+    for each in (trainer.learner.flow_map, trainer.learner.target.flow_map):
         each.network.load_state_dict(model.network.state_dict())
-    losses = trainer.loss.objective(trainer.flow_map, trainer.batch(0, trainer.share), trainer.companions())
-    ends, weights = losses.s == losses.s.min(), list(trainer.flow_map.network.parameters())
+    losses = trainer.loss.objective(trainer.learner.flow_map, trainer.batch(0, trainer.share), trainer.companions())
+    ends, weights = losses.s == losses.s.min(), list(trainer.learner.flow_map.network.parameters())
     norms = []
     for rows in (~ends, ends):
         part = (losses.terms["consistency"] * rows).mean()

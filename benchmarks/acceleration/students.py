@@ -284,7 +284,7 @@ def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
         ) as trainer,
     ):
         started, spent = time.perf_counter(), 0.0
-        trainer.flow_map.train()
+        trainer.learner.flow_map.train()
         for moment in truth.plan.moments:
             before = time.perf_counter()
             while trainer.step < moment:
@@ -297,7 +297,7 @@ def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
         }  # fmt: skip
         if trainer.teacher is not None:
             found["teacher"] = fingerprint(trainer.teacher)
-        statistics = trainer.statistics
+        statistics = trainer.learner.statistics
         if statistics is not None:
             found |= {"statistics_seconds": round(statistics.seconds, 2), "statistics_samples": statistics.samples}
     return found

@@ -27,7 +27,7 @@ def trainer_of(config: RunConfig) -> Iterator[Trainer]:
     with tempfile.TemporaryDirectory() as folder:
         run, runtime = RunFolder(Path(folder) / "run"), Runtime(cpu=True, quiet=True)
         with Trainer(config, load_dataset(config.data), run, runtime, Callbacks()) as trainer:
-            trainer.flow_map.train()
+            trainer.learner.flow_map.train()
             yield trainer
 
 

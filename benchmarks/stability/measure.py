@@ -89,7 +89,7 @@ def train_cell(cell: Cell, config: RunConfig, reference: Reference, folder: Path
 
     runtime = Runtime(cpu=True, quiet=True)
     with Trainer(config, reference.dataset, RunFolder(folder), runtime, Callbacks()) as trainer:
-        trainer.flow_map.train()
+        trainer.learner.flow_map.train()
         for moment in (last // 4, last // 2, 3 * last // 4, last):
             started = time.perf_counter()
             try:

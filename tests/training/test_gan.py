@@ -166,13 +166,13 @@ def test_the_discriminator_begins_when_it_is_due(teacher: Path, digits: Dataset,
         Trainer(each, digits, RunFolder(tmp_path / str(i)), RUNTIME, Callbacks())
         for i, each in enumerate((config, never))
     ]
-    assert all(trainer.gan is not None for trainer in trainers)
+    assert all(trainer.learner.gan is not None for trainer in trainers)
     first = weights(trainers[0].gan)  # type: ignore[arg-type]
     alike, learned, heard = [], [], []
     for _ in range(6):
         for trainer in trainers:
             trainer.take_step()
-        states = [trainer.flow_map.network.state_dict() for trainer in trainers]
+        states = [trainer.learner.flow_map.network.state_dict() for trainer in trainers]
         alike.append(same(*states))
         learned.append(not same(first, weights(trainers[0].gan)))  # type: ignore[arg-type]
         heard.append({"gan", "discriminator"} & trainers[0].window.terms.keys())
@@ -189,14 +189,14 @@ def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: 
         config, objective=changed(config.objective, label_dropout=0.5), gan=replace(DISCRIMINATOR, start_images=0)
     )
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    assert trainer.gan is not None
-    score, seen = trainer.gan.score, []
+    assert trainer.learner.gan is not None
+    score, seen = trainer.learner.gan.score, []
 
     def listening(x: Tensor, labels: Tensor | None) -> Tensor:
         seen.append(labels)
         return score(x, labels)
 
-    trainer.gan.score = listening  # type: ignore[method-assign]
+    trainer.learner.gan.score = listening  # type: ignore[method-assign]
     trainer.take_step()
     of_generator, of_real, of_generated = seen
     dropped = of_generator == NULL_LABEL
@@ -207,7 +207,7 @@ def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: 
 
 def test_only_an_adversarial_loss_has_a_discriminator(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     config = replace(student("ctm", teacher), gan=DISCRIMINATOR)
-    assert Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks()).gan is None
+    assert Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks()).learner.gan is None
 
 
 def test_the_discriminator_is_stored_and_damage_is_named(
@@ -243,8 +243,8 @@ def test_a_discriminator_that_is_not_finite_stops_the_run(
     for _ in range(5):
         trainer.take_step()
     trainer.save()
-    assert trainer.gan is not None
-    learn, score = trainer.gan.learn, trainer.gan.score
+    assert trainer.learner.gan is not None
+    learn, score = trainer.learner.gan.learn, trainer.learner.gan.score
 
     def poisoned(gradients: list[Tensor], *rest: Tensor) -> Tensor:
         loss = learn(gradients, *rest)
@@ -252,17 +252,21 @@ def test_a_discriminator_that_is_not_finite_stops_the_run(
         return loss
 
     if where == "gradient":
-        monkeypatch.setattr(trainer.gan, "learn", poisoned)
+        monkeypatch.setattr(trainer.learner.gan, "learn", poisoned)
     else:
-        monkeypatch.setattr(trainer.gan, "score", lambda *args: score(*args) * math.nan)
-    before = snapshot(run.root), weights(trainer.gan), copy.deepcopy(trainer.flow_map.network.state_dict())
+        monkeypatch.setattr(trainer.learner.gan, "score", lambda *args: score(*args) * math.nan)
+    before = (
+        snapshot(run.root),
+        weights(trainer.learner.gan),
+        copy.deepcopy(trainer.learner.flow_map.network.state_dict()),
+    )
     what = "of the discriminator nan" if where == "gradient" else "loss nan"
     with pytest.raises(TrainingDivergedError, match=rf"step 6: .*{what}.*step-00000005"):
         trainer.run_to_end()
     after = snapshot(run.root)
     assert after == before[0] | {"log.jsonl": after["log.jsonl"]}
-    assert same(weights(trainer.gan), before[1])
-    assert same(trainer.flow_map.network.state_dict(), before[2])
+    assert same(weights(trainer.learner.gan), before[1])
+    assert same(trainer.learner.flow_map.network.state_dict(), before[2])
 
 
 def test_accumulation_gives_the_discriminator_of_the_whole_batch(

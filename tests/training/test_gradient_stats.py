@@ -89,8 +89,8 @@ def test_the_log_holds_the_anatomy(digits: Dataset, tmp_path: Path) -> None:
     assert record["grad_norm_q50"] <= record["grad_norm_q90"] <= record["grad_norm_q99"]
     # Both terms' gradients add up to the whole: no norm exceeds the sum of the other and the total.
     trainer = Trainer(config, digits, RunFolder(tmp_path / "other"), RUNTIME, Callbacks())
-    losses = config.objective(trainer.flow_map, trainer.batch(0, 32))
-    parameters = list(trainer.flow_map.parameters())
+    losses = config.objective(trainer.learner.flow_map, trainer.batch(0, 32))
+    parameters = list(trainer.learner.flow_map.parameters())
     parts = term_norms({name: term.mean() for name, term in losses.terms.items()}, parameters)
     whole = term_norms({"loss": losses.mean()}, parameters)["loss"]
     assert abs(parts["anchor"] - parts["distill"]) <= whole + 1e-9 <= parts["anchor"] + parts["distill"] + 2e-9
@@ -103,7 +103,7 @@ def test_looking_at_the_gradient_changes_no_weight(digits: Dataset, tmp_path: Pa
         trainer = Trainer(config, digits, RunFolder(tmp_path / str(i)), RUNTIME, Callbacks())
         for _ in range(3):
             trainer.take_step()
-        weights.append(trainer.flow_map.network.state_dict())
+        weights.append(trainer.learner.flow_map.network.state_dict())
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key])
 

@@ -22,10 +22,11 @@ from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import OptimizerConfig, TrainingConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Callbacks, RunFolder, build, train
-from fewstep.training.loop import Trainer, TrainStep
+from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers, schedule
 from fewstep.training.parallel import split_batch
 from fewstep.training.setup import check_guidance
+from fewstep.training.step import TrainStep
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.random import Draws
 from tests.support.tiny import (
@@ -152,19 +153,21 @@ def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: 
 
 def stored_weights(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of the weights and averages in memory."""
-    averages = {f"{ema.name}/{key}": value.clone() for ema in trainer.emas for key, value in ema.weights.items()}
-    return averages | {key: value.clone() for key, value in trainer.flow_map.network.state_dict().items()}
+    averages = {
+        f"{ema.name}/{key}": value.clone() for ema in trainer.learner.emas for key, value in ema.weights.items()
+    }
+    return averages | {key: value.clone() for key, value in trainer.learner.flow_map.network.state_dict().items()}
 
 
 def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -> None:
     """The constant average follows its formula, computed here from the weights of every step."""
     config = replace(TINY, training=replace(TINY.training, ema_power=(0.05, 0.2), ema_decay=(0.5,)))
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
+    average = {key: value.double() for key, value in trainer.learner.flow_map.network.state_dict().items()}
     for step in range(1, 7):
         trainer.take_step()
         beta = min(0.5, (1 + step) / (10 + step))
-        for key, value in trainer.flow_map.network.state_dict().items():
+        for key, value in trainer.learner.flow_map.network.state_dict().items():
             average[key] = beta * average[key] + (1 - beta) * value.double()
     trainer.save()
     trainer.release()
@@ -172,9 +175,9 @@ def test_several_averages_are_kept_and_stored(digits: Dataset, tmp_path: Path) -
     stored = load_file(folder / "ema-constant-0.5.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
     again = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    assert [ema.name for ema in again.emas] == ["power-0.05", "power-0.2", "constant-0.5"]
+    assert [ema.name for ema in again.learner.emas] == ["power-0.05", "power-0.2", "constant-0.5"]
     assert all(torch.equal(value, stored_weights(trainer)[key]) for key, value in stored_weights(again).items())
-    first, second = again.emas[0].weights, again.emas[1].weights
+    first, second = again.learner.emas[0].weights, again.learner.emas[1].weights
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
@@ -194,7 +197,7 @@ def test_the_schedule_reaches_every_optimizer(digits: Dataset, tmp_path: Path) -
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     for _ in range(5):
         trainer.take_step()
-    rates = [group["lr"] for optimizer in trainer.optimizers.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for optimizer in trainer.learner.optimizers.optimizers for group in optimizer.param_groups]
     assert rates == pytest.approx([1e-3 / 4, 4e-3 / 4])
     trainer.write_log()
     assert RunFolder(tmp_path).read_log()[-1]["lr"] == pytest.approx(1e-3 / 4)
@@ -282,11 +285,11 @@ def test_the_watcher_sees_the_average_and_leaves_the_weights(digits: Dataset, tm
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks(watch))
     trainer.run_to_end()
     assert [step for step, _, _ in seen] == [5, 10]
-    key = next(iter(dict(trainer.flow_map.network.named_parameters())))
-    assert torch.equal(seen[-1][1], trainer.emas[0].weights[key])
-    assert not torch.equal(seen[-1][1], dict(trainer.flow_map.network.named_parameters())[key])
+    key = next(iter(dict(trainer.learner.flow_map.network.named_parameters())))
+    assert torch.equal(seen[-1][1], trainer.learner.emas[0].weights[key])
+    assert not torch.equal(seen[-1][1], dict(trainer.learner.flow_map.network.named_parameters())[key])
     assert [training for _, _, training in seen] == [False, False]
-    assert trainer.flow_map.training
+    assert trainer.learner.flow_map.training
 
 
 def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path) -> None:
@@ -295,9 +298,9 @@ def test_load_gives_the_map_of_the_first_average(digits: Dataset, tmp_path: Path
     loaded = fewstep.load(tmp_path).flow_map
     with torch.no_grad():
         found = loaded.jump(*noise_and_times(loaded))
-        raw = trainer.flow_map.jump(*noise_and_times(loaded))
-        trainer.flow_map.network.load_state_dict(trainer.emas[0].weights)
-        assert torch.equal(found, trainer.flow_map.jump(*noise_and_times(loaded)))
+        raw = trainer.learner.flow_map.jump(*noise_and_times(loaded))
+        trainer.learner.flow_map.network.load_state_dict(trainer.learner.emas[0].weights)
+        assert torch.equal(found, trainer.learner.flow_map.jump(*noise_and_times(loaded)))
     assert not torch.equal(found, raw)
     assert not loaded.training
 

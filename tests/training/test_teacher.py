@@ -123,19 +123,19 @@ def test_students_start_as_their_teacher(kind: str, teacher: Path, digits: Datas
     """N(x, t, s) = D_teacher(x, t) for every s, of the student and of its slow average."""
     trainer = Trainer(student(kind, teacher), digits, RunFolder(tmp_path / "run"), RUNTIME, Callbacks())
     master = fewstep.load(teacher).flow_map
-    weights = trainer.flow_map.network.state_dict()
+    weights = trainer.learner.flow_map.network.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in master.network.state_dict().items())
     x, t, s = noise_and_times(master)
     cond = Condition(torch.arange(len(x)))
-    assert trainer.target is not None
+    assert trainer.learner.target is not None
     with torch.no_grad():
         denoised = master.denoise(x, t, cond)
         assert float(denoised.std()) > 0.01
-        for flow_map in (trainer.flow_map, trainer.target.flow_map):
+        for flow_map in (trainer.learner.flow_map, trainer.learner.target.flow_map):
             for later in (t, s, torch.full_like(t, master.path.t_min)):
                 found = flow_map.output(x, t, later, cond)
                 assert torch.allclose(found, denoised, rtol=1e-4, atol=1e-4)
-    assert next(iter(trainer.flow_map.parameters())).requires_grad
+    assert next(iter(trainer.learner.flow_map.parameters())).requires_grad
 
 
 def test_the_branch_of_s_is_trained_in_the_student(unbroken_student: Callable[[str], Path]) -> None:
@@ -204,20 +204,20 @@ def test_the_slow_average_takes_no_gradient_and_passes_it_on(digits: Dataset) ->
 def test_the_slow_average_is_kept_up_stored_and_restored(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
     config = student("ctm", teacher)
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    average = {key: value.double() for key, value in trainer.flow_map.network.state_dict().items()}
+    average = {key: value.double() for key, value in trainer.learner.flow_map.network.state_dict().items()}
     for _ in range(4):
         trainer.take_step()
-        for key, value in trainer.flow_map.network.state_dict().items():
+        for key, value in trainer.learner.flow_map.network.state_dict().items():
             average[key] = 0.9 * average[key] + 0.1 * value.double()
     trainer.save()
     trainer.release()
     stored = load_file(RunFolder(tmp_path).last_checkpoint() / "ema-target-0.9.safetensors")
     assert all(torch.allclose(stored[key].double(), value, atol=1e-6) for key, value in average.items())
     again = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    assert again.target is not None
-    restored = again.target.flow_map.network.state_dict()
+    assert again.learner.target is not None
+    restored = again.learner.target.flow_map.network.state_dict()
     assert all(torch.equal(restored[key], value) for key, value in stored.items())
-    assert again.companions().ema_target is again.target.flow_map
+    assert again.companions().ema_target is again.learner.target.flow_map
 
 
 def test_training_leaves_the_teacher_alone(
@@ -266,17 +266,21 @@ def test_statistics_are_refreshed_from_the_averaged_model(
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     changed = []
     for _ in range(8):
-        before = trainer.statistics
+        before = trainer.learner.statistics
         trainer.take_step()
-        changed.append(trainer.statistics != before)
+        changed.append(trainer.learner.statistics != before)
     assert changed == [False, False, False, True] * 2
-    maps = [trainer.flow_map] if trainer.target is None else [trainer.flow_map, trainer.target.flow_map]
-    assert all(flow_map.preconditioning.statistics is trainer.statistics for flow_map in maps)  # type: ignore[attr-defined]
-    raw = {key: value.clone() for key, value in trainer.flow_map.network.state_dict().items()}
+    maps = (
+        [trainer.learner.flow_map]
+        if trainer.learner.target is None
+        else [trainer.learner.flow_map, trainer.learner.target.flow_map]
+    )
+    assert all(flow_map.preconditioning.statistics is trainer.learner.statistics for flow_map in maps)  # type: ignore[attr-defined]
+    raw = {key: value.clone() for key, value in trainer.learner.flow_map.network.state_dict().items()}
     trainer.save()
     loaded = fewstep.load(tmp_path).flow_map
-    assert loaded.preconditioning.statistics == trainer.statistics  # type: ignore[attr-defined]
-    assert estimate_together(loaded, digits, config.statistics, ProcessGroup()) == trainer.statistics
+    assert loaded.preconditioning.statistics == trainer.learner.statistics  # type: ignore[attr-defined]
+    assert estimate_together(loaded, digits, config.statistics, ProcessGroup()) == trainer.learner.statistics
     weights = loaded.network.state_dict()
     assert any(not torch.equal(value, weights[key]) for key, value in raw.items())
 
@@ -285,7 +289,7 @@ def test_statistics_that_no_jump_can_be_made_of_are_not_taken_over(
     teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(student("ctm-refreshed", teacher), digits, RunFolder(tmp_path), RUNTIME, Callbacks())
-    before, kept = trainer.statistics, trainer.flow_map.preconditioning
+    before, kept = trainer.learner.statistics, trainer.learner.flow_map.preconditioning
     assert before is not None
     wild = replace(before, s=torch.full_like(before.s, -800.0))
     monkeypatch.setattr("fewstep.training.loop.prepared", lambda *_: wild)
@@ -293,8 +297,8 @@ def test_statistics_that_no_jump_can_be_made_of_are_not_taken_over(
         trainer.take_step()
     with pytest.warns(FewstepWarning, match="statistics not refreshed after 4 steps: the statistics give the jump"):
         trainer.take_step()
-    assert trainer.statistics is before
-    assert trainer.flow_map.preconditioning is kept
+    assert trainer.learner.statistics is before
+    assert trainer.learner.flow_map.preconditioning is kept
     trainer.take_step()
 
 

@@ -277,7 +277,7 @@ def training_cost(
         callbacks = Callbacks(features=perceptual_features(student, dataset, cache))
         run, runtime = RunFolder(Path(folder)), Runtime(cpu=cpu, quiet=True)
         with Trainer(student, dataset, run, runtime, callbacks) as trainer:
-            trainer.flow_map.train()
+            trainer.learner.flow_map.train()
             seconds = []
             for _ in range(4):
                 start = time.perf_counter()

@@ -18,47 +18,25 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from fewstep.data import Dataset
-from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import TrajectoryStatistics
-from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
+from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import Pipeline
-from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
-from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
+from fewstep.training.learner import Learner
 from fewstep.training.loader import fetch_batch
 from fewstep.training.log import Window, diverged
 from fewstep.training.memory import check_run
-from fewstep.training.optimizers import Optimizers
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.progress import ProgressBar
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
 from fewstep.training.setup import build, check_guidance, data_record
-from fewstep.training.statistics import estimate_together, first_statistics, install, prepared
-from fewstep.training.teacher import SlowAverage, fingerprint, load_teacher
+from fewstep.training.statistics import estimate_together, first_statistics, prepared
+from fewstep.training.step import Gradients, TrainStep
+from fewstep.training.teacher import fingerprint, load_teacher
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.serialization import JSON
-
-
-class TrainStep(nn.Module):
-    """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward."""
-
-    def __init__(
-        self, flow_map: FlowMap, objective: Objective, bf16: bool = False, companions: Companions = ALONE
-    ) -> None:
-        super().__init__()
-        self.flow_map, self.objective, self.bf16, self.companions = flow_map, objective, bf16, companions
-
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
-        """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
-        # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
-        with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            losses = self.objective(self.flow_map, batch, self.companions)
-        terms = {name: term.mean() for name, term in losses.terms.items()}
-        return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 
 
 def train(
@@ -118,21 +96,14 @@ class Trainer:
 
     def prepare(self) -> None:
         """Make everything that steps need, as it is before the first."""
-        config, dataset = self.config, self.dataset
-        self.statistics = first_statistics(
-            config, dataset, self.run, self.teacher, self.accelerator.device, self.group, self.hidden
-        )
-        self.pipeline = build(config, dataset, self.teacher, self.statistics).to(self.accelerator.device)
-        self.flow_map = self.pipeline.flow_map
+        config, dataset, device = self.config, self.dataset, self.accelerator.device
+        statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
+        pipeline = build(config, dataset, self.teacher, statistics).to(device)
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
-        self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
-        self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
-        decay = config.objective.target_decay
-        self.target = None if decay is None else SlowAverage(self.flow_map, decay)
-        self.gan = self.make_gan()
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
-        self.loss = TrainStep(self.flow_map, config.objective, config.training.precision == "bf16")
+        self.learner = Learner(config, pipeline, statistics, self.make_gan())
+        self.loss = TrainStep(pipeline.flow_map, config.objective, config.training.precision == "bf16")
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
             self.module = self.accelerator.prepare(self.loss)
@@ -148,8 +119,7 @@ class Trainer:
         """Go on from the newest checkpoint, if there is one."""
         self.accelerator.wait_for_everyone()
         if self.run.checkpoints():
-            newest = self.run.last_checkpoint()
-            state = load_checkpoint(newest, self.flow_map, self.optimizers, self.averages, self.gan)
+            state = self.learner.load(self.run.last_checkpoint())
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
@@ -165,11 +135,12 @@ class Trainer:
     def companions(self) -> Companions:
         """What the objective may consult at this step."""
         begun = self.images >= self.config.gan.start_images
+        target, gan = self.learner.target, self.learner.gan
         return Companions(
             teacher=self.teacher,
-            ema_target=None if self.target is None else self.target.flow_map,
+            ema_target=None if target is None else target.flow_map,
             perceptual_features=self.callbacks.features,
-            discriminator=self.gan.score if self.gan is not None and begun else None,
+            discriminator=gan.score if gan is not None and begun else None,
             average=self.mean_over_processes,
         )
 
@@ -187,21 +158,15 @@ class Trainer:
 
         Where they cannot be used (a jump without finite f or positive g), a FewstepWarning, and those there are stay.
         """
-
-        found: list[TrajectoryStatistics] = []
-
-        def estimate(model: Pipeline, step: int) -> None:
-            fresh = estimate_together(model.flow_map, self.dataset, self.config.statistics, self.group)
-            found.append(prepared(fresh, self.config.statistics, self.dataset))
-
-        self.with_average(estimate)
+        settings = self.config.statistics
+        with self.learner.averaged() as model:
+            fresh = prepared(
+                estimate_together(model.flow_map, self.dataset, settings, self.group), settings, self.dataset
+            )
         try:
-            for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
-                install(found[0], flow_map)
+            self.learner.use_statistics(fresh)
         except ConfigError as error:
             warnings.warn(f"statistics not refreshed after {self.step} steps: {error}", FewstepWarning, stacklevel=2)
-        else:
-            self.statistics = found[0]
 
     def make_gan(self) -> GAN | None:
         """The discriminator's side, where the objective has an adversarial loss."""
@@ -209,11 +174,6 @@ class Trainer:
             return None
         shape, classes, seed = self.dataset.shape, self.dataset.num_classes, self.config.training.seed
         return GAN(self.config.gan, shape, classes, seed, self.accelerator.device, self.mean_over_processes)
-
-    @property
-    def averages(self) -> list[EMA]:
-        """All averages that a checkpoint holds, the sampled one first."""
-        return self.emas if self.target is None else [*self.emas, self.target.ema]
 
     @property
     def images(self) -> int:
@@ -235,7 +195,7 @@ class Trainer:
     def run_to_end(self) -> TrainingResult:
         """Take steps until finished; the last one is always saved."""
         settings = self.config.training
-        self.flow_map.train()
+        self.learner.flow_map.train()
         with ProgressBar(self.config, self.hidden) as bar:
             while not self.finished:
                 start = time.perf_counter()
@@ -276,46 +236,49 @@ class Trainer:
 
     def take_step(self) -> None:
         """One update from the global batch of this step."""
-        self.optimizers.zero_grad()
+        found = self.accumulate()
+        loss, norm = float(self.accelerator.reduce(found.loss, "mean")), self.gradient_norm()
+        discriminator_norm = self.average_discriminator(found)
+        self.window.observe(self.step + 1, loss, norm)
+        if not all(math.isfinite(value) for value in (loss, norm, discriminator_norm)):
+            times, recent = torch.cat(found.times, dim=1), self.window.recent
+            raise diverged(self.run, self.step + 1, loss, norm, discriminator_norm, times, recent)
+        self.step += 1
+        factor = self.learner.update(self.step, self.images, self.progress, found.discriminator)
+        refresh = self.config.statistics.refresh_images
+        if self.config.model.preconditioning.needs_statistics and refresh and self.due(refresh) and not self.finished:
+            self.refresh_statistics()
+        self.window.add_step(loss, norm, factor * self.config.optimizer.lr)
+
+    def accumulate(self) -> Gradients:
+        """The gradients of this process's share of the batch, part by part; processes meet at the last."""
+        self.learner.optimizers.zero_grad()
         self.loss.companions = self.companions()
         torch.manual_seed(self.layer_seed())
-        micro = self.share // self.accumulation
-        first = self.accelerator.process_index * self.share
-        times, total = [], torch.zeros((), device=self.accelerator.device)
-        discriminator_gradients: list[Tensor] = []
+        micro, first = self.share // self.accumulation, self.accelerator.process_index * self.share
+        found = Gradients(torch.zeros((), device=self.accelerator.device))
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, terms, drawn, logs, generated = self.module(batch)
+                loss, terms, times, logs, generated = self.module(batch)
                 if part == 0 and self.ends_line:
-                    self.window.term_norms = term_norms(terms, list(self.flow_map.network.parameters()))
+                    self.window.term_norms = term_norms(terms, list(self.learner.flow_map.network.parameters()))
                 self.accelerator.backward(loss / self.accumulation)
-            if self.gan is not None and self.loss.companions.discriminator is not None and generated is not None:
-                logs["discriminator"] = self.gan.learn(discriminator_gradients, batch.x0, *generated)
-            total = total + loss.detach() / self.accumulation
-            times.append(drawn)
+            gan = self.learner.gan
+            if gan is not None and self.loss.companions.discriminator is not None and generated is not None:
+                logs["discriminator"] = gan.learn(found.discriminator, batch.x0, *generated)
+            found.loss = found.loss + loss.detach() / self.accumulation
+            found.times.append(times)
             self.window.add_terms(logs)
-        total = self.accelerator.reduce(total, "mean")
-        norm = self.gradient_norm()
-        discriminator_norm = 0.0
-        if self.gan is not None and discriminator_gradients:
-            discriminator_gradients = self.gan.averaged(discriminator_gradients, self.accumulation)
-            discriminator_norm = float(nn.utils.get_total_norm(discriminator_gradients))
-        self.window.observe(self.step + 1, float(total), norm)
-        if not all(math.isfinite(value) for value in (float(total), norm, discriminator_norm)):
-            drawn, recent = torch.cat(times, dim=1), self.window.recent
-            raise diverged(self.run, self.step + 1, float(total), norm, discriminator_norm, drawn, recent)
-        self.step += 1
-        factor = self.optimizers.step(self.images, self.progress)
-        for ema in self.averages:
-            ema.update(self.flow_map.network, self.step)
-        if self.gan is not None and discriminator_gradients:
-            self.gan.step(discriminator_gradients)
-        refresh = self.config.statistics.refresh_images
-        if self.config.model.preconditioning.needs_statistics and refresh and self.due(refresh) and not self.finished:
-            self.refresh_statistics()
-        self.window.add_step(float(total), norm, factor * self.config.optimizer.lr)
+        return found
+
+    def average_discriminator(self, found: Gradients) -> float:
+        """Take the mean over processes of the discriminator's gradients; returns their norm, 0 where there are none."""
+        if self.learner.gan is None or not found.discriminator:
+            return 0.0
+        found.discriminator = self.learner.gan.averaged(found.discriminator, self.accumulation)
+        return float(nn.utils.get_total_norm(found.discriminator))
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of this step's global batch."""
@@ -328,7 +291,7 @@ class Trainer:
 
     def gradient_norm(self) -> float:
         """Norm before clipping; clips when the recipe says so."""
-        return float(nn.utils.clip_grad_norm_(self.flow_map.network.parameters(), self.clip))
+        return float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
 
     @property
     def clip(self) -> float:
@@ -349,26 +312,14 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            folder = self.run.checkpoint(self.step)
-            save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.gan)
+            self.learner.save(self.run.checkpoint(self.step), state)
             self.run.keep_newest(self.config.training.keep)
 
     def show(self, watch: Watcher | None) -> None:
         """Hand the averaged model to a watcher on the main process."""
         if watch is not None and self.accelerator.is_main_process:
-            self.with_average(watch)
-
-    def with_average(self, watch: Watcher) -> None:
-        """Hand the averaged model to a function, then put the weights back."""
-        network = self.flow_map.network
-        own = {key: value.clone() for key, value in network.state_dict().items()}
-        network.load_state_dict(self.emas[0].weights)
-        self.flow_map.eval()
-        try:
-            watch(self.pipeline, self.step)
-        finally:
-            network.load_state_dict(own)
-            self.flow_map.train()
+            with self.learner.averaged() as model:
+                watch(model, self.step)
 
     @property
     def hidden(self) -> bool:

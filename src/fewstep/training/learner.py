@@ -1,0 +1,84 @@
+"""What a run learns: weights, their averages and a discriminator, with all that a checkpoint holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning import TrajectoryStatistics
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.training.ema import EMA, make_emas
+from fewstep.training.gan import GAN
+from fewstep.training.optimizers import Optimizers
+from fewstep.training.statistics import install
+from fewstep.training.teacher import SlowAverage
+from fewstep.utils.serialization import JSON
+
+
+class Learner:
+    """The flow map of a pipeline with its optimisers and averages, and the discriminator beside it, if there is one.
+
+    emas: averages to sample from, the first being the run's. target: the slow average that the objective consults.
+    """
+
+    def __init__(
+        self, config: RunConfig, pipeline: Pipeline, statistics: TrajectoryStatistics | None, gan: GAN | None
+    ) -> None:
+        self.pipeline, self.statistics, self.gan = pipeline, statistics, gan
+        self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
+        self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
+        decay = config.objective.target_decay
+        self.target = None if decay is None else SlowAverage(self.flow_map, decay)
+
+    @property
+    def flow_map(self) -> FlowMap:
+        """The map that is trained."""
+        return self.pipeline.flow_map
+
+    @property
+    def averages(self) -> list[EMA]:
+        """All averages that a checkpoint holds, the sampled one first."""
+        return self.emas if self.target is None else [*self.emas, self.target.ema]
+
+    def update(self, step: int, images: int, progress: float, discriminator: list[Tensor]) -> float:
+        """One update from the parameters' gradients and the discriminator's; returns the learning rate's factor."""
+        factor = self.optimizers.step(images, progress)
+        for ema in self.averages:
+            ema.update(self.flow_map.network, step)
+        if self.gan is not None and discriminator:
+            self.gan.step(discriminator)
+        return factor
+
+    def use_statistics(self, statistics: TrajectoryStatistics) -> None:
+        """Precondition by these from now on; raises ConfigError where they give no finite f or positive g."""
+        for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
+            install(statistics, flow_map)
+        self.statistics = statistics
+
+    @contextmanager
+    def averaged(self) -> Iterator[Pipeline]:
+        """The pipeline with the weights of the first average, for evaluation; its own come back at the end."""
+        network = self.flow_map.network
+        own = {key: value.clone() for key, value in network.state_dict().items()}
+        network.load_state_dict(self.emas[0].weights)
+        self.flow_map.eval()
+        try:
+            yield self.pipeline
+        finally:
+            network.load_state_dict(own)
+            self.flow_map.train()
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go back to a checkpoint; returns its state. Raises CheckpointError when it does not fit."""
+        return load_checkpoint(folder, self.flow_map, self.optimizers, self.averages, self.gan)
+
+    def save(self, folder: Path, state: dict[str, JSON]) -> None:
+        """Write a checkpoint; raises CheckpointError when the disk refuses."""
+        save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.gan)

@@ -1,0 +1,42 @@
+"""One step's forward pass, and what the passes of a step add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
+
+
+class TrainStep(nn.Module):
+    """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward."""
+
+    def __init__(
+        self, flow_map: FlowMap, objective: Objective, bf16: bool = False, companions: Companions = ALONE
+    ) -> None:
+        super().__init__()
+        self.flow_map, self.objective, self.bf16, self.companions = flow_map, objective, bf16, companions
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
+        """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
+        # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
+        with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            losses = self.objective(self.flow_map, batch, self.companions)
+        terms = {name: term.mean() for name, term in losses.terms.items()}
+        return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
+
+
+@dataclass
+class Gradients:
+    """What the parts of a step's batch add up to, beside the gradients that lie with the parameters.
+
+    loss (): the mean of this process's share. times: (2, B) of each part. discriminator: its own gradients, none where
+    it does not learn.
+    """
+
+    loss: Tensor
+    times: list[Tensor] = field(default_factory=list)
+    discriminator: list[Tensor] = field(default_factory=list)
