@@ -167,19 +167,19 @@ def test_the_discriminator_begins_when_it_is_due(teacher: Path, digits: Dataset,
         for i, each in enumerate((config, never))
     ]
     assert all(trainer.learner.gan is not None for trainer in trainers)
-    first = weights(trainers[0].gan)  # type: ignore[arg-type]
+    first = weights(trainers[0].learner.gan)  # type: ignore[arg-type]
     alike, learned, heard = [], [], []
     for _ in range(6):
         for trainer in trainers:
             trainer.take_step()
         states = [trainer.learner.flow_map.network.state_dict() for trainer in trainers]
         alike.append(same(*states))
-        learned.append(not same(first, weights(trainers[0].gan)))  # type: ignore[arg-type]
+        learned.append(not same(first, weights(trainers[0].learner.gan)))  # type: ignore[arg-type]
         heard.append({"gan", "discriminator"} & trainers[0].window.terms.keys())
     assert alike == [True] * 4 + [False] * 2
     assert learned == [False] * 4 + [True] * 2
     assert heard == [set()] * 4 + [{"gan", "discriminator"}] * 2
-    assert same(first, weights(trainers[1].gan))  # type: ignore[arg-type]
+    assert same(first, weights(trainers[1].learner.gan))  # type: ignore[arg-type]
 
 
 def test_both_sides_see_the_labels_that_the_flow_map_saw(teacher: Path, digits: Dataset, tmp_path: Path) -> None:
