@@ -20,3 +20,16 @@ def test_types_fields_and_values_are_translated_at_any_depth(monkeypatch: pytest
         "more": [{"type": "New"}],
     }
     assert old_names.translated({"run": old, "n": None}) == {"run": new, "n": None}
+
+
+def test_what_lay_elsewhere_in_a_file_is_moved() -> None:
+    """From the top of the file; the record that was read stays, and a damaged place is left to the reader."""
+    old = {"flow_map": {"type": "FlowMapConfig", "class_names": ["a"], "shape": [2]}, "step_times": []}
+    new = {
+        "flow_map": {"type": "FlowMapConfig", "shape": [2]},
+        "pipeline": {"class_names": ["a"], "step_times": []},
+    }
+    assert old_names.translated_file(old) == new
+    assert "class_names" in old["flow_map"]
+    assert old_names.translated_file({"step_times": [], "pipeline": [1]}) == {"pipeline": [1]}
+    assert old_names.translated_file({"run": {}, "data": {}}) == {"run": {}, "data": {}}

@@ -87,10 +87,11 @@ def translated_file(record: dict[str, Any]) -> dict[str, Any]:
         if place is not None and field in place:
             value = place.pop(field)
             *parts, field = new.split(".")
-            target = found
+            target: Any = found
             for part in parts:
-                target = target.setdefault(part, {})
-            target[field] = value
+                target = target.setdefault(part, {}) if isinstance(target, dict) else None
+            if isinstance(target, dict):  # else the file is damaged, which reading it tells
+                target[field] = value
     return found
 
 
