@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fewstep.sampling.generate import Spacing
+from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
 from fewstep.utils.errors import ConfigError
 
@@ -61,48 +61,22 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run the command; raises what it calls raises."""
+    """Draw samples into a file or a folder; raises ConfigError for options that do not go together."""
     import torch
 
     from fewstep.evaluation.evaluate import own_settings
     from fewstep.sampling.decode import save_latents
-    from fewstep.sampling.generate import SamplingSettings
     from fewstep.training import load
 
-    named = f"samples-{options.seed}" + (f"-{options.weights}" if options.weights else "")
-    out = options.out or options.run / f"{named}{'.npz' if options.latents else '.png'}"
-    if out.suffix not in ("", ".png", ".npz"):
-        raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
-    if options.latents and out.suffix != ".npz":
-        raise ConfigError(f"{out}: latents are written to FILE.npz")
+    out = output_file(options)
     pipeline = load(options.run, options.weights)
     if pipeline.config.policy is not None:
         raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
     if torch.cuda.is_available() and not options.cpu:
         pipeline = pipeline.to("cuda")
     view = None if options.latents else pipeline.viewer(options.autoencoder)
-    own = own_settings(options.run, pipeline, options.steps)
-    if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
-        raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
-    scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    if scale == 1.0 and options.interval != (0.0, 1.0):
-        raise ConfigError(
-            "--interval bounds where guidance acts, and there is none: add --guidance-scale, or leave it out"
-        )
-    settings = SamplingSettings(
-        sampler=options.sampler or own.sampler,
-        steps=options.steps,
-        times=options.times,
-        spacing=options.spacing,
-        gamma=own.gamma if options.gamma is None else options.gamma,
-        guidance_scale=scale,
-        interval=options.interval,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
-    labels = None
-    if options.label:
-        labels = [options.label[k % len(options.label)] for k in range(options.count)]
+    settings = sampling_settings(options, own_settings(options.run, pipeline, options.steps))
+    labels = [options.label[k % len(options.label)] for k in range(options.count)] if options.label else None
     drawn = pipeline.generate(options.count, settings, labels)
     drawn.check_finite()
     if view is None:
@@ -114,3 +88,36 @@ def run(options: Options) -> None:
     tuned = settings.tuned(pipeline.step_times)
     if tuned is not None:
         print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
+
+
+def output_file(options: Options) -> Path:
+    """Where samples go."""
+    named = f"samples-{options.seed}" + (f"-{options.weights}" if options.weights else "")
+    out = options.out or options.run / f"{named}{'.npz' if options.latents else '.png'}"
+    if out.suffix not in ("", ".png", ".npz"):
+        raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
+    if options.latents and out.suffix != ".npz":
+        raise ConfigError(f"{out}: latents are written to FILE.npz")
+    return out
+
+
+def sampling_settings(options: Options, own: SamplingSettings) -> SamplingSettings:
+    """The run's own settings, with what the options give in their place."""
+    if options.gamma is not None and (options.sampler or own.sampler) != "gamma":
+        raise ConfigError(f"--gamma {options.gamma:g} is for the gamma sampler: add --sampler gamma, or leave it out")
+    scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    if scale == 1.0 and options.interval != (0.0, 1.0):
+        raise ConfigError(
+            "--interval bounds where guidance acts, and there is none: add --guidance-scale, or leave it out"
+        )
+    return SamplingSettings(
+        sampler=options.sampler or own.sampler,
+        steps=options.steps,
+        times=options.times,
+        spacing=options.spacing,
+        gamma=own.gamma if options.gamma is None else options.gamma,
+        guidance_scale=scale,
+        interval=options.interval,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
