@@ -23,7 +23,7 @@ def on_the_diagonal(
     """(x_t, v, t, s, condition, anchor's loss) of iSD, before anything is weighted."""
     t, s = base.pairs.draw(flow_map.path, batch)
     x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-    cond = base.condition(flow_map, batch)
+    cond = base.condition(flow_map, batch, t)
     target = base.guide(flow_map, batch, x, t, cond, conditional)
     v = flow_map.velocity(x, t, cond)
     return x, v, t, s, cond, base.weighting.measure(v - target)
@@ -46,8 +46,8 @@ class ISDApart(Objective):
             else Comparison(x[rows], x[rows])
         )
         distill = base.weighting.measure(compared.error)
-        loss = base.weighting.weight(anchor) * anchor
-        loss = loss.index_add(0, rows, base.weighting.weight(distill) * distill)
+        loss = base.weighting.weight(flow_map.path, anchor, t, x[0].numel()) * anchor
+        loss = loss.index_add(0, rows, base.weighting.weight(flow_map.path, distill, t[rows], x[0].numel()) * distill)
         logs = {"anchor": anchor.detach(), "distill": distill.detach()}
         return Losses(loss, t, s, logs)
 
@@ -69,7 +69,8 @@ class ISDTimeUnit(Objective):
         rows = batch.split(base.pairs.flow_matching_ratio)[1]
         error = self.error(flow_map, x[rows], v.detach()[rows], t[rows], s[rows], cond[rows])
         total = anchor.index_add(0, rows, base.weighting.measure(error))
-        return Losses(base.weighting.weight(total) * total, t, s, {"anchor": anchor.detach()})
+        weight = base.weighting.weight(flow_map.path, total, t, x[0].numel())
+        return Losses(weight * total, t, s, {"anchor": anchor.detach()})
 
     def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """N - N_target with the wrong derivative, (B, ...)."""

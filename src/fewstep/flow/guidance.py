@@ -15,6 +15,7 @@ from fewstep.flow.paths import Path
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
+from fewstep.utils.serialization import later
 from fewstep.utils.tensors import expand
 
 _MOST = torch.finfo(torch.float32).max  # what is more is infinite to samples
@@ -39,8 +40,16 @@ class TrainingGuidance(ABC):
         """(B, 3): log omega and the interval's ends as fractions of the path's unit clock."""
 
     def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
-        """omega (B,) of targets at times t: 1 outside the interval and where the label is dropped."""
+        """omega (B,) of targets at times t: 1 outside the interval and where no label is kept."""
         return omega_at(path, self.draw(draws), t, labels)
+
+    def share(self, label_dropout: float) -> float:
+        """Share of samples whose targets are guided, at most: those that keep their label."""
+        return 1 - label_dropout if self.active else 0.0
+
+    def fed(self, path: Path, draws: Draws, t: Tensor) -> Tensor:
+        """What a network that takes guidance is given at times t: (B, 3), as `draw`."""
+        return self.draw(draws)
 
 
 @final
@@ -60,9 +69,23 @@ class NoGuidance(TrainingGuidance):
         return unguided(len(draws.indices)).to(draws.indices.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActiveGuidance(TrainingGuidance):
+    """Guidance that moves targets."""
+
+    null_rows: bool = later(bool)
+    """Guide samples whose label was dropped too, as the published code of iSD-T does."""
+
+    def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
+        return super().strength(path, draws, t, torch.zeros_like(labels) if self.null_rows else labels)
+
+    def share(self, label_dropout: float) -> float:
+        return super().share(0.0 if self.null_rows else label_dropout)
+
+
 @final
 @dataclass(frozen=True)
-class FixedGuidance(TrainingGuidance):
+class FixedGuidance(ActiveGuidance):
     """One omega for the whole training, applied where low <= unit time <= high (2404.07724)."""
 
     omega: float = 1.5
@@ -91,7 +114,7 @@ class FixedGuidance(TrainingGuidance):
 
 @final
 @dataclass(frozen=True)
-class DrawnGuidance(TrainingGuidance):
+class DrawnGuidance(ActiveGuidance):
     """log omega uniform on [0, log omega_max]; the interval's ends uniform on [0, 1/2] and [1/2, 1] of the unit clock.
 
     All three numbers are inputs of the network, so the user chooses them when sampling.
@@ -100,7 +123,9 @@ class DrawnGuidance(TrainingGuidance):
     omega_max: float = 8.0
     """Largest strength drawn, above 1; 8 in iSD-T."""
     full: float = 0.5
-    """Share in [0, 1] of samples whose interval is the whole range."""
+    """Share in [0, 1] of samples whose interval is the whole range; 0 in the published code of iSD-T."""
+    fed_inside: bool = later(bool)
+    """Give the network its strength inside the interval alone and 1 outside, as the published code of iSD-T does."""
 
     def __post_init__(self) -> None:
         if not (1 < self.omega_max < math.inf and 0 <= self.full <= 1):
@@ -122,6 +147,13 @@ class DrawnGuidance(TrainingGuidance):
         low = torch.where(partial, inner / 2, 0.0)
         high = torch.where(partial, (1 + w) / 2, 1.0)
         return torch.stack([log_omega, low, high], dim=1)
+
+    def fed(self, path: Path, draws: Draws, t: Tensor) -> Tensor:
+        drawn = self.draw(draws)
+        if not self.fed_inside:
+            return drawn
+        omega = omega_at(path, drawn, t, torch.zeros_like(t))
+        return torch.cat([omega.log()[:, None], drawn[:, 1:]], dim=1)
 
 
 def unguided(count: int) -> Tensor:

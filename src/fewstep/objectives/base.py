@@ -184,13 +184,13 @@ class Objective(ABC):
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         """The losses of a batch."""
 
-    def condition(self, flow_map: FlowMap, batch: Batch) -> Condition:
-        """Labels with dropout, observations, and the guidance drawn for networks that take it."""
+    def condition(self, flow_map: FlowMap, batch: Batch, t: Tensor) -> Condition:
+        """Labels with dropout, observations, and for networks that take it the guidance at times t (B,)."""
         labels = None if batch.labels is None else drop_labels(batch.labels, self.label_dropout, batch.draws)
         cond = Condition(labels, observation=batch.observation)
         if self.guidance.conditions_network and labels is not None and not flow_map.guided:
             raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
-        return replace(cond, guidance=self.guidance.draw(batch.draws)) if flow_map.guided else cond
+        return replace(cond, guidance=self.guidance.fed(flow_map.path, batch.draws, t)) if flow_map.guided else cond
 
     def guide(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition, v: Tensor) -> Tensor:
         """v_null + omega (v - v_null), v_null the model's own velocity without a label and without gradient.

@@ -51,7 +51,7 @@ class AdjacentObjective(Objective):
         t, u = self.neighbours(flow_map.path, batch)
         check_end(flow_map)
         path, eps = flow_map.path, batch.noise()
-        s, cond = torch.full_like(t, path.t_min), self.condition(flow_map, batch)
+        s, cond = torch.full_like(t, path.t_min), self.condition(flow_map, batch, t)
         x, x_u = path.interpolate(batch.x0, eps, t), path.interpolate(batch.x0, eps, u)
         devices = [x.device] if x.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):  # both evaluations see the same dropout

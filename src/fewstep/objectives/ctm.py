@@ -77,10 +77,11 @@ class CTM(Objective):
         return self.gan > 0
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        target, cond = companions.ema_target, self.condition(flow_map, batch)
+        target = companions.ema_target
         n, k, j = self.steps.draw(batch, self.endpoint_only)
         grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
         t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
+        cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
         with torch.no_grad():

@@ -96,10 +96,11 @@ class CD(Objective):
         return self.distance.kind == "features"
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        target, cond = companions.ema_target, self.condition(flow_map, batch)
+        target = companions.ema_target
         n, k, j = self.steps.draw(batch, endpoint_only=True)
         grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
         t, u, s = grid[n], grid[k], grid[j]
+        cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
         with torch.no_grad():

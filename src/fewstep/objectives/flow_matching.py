@@ -48,8 +48,8 @@ class DiagonalMatching(Objective):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         path, x0 = flow_map.path, batch.x0
-        cond = self.condition(flow_map, batch)
         t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
+        cond = self.condition(flow_map, batch, t)
         eps = batch.noise()
         if self.measure == "velocity":
             velocity = flow_map.velocity(path.interpolate(x0, eps, t), t, cond)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.condition import Condition
 from fewstep.objectives.eulerian import eulerian_error
-from fewstep.objectives.losses import Comparison, Weighting
+from fewstep.objectives.losses import Comparison, Weighting, error_norm
 from fewstep.objectives.pairs import JointObjective, Pairs
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_positive
+from fewstep.utils.tensors import check_choice, check_positive
+
+AnchorKind = Literal["weighting", "mean-cosine"]
 
 
 def _one() -> float:
     return 1.0
+
+
+def _weighting() -> AnchorKind:
+    return "weighting"
 
 
 @final
@@ -31,13 +38,15 @@ class ISD(JointObjective):
     v* = v_null + omega (alpha' x0 + sigma' eps - v_null), v_null the model's own without a label and without gradient.
 
     Source: 2601.22679; math.md sections 5.1 to 5.3.
-    Deviations: the paper has `distill` 1, no share of samples with s = t and no endpoint_share. On too large a
-    `distill` see studies/degeneracy.md.
+    Deviations: the paper has `distill` 1, no share of samples with s = t and no endpoint_share. What its published
+    runs set besides is in the recipes imagenet256-dit-b4 and -xl1. On too large a `distill` see studies/degeneracy.md.
     """
 
     pairs: Pairs = Pairs(times=BetaTimes(), flow_matching_ratio=0.0)
     weighting: Weighting = Weighting(weight_power=1.0)
     derivative: Derivative = Derivative()
+    anchor: AnchorKind = later(_weighting)
+    """How |v - v*|^2 is measured: as `weighting` says, or mean-cosine, mean square plus 1 - cos(v, v*)."""
     distill: float = later(_one)
     """Weight of the second term, above 0; 1 in the paper. Too much, and the anchor holds no longer."""
 
@@ -47,10 +56,16 @@ class ISD(JointObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(distill=self.distill)
+        check_choice("anchor", self.anchor, get_args(AnchorKind))
 
     @property
     def share(self) -> float:
         return self.distill
+
+    def anchor_loss(self, error: Tensor, v: Tensor, target: Tensor) -> Tensor:
+        if self.anchor == "weighting":
+            return self.weighting.measure(error)
+        return error_norm(error, "l2", 0.0) + 1 - cosine_similarity(v.flatten(1), target.flatten(1))
 
     def off_diagonal(
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition

@@ -10,11 +10,14 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
+from fewstep.flow.paths import Path
 from fewstep.objectives.base import Batch, Companions
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_choice, check_positive
 
-LossNorm = Literal["l2", "pseudo-huber"]
+LossNorm = Literal["l2", "pseudo-huber", "pseudo-huber-mean"]
+TimeWeight = Literal["none", "cosine"]
 DistanceKind = Literal["l2", "pseudo-huber", "features"]
 
 
@@ -42,6 +45,10 @@ def rms(values: Tensor) -> Tensor:
     return values.flatten(1).square().mean(1).sqrt()
 
 
+def _none() -> TimeWeight:
+    return "none"
+
+
 @final
 @dataclass(frozen=True)
 class Weighting:
@@ -51,16 +58,23 @@ class Weighting:
     """
 
     norm: LossNorm = "l2"
-    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less."""
+    """How errors are measured: l2, their mean square, or pseudo-huber, which counts large ones less
+    pseudo-huber-mean: sqrt(mean square + c^2) - c, whose c does not depend on the dimension; iSD's with c = 5
+    """
     huber_c: float = 0.03
     """The c of pseudo-huber, above 0: an error much larger counts by its size, a smaller one by its square."""
     weight_power: float = 0.0
     """Power of the adaptive weight w, at least 0; 1 in iSD and MeanFlow, 0 is no weight."""
     weight_eps: float = 0.01
     """Added to the loss in the adaptive weight w, above 0; 0.01 in iSD, 0.001 in MeanFlow."""
+    eps_of_sum: bool = later(bool)
+    """Add weight_eps to the sum of a sample's numbers, as MeanFlow does: it is divided by how many they are."""
+    time_weight: TimeWeight = later(_none)
+    """cosine: also weigh by cos(pi t/2), t the share of the path's clock, as iSD's largest run does; or none."""
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, get_args(LossNorm))
+        check_choice("time_weight", self.time_weight, get_args(TimeWeight))
         check_positive(huber_c=self.huber_c, weight_eps=self.weight_eps)
         if not 0 <= self.weight_power < math.inf:
             raise ConfigError(f"power of the adaptive weight is {self.weight_power}; it must be finite and at least 0")
@@ -69,9 +83,13 @@ class Weighting:
         """(B, ...) -> (B,), not weighted yet."""
         return error_norm(error, self.norm, self.huber_c)
 
-    def weight(self, loss: Tensor) -> Tensor:
-        """w of a loss (B,), without gradient."""
-        return adaptive_weight(loss, self.weight_power, self.weight_eps)
+    def weight(self, path: Path, loss: Tensor, t: Tensor, numbers: int) -> Tensor:
+        """w (B,) of a loss (B,) at times t (B,) of samples of so many numbers, without gradient."""
+        weight = adaptive_weight(loss, self.weight_power, self.weight_eps / (numbers if self.eps_of_sum else 1))
+        if self.time_weight == "none":
+            return weight
+        share = (t - path.t_min) / (path.t_max - path.t_min)
+        return weight * torch.cos(0.5 * math.pi * share).to(weight.dtype)
 
 
 @final
@@ -99,11 +117,14 @@ class Distance:
 def error_norm(error: Tensor, norm: LossNorm, huber_c: float) -> Tensor:
     """(B, ...) -> (B,): mean square, or pseudo-Huber sqrt(sum of squares + c^2) - c (iCT, 2310.14189) over sqrt(dim).
 
-    Dividing by sqrt(dim) keeps pseudo-Huber's size independent of the data's dimension, as the mean does for L2.
+    Dividing by sqrt(dim) keeps pseudo-Huber's size independent of the data's dimension, as the mean does for L2. Of the
+    mean it is sqrt(mean square + c^2) - c (iSD, 2601.22679).
     """
     flat = error.flatten(1)
     if norm == "l2":
         return flat.square().mean(1)
+    if norm == "pseudo-huber-mean":
+        return torch.sqrt(flat.square().mean(1) + huber_c * huber_c) - huber_c
     distance = torch.sqrt(flat.square().sum(1) + huber_c * huber_c) - huber_c
     return distance / math.sqrt(flat.shape[1])
 

@@ -26,7 +26,8 @@ class MeanFlow(PairObjective):
     the data anchors the map.
 
     Source: 2505.13447; for any preconditioning math.md section 5.1.
-    Deviations: the second mixing scale kappa is left out; weight_eps is added to a mean of squares, not to a sum.
+    Deviations: the second mixing scale kappa is left out; weight_eps is added to a mean of squares, but for
+    `weighting.eps_of_sum`, which is the paper's.
     """
 
     pairs: Pairs = Pairs(times=LogitNormalTimes())
@@ -39,7 +40,7 @@ class MeanFlow(PairObjective):
 
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x, v = flow_map.path.sample(batch.x0, batch.noise(), t)
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         v = self.guide(flow_map, batch, x, t, cond, v)
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
         return eulerian_error(flow_map, x, v, output, d_output, t, s)

@@ -96,7 +96,7 @@ class PairObjective(AnchoredObjective):
         anchor = anchor_error(self, flow_map, batch[on], t[on])
         own = batch[off]
         compared = self.off_diagonal(flow_map, own, t[off], s[off]) if len(off) else nothing(self, own.x0)
-        return split_losses(batch, t, s, rows, anchor, compared, self.weighting)
+        return split_losses(batch, flow_map.path, (t, s), rows, anchor, compared, self.weighting)
 
     @abstractmethod
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
@@ -114,14 +114,19 @@ class JointObjective(AnchoredObjective):
         t, s = self.pairs.draw(flow_map.path, batch)
         off = batch.split(self.pairs.flow_matching_ratio)[1]
         x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         target = self.guide(flow_map, batch, x, t, cond, conditional)
         v = flow_map.velocity(x, t, cond)
         own = x[off]
         compared = (
             self.off_diagonal(flow_map, own, v[off], t[off], s[off], cond[off]) if len(off) else nothing(self, own)
         )
-        return joint_losses(batch, t, s, off, v - target, compared, self.weighting, self.share)
+        anchor = self.anchor_loss(batch.masked(v - target), v, target)
+        return joint_losses(batch, flow_map.path, (t, s), off, anchor, compared, self.weighting, self.share)
+
+    def anchor_loss(self, error: Tensor, v: Tensor, target: Tensor) -> Tensor:
+        """|v - v*|^2 (B,) of the error between them, (B, ...) with zeros for what does not count."""
+        return self.weighting.measure(error)
 
     @property
     def share(self) -> float:
@@ -144,7 +149,7 @@ def anchor_error(objective: Objective, flow_map: FlowMap, batch: Batch, t: Tenso
     if len(t) == 0:
         return batch.x0
     x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-    cond = objective.condition(flow_map, batch)
+    cond = objective.condition(flow_map, batch, t)
     target = objective.guide(flow_map, batch, x, t, cond, conditional)
     return flow_map.velocity(x, t, cond) - target
 
@@ -156,8 +161,8 @@ def nothing(objective: Objective, x: Tensor) -> Comparison:
 
 def split_losses(
     batch: Batch,
-    t: Tensor,
-    s: Tensor,
+    path: Path,
+    times: tuple[Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
     anchor: Tensor,
     compared: Comparison,
@@ -165,27 +170,27 @@ def split_losses(
 ) -> Losses:
     """The anchor's errors of the rows with s = t and the comparison of the others, weighted."""
     terms = [
-        _spread(weighting.measure(batch.masked(error, own)), own, len(t))
+        _spread(weighting.measure(batch.masked(error, own)), own, len(batch.x0))
         for error, own in zip((anchor, compared.error), rows, strict=True)
     ]
-    return _weighted(t, s, (terms[0], terms[1]), rows, compared, weighting)
+    return _weighted(batch, path, times, (terms[0], terms[1]), rows, compared, weighting)
 
 
 def joint_losses(
     batch: Batch,
-    t: Tensor,
-    s: Tensor,
+    path: Path,
+    times: tuple[Tensor, Tensor],
     off: Tensor,
     anchor: Tensor,
     compared: Comparison,
     weighting: Weighting,
     share: float,
 ) -> Losses:
-    """The anchor's errors of all samples and, added with weight `share`, the comparison of the rows `off`, weighted."""
-    every = torch.arange(len(t), device=off.device)
+    """The anchor's losses (B,) and, added with weight `share`, the comparison of the rows `off`, weighted."""
+    every = torch.arange(len(anchor), device=off.device)
     own = share * weighting.measure(batch.masked(compared.error, off))
-    terms = weighting.measure(batch.masked(anchor)), _spread(own, off, len(t))
-    return _weighted(t, s, terms, (every, off), compared, weighting)
+    terms = anchor, _spread(own, off, len(anchor))
+    return _weighted(batch, path, times, terms, (every, off), compared, weighting)
 
 
 def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -194,15 +199,17 @@ def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _weighted(
-    t: Tensor,
-    s: Tensor,
+    batch: Batch,
+    path: Path,
+    times: tuple[Tensor, Tensor],
     terms: tuple[Tensor, Tensor],
     rows: tuple[Tensor, Tensor],
     compared: Comparison,
     weighting: Weighting,
 ) -> Losses:
     """w (anchor + distill); terms (B,), zero outside their rows."""
-    weight = weighting.weight(terms[0] + terms[1])
+    (t, s), numbers = times, batch.x0[0].numel()
+    weight = weighting.weight(path, terms[0] + terms[1], t, numbers)
     named = dict(zip(("anchor", "distill"), terms, strict=True))
     logs = {key: term.detach()[own] for (key, term), own in zip(named.items(), rows, strict=True)}
     parts = {key: weight * term for key, term in named.items()}

@@ -35,6 +35,6 @@ class Regression(Objective):
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         x0, path = batch.x0, flow_map.path
         t, s = at(path.t_max, x0), at(path.t_min, x0)
-        mean = flow_map.jump(torch.zeros_like(x0), t, s, self.condition(flow_map, batch))
+        mean = flow_map.jump(torch.zeros_like(x0), t, s, self.condition(flow_map, batch, t))
         loss = per_sample_mean(batch.masked(mean - x0).square())
         return Losses(loss, t, s, {"regression": loss.detach()})

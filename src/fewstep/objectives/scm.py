@@ -97,7 +97,7 @@ class ContinuousObjective(Objective):
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         check_end(flow_map, continuous=True)
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         x, v = self.driving(flow_map, batch, t, cond, companions)
         compared = self.tangent.compare(flow_map, batch, x, v, t, cond)
         loss = error_norm(batch.masked(compared.error), "l2", 0.0)

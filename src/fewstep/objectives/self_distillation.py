@@ -65,7 +65,7 @@ class LSD(PairObjective):
 
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         output, d_output = self.derivative.at_end(flow_map, x, t, s, cond, attached=True)
 
         def jump(s: Tensor, output: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class PSD(PairObjective):
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         u = self.between(flow_map.path, batch)
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         with torch.no_grad():
             goal = flow_map.jump(flow_map.jump(x, t, u, cond), u, s, cond)
         return semigroup(flow_map, x, t, s, cond, goal)

@@ -78,7 +78,7 @@ class Shortcut(Objective):
         compared = (
             self.off_diagonal(flow_map, own, (t[off], u[off], s[off]), short) if len(off) else nothing(self, own.x0)
         )
-        return split_losses(batch, t, s, rows, anchor, compared, self.weighting)
+        return split_losses(batch, flow_map.path, (t, s), rows, anchor, compared, self.weighting)
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""
@@ -96,7 +96,7 @@ class Shortcut(Objective):
         """The long jump against the two short ones, over t - s."""
         t, u, s = times
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
-        cond = self.condition(flow_map, batch)
+        cond = self.condition(flow_map, batch, t)
         smallest = batch.draws.integers(STREAM_SIZE, self.steps.bit_length() - 1) == self.steps.bit_length() - 2
         with torch.no_grad():
             middle = short_jump(short, x, t, u, cond, smallest)

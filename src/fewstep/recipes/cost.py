@@ -89,7 +89,7 @@ def passes(objective: Objective, bf16: bool = False) -> float:
     if not isinstance(objective, ISD):
         raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
     entry = next(each for each in TABLE if each.name == "iSD")
-    null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
+    null = objective.guidance.share(objective.label_dropout)
     derivative = entry.tangents if objective.derivative.kind == "exact" else 3 if bf16 else 2
     off = entry.forward + entry.frozen + derivative + 2 * entry.backward
     on = 1 + 2

@@ -70,7 +70,7 @@ def ema_names(powers: tuple[float, ...], decays: tuple[float, ...]) -> list[str]
     return [*(f"power-{width!r}" for width in powers), *(f"constant-{decay!r}" for decay in decays)]
 
 
-def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...]) -> list[EMA]:
+def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...], ramp: bool = True) -> list[EMA]:
     """The averages of a recipe, power functions first; raises ConfigError when there is none."""
     for decay in decays:
         if not 0 <= decay < 1:
@@ -81,4 +81,4 @@ def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float,
     if not names:
         raise ConfigError("a recipe needs at least one EMA: give ema_power or ema_decay")
     kinds = [*((None, power_exponent(width)) for width in powers), *((decay, None) for decay in decays)]
-    return [EMA(name, module, *kind) for name, kind in zip(names, kinds, strict=True)]
+    return [EMA(name, module, *kind, ramp) for name, kind in zip(names, kinds, strict=True)]

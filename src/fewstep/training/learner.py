@@ -33,7 +33,8 @@ class Learner:
     ) -> None:
         self.pipeline, self.statistics, self.gan = pipeline, statistics, gan
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
-        self.emas = make_emas(self.flow_map.network, config.training.ema_power, config.training.ema_decay)
+        settings = config.training
+        self.emas = make_emas(self.flow_map.network, settings.ema_power, settings.ema_decay, settings.ema_ramp)
         decay = config.objective.target_decay
         self.target = None if decay is None else SlowAverage(self.flow_map, decay)
 
