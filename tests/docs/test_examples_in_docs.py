@@ -1,0 +1,52 @@
+"""Python in the documentation runs as it stands, and says what the page says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "guides" / "add-an-objective.md"
+
+
+def blocks(page: Path) -> list[str]:
+    """The Python code blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The guide's objective, as the file that it tells the reader to save."""
+    file = tmp_path / "my_objective.py"
+    file.write_text(blocks(GUIDE)[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield file
+    sys.modules.pop("my_objective", None)
+
+
+@pytest.mark.usefixtures("written")
+def test_guides_objective_is_zero_at_an_exact_flow_map() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks(GUIDE)[1], names)
+    assert names["losses"].logs["distill"].max() < 1e-25
+
+
+@pytest.mark.usefixtures("written")
+def test_guides_objective_trains_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    train = "train digits --objective my_objective.py:OwnTangent --network.width 16 --training.images 512 --runtime.cpu"
+    assert main([*train.split(), "--training.sample-images", "0", "--out", "mine"]) == 0, capsys.readouterr().err
+    assert main(["sample", "mine", "--import", "my_objective.py", "--count", "4", "--cpu"]) == 0
+
+
+def test_readmes_pieces_make_a_loss() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks(ROOT / "README.md")[1], names)
+    assert torch.isfinite(names["losses"].loss).all()
