@@ -45,7 +45,7 @@ class _CapturedError(Exception):
 
 def parser_of(command: str, args: Sequence[str] = ()) -> Any:
     """The argparse parser that a command would read its words with, or None where it takes no options."""
-    from fewstep.cli.main import COMMANDS
+    from fewstep.cli.main import run_command
 
     seen: dict[str, Any] = {}
 
@@ -55,7 +55,7 @@ def parser_of(command: str, args: Sequence[str] = ()) -> Any:
 
     real, tyro.cli = tyro.cli, capture
     try:
-        COMMANDS[command]([*args, "--help"])
+        run_command(command, [*args, "--help"])
     except _CapturedError:
         pass
     except Exception:
