@@ -35,7 +35,7 @@ from fewstep.objectives import (
 )
 from fewstep.objectives.base import Objective
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
-from fewstep.utils.parts import kind
+from fewstep.utils.parts import kind, kind_name
 
 SAMPLE_SEED = 91_000
 LR = 3e-3
@@ -99,7 +99,9 @@ def objectives(study: Study, derivative: str) -> dict[str, Objective]:
     """Every objective by name with its paper's settings; curricula stretched over the run."""
     images = study.steps * study.batch
     d: dict[str, Any] = {"derivative": Derivative(derivative)}
-    huber = Distance("pseudo-huber", 0.00054 * math.sqrt(SIZES[study.data.source]))  # of iCT, 2310.14189
+    huber = Distance(
+        "pseudo-huber", 0.00054 * math.sqrt(SIZES[kind_name(type(study.data.source))])
+    )  # of iCT, 2310.14189
     tangent = Tangent(warm_up_images=images // 5, derivative=d["derivative"])
     isd, wide = ISD(**d), Weighting(weight_power=1.0, weight_eps=1.0)
     half, most = (Pairs(BetaTimes(), flow_matching_ratio=share) for share in (0.5, 0.75))

@@ -13,6 +13,8 @@ from fewstep._version import __version__
 if TYPE_CHECKING:
     from fewstep.data import DataConfig as DataConfig
     from fewstep.data import Dataset as Dataset
+    from fewstep.data import DataSource as DataSource
+    from fewstep.data import ImageSource as ImageSource
     from fewstep.data import load_dataset as load_dataset
     from fewstep.data.demonstrations.episodes import Demonstrations as Demonstrations
     from fewstep.data.demonstrations.episodes import load_demonstrations as load_demonstrations

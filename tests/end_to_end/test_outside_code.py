@@ -28,9 +28,9 @@ from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
 QUIET = ("--machine.cpu", "--machine.quiet", "--machine.threads", "1")
 PARTS = (
-    "--import", OUTSIDE, "--model.path", "bent", "--model.preconditioning", f"{OUTSIDE}:SteepPreconditioningConfig",
-    "--model.preconditioning.rate", 3, "--model.scaling", "half", "--network", "affine",
-    "--objective", "scaled-matching", "--objective.scale", "2.0",
+    "--import", OUTSIDE, "--data.source", "stripes", "--data.source.width", 6, "--model.path", "bent",
+    "--model.preconditioning", f"{OUTSIDE}:SteepPreconditioningConfig", "--model.preconditioning.rate", 3,
+    "--model.scaling", "half", "--network", "affine", "--objective", "scaled-matching", "--objective.scale", "2.0",
 )  # fmt: skip
 
 
@@ -77,8 +77,8 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
     assert command("train", "digits", *PARTS, *STEPS, *QUIET, "--out", "run").code == 0
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
     there = json.loads((outside_run / "config.json").read_text())["run"]
-    assert [stored[key] for key in ("model", "network", "objective")] == [
-        there[key] for key in ("model", "network", "objective")
+    assert [stored[key] for key in ("data", "model", "network", "objective")] == [
+        there[key] for key in ("data", "model", "network", "objective")
     ]
     assert stored["objective"] == {"type": "outside.py:ScaledMatching", "scale": 2.0, "label_dropout": 0.0}
     assert_same_run(tmp_path / "run", outside_run)

@@ -32,7 +32,7 @@ from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.training import RunFolder, train
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.parts import kind
+from fewstep.utils.parts import kind, kind_name
 from fewstep.utils.serialization import from_json, to_json
 from tests.support.objectives import made
 from tests.support.tiny import RUNTIME
@@ -47,9 +47,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 
 def shape_and_classes(config: RunConfig) -> tuple[tuple[int, ...], int]:
     """Of the data that a recipe is made for."""
-    if config.data.source == "latents":
+    if kind_name(type(config.data.source)) == "latents":
         return AT_SCALE[config.recipe].shape, AT_SCALE[config.recipe].classes
-    return SHAPES[config.data.source]
+    return SHAPES[kind_name(type(config.data.source))]
 
 
 def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
@@ -125,10 +125,10 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
     data = config.data
-    if data.source in ("idx", "latents"):  # shapes and labels without the files
+    if kind_name(type(data.source)) in ("idx", "latents"):  # shapes and labels without the files
         shape, classes = shape_and_classes(config)
         data = DataConfig(source="random", random_shape=shape, random_classes=classes, labels=data.labels)
-    data = replace(data, random_count=8, root=demonstrations if data.source == "demonstrations" else "")
+    data = replace(data, random_count=8, root=demonstrations if data.source.of_actions else "")
     statistics = replace(config.statistics, points=16, samples=8)
     return replace(config, network=network, training=training, data=data, statistics=statistics)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fewstep.data import DataConfig, ImageSource, Samples
+from fewstep.data.base import Loaded
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path, PathConfig, PathValues
 from fewstep.flow.preconditioning import Preconditioning, PreconditioningConfig, Scaling, ScalingConfig, ScalingValues
@@ -125,12 +127,30 @@ class AffineConfig(NetworkConfig):
         return Affine(shape, num_classes, guided, observation)
 
 
+@dataclass(frozen=True)
+class StripesSource(ImageSource):
+    """Bright columns on noise, in as many classes as there are places for them."""
+
+    width: int = 4
+    """Side of an image."""
+
+    reads_root = False
+
+    def load(self, settings: DataConfig) -> Loaded:
+        generator = torch.Generator().manual_seed(settings.seed)
+        labels = torch.arange(200) % self.width
+        values = 0.1 * torch.randn(200, 1, self.width, self.width, generator=generator)
+        values[torch.arange(200), :, :, labels] += 0.5
+        return Loaded("stripes", Samples(values, labels), None, tuple(str(k) for k in range(self.width)))
+
+
 def outside() -> RunConfig:
     """Ten steps on digits with nothing but parts of this file."""
     base = recipe("digits")
     return replace(
         base,
         recipe="outside",
+        data=DataConfig(source=StripesSource(width=6)),
         model=replace(
             base.model,
             path=BentPathConfig(),

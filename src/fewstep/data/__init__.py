@@ -3,11 +3,13 @@
 from fewstep.data.augment import random_flips
 from fewstep.data.base import Dataset, Samples, SampleSet
 from fewstep.data.order import batch_indices
-from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, DataSource, ImageSource, load_dataset
 
 __all__ = [
     "DataConfig",
+    "DataSource",
     "Dataset",
+    "ImageSource",
     "SampleSet",
     "Samples",
     "batch_indices",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fewstep.data.latents.shards import load_latents
 from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
 from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
+from fewstep.utils.parts import kind_name, take_kinds
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
 
@@ -26,24 +28,131 @@ _LUMA = (19595, 38470, 7471)
 # Streams of their own: the order of an epoch is drawn from stream 0 of the same seeds.
 _VALUES, _LABELS = 52, 53
 _DRAWN_AT_ONCE = 256
-_BUILT_IN = ("digits", "mixture", "random")
+
+
+class DataSource(ABC):
+    """Where samples come from; subclasses are final frozen dataclasses, with settings of their own or none.
+
+    reads_root: whether it reads the folder or file that the data's settings name. of_actions: whether its samples are a
+    robot's actions.
+    """
+
+    reads_root: ClassVar[bool] = True
+    of_actions: ClassVar[bool] = False
+
+    @abstractmethod
+    def dataset(self, settings: DataConfig) -> Dataset:
+        """The data set; raises DataError for data that are missing or do not fit."""
+
+
+class ImageSource(DataSource):
+    """Samples (C, H, W) whose channels are converted, and which are split unless they bring a held-out part."""
+
+    @abstractmethod
+    def load(self, settings: DataConfig) -> Loaded:
+        """The samples as they are."""
+
+    def dataset(self, settings: DataConfig) -> Dataset:
+        loaded = self.load(settings)
+        parts = _split(loaded, settings) if loaded.heldout is None else (loaded.train, loaded.heldout)
+        train, heldout = (_convert(loaded.name, part, settings) for part in parts)
+        if not settings.labels:
+            return Dataset(loaded.name, Samples(train.values), Samples(heldout.values))
+        return Dataset(loaded.name, train, heldout, len(loaded.class_names), loaded.class_names)
+
+
+@final
+@dataclass(frozen=True)
+class DigitsSource(ImageSource):
+    """scikit-learn's 8x8 digits."""
+
+    reads_root: ClassVar[bool] = False
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return _load_digits()
+
+
+@final
+@dataclass(frozen=True)
+class IdxSource(ImageSource):
+    """MNIST's files."""
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return load_idx(settings.root)
+
+
+@final
+@dataclass(frozen=True)
+class ImagesSource(ImageSource):
+    """A folder of image files."""
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return load_folder(settings.root, settings.image_size, settings.skip_unreadable)
+
+
+@final
+@dataclass(frozen=True)
+class LatentsSource(DataSource):
+    """A folder that `fewstep encode` wrote, split as it says."""
+
+    def dataset(self, settings: DataConfig) -> Dataset:
+        if settings.image_size or settings.channels:
+            raise ConfigError(
+                "latents keep the size and channels they were encoded to: leave image_size and channels at 0"
+            )
+        return load_latents(settings.root, settings.labels)
+
+
+@final
+@dataclass(frozen=True)
+class DemonstrationsSource(DataSource):
+    """A robot's episodes in a file that `fewstep demos` wrote, held out by whole episodes."""
+
+    of_actions: ClassVar[bool] = True
+
+    def dataset(self, settings: DataConfig) -> Dataset:
+        if settings.image_size or settings.channels:
+            raise ConfigError("demonstrations are no images: leave image_size and channels at 0")
+        return load_chunks(settings.root, settings.chunks, settings.heldout, settings.seed)
+
+
+@final
+@dataclass(frozen=True)
+class MixtureSource(ImageSource):
+    """A mixture of Gaussians with a closed-form denoiser (fewstep.data.toys)."""
+
+    reads_root: ClassVar[bool] = False
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return load_mixture(settings.seed)
+
+
+@final
+@dataclass(frozen=True)
+class NpzSource(ImageSource):
+    """A NumPy archive."""
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return load_npz(settings.root, settings.npz_layout)
+
+
+@final
+@dataclass(frozen=True)
+class RandomSource(ImageSource):
+    """Standard-normal latents with uniform labels, to build large configurations without their data."""
+
+    reads_root: ClassVar[bool] = False
+
+    def load(self, settings: DataConfig) -> Loaded:
+        return _load_random(settings)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """A data source and how to read it."""
 
-    source: Literal["digits", "idx", "images", "latents", "demonstrations", "mixture", "npz", "random"] = "digits"
-    """Where the samples come from:
-    digits: scikit-learn's 8x8 digits
-    idx: MNIST's files
-    images: a folder of image files
-    npz: a NumPy archive
-    latents: a folder that `fewstep encode` wrote, split as it says
-    demonstrations: a robot's episodes in a file that `fewstep demos` wrote, held out by whole episodes
-    mixture: a mixture of Gaussians with a closed-form denoiser (fewstep.data.toys)
-    random: standard-normal latents with uniform labels, to build large configurations without their data
-    """
+    source: DataSource = field(default_factory=DigitsSource)
+    """Where the samples come from."""
     root: str = ""
     """The folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST (idx)."""
     image_size: int = 0
@@ -69,7 +178,8 @@ class DataConfig:
     chunks: ChunkConfig = later(ChunkConfig)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values outside these ranges."""
+        """Take a source by its name too; raise ConfigError for values outside these ranges."""
+        take_kinds(self)
         if not 0.0 < self.heldout < 1.0:
             raise ConfigError(f"heldout is {self.heldout}: give a fraction between 0 and 1, ends excluded")
         if self.image_size < 0:
@@ -89,47 +199,13 @@ def load_dataset(config: DataConfig) -> Dataset:
     Equal configurations and files give equal data sets. Raises DataError for data that are missing, corrupt, too few
     or of another shape than asked for, and MissingExtraError when a source needs a package that is absent.
     """
-    if config.root and config.source in _BUILT_IN:
+    if config.root and not config.source.reads_root:
         raise ConfigError(
-            f"the data source {config.source!r} is built in and reads nothing from {config.root!r}: name the kind of "
-            "data with --data.source (images, idx, npz, latents, demonstrations), or leave --data.root out"
+            f"the data source {kind_name(type(config.source))!r} is built in and reads nothing from {config.root!r}: "
+            "name the kind of data with --data.source (images, idx, npz, latents, demonstrations), or leave "
+            "--data.root out"
         )
-    if config.source == "latents":
-        return _load_latents(config)
-    if config.source == "demonstrations":
-        if config.image_size or config.channels:
-            raise ConfigError("demonstrations are no images: leave image_size and channels at 0")
-        return load_chunks(config.root, config.chunks, config.heldout, config.seed)
-    loaded = _load(config)
-    parts = _split(loaded, config) if loaded.heldout is None else (loaded.train, loaded.heldout)
-    train, heldout = (_convert(loaded.name, part, config) for part in parts)
-    if not config.labels:
-        return Dataset(loaded.name, Samples(train.values), Samples(heldout.values))
-    return Dataset(loaded.name, train, heldout, len(loaded.class_names), loaded.class_names)
-
-
-def _load(config: DataConfig) -> Loaded:
-    if config.source == "digits":
-        return _load_digits()
-    if config.source == "idx":
-        return load_idx(config.root)
-    if config.source == "images":
-        return load_folder(config.root, config.image_size, config.skip_unreadable)
-    if config.source == "npz":
-        return load_npz(config.root, config.npz_layout)
-    if config.source == "mixture":
-        return load_mixture(config.seed)
-    if config.source == "random":
-        return _load_random(config)
-    raise ConfigError(
-        f"source is '{config.source}': give digits, idx, images, latents, demonstrations, mixture, npz or random"
-    )
-
-
-def _load_latents(config: DataConfig) -> Dataset:
-    if config.image_size or config.channels:
-        raise ConfigError("latents keep the size and channels they were encoded to: leave image_size and channels at 0")
-    return load_latents(config.root, config.labels)
+    return config.source.dataset(config)
 
 
 def _load_digits() -> Loaded:

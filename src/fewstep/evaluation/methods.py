@@ -80,7 +80,7 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
         with reading_line(file, number):
             measure, images, value = _point(record)
         curves.setdefault(measure, {})[images] = value
-    if not curves and run.config().data.source == "demonstrations":
+    if not curves and run.config().data.source.of_actions:
         raise ConfigError(
             f"{run.root} holds a policy, which has no learning curve of samples: compare policies by how they act, "
             f"fewstep rollout {run.root}"

@@ -19,6 +19,7 @@ from fewstep.flow.preconditioning import (
 from fewstep.networks import DiscriminatorConfig, MLPConfig, NetworkConfig
 from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.parts import take_kinds
 from fewstep.utils.serialization import later
 
 
@@ -36,6 +37,7 @@ class ModelConfig:
     """Standard deviation of the data; None measures it on the training data."""
 
     def __post_init__(self) -> None:
+        take_kinds(self)
         if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
             raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
         self.preconditioning.check_scaling(self.scaling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.data.sources import DigitsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
@@ -22,7 +23,7 @@ def digits() -> RunConfig:
     """
     return RunConfig(
         recipe="digits",
-        data=DataConfig(source="digits"),
+        data=DataConfig(DigitsSource()),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=ISD(
             pairs=Pairs(LogitNormalTimes(), flow_matching_ratio=0.75, endpoint_share=1.0),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.data.sources import DigitsSource, IdxSource, MixtureSource
 from fewstep.flow.paths import EDMPathConfig
 from fewstep.flow.preconditioning import EDMScalingConfig, EulerPreconditioningConfig
 from fewstep.flow.times import LogNormalTimes
@@ -30,7 +31,7 @@ def edm_mixture() -> RunConfig:
     """
     return RunConfig(
         recipe="edm-mixture",
-        data=DataConfig(source="mixture"),
+        data=DataConfig(MixtureSource()),
         model=EDM_MODEL,
         network=MLPConfig(width=128, depth=3, expansion=1.0, embedding_width=64, max_frequency=16.0),
         objective=EDM_OBJECTIVE,
@@ -50,7 +51,7 @@ def edm_digits() -> RunConfig:
     """
     return RunConfig(
         recipe="edm-digits",
-        data=DataConfig(source="digits", labels=False),
+        data=DataConfig(DigitsSource(), labels=False),
         model=EDM_MODEL,
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=128, max_frequency=16.0),
         objective=EDM_OBJECTIVE,
@@ -71,7 +72,7 @@ def edm_fashion_mnist() -> RunConfig:
     return replace(
         base,
         recipe="edm-fashion-mnist",
-        data=DataConfig(source="idx", labels=False),
+        data=DataConfig(IdxSource(), labels=False),
         network=UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2),
         optimizer=OptimizerConfig(lr=2e-3, warmup_images=25_600, decay="cosine"),
         training=TrainingConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.data.sources import IdxSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
@@ -21,7 +22,7 @@ def fashion_mnist_unet() -> RunConfig:
     """
     return RunConfig(
         recipe="fashion-mnist-unet",
-        data=DataConfig(source="idx"),
+        data=DataConfig(IdxSource()),
         network=UNetConfig(
             width=48, multipliers=(1, 2), blocks=1, attention=(7,), head_width=32, patch=2, max_frequency=16.0
         ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fewstep.data import DataConfig
+from fewstep.data.sources import LatentsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
 from fewstep.flow.paths import TrigPathConfig
@@ -44,7 +45,7 @@ def imagenet256_dit_b4() -> RunConfig:
     """
     return RunConfig(
         recipe="imagenet256-dit-b4",
-        data=DataConfig(source="latents"),
+        data=DataConfig(LatentsSource()),
         model=ModelConfig(TrigPathConfig(), TrigPreconditioningConfig(), UnitScalingConfig()),
         network=DiTConfig.of("B", 4),
         objective=_isd(FixedGuidance(omega=5.0, null_rows=True)),
@@ -67,7 +68,7 @@ def imagenet256_dit_xl1() -> RunConfig:
     guidance = DrawnGuidance(omega_max=8.0, full=0.0, null_rows=True, fed_inside=True)
     return RunConfig(
         recipe="imagenet256-dit-xl1",
-        data=DataConfig(source="latents"),
+        data=DataConfig(LatentsSource()),
         network=DiTConfig.of("XL", 1),
         objective=replace(_isd(guidance), weighting=weighting, anchor="mean-cosine"),
         optimizer=OptimizerConfig(name="muon", lr=1e-4, matrix_lr=5e-4, beta2=0.95, clip=0.1, warmup_images=0),
@@ -85,7 +86,7 @@ def celebahq256_dit_b4() -> RunConfig:
     return replace(
         imagenet256_dit_b4(),
         recipe="celebahq256-dit-b4",
-        data=DataConfig(source="latents", labels=False),
+        data=DataConfig(LatentsSource(), labels=False),
         objective=_isd(NoGuidance()),
         optimizer=OptimizerConfig(name="adamw", lr=1e-4, warmup_images=0),
         training=_durations(100_000),

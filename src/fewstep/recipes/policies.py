@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.data import DataConfig
+from fewstep.data.sources import DemonstrationsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks import MLPConfig, UNet1dConfig
@@ -20,7 +21,7 @@ def policy_mlp() -> RunConfig:
     """
     return RunConfig(
         recipe="policy-mlp",
-        data=DataConfig(source="demonstrations", heldout=0.05),
+        data=DataConfig(DemonstrationsSource(), heldout=0.05),
         network=MLPConfig(width=512, depth=4, expansion=0.5, embedding_width=64, max_frequency=16.0),
         objective=ISD(
             pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75),

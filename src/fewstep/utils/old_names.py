@@ -59,6 +59,10 @@ def _kinds(ending: str, **stems: str) -> dict[Any, Any]:
 
 
 VALUES: dict[tuple[str, str], dict[Any, Any]] = {
+    ("DataConfig", "source"): _kinds(
+        "Source", digits="Digits", idx="Idx", images="Images", latents="Latents", demonstrations="Demonstrations",
+        mixture="Mixture", npz="Npz", random="Random",
+    ),
     ("ModelConfig", "path"): _kinds("PathConfig", linear="Linear", trig="Trig", edm="EDM", vp="VP"),
     ("ModelConfig", "preconditioning"): _kinds(
         "PreconditioningConfig", linear="Linear", trig="Trig", euler="Euler", cm="CM", bcm="BCM",

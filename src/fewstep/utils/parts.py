@@ -32,7 +32,7 @@ def concrete_classes(annotation: Any) -> list[type]:
     if typing.get_origin(annotation) in (Union, types.UnionType):
         parts = [concrete_classes(part) for part in typing.get_args(annotation)]
         return [leaf for part in parts for leaf in part] if all(parts) else []
-    if not isinstance(annotation, type):
+    if not isinstance(annotation, type) or annotation.__module__ == "builtins":
         return []
     subclasses: list[type] = annotation.__subclasses__()
     own = [annotation] if dataclasses.is_dataclass(annotation) and not inspect.isabstract(annotation) else []
@@ -57,6 +57,17 @@ def kinds(annotation: Any) -> dict[str, type]:
 def kind(annotation: Any, name: str) -> Any:
     """The kind of that name with its own defaults; raises as `kind_class` does."""
     return with_defaults(kind_class(annotation, name))
+
+
+def take_kinds(settings: Any) -> None:
+    """Put the kind of that name, with its defaults, where a dataclass was given a name for one of its parts.
+
+    For `__post_init__`, so that ModelConfig(path="trig") is ModelConfig(path=TrigPathConfig()). Raises as `kind` does.
+    """
+    for name, annotation in typing.get_type_hints(type(settings)).items():
+        given = getattr(settings, name)
+        if isinstance(given, str) and concrete_classes(annotation):
+            object.__setattr__(settings, name, kind(annotation, given))
 
 
 def with_defaults(cls: type) -> Any:
