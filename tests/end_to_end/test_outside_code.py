@@ -84,6 +84,33 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
     assert_same_run(tmp_path / "run", outside_run)
 
 
+@pytest.mark.parametrize("kind", ["ctm-digits", "cd-digits", "digits-scd"])
+def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_path: Path) -> None:
+    """CTM with statistics of it, CD and sCD; stopped after three steps, resumed, and aligned with it."""
+    teacher = ("--teacher", f"{OUTSIDE}:MeanTeacher", "--initial=")
+    data = ("--data.source", f"{OUTSIDE}:StripesSource", "--data.source.width", 6, "--data.labels")
+    words = ("train", kind, *data, *SMALL, *STEPS, "--statistics.samples", 64, "--statistics.points", 8, *teacher)
+    assert command(*words, "--out", "whole").code == 0
+    assert command(*words, "--out", "run").code == 0
+    for step in (9, 10):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
+    assert command(*words, "--out", "run").code == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert json.loads((tmp_path / "run/config.json").read_text())["run"]["teacher"] == "outside.py:MeanTeacher"
+    shown = command("evaluate", "run")
+    assert (shown.code, shown.err) == (0, "")
+    assert "Alignment with outside.py:MeanTeacher" in shown.out
+    assert not (tmp_path / "outside.py:MeanTeacher").exists()
+
+
+def test_a_teacher_must_be_one(command: Command) -> None:
+    refused(
+        command("train", "cd-digits", "--teacher", f"{OUTSIDE}:AffineConfig"),
+        r"AffineConfig is no TeacherModel",
+    )
+    refused(command("train", "cd-digits", "--teacher=gone.py:Mine"), r"gone\.py: no such file")
+
+
 def test_another_process_loads_the_run_where_its_file_is_named(outside_run: Path, tmp_path: Path) -> None:
     def sample(*words: object) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", "fewstep", "sample", outside_run, "--out", tmp_path / "a.png", *words]

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from fewstep.data import DataConfig, ImageSource, Samples
 from fewstep.data.base import Loaded
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import Path, PathConfig, PathValues
+from fewstep.flow.paths import EDM, Path, PathConfig, PathValues
 from fewstep.flow.preconditioning import Preconditioning, PreconditioningConfig, Scaling, ScalingConfig, ScalingValues
 from fewstep.networks import Network, NetworkConfig
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ALONE, Batch, Companions, DiagonalMatching, Losses, Objective
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
+from fewstep.teachers import TeacherModel
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,18 @@ class StripesSource(ImageSource):
         values = 0.1 * torch.randn(200, 1, self.width, self.width, generator=generator)
         values[torch.arange(200), :, :, labels] += 0.5
         return Loaded("stripes", Samples(values, labels), None, tuple(str(k) for k in range(self.width)))
+
+
+class MeanTeacher(TeacherModel):
+    """The denoiser of a standard normal distribution on EDM's path: x / (1 + t^2)."""
+
+    def __init__(self) -> None:
+        super().__init__(EDM(), (1, 6, 6), num_classes=6)
+        self.register_buffer("variance", torch.ones(()))
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        noise = t.reshape(-1, 1, 1, 1) ** 2
+        return x * self.variance / (self.variance + noise)
 
 
 def outside() -> RunConfig:

@@ -12,8 +12,9 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from fewstep.teachers import TeacherModel
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.parts import concrete_classes, import_file, kind_class, with_defaults
+from fewstep.utils.parts import concrete_classes, from_file, import_file, kind_class, stored_name, with_defaults
 
 T = TypeVar("T")
 
@@ -63,14 +64,28 @@ def _kind(annotation: Any, word: str, option: str) -> type:
 
 
 def import_named(args: Sequence[str]) -> list[str]:
-    """The words without every `--import FILE.py`, whose file is imported; raises ConfigError where it cannot be."""
+    """The words without every `--import FILE.py`, whose file is imported; raises ConfigError where it cannot be.
+
+    A teacher's FILE.py:CLASS is imported too, and becomes the name that a run stores of it.
+    """
     rest = list(args)
+    if (place := _position(rest, "teacher")) is not None:
+        word, others = _taken(rest, place)
+        if ".py:" in word:
+            rest = [*others, "--teacher", _teacher_name(word)]
     while (position := _position(rest, "import")) is not None:
         word, rest = _taken(rest, position)
         if not word:
             raise ConfigError("--import needs a file of yours: --import FILE.py")
         import_file(word)
     return rest
+
+
+def _teacher_name(word: str) -> str:
+    found = from_file(word)
+    if not (isinstance(found, type) and issubclass(found, TeacherModel)):
+        raise ConfigError(f"--teacher {word} is no TeacherModel")
+    return stored_name(found)
 
 
 def _position(args: list[str], option: str) -> int | None:

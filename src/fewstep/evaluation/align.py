@@ -31,10 +31,10 @@ from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup, join_processes
-from fewstep.training.run_folder import RunFolder, load
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
-from fewstep.training.teacher import fingerprint
+from fewstep.training.teacher import find_teacher, fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.utils.files import parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
@@ -73,7 +73,7 @@ def load_teacher(run: RunFolder, place: Path | None = None) -> FlowMap:
     Raises CheckpointError when it is missing or has other weights.
     """
     folder = run.config().teacher if place is None else str(place)
-    teacher = load(folder).flow_map.requires_grad_(False)
+    teacher, _ = find_teacher(folder)
     if run.record().get("teacher") not in (None, fingerprint(teacher)):
         raise CheckpointError(f"{folder} has other weights than the teacher of {run.root} had")
     return teacher

@@ -225,7 +225,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teacher: str = ""
-    """Run or saved model to distil; its statistics serve an analytic preconditioning."""
+    """Run or saved model to distil, or FILE.py:CLASS; its statistics serve an analytic preconditioning."""
     initial: str = ""
     """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

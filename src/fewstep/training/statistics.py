@@ -195,12 +195,15 @@ def first_statistics(
         found = estimate_together(untrained.to(device), dataset, config.statistics, group)
         return prepared(found, config.statistics, dataset)
     assert teacher is not None
+    folder = FilePath(config.teacher)
+    if not folder.is_dir():  # a teacher of the user's own, which has no place to keep them
+        return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
     with tqdm(total=config.statistics.samples, desc="statistics of the teacher", disable=quiet, leave=False) as bar:
 
         def progress(done: int, samples: int) -> None:
             bar.update(done - bar.n)
 
-        return kept_statistics(FilePath(config.teacher), teacher, dataset, config.statistics, progress, group)
+        return kept_statistics(folder, teacher, dataset, config.statistics, progress, group)
 
 
 def install(statistics: TrajectoryStatistics, flow_map: FlowMap) -> None:

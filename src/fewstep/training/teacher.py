@@ -12,9 +12,11 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.teachers import TeacherModel
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.parts import stored_class, subclasses
 from fewstep.utils.weights import fit_weights
 
 
@@ -27,8 +29,7 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         if config.objective.needs_teacher or config.initial == "teacher":
             raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
         return None
-    named = _named(config.teacher, "teacher", "--teacher")
-    teacher = named.flow_map.requires_grad_(False)
+    teacher, policy = find_teacher(config.teacher)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
         raise ConfigError(
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
@@ -36,8 +37,19 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         )
     if teacher.preconditioning.data_end_only:
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
-    check_policy(config.teacher, named.config.policy, dataset.policy)
+    check_policy(config.teacher, policy, dataset.policy)
     return teacher
+
+
+def find_teacher(name: str) -> tuple[FlowMap, PolicySpec | None]:
+    """The teacher in a folder, or of a class in a file that has been imported, without gradients; what it acts on.
+
+    Raises CheckpointError when the folder cannot be read, ConfigError when the class is not there.
+    """
+    if ".py:" in name:
+        return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
+    named = _named(name, "teacher", "--teacher")
+    return named.flow_map.requires_grad_(False), named.config.policy
 
 
 def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None) -> None:

@@ -39,6 +39,12 @@ def concrete_classes(annotation: Any) -> list[type]:
     return own + [leaf for each in subclasses for leaf in concrete_classes(each)]
 
 
+def subclasses(base: type) -> list[type]:
+    """All subclasses of a class, at any depth."""
+    found: list[type] = base.__subclasses__()
+    return found + [each for cls in found for each in subclasses(cls)]
+
+
 def kind_name(cls: type | str) -> str:
     """LogitNormalTimes -> logit-normal, DiTConfig -> dit, EDMInputScalingConfig -> edm-input: of a class."""
     name = cls if isinstance(cls, str) else cls.__name__

@@ -1,0 +1,42 @@
+"""What a teacher of the user's own must say: its path, its samples' shape and classes, and its denoiser."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning import EulerPreconditioning
+from fewstep.networks import Network
+from fewstep.networks.condition import Condition
+
+
+class TeacherModel(Network):
+    """A model to distil: D(x, t) = E[x0 | x_t] on a path. `--teacher FILE.py:CLASS` makes it without arguments.
+
+    path: the path that its times and noise are of. shape: of a sample, without the batch. num_classes: of its labels,
+    0 for none. Its parameters and buffers tell it from others when a run is resumed.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], num_classes: int = 0) -> None:
+        super().__init__(shape, num_classes, guided=False)
+        self.path = path
+        self.device_marker = nn.Parameter(torch.empty(0), requires_grad=False)  # tells where one without weights lies
+
+    @abstractmethod
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """D(x, t), (B, ...); x (B, ...) noised, t (B,) in the path's clock and the dtype of x.
+
+        cond.labels: (B,) int64, or None; NULL_LABEL where a sample has no label.
+        """
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """The denoiser, whatever s."""
+        return self.denoise(x, t, Condition() if cond is None else cond)
+
+    def flow_map(self) -> FlowMap:
+        """The teacher as a flow map whose jumps are DDIM's steps."""
+        return FlowMap(self.path, EulerPreconditioning(self.path), self).eval()
