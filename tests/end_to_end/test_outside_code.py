@@ -26,7 +26,7 @@ from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, Finished
 from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
-QUIET = ("--machine.cpu", "--machine.quiet", "--machine.threads", "1")
+QUIET = ("--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1")
 PARTS = (
     "--import", OUTSIDE, "--data.source", "stripes", "--data.source.width", 6, "--model.path", "bent",
     "--model.preconditioning", f"{OUTSIDE}:SteepPreconditioningConfig", "--model.preconditioning.rate", 3,
