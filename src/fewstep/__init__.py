@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from fewstep.sampling.generate import generate as generate
     from fewstep.sampling.pipeline import Pipeline as Pipeline
     from fewstep.sampling.pipeline import PipelineConfig as PipelineConfig
-    from fewstep.teachers import Teacher as Teacher
+    from fewstep.teachers import TeacherModel as TeacherModel
     from fewstep.training import RunFolder as RunFolder
     from fewstep.training import Runtime as Runtime
     from fewstep.training import load as load
