@@ -161,8 +161,8 @@ class Study:
 
         def page() -> None:
             """Print the stored tables, write them into docs/, and draw the study's figure."""
-            table()
             self.write()
+            table()
             for file, text in self.pages():
                 write_atomically(file, text)
 

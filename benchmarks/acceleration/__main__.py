@@ -53,6 +53,7 @@ def run(
         TEACHERS.add([{"dataset": dataset, **floor, "extractor": extractor.name}])
     cells = [Cell(dataset, name, seed) for seed in seeds for name in methods]
     GRID.run(cells, lambda cell: [train_cell(cell, teacher, truth)], worker)
+    figures()
 
 
 def anatomy(

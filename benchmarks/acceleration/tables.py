@@ -18,6 +18,7 @@ from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.numbers import NOTHING
 
+COMPARED = RESULTS / "acceleration.json"
 ANATOMY = RESULTS / "acceleration_anatomy.json"
 DATASETS = ("mixture", "digits", "digits-long", "fashion")
 INTERMEDIATE = "jumps to levels above the end"
@@ -127,7 +128,7 @@ ABLATIONS = {
 
 def tables() -> dict[str, str]:
     """The page's tables, and every row."""
-    rows = comparisons(GRID.rows())
+    rows = read(COMPARED)
     main = {
         (row["dataset"], row["measure"], row["nfe"]): row
         for row in rows
@@ -226,7 +227,7 @@ def line(row: Row) -> tuple[str, ...]:
 
 def figures() -> None:
     """Write acceleration.json and the figure."""
-    write(RESULTS / "acceleration.json", comparisons(GRID.rows()))
+    write(COMPARED, comparisons(GRID.rows()))
     (FIGURES / "acceleration.png").write_bytes(figure(GRID.rows()))
 
 
