@@ -6,6 +6,7 @@ with which two runs that stopped half-way there had ended.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,13 @@ def test_a_run_of_format_1_goes_on_to_the_same_weights(
     assert len(weights) > 5
     for key, value in weights.items():
         torch.testing.assert_close(value, EXPECTED[f"{name}.final.{key}"], rtol=1e-6, atol=1e-7)
+
+
+def test_a_file_that_says_no_format_is_of_the_first(tmp_path: Path) -> None:
+    """As files were before they said so."""
+    run = shutil.copytree(FIXTURES / "isd-t", tmp_path / "run")
+    for file in run.rglob("config.json"):
+        record = json.loads(file.read_text())
+        del record["format"]
+        file.write_text(json.dumps(record))
+    assert torch.equal(fewstep.load(run).generate(2).samples, fewstep.load(FIXTURES / "isd-t").generate(2).samples)
