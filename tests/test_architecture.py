@@ -112,3 +112,62 @@ FORBIDDEN = {
 def test_nothing_forbidden_is_in_the_source(pattern: str) -> None:
     found = [f"{part(file)}: {match[0]}" for file in FILES for match in re.finditer(pattern, file.read_text())]
     assert found == []
+
+
+def functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a source, methods and nested ones too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def too_long(source: str) -> list[str]:
+    """What is longer than a reader can hold: files over 400 lines, functions over 60 or with over 8 arguments."""
+    lines = source.count("\n")
+    found = [f"{lines} lines"] if lines > 400 else []
+    for node in functions(source):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        arguments = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        arguments = [name for name in arguments if name not in ("self", "cls")]
+        found += [f"{node.name} has {length} lines"] if length > 60 else []
+        found += [f"{node.name} has {len(arguments)} arguments"] if len(arguments) > 8 else []
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_functions_and_signatures_are_short(file: Path) -> None:
+    assert too_long(file.read_text()) == []
+
+
+def test_what_is_too_long_is_seen() -> None:
+    many = ", ".join("abcdefghi")
+    body = "    pass\n" * 60
+    assert too_long(f"def f({many}): pass\ndef g():\n{body}" + "\n" * 400) == [
+        "462 lines", "f has 9 arguments", "g has 61 lines",
+    ]  # fmt: skip
+
+
+def repeated_runs(sources: dict[str, str], length: int = 6) -> list[str]:
+    """Places where `length` lines of code stand that stood before; blank lines and imports do not count."""
+    seen: dict[tuple[str, ...], str] = {}
+    found = []
+    for name, source in sources.items():
+        imported = {
+            number
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        lines = enumerate(source.splitlines(), start=1)
+        kept = [line.strip() for number, line in lines if line.strip() and number not in imported]
+        for start in range(len(kept) - length + 1):
+            run = tuple(kept[start : start + length])
+            if run in seen:
+                found.append(f"{name} repeats {seen[run]}: {run[0]}")
+            seen.setdefault(run, name)
+    return found
+
+
+def test_no_objective_repeats_another() -> None:
+    assert repeated_runs({file.name: file.read_text() for file in (ROOT / "objectives").glob("*.py")}) == []
+    assert repeated_runs({"a": "\n".join("abcdef"), "b": "\n".join("abcdef")}) == ["b repeats a: a"]

@@ -37,5 +37,6 @@ def table_markdown(entries: Sequence[Entry]) -> str:
 
 
 def _counts(entry: Entry) -> str:
-    own = f"{entry.forward} forward, {entry.frozen} frozen, {entry.tangents} with tangents, {entry.backward} backward"
-    return own + (f", {entry.teacher} of the teacher" if entry.needs_teacher else "")
+    forward, frozen, tangents, backward, teacher = entry.passes
+    own = f"{forward} forward, {frozen} frozen, {tangents} with tangents, {backward} backward"
+    return own + (f", {teacher} of the teacher" if entry.needs_teacher else "")

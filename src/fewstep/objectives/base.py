@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -216,15 +216,10 @@ class Objective(ABC):
         """Whether anything in it ties the map to the data, or to a teacher, with these settings."""
         return True
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether it compares evaluations of one network at neighbouring times, which dropout would make two."""
-        return False
-
-    @property
-    def needs_velocity(self) -> bool:
-        """Whether it reads the velocity off the diagonal, which CM preconditioning has not."""
-        return True
+    differentiates: ClassVar[bool] = False
+    """Whether it compares evaluations of one network at neighbouring times, which dropout would make two."""
+    needs_velocity: ClassVar[bool] = True
+    """Whether it reads the velocity off the diagonal, which CM preconditioning has not."""
 
     @property
     def acting(self) -> Acting:
@@ -233,20 +228,16 @@ class Objective(ABC):
             return "euler"
         return "gamma" if self.endpoint_only else "map"
 
-    @property
-    def on_diagonal(self) -> bool:
-        """Whether the network is only ever asked at s = t."""
-        return False
+    on_diagonal: ClassVar[bool] = False
+    """Whether the network is only ever asked at s = t."""
 
     @property
     def endpoint_only(self) -> bool:
         """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
         return False
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a teacher must be given."""
-        return False
+    needs_teacher: ClassVar[bool] = False
+    """Whether a teacher must be given."""
 
     @property
     def target_decay(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning import CMPreconditioning, TrigPreconditioning
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
-from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses
 from fewstep.objectives.curricula import doubling_cells, falling_ratio
-from fewstep.objectives.losses import Comparison, Distance
+from fewstep.objectives.losses import Comparison, Distance, DistanceObjective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdjacentObjective(Objective):
+class AdjacentObjective(DistanceObjective):
     """d( X(x_t, t, t_min), sg X(x_u, u, t_min) ) / (t - u), x_t and x_u of the same image and noise; 0 where t = u."""
 
     times: TimeDistribution = LogNormalTimes(-1.1, 2.0)
@@ -34,13 +34,7 @@ class AdjacentObjective(Objective):
     def endpoint_only(self) -> bool:
         return True
 
-    @property
-    def needs_velocity(self) -> bool:
-        return False
-
-    @property
-    def measures_features(self) -> bool:
-        return self.distance.kind == "features"
+    needs_velocity: ClassVar[bool] = False
 
     @abstractmethod
     def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.networks import Network
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
+from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses
 from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
 from fewstep.objectives.gan import generator_loss
-from fewstep.objectives.losses import Distance, gradient_balance
+from fewstep.objectives.losses import DistanceObjective, gradient_balance
 from fewstep.utils.errors import ConfigError
 
 STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
@@ -25,7 +25,7 @@ STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CTM(Objective):
+class CTM(DistanceObjective):
     """Consistency trajectory model: jumps between any two levels, compared at the data end,
 
     d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
@@ -40,7 +40,6 @@ class CTM(Objective):
     steps: TeacherSteps = TeacherSteps()
     target_decay: float = 0.999
     """Decay per step, in [0, 1), of the slow average X_sg; 0.999 in the paper at 32 x 32."""
-    distance: Distance = Distance()
     denoising: float = 1.0
     """Weight of the denoising loss at noise levels `times`; 0 leaves it out."""
     balance: bool = True
@@ -64,13 +63,7 @@ class CTM(Objective):
                 "they must be finite and at least 0"
             )
 
-    @property
-    def needs_teacher(self) -> bool:
-        return True
-
-    @property
-    def measures_features(self) -> bool:
-        return self.distance.kind == "features"
+    needs_teacher: ClassVar[bool] = True
 
     @property
     def needs_discriminator(self) -> bool:

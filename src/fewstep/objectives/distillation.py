@@ -7,7 +7,7 @@ ends.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.ode import SolverName, solve
 from fewstep.flow.times import edm_grid
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, STREAM_U, Batch, Companions, Losses, Objective
-from fewstep.objectives.losses import Distance
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, STREAM_U, Batch, Companions, Losses
+from fewstep.objectives.losses import DistanceObjective
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 
@@ -64,7 +64,7 @@ class TeacherSteps:
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CD(Objective):
+class CD(DistanceObjective):
     """Consistency distillation: d( X(x_t, t, t_min), sg X_ema(x_u, u, t_min) ), u adjacent to t.
 
     Source: 2303.01469.
@@ -74,7 +74,6 @@ class CD(Objective):
     steps: TeacherSteps = TeacherSteps(u="adjacent")
     target_decay: float = 0.95
     """Decay per step, in [0, 1), of the slow average that gives the target."""
-    distance: Distance = Distance()
 
     def method(self, preconditioning: str, labelled: bool) -> str:
         return f"CD, {preconditioning}"
@@ -83,17 +82,8 @@ class CD(Objective):
     def endpoint_only(self) -> bool:
         return True
 
-    @property
-    def needs_velocity(self) -> bool:
-        return False
-
-    @property
-    def needs_teacher(self) -> bool:
-        return True
-
-    @property
-    def measures_features(self) -> bool:
-        return self.distance.kind == "features"
+    needs_velocity: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         target = companions.ema_target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
@@ -42,9 +42,7 @@ class DiagonalMatching(Objective):
         if self.sigma_data is not None:
             check_positive(sigma_data=self.sigma_data)
 
-    @property
-    def on_diagonal(self) -> bool:
-        return True
+    on_diagonal: ClassVar[bool] = True
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         path, x0 = flow_map.path, batch.x0

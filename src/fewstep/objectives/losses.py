@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
-from fewstep.objectives.base import Batch, Companions
+from fewstep.objectives.base import Batch, Companions, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_choice, check_positive
@@ -112,6 +112,17 @@ class Distance:
             features = companions.perceptual_features
             return error_norm(features(a) - features(b), "l2", self.huber_c)
         return error_norm(batch.masked(a - b), self.kind, self.huber_c)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistanceObjective(Objective):
+    """Compares two jumps by a distance."""
+
+    distance: Distance = Distance()
+
+    @property
+    def measures_features(self) -> bool:
+        return self.distance.kind == "features"
 
 
 def error_norm(error: Tensor, norm: LossNorm, huber_c: float) -> Tensor:

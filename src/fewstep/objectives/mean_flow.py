@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from torch import Tensor
 
@@ -34,9 +34,7 @@ class MeanFlow(PairObjective):
     weighting: Weighting = Weighting(weight_power=1.0, weight_eps=0.001)
     derivative: Derivative = Derivative()
 
-    @property
-    def differentiates(self) -> bool:
-        return True
+    differentiates: ClassVar[bool] = True
 
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x, v = flow_map.path.sample(batch.x0, batch.noise(), t)

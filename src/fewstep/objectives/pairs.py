@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -133,9 +133,7 @@ class JointObjective(AnchoredObjective):
         """Weight of the method's own error; the anchor has 1."""
         return 1.0
 
-    @property
-    def differentiates(self) -> bool:
-        return True
+    differentiates: ClassVar[bool] = True
 
     @abstractmethod
     def off_diagonal(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -84,9 +84,7 @@ class ContinuousObjective(Objective):
     def endpoint_only(self) -> bool:
         return True
 
-    @property
-    def differentiates(self) -> bool:
-        return True
+    differentiates: ClassVar[bool] = True
 
     @abstractmethod
     def driving(
@@ -133,9 +131,7 @@ class SCD(ContinuousObjective):
     def method(self, preconditioning: str, labelled: bool) -> str:
         return "sCD"
 
-    @property
-    def needs_teacher(self) -> bool:
-        return True
+    needs_teacher: ClassVar[bool] = True
 
     def driving(
         self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions

@@ -7,7 +7,7 @@ three; w of `Weighting`, which the paper does not have, is 1 by default.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -59,9 +59,7 @@ class LSD(PairObjective):
     def anchored(self) -> bool:
         return self.pairs.flow_matching_ratio > 0
 
-    @property
-    def differentiates(self) -> bool:
-        return True
+    differentiates: ClassVar[bool] = True
 
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)

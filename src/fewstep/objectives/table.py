@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fewstep.objectives.base import Objective
 from fewstep.objectives.consistency import CT, ECT
@@ -17,11 +17,10 @@ from fewstep.objectives.self_distillation import ESD, LSD, PSD
 from fewstep.objectives.shortcut import Shortcut
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One objective; formulas in the notation of math.md, X = X(x_t, t, s) and N = N(x_t, t, s).
+class Passes(NamedTuple):
+    """Evaluations of one sample with s < t and an exact derivative.
 
-    Evaluations are those of one sample with s < t and an exact derivative. forward: with a graph; frozen: without one,
+    forward: with a graph; frozen: without one,
     by the model or its slow average; tangents: of those, how many carry a tangent along; backward: evaluations and
     tangents that the gradient passes back through; teacher: the teacher's, for CD and CTM by Heun a cell of the grid.
     A finite difference has no tangents and two evaluations more (under bf16 three, its middle too, in float32), frozen
@@ -29,222 +28,125 @@ class Entry:
     sample meets the data: in LSD, PSD and shortcut those with s = t; in sCD it is the teacher's.
     """
 
-    name: str
-    objective: type[Objective]
-    formula: str
-    velocity: str
-    gradient: str
     forward: int
     frozen: int
     tangents: int
     backward: int
     teacher: int
+
+
+class Entry(NamedTuple):
+    """One objective; formulas in the notation of math.md, X = X(x_t, t, s) and N = N(x_t, t, s)."""
+
+    name: str
+    objective: type[Objective]
+    formula: str
+    velocity: str
+    gradient: str
+    passes: Passes
     paper: str
 
     @property
     def needs_teacher(self) -> bool:
         """Whether it distils a teacher."""
-        return self.teacher > 0
+        return self.passes.teacher > 0
 
 
 _ANCHOR = "|v(x_t, t) - v*|^2"
 _CONDITIONAL = "conditional, alpha' x0 + sigma' eps"
 
+# fmt: off
 TABLE = (
     Entry(
-        name="flow matching, denoising",
-        objective=DiagonalMatching,
-        formula=f"{_ANCHOR}, or |D(x_t, t) - x0|^2 weighted",
-        velocity=_CONDITIONAL,
-        gradient="v",
-        forward=1,
-        frozen=0,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="2210.02747, 2206.00364",
+        "flow matching, denoising", DiagonalMatching,
+        f"{_ANCHOR}, or |D(x_t, t) - x0|^2 weighted",
+        _CONDITIONAL, "v",
+        Passes(1, 0, 0, 1, 0), "2210.02747, 2206.00364",
     ),
     Entry(
-        name="regression",
-        objective=Regression,
-        formula="|X(0, t_max, t_min) - x0|^2",
-        velocity="none",
-        gradient="the jump",
-        forward=1,
-        frozen=0,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="none: least squares",
+        "regression", Regression,
+        "|X(0, t_max, t_min) - x0|^2",
+        "none", "the jump",
+        Passes(1, 0, 0, 1, 0), "none: least squares",
     ),
     Entry(
-        name="CD",
-        objective=CD,
-        formula="d(X(x_t, t, t_min), sg X_ema(x_u, u, t_min)), x_u the teacher's",
-        velocity="the teacher's, by a solver",
-        gradient="the first jump",
-        forward=1,
-        frozen=1,
-        tangents=0,
-        backward=1,
-        teacher=2,
-        paper="2303.01469",
+        "CD", CD,
+        "d(X(x_t, t, t_min), sg X_ema(x_u, u, t_min)), x_u the teacher's",
+        "the teacher's, by a solver", "the first jump",
+        Passes(1, 1, 0, 1, 2), "2303.01469",
     ),
     Entry(
-        name="CTM",
-        objective=CTM,
-        formula="d(X_ema(X, s, t_min), sg X_ema(X_ema(x_u, u, s), s, t_min)) + denoising, x_u the teacher's",
-        velocity="the teacher's, by a solver",
-        gradient="the first jump, through the average's second; the denoiser",
-        forward=3,
-        frozen=2,
-        tangents=0,
-        backward=3,
-        teacher=2,
-        paper="2310.02279",
+        "CTM", CTM,
+        "d(X_ema(X, s, t_min), sg X_ema(X_ema(x_u, u, s), s, t_min)) + denoising, x_u the teacher's",
+        "the teacher's, by a solver", "the first jump, through the average's second; the denoiser",
+        Passes(3, 2, 0, 3, 2), "2310.02279",
     ),
     Entry(
-        name="CT",
-        objective=CT,
-        formula="d(X(x_t, t, t_min), sg X(x_u, u, t_min)) / (t - u), t and u neighbours on a grid, one noise",
-        velocity=_CONDITIONAL,
-        gradient="the jump from t",
-        forward=1,
-        frozen=1,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="2303.01469, 2310.14189",
+        "CT", CT,
+        "d(X(x_t, t, t_min), sg X(x_u, u, t_min)) / (t - u), t and u neighbours on a grid, one noise",
+        _CONDITIONAL, "the jump from t",
+        Passes(1, 1, 0, 1, 0), "2303.01469, 2310.14189",
     ),
     Entry(
-        name="ECT",
-        objective=ECT,
-        formula="d(X(x_t, t, t_min), sg X(x_u, u, t_min)) / (t - u), u = t (1 - n(t)/q^a), one noise",
-        velocity=_CONDITIONAL,
-        gradient="the jump from t",
-        forward=1,
-        frozen=1,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="2406.14548",
+        "ECT", ECT,
+        "d(X(x_t, t, t_min), sg X(x_u, u, t_min)) / (t - u), u = t (1 - n(t)/q^a), one noise",
+        _CONDITIONAL, "the jump from t",
+        Passes(1, 1, 0, 1, 0), "2406.14548",
     ),
     Entry(
-        name="sCT",
-        objective=SCT,
-        formula="|N - sg(N + h)|^2, h = c R / (rms(c R) + 0.1), s = t_min",
-        velocity=_CONDITIONAL,
-        gradient="N",
-        forward=1,
-        frozen=0,
-        tangents=1,
-        backward=1,
-        teacher=0,
-        paper="2410.11081",
+        "sCT", SCT,
+        "|N - sg(N + h)|^2, h = c R / (rms(c R) + 0.1), s = t_min",
+        _CONDITIONAL, "N",
+        Passes(1, 0, 1, 1, 0), "2410.11081",
     ),
     Entry(
-        name="sCD",
-        objective=SCD,
-        formula="|N - sg(N + h)|^2, h = c R / (rms(c R) + 0.1), s = t_min",
-        velocity="the teacher's",
-        gradient="N",
-        forward=1,
-        frozen=0,
-        tangents=1,
-        backward=1,
-        teacher=1,
-        paper="2410.11081",
+        "sCD", SCD,
+        "|N - sg(N + h)|^2, h = c R / (rms(c R) + 0.1), s = t_min",
+        "the teacher's", "N",
+        Passes(1, 0, 1, 1, 1), "2410.11081",
     ),
     Entry(
-        name="MeanFlow",
-        objective=MeanFlow,
-        formula="w |N - sg(N + R)|^2",
-        velocity=_CONDITIONAL,
-        gradient="N",
-        forward=1,
-        frozen=0,
-        tangents=1,
-        backward=1,
-        teacher=0,
-        paper="2505.13447",
+        "MeanFlow", MeanFlow,
+        "w |N - sg(N + R)|^2",
+        _CONDITIONAL, "N",
+        Passes(1, 0, 1, 1, 0), "2505.13447",
     ),
     Entry(
-        name="iSD",
-        objective=ISD,
-        formula=f"w (|N - sg(N + R)|^2 + {_ANCHOR})",
-        velocity="the model's own, detached",
-        gradient="N; v in the anchor",
-        forward=2,
-        frozen=0,
-        tangents=1,
-        backward=2,
-        teacher=0,
-        paper="2601.22679",
+        "iSD", ISD,
+        f"w (|N - sg(N + R)|^2 + {_ANCHOR})",
+        "the model's own, detached", "N; v in the anchor",
+        Passes(2, 0, 1, 2, 0), "2601.22679",
     ),
     Entry(
-        name="iSD-T",
-        objective=ISD,
-        formula=f"w (|N - sg(N + R)|^2 + {_ANCHOR}), v* = v_null + omega (alpha' x0 + sigma' eps - v_null)",
-        velocity="the model's own, detached",
-        gradient="N; v in the anchor",
-        forward=2,
-        frozen=1,
-        tangents=1,
-        backward=2,
-        teacher=0,
-        paper="2601.22679",
+        "iSD-T", ISD,
+        f"w (|N - sg(N + R)|^2 + {_ANCHOR}), v* = v_null + omega (alpha' x0 + sigma' eps - v_null)",
+        "the model's own, detached", "N; v in the anchor",
+        Passes(2, 1, 1, 2, 0), "2601.22679",
     ),
     Entry(
-        name="ESD",
-        objective=ESD,
-        formula=f"|R|^2 + {_ANCHOR}",
-        velocity="the model's own",
-        gradient="N, v and dN/dt",
-        forward=2,
-        frozen=0,
-        tangents=1,
-        backward=3,
-        teacher=0,
-        paper="2505.18825",
+        "ESD", ESD,
+        f"|R|^2 + {_ANCHOR}",
+        "the model's own", "N, v and dN/dt",
+        Passes(2, 0, 1, 3, 0), "2505.18825",
     ),
     Entry(
-        name="LSD",
-        objective=LSD,
-        formula=f"|d_s X - sg v(X, s)|^2; {_ANCHOR} where s = t",
-        velocity="the model's own at the jump's end, detached",
-        gradient="N and dN/ds",
-        forward=1,
-        frozen=1,
-        tangents=1,
-        backward=2,
-        teacher=0,
-        paper="2505.18825",
+        "LSD", LSD,
+        f"|d_s X - sg v(X, s)|^2; {_ANCHOR} where s = t",
+        "the model's own at the jump's end, detached", "N and dN/ds",
+        Passes(1, 1, 1, 2, 0), "2505.18825",
     ),
     Entry(
-        name="PSD",
-        objective=PSD,
-        formula=f"|X - sg X(X(x_t, t, u), u, s)|^2 / (t - s)^2; {_ANCHOR} where s = t",
-        velocity="none",
-        gradient="the long jump",
-        forward=1,
-        frozen=2,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="2505.18825",
+        "PSD", PSD,
+        f"|X - sg X(X(x_t, t, u), u, s)|^2 / (t - s)^2; {_ANCHOR} where s = t",
+        "none", "the long jump",
+        Passes(1, 2, 0, 1, 0), "2505.18825",
     ),
     Entry(
-        name="shortcut",
-        objective=Shortcut,
-        formula=f"|X - sg X_ema(X_ema(x_t, t, u), u, s)|^2 / (t - s)^2, t - u = u - s = 1/2^k; {_ANCHOR} on the rest",
-        velocity="none",
-        gradient="the long jump",
-        forward=1,
-        frozen=2,
-        tangents=0,
-        backward=1,
-        teacher=0,
-        paper="2410.12557",
+        "shortcut", Shortcut,
+        f"|X - sg X_ema(X_ema(x_t, t, u), u, s)|^2 / (t - s)^2, t - u = u - s = 1/2^k; {_ANCHOR} on the rest",
+        "none", "the long jump",
+        Passes(1, 2, 0, 1, 0), "2410.12557",
     ),
 )
+# fmt: on
 """Every objective of the library, from teachers to none."""

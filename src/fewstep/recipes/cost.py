@@ -88,10 +88,10 @@ def passes(objective: Objective, bf16: bool = False) -> float:
         return 3.0
     if not isinstance(objective, ISD):
         raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
-    entry = next(each for each in TABLE if each.name == "iSD")
+    passes = next(each.passes for each in TABLE if each.name == "iSD")
     null = objective.guidance.share(objective.label_dropout)
-    derivative = entry.tangents if objective.derivative.kind == "exact" else 3 if bf16 else 2
-    off = entry.forward + entry.frozen + derivative + 2 * entry.backward
+    derivative = passes.tangents if objective.derivative.kind == "exact" else 3 if bf16 else 2
+    off = passes.forward + passes.frozen + derivative + 2 * passes.backward
     on = 1 + 2
     return null + objective.pairs.flow_matching_ratio * on + (1 - objective.pairs.flow_matching_ratio) * off
 
