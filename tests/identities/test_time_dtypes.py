@@ -19,6 +19,7 @@ from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
 from fewstep.flow.times import check_grid
 from fewstep.networks.condition import Condition
 from fewstep.sampling.samplers import euler_sampler, gamma_sampler, heun_sampler, map_sampler
+from fewstep.teachers import denoiser_on
 from fewstep.utils.random import Draws
 from tests.support.cases import F64, PATHS, SD, gaussian, mixture, noise, preconditionings, random_network
 
@@ -56,7 +57,7 @@ def sampled(sampler: Callable[..., Tensor], path: Path, times: Tensor) -> Tensor
 
 def on_another(teacher_path: Path, path: Path, times: Tensor) -> Tensor:
     """The denoiser of a teacher on another path."""
-    return ode.denoiser_on(path, flow_map(teacher_path))(X, times[:-1], COND)
+    return denoiser_on(path, flow_map(teacher_path))(X, times[:-1], COND)
 
 
 def guided(path: Path, times: Tensor) -> tuple[Tensor, ...]:
