@@ -227,10 +227,7 @@ def test_any_of_a_runs_averages_is_sampled_and_measured(archive: Path, command: 
     assert found[0][1] != found[1][1]
 
 
-def test_evaluate_and_report(
-    small_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+def test_evaluate_and_report(small_run: Path, tmp_path: Path, command: Command, cache: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(small_run, run)
     shown = command("evaluate", run)
@@ -246,7 +243,7 @@ def test_evaluate_and_report(
         assert row["method"] in shown.out
     assert rows[-1]["frechet"] < min(row["frechet"] for row in rows[:-1])
     assert rows[-1]["accuracy"] > 0.9
-    assert [file.stem for file in (tmp_path / "cache").iterdir()] == [rows[0]["extractor"]]
+    assert (cache / f"{rows[0]['extractor']}.safetensors").is_file()
 
     shown = command("report", run)
     assert (shown.code, shown.err) == (0, "")
@@ -312,8 +309,12 @@ def test_a_saved_model_is_sampled_like_its_run(small_run: Path, tmp_path: Path, 
         assert np.array_equal(first["images"], second["images"])
 
 
+class Measuring(Exception):
+    """Stands where a quickstart has trained and begins to measure."""
+
+
 def test_quickstart_trains_two_methods_and_writes_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slowest test: real digits, each method for a second, a classifier; with fewer samples to measure."""
 
@@ -322,7 +323,8 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
         return replace(config, evaluation=replace(config.evaluation, samples=128))
 
     monkeypatch.setattr("fewstep.cli.quickstart.recipe", cheaper)
-    page = quickstart(tmp_path / "run", tmp_path / "cache", Runtime(cpu=True, threads=1, quiet=True), seconds=1.0)
+    runtime = Runtime(cpu=True, threads=1, quiet=True)
+    page = quickstart(tmp_path / "run", cache, runtime, seconds=1.0)
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
     shown = {(row["method"], row["nfe"]) for row in rows}
     assert shown >= {("iSD-T", nfe) for nfe in (1, 2, 4, 16)} | {("flow matching", nfe) for nfe in (1, 2, 16, 32)}
@@ -337,7 +339,13 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     assert len(read_figures(tmp_path / "run")) == len(rows)
     assert "flow matching" in report(RunFolder(tmp_path / "run")).read_text()
     logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
-    quickstart(tmp_path / "run", tmp_path / "cache", Runtime(cpu=True, threads=1, quiet=True), seconds=1.0)
+
+    def stop(*_: object) -> None:
+        raise Measuring
+
+    monkeypatch.setattr("fewstep.cli.quickstart.measure_run", stop)
+    with pytest.raises(Measuring):
+        quickstart(tmp_path / "run", cache, runtime, seconds=1.0)
     assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
 
 
@@ -355,7 +363,7 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fewstep.cli.quickstart.POLICY_DEMONSTRATIONS", 12)
-    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_EPISODES", 3)
+    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_EPISODES", 2)
     runtime, root = Runtime(cpu=True, threads=1, quiet=True), tmp_path / "run"
     page = policy_quickstart(root, runtime, seconds=0.3)
     printed = capsys.readouterr().out
@@ -368,14 +376,17 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     ]
     shown = {(row["method"], row["steps"], row["episodes"]) for row in rows}
     assert shown >= {
-        ("iSD", 1, 3),
-        ("iSD", 2, 3),
-        ("flow matching", 16, 3),
-        ("flow matching", 1, 3),
-        ("regression", 1, 3),
+        ("iSD", 1, 2),
+        ("iSD", 2, 2),
+        ("flow matching", 16, 2),
+        ("flow matching", 1, 2),
+        ("regression", 1, 2),
     }
     assert (root / "filmstrip.png").is_file()
     assert "data:image/png;base64" in page.read_text()
     logs = [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
+    monkeypatch.setattr("fewstep.cli.policy_quickstart.measure_rollouts", lambda *_: ([], None, None))
+    for measuring in ("expert_row", "write_rollouts", "draw_film", "rollout_table", "report"):
+        monkeypatch.setattr(f"fewstep.cli.policy_quickstart.{measuring}", lambda *_, **__: None)
     policy_quickstart(root, runtime, seconds=0.3)
     assert logs == [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
