@@ -362,8 +362,8 @@ def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command
 def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_DEMONSTRATIONS", 12)
-    monkeypatch.setattr("fewstep.cli.quickstart.POLICY_EPISODES", 2)
+    monkeypatch.setattr("fewstep.cli.policy_quickstart.POLICY_DEMONSTRATIONS", 12)
+    monkeypatch.setattr("fewstep.cli.policy_quickstart.POLICY_EPISODES", 2)
     runtime, root = Runtime(cpu=True, threads=1, quiet=True), tmp_path / "run"
     page = policy_quickstart(root, runtime, seconds=0.3)
     printed = capsys.readouterr().out
