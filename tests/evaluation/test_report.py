@@ -186,6 +186,8 @@ def test_figures_leave_matplotlib_alone_and_refuse_what_does_not_compare() -> No
     assert Image.open(io.BytesIO(loss_curves(runs, columns=4))).format == "PNG"
     assert Image.open(io.BytesIO(quality_curves([row("$m$", 2**i, 1.0) for i in range(9)], columns=1))).format == "PNG"
     assert dict(matplotlib.rcParams) == before
+    still = dict.fromkeys(("prediction_rms", "target_rms", "derivative_rms"), 0.0)  # as a network begins
+    assert Image.open(io.BytesIO(loss_curves({"a": [record(1, **still)]}))).format == "PNG"
     with pytest.raises(ShapeError, match="do not compare"):
         quality_curves([row("m", 1, 1.0), row("m", 1, 1.0, extractor="other")])
     with pytest.raises(DataError):

@@ -103,9 +103,11 @@ def make_panels(count: int, columns: int, height: float) -> tuple[Figure, list[A
 
 
 def scale_values(axis: Axes, values: Sequence[float], logarithmic: bool) -> None:
-    """Log axis wide enough for two labels, or a linear one around the values."""
+    """Log axis of the positive values, wide enough for two labels, or a linear one around all of them."""
     low, high = min(values, default=1.0), max(values, default=1.0)
-    if logarithmic:
+    positive = [value for value in values if value > 0]
+    if logarithmic and positive:
+        low = min(positive)
         room = max(1.3, math.sqrt(6 * low / high))
         axis.set_yscale("log")
         axis.set_ylim(low / room, high * room)
