@@ -66,7 +66,8 @@ class Running:
 
     def look(self, observation: Vector) -> None:
         """Take in an observation; raises DataError for another size or numbers that are not finite."""
-        found = np.asarray(observation, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+            found = np.asarray(observation, dtype=np.float32)
         if found.shape != (self.task.observation_size,):
             raise DataError(
                 f"an observation of shape {found.shape}: {self.task.name} has ({self.task.observation_size},)"
