@@ -57,6 +57,10 @@ class Batch:
         draws = replace(self.draws, indices=self.draws.indices[rows])
         return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask)
 
+    def matched(self, share: float) -> Tensor:
+        """Which samples take s = t, a `share` of all: (B,) bool, on the device."""
+        return is_diagonal(self.draws.indices, share)
+
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Rows of the samples that take s = t, a `share` of all, and of the others; decided on the host."""
         on = is_diagonal(self.draws.indices.cpu() if self.places is None else self.places, share)

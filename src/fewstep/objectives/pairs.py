@@ -14,16 +14,7 @@ from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import TimeDistribution, UniformTimes, ordered_pair
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import (
-    ALONE,
-    STREAM_S,
-    STREAM_T,
-    Batch,
-    Companions,
-    Losses,
-    Objective,
-    is_diagonal,
-)
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.losses import Comparison, Weighting
 from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_share
@@ -53,7 +44,7 @@ class Pairs:
         """(t, s), each (B,) float64; t is one draw where s = t or s is the data end, the larger of two elsewhere."""
         u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
         t, s = ordered_pair(self.times, path, u, w)
-        on_diagonal = is_diagonal(batch.draws.indices, self.flow_matching_ratio)
+        on_diagonal = batch.matched(self.flow_matching_ratio)
         if self.endpoint_share > 0:
             ending = self._ending(batch)
             t = torch.where(ending, self.times.quantile(path, u), t)

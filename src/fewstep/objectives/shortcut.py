@@ -13,16 +13,7 @@ from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import TimeDistribution, UniformTimes
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import (
-    ALONE,
-    STREAM_S,
-    STREAM_T,
-    Batch,
-    Companions,
-    Losses,
-    Objective,
-    is_diagonal,
-)
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.losses import Comparison, Weighting
 from fewstep.objectives.pairs import anchor_error, nothing, split_losses
 from fewstep.objectives.self_distillation import semigroup
@@ -82,7 +73,7 @@ class Shortcut(Objective):
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""
-        on_diagonal = is_diagonal(batch.draws.indices, 1 - self.bootstrap)
+        on_diagonal = batch.matched(1 - self.bootstrap)
         size = 0.5 ** batch.draws.integers(STREAM_SIZE, self.steps.bit_length() - 1).double()
         place = torch.floor(batch.draws.uniform(STREAM_S) / size)
         t, u, s = (path.time_from_unit((place + end) * size) for end in (1.0, 0.5, 0.0))
