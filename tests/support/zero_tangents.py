@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 
-def broadcast(one: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
+def broadcast(one: Tensor | float, other: Tensor | float, alpha: float = 1) -> Tensor:
     """An empty tensor of the result's shape and dtype; its strides mean nothing."""
+    if not isinstance(one, Tensor):
+        one, other = other, one
+    assert isinstance(one, Tensor)
     if not isinstance(other, Tensor):
         return torch.empty(one.shape, dtype=torch.result_type(one, other), device="meta")
     dtype = one.dtype if one.dtype == other.dtype else torch.result_type(one, other)
@@ -23,7 +26,7 @@ def broadcast(one: Tensor, other: Tensor | float, alpha: float = 1) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def quotient(one: Tensor, other: Tensor | float) -> Tensor:
+def quotient(one: Tensor | float, other: Tensor | float) -> Tensor:
     """The same for a division, whose result is never of integers."""
     found = broadcast(one, other)
     return found if found.dtype.is_floating_point else found.to(torch.get_default_dtype())
