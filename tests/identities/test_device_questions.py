@@ -19,7 +19,7 @@ from tests.support.objectives import changed, made
 PLACES = torch.arange(5, 21)
 OBJECTIVES: list[Any] = [
     made(ISD, flow_matching_ratio=0.25),
-    made(ISD, flow_matching_ratio=0.5, kind="finite-difference", endpoint_share=0.5),
+    made(ISD, flow_matching_ratio=0.5, endpoint_share=0.5),
     MeanFlow(),
     ESD(),
     LSD(),
