@@ -35,7 +35,8 @@ def concrete_classes(annotation: Any) -> list[type]:
     if not isinstance(annotation, type) or annotation.__module__ == "builtins":
         return []
     subclasses: list[type] = annotation.__subclasses__()
-    own = [annotation] if dataclasses.is_dataclass(annotation) and not inspect.isabstract(annotation) else []
+    decorated = "__dataclass_fields__" in vars(annotation)  # its own, not its base's
+    own = [annotation] if decorated and not inspect.isabstract(annotation) else []
     return own + [leaf for each in subclasses for leaf in concrete_classes(each)]
 
 
