@@ -196,6 +196,7 @@ def api_pages() -> dict[str, str]:
         for module in _walk(package.modules[room]):
             items = [i for i in module.members.values() if _public(i) and (i.is_class or i.is_function)]
             silent += [i.canonical_path for i in items if not i.has_docstring]
+            silent += [path for i in items if i.is_class for path in _silent(i)]
             if items:
                 lines += [f"::: {module.canonical_path}", ""]
         pages[f"reference/api/{room}.md"] = "\n".join(lines)

@@ -170,7 +170,7 @@ def variance(samples: Tensor) -> Tensor:
 
 
 def collapse(flow_map: FlowMap) -> None:
-    """Regress the networks on N = k (x - c)/(1 + k t), the flow map that contracts to c (docs/degeneracy.md)."""
+    """Regress the networks on N = k (x - c)/(1 + k t), the flow map that contracts to c (why-an-anchor.md)."""
     optimizer, towards = torch.optim.Adam(flow_map.parameters(), 1e-2), torch.tensor(TOWARDS, dtype=F64)
     for step in range(300):
         batch = batch_of(START + step)

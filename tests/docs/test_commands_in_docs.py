@@ -41,7 +41,7 @@ def words(line: str) -> list[str]:
     if not match or line.startswith(("pip ", "from ", "import ")):
         return []
     given = [STANDS_FOR.get(word, word) for word in shlex.split(match[1])]
-    return [word for word in given if word]
+    return [word for word, said in zip(given, shlex.split(match[1]), strict=True) if word or not said]
 
 
 CASES = {line: str(page.relative_to(ROOT)) for page in PAGES for line in commands(page) if words(line)}

@@ -46,6 +46,21 @@ def test_guides_objective_trains_from_the_command_line(capsys: pytest.CaptureFix
     assert main(["sample", "mine", "--import", "my_objective.py", "--count", "4", "--cpu"]) == 0
 
 
+def test_guides_other_parts_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    guides = ROOT / "docs" / "guides"
+    network, data, _ = blocks(guides / "your-own-parts.md")
+    for name, text in {"net": network, "data": data, "teacher": blocks(guides / "bring-a-teacher.md")[0]}.items():
+        Path(f"my_{name}.py").write_text(text)
+    own = "train digits --network my_net.py:AffineConfig --network.width 8 --data.source my_data.py:StripesSource"
+    taught = "train ctm-digits --teacher my_teacher.py:NormalTeacher --initial= --model.preconditioning euler"
+    for words in (own, f"{taught} --network.width 16 --evaluation.curve-images 0"):
+        short = "--training.images 256 --training.sample-images 0 --runtime.cpu --runtime.quiet --out"
+        assert main([*words.split(), *short.split(), words.split()[1]]) == 0, capsys.readouterr().err
+
+
 def test_readmes_pieces_make_a_loss() -> None:
     names: dict[str, Any] = {}
     exec(blocks(ROOT / "README.md")[1], names)

@@ -1,4 +1,4 @@
-"""studies/degeneracy.md: consistent maps of wrong velocities, their linearised updates, how much anchor is enough."""
+"""explanation/why-an-anchor.md: consistent maps of wrong velocities, their linearised updates, how much anchor."""
 
 from __future__ import annotations
 

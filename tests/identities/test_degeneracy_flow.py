@@ -1,4 +1,4 @@
-"""studies/degeneracy.md, integrated: where gradient descent in expectation ends from a departed start, anchored or not.
+"""explanation/why-an-anchor.md, integrated: where gradient descent ends from a departed start, anchored or not.
 
 In the smallest family of maps of Proposition 4: theta and mu change the velocity, c and d depart from being a flow map.
 """

@@ -1,4 +1,4 @@
-"""The catalogue: complete, and its evaluation counts are those that a counting network measures."""
+"""The table: complete, and its evaluation counts are those that a counting network measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue of objectives as plain text and as the table of docs/reference/objectives.md."""
+"""The objectives as plain text and as the table of docs/reference/objectives.md."""
 
 from __future__ import annotations
 

@@ -39,7 +39,8 @@ class ISD(JointObjective):
 
     Source: 2601.22679; math.md sections 5.1 to 5.3.
     Deviations: the paper has `distill` 1, no share of samples with s = t and no endpoint_share. What its published
-    runs set besides is in the recipes imagenet256-dit-b4 and -xl1. On too large a `distill` see studies/degeneracy.md.
+    runs set besides is in the recipes imagenet256-dit-b4 and -xl1. On too large a `distill`:
+    docs/explanation/why-an-anchor.md.
     """
 
     pairs: Pairs = Pairs(times=BetaTimes(), flow_matching_ratio=0.0)

@@ -243,7 +243,7 @@ class RunConfig:
         if not self.objective.anchored:
             raise ConfigError(
                 f"{objective} without samples at s = t learns nothing of the data: any map that agrees with itself "
-                "would do (studies/degeneracy.md); give it a share of them"
+                "would do (docs/explanation/why-an-anchor.md); give it a share of them"
             )
 
     def _check_data_end(self) -> None:

@@ -78,7 +78,7 @@ def difference_passes(objective: Objective) -> float:
 
 
 def passes(objective: Objective, bf16: bool = False) -> float:
-    """Evaluations of a sample in forward passes, from the catalogue: one with a tangent is 2, one backward 2.
+    """Evaluations of a sample in forward passes, from the table: one with a tangent is 2, one backward 2.
 
     Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. A finite
     difference takes two more, under bf16 three: its middle too, once more in float32. Raises ConfigError for objectives

@@ -62,6 +62,7 @@ class Recent:
         self.steps: deque[tuple[int, dict[str, float]]] = deque(maxlen=REMEMBERED)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Remember a step's values by name."""
         self.steps.append((step, dict(values)))
 
     def quantiles(self, name: str) -> dict[float, float]:

@@ -47,9 +47,11 @@ class Window:
         self.parts = []
 
     def add_step(self, loss: float, norm: float, lr: float) -> None:
+        """Count a step."""
         self.steps.append((loss, norm, lr))
 
     def flush(self, batch_size: int, step: int, images: int, seconds: float) -> dict[str, float]:
+        """The line of the log that ends here; the next begins empty."""
         losses, norms, lrs = zip(*self.steps, strict=True)
         now = time.perf_counter()
         self.last_loss = sum(losses) / len(losses)

@@ -38,6 +38,7 @@ class Palette:
     series: tuple[str, ...]
 
     def colour(self, index: int) -> str:
+        """Of a series, in turn."""
         return self.series[index % len(self.series)]
 
 

@@ -49,6 +49,7 @@ class Tables(NamedTuple):
         return self._replace(l=l_curve, s=s_curve, rule=self.rule.to(device), runs=runs)
 
     def place(self, lam: Tensor) -> Place:
+        """Where a lambda lies in the tables."""
         return locate(lam, self.start, self.step, len(self.l.cells))
 
     def a(self, place: Place) -> Tensor:
