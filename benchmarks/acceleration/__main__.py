@@ -17,7 +17,7 @@ from benchmarks.acceleration.students import GRID, PLANS, TEACHERS, Cell, Truth,
 from benchmarks.acceleration.tables import figures, tables
 from benchmarks.harness import Study
 from fewstep.data import load_dataset
-from fewstep.evaluation.metrics import default_extractor
+from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.recipes import recipe
 from fewstep.training import load
 

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from benchmarks.harness import RESULTS, Grid, Row, Store, digest
 from fewstep.data import Dataset
-from fewstep.evaluation.metrics import Extractor, frechet_distance, rmse
+from fewstep.evaluation.metrics.alignment import rmse
+from fewstep.evaluation.metrics.features import Extractor
+from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import trajectory
 from fewstep.flow.preconditioning import PreconditioningConfig

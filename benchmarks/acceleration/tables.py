@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from benchmarks.acceleration.students import GRID, LEVELS
 from benchmarks.harness import FIGURES, RESULTS, Row, markdown, read, write
-from fewstep.evaluation.metrics import common_target, speedup, time_to
-from fewstep.evaluation.metrics.curves import mean_curve
+from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.numbers import NOTHING
 

@@ -23,7 +23,6 @@ from fewstep.data.latents.autoencoders import Decoder, load_decoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings, Manifest
 from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, write_figures
-from fewstep.evaluation.report import image_grid, to_uint8
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
@@ -33,6 +32,7 @@ from fewstep.objectives import ISD, Pairs
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig
 from fewstep.sampling.generate import SamplingSettings
+from fewstep.sampling.images import image_grid, to_uint8
 from fewstep.training import RunFolder, Runtime, load, train
 
 SIDE, CROP = 256, 64

@@ -15,7 +15,8 @@ from benchmarks.harness import Row, rounded
 from benchmarks.stability.plan import SAMPLE_SEED, STUDIES, Cell, configuration, settings, starting
 from benchmarks.stability.tables import judged
 from fewstep.data import Dataset
-from fewstep.evaluation.metrics import class_accuracy, default_extractor, frechet_distance
+from fewstep.evaluation.metrics.features import default_extractor
+from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings, generate

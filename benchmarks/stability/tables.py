@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.harness import FIGURES, RESULTS, Row, grouped, interval, markdown, read
 from benchmarks.stability.plan import GRID
-from fewstep.evaluation.metrics import time_to
+from fewstep.evaluation.metrics.curves import time_to
 from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
 from fewstep.utils.files import write_atomically
 

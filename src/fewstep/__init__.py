@@ -80,11 +80,11 @@ if TYPE_CHECKING:
     from fewstep.objectives import Regression as Regression
     from fewstep.objectives import Shortcut as Shortcut
     from fewstep.objectives import TeacherSteps as TeacherSteps
-    from fewstep.policies import Policy as Policy
-    from fewstep.policies import Simulation as Simulation
-    from fewstep.policies import Task as Task
-    from fewstep.policies import load_policy as load_policy
-    from fewstep.policies import roll_out as roll_out
+    from fewstep.policies.policy import Policy as Policy
+    from fewstep.policies.policy import load_policy as load_policy
+    from fewstep.policies.rollout import roll_out as roll_out
+    from fewstep.policies.simulation import Simulation as Simulation
+    from fewstep.policies.simulation import Task as Task
     from fewstep.recipes.config import RunConfig as RunConfig
     from fewstep.sampling.generate import SamplingSettings as SamplingSettings
     from fewstep.sampling.generate import generate as generate

@@ -18,8 +18,8 @@ from fewstep.cli.main import main
 from fewstep.data import DataConfig, load_dataset
 from fewstep.data.latents.autoencoders import load_autoencoder
 from fewstep.evaluation.evaluate import build_evaluator
-from fewstep.evaluation.metrics import RandomConvExtractor
-from fewstep.evaluation.report import RunReport
+from fewstep.evaluation.metrics.features import RandomConvExtractor
+from fewstep.evaluation.report.page import RunReport
 from fewstep.utils.errors import FewstepWarning
 from tests.support.commands import Command, Finished, contents
 from tests.support.photographs import SIDE, save_autoencoder, save_pictures

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.evaluation.metrics import Alignment, AlignmentSettings, alignment, trajectory_alignment
-from fewstep.evaluation.report import RunReport, alignment_heatmap, render
+from fewstep.evaluation.metrics.alignment import Alignment, AlignmentSettings, alignment, trajectory_alignment
+from fewstep.evaluation.report.heatmap import alignment_heatmap
+from fewstep.evaluation.report.page import RunReport, render
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig

@@ -16,21 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewstep.data import DataConfig, Dataset, Samples, load_dataset
-from fewstep.evaluation.metrics import (
+from fewstep.evaluation.metrics.features import (
     ClassifierExtractor,
     IdentityExtractor,
     InceptionExtractor,
-    Provenance,
     RandomConvExtractor,
-    class_accuracy,
     default_extractor,
-    frechet_distance,
-    kernel_distance,
-    measure,
-    precision_recall,
-    reference_features,
     train_extractor,
 )
+from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance, kernel_distance, precision_recall
+from fewstep.evaluation.metrics.measure import Provenance, measure, reference_features
 from fewstep.utils.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
 
 seeds = st.integers(0, 2**31 - 1)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from fewstep.data import Dataset, Samples
-from fewstep.evaluation.metrics import ClassifierExtractor, IdentityExtractor, RandomConvExtractor, train_extractor
+from fewstep.evaluation.metrics.features import (
+    ClassifierExtractor,
+    IdentityExtractor,
+    RandomConvExtractor,
+    train_extractor,
+)
 from fewstep.utils.errors import ShapeError
 
 

@@ -19,24 +19,11 @@ from markupsafe import escape
 from PIL import Image
 from torch import Tensor
 
-from fewstep.evaluation.report import (
-    Curve,
-    Grid,
-    Jumps,
-    RunReport,
-    image_grid,
-    loss_curves,
-    quality_curves,
-    render,
-    save_each,
-    save_grid,
-    save_npz,
-    statistics_figure,
-    to_uint8,
-    write_report,
-)
-from fewstep.evaluation.report.figures import legible_ticks
+from fewstep.evaluation.report.figures import legible_ticks, loss_curves, quality_curves
 from fewstep.evaluation.report.numbers import number, tick, with_error
+from fewstep.evaluation.report.page import Grid, RunReport, render, write_report
+from fewstep.evaluation.report.statistics import Curve, Jumps, statistics_figure
+from fewstep.sampling.images import image_grid, save_each, save_grid, save_npz, to_uint8
 from fewstep.utils.errors import CheckpointError, DataError, ShapeError
 
 HOSTILE = "<script>alert('&\"')</script>$x_1$"

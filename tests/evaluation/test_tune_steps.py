@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fewstep.evaluation.evaluate import Evaluator
-from fewstep.evaluation.metrics import IdentityExtractor, ReferenceFeatures, frechet_distance
+from fewstep.evaluation.metrics.features import IdentityExtractor
+from fewstep.evaluation.metrics.fidelity import frechet_distance
+from fewstep.evaluation.metrics.measure import ReferenceFeatures
 from fewstep.evaluation.tune_steps import Point, TuningPlan, format_table, gain_error, search, split_in_halves, tune
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig

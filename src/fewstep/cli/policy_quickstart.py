@@ -10,14 +10,8 @@ from fewstep.data import load_dataset
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.evaluation.evaluate import Row
 from fewstep.evaluation.report.run import report
-from fewstep.evaluation.rollouts import (
-    draw_film,
-    expert_row,
-    measure_rollouts,
-    record_demonstrations,
-    rollout_table,
-    write_rollouts,
-)
+from fewstep.evaluation.rollouts import draw_film, expert_row, measure_rollouts, record_demonstrations
+from fewstep.policies.figures import rollout_table, write_rollouts
 from fewstep.recipes import recipe
 from fewstep.training import RunFolder, Runtime, train
 

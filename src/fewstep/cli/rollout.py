@@ -48,15 +48,8 @@ def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     import torch
 
-    from fewstep.evaluation.rollouts import (
-        choose_drawing,
-        draw_film,
-        expert_row,
-        measure_rollouts,
-        rollout_table,
-        show_on_terminal,
-        write_rollouts,
-    )
+    from fewstep.evaluation.rollouts import choose_drawing, draw_film, expert_row, measure_rollouts, show_on_terminal
+    from fewstep.policies.figures import rollout_table, write_rollouts
 
     if options.threads < 1:
         raise ConfigError(f"{options.threads} threads asked for: give at least 1")

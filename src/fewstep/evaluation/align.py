@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.evaluation.metrics import AlignmentSettings, alignment, default_extractor, trajectory_alignment
-from fewstep.evaluation.report import Curve, Jumps, statistics_figure
+from fewstep.evaluation.metrics.alignment import AlignmentSettings, alignment, trajectory_alignment
+from fewstep.evaluation.metrics.features import default_extractor
+from fewstep.evaluation.report.statistics import Curve, Jumps, statistics_figure
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath

@@ -16,19 +16,10 @@ from torch import Tensor
 from fewstep.data import Dataset
 from fewstep.data.latents.autoencoders import load_decoder
 from fewstep.evaluation.align import with_labels
-from fewstep.evaluation.metrics import (
-    DecodedExtractor,
-    Extractor,
-    InceptionExtractor,
-    Measurement,
-    Provenance,
-    RandomConvExtractor,
-    ReferenceFeatures,
-    default_extractor,
-    frechet_distance,
-    measure,
-    reference_features,
-)
+from fewstep.evaluation.metrics.decoded import DecodedExtractor
+from fewstep.evaluation.metrics.features import Extractor, InceptionExtractor, RandomConvExtractor, default_extractor
+from fewstep.evaluation.metrics.fidelity import frechet_distance
+from fewstep.evaluation.metrics.measure import Measurement, Provenance, ReferenceFeatures, measure, reference_features
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.data.demonstrations.importers import ROBOMIMIC_KEYS, import_minari, import_robomimic
 from fewstep.evaluation.evaluate import method_of
-from fewstep.policies.figures import Row, rollout_row, rollout_table, save_film, write_rollouts
+from fewstep.policies.figures import Row, rollout_row, save_film
 from fewstep.policies.policy import Policy, load_policy
 from fewstep.policies.rollout import expert_rollout, film, record, roll_out
 from fewstep.policies.simulation import Task
@@ -136,16 +136,3 @@ def choose_drawing() -> None:
 def show_on_terminal(text: str) -> None:
     """Progress on one line of standard error."""
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
-__all__ = [
-    "choose_drawing",
-    "draw_film",
-    "expert_row",
-    "import_demonstrations",
-    "measure_rollouts",
-    "record_demonstrations",
-    "rollout_table",
-    "show_on_terminal",
-    "write_rollouts",
-]

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.evaluation.evaluate import Evaluator, best_device, draw_features, sampler_settings
-from fewstep.evaluation.metrics import ReferenceFeatures, frechet_distance
+from fewstep.evaluation.metrics.fidelity import frechet_distance
+from fewstep.evaluation.metrics.measure import ReferenceFeatures
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.recipes.config import RunConfig

@@ -133,14 +133,3 @@ def read_strip(folder: Path, count: int = 8) -> Tensor | None:
         raise CheckpointError(f"{file} is no strip of {count} pictures: delete it")
     pictures = torch.from_numpy(whole.copy()).reshape(height, count, width // count, 3)
     return pictures.permute(1, 3, 0, 2)
-
-
-__all__ = [
-    "read_rollouts",
-    "read_strip",
-    "rollout_row",
-    "rollout_table",
-    "save_film",
-    "strip",
-    "write_rollouts",
-]

@@ -270,17 +270,3 @@ def expert_rollout(task: Task, episodes: int, first_seed: int = FIRST_TEST_SEED)
     with Simulations(task) as simulations:
         found = [demonstrate(simulations, expert, first_seed + k).episode for k in range(episodes)]
     return Rollout(tuple(found))
-
-
-__all__ = [
-    "Recording",
-    "Rollout",
-    "demonstrate",
-    "expert_rollout",
-    "film",
-    "latencies",
-    "record",
-    "roll_out",
-    "single_latency",
-    "wilson",
-]

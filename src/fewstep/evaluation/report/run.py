@@ -20,11 +20,12 @@ from fewstep.evaluation.evaluate import (
     sampler_settings,
     tuned_settings,
 )
-from fewstep.evaluation.report import Grid, RunReport, save_grid, write_report
+from fewstep.evaluation.report.page import Grid, RunReport, write_report
 from fewstep.policies.figures import read_rollouts, read_strip
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
+from fewstep.sampling.images import save_grid
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
