@@ -7,7 +7,10 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from fewstep.networks.condition import Condition
+from fewstep.networks.layers import ConditionEmbedding
 from fewstep.utils.errors import ConfigError
+
+Shape = tuple[int, ...]
 
 
 class Network(nn.Module, ABC):
@@ -18,9 +21,7 @@ class Network(nn.Module, ABC):
     Times arrive as the inner scaling's c_noise gives them.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.num_classes = num_classes
@@ -43,13 +44,25 @@ class Network(nn.Module, ABC):
         """x (B, *shape), t (B,), s (B,) -> (B, *shape)."""
 
 
+class EmbeddingNetwork(Network):
+    """A network that embeds times and conditions together and ends in a layer `output`."""
+
+    embedding: ConditionEmbedding
+    output: nn.Linear | nn.Conv1d | nn.Conv2d
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.output.weight
+
+    def freeze_second_time(self) -> None:
+        self.embedding.s_branch.requires_grad_(False)
+
+
 class NetworkConfig(ABC):
     """Settings of a network; the data's shape and conditions are given when it is built."""
 
     @abstractmethod
-    def build(
-        self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
-    ) -> Network:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         """Make the network; raises ConfigError when it cannot take this shape."""
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import (
     ConditionEmbedding,
@@ -67,25 +67,18 @@ class DiTConfig(NetworkConfig):
         layers = published_depth if depth is None else depth
         return DiTConfig(width=width, depth=layers, heads=heads, patch=patch, checkpoint=checkpoint)
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> DiT:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> DiT:
         return DiT(self, shape, num_classes, guided, observation)
 
 
-class DiT(Network):
+class DiT(EmbeddingNetwork):
     """Patches as tokens, `depth` transformer blocks, a linear layer that starts at zero: (B, C, H, W) -> (B, C, H, W).
 
     Positions enter twice: a learned vector per token, because rotations tell only displacements, and the rotations.
     Raises ConfigError unless H and W are divisible by `patch`, and `width` by four times `heads`.
     """
 
-    def __init__(
-        self,
-        config: DiTConfig,
-        shape: tuple[int, ...],
-        num_classes: int,
-        guided: bool,
-        observation: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, config: DiTConfig, shape: Shape, num_classes: int, guided: bool, observation: Shape) -> None:
         super().__init__(shape, num_classes, guided, observation)
         _check(config, self.shape)
         channels, height, width = self.shape
@@ -101,13 +94,6 @@ class DiT(Network):
         self.norm = RMSNorm(config.width)
         self.modulation = zeroed(Linear(config.width, 2 * config.width))
         self.output = zeroed(Linear(config.width, size))
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.output.weight
-
-    def freeze_second_time(self) -> None:
-        self.embedding.s_branch.requires_grad_(False)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)

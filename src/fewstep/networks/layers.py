@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.forward_ad import tangents_recorded
 from fewstep.utils.tensors import check_batch, expand
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def check_inputs(x: Tensor, t: Tensor, s: Tensor, shape: tuple[int, ...]) -> None:
@@ -80,11 +83,11 @@ class Conv2d(nn.Conv2d):
         return affine(x, self.weight, self.bias, lambda x, bias: self._conv_forward(x, self.weight, bias))
 
 
-def zeroed(linear: nn.Linear) -> nn.Linear:
+def zeroed(layer: Layer) -> Layer:
     """The same layer with weight and bias set to zero, so that it starts as the zero map."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, LayerNorm, Linear, check_inputs, silu, zeroed
 from fewstep.utils.errors import ConfigError
@@ -29,44 +29,29 @@ class MLPConfig(NetworkConfig):
     max_frequency: float = 64.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> MLP:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> MLP:
         return MLP(self, shape, num_classes, guided, observation)
 
 
-class MLP(Network):
+class MLP(EmbeddingNetwork):
     """Flatten, embed, `depth` residual blocks, and a linear layer that starts at zero: (B, *shape) -> (B, *shape)."""
 
-    def __init__(
-        self,
-        config: MLPConfig,
-        shape: tuple[int, ...],
-        num_classes: int,
-        guided: bool,
-        observation: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, config: MLPConfig, shape: Shape, num_classes: int, guided: bool, observation: Shape) -> None:
         super().__init__(shape, num_classes, guided, observation)
         hidden = round(config.width * config.expansion) if math.isfinite(config.expansion) else 0
         if min(config.width, hidden) < 1 or config.depth < 1:
             raise ConfigError(f"an MLP needs width, hidden width and depth of at least 1: {config}")
         size = math.prod(self.shape)
-        self.embedding = ConditionEmbedding(
-            config.embedding_width, num_classes, guided, config.max_frequency, observation
-        )
+        width = config.embedding_width
+        self.embedding = ConditionEmbedding(width, num_classes, guided, config.max_frequency, observation)
         # One product yields the modulations of all blocks: many narrow ones would cost more in overhead than in work.
-        self.modulation = Linear(config.embedding_width, config.depth * 2 * hidden)
+        self.modulation = Linear(width, config.depth * 2 * hidden)
         # Observations enter beside the sample too: the embedding, which holds them, is narrower than many of them.
         seen = math.prod(observation) if observation else 0
         self.input = Linear(size + seen, config.width)
         self.blocks = nn.ModuleList([ResidualBlock(config.width, hidden) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, affine=False)
         self.output = zeroed(Linear(config.width, size))
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.output.weight
-
-    def freeze_second_time(self) -> None:
-        self.embedding.s_branch.requires_grad_(False)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.base import NetworkConfig, Shape
 from fewstep.networks.condition import Condition
-from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, Linear, attention, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, check_inputs, silu, zeroed
+from fewstep.networks.pyramid import Pyramid, ResidualBlock, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
 
 
@@ -41,142 +41,49 @@ class UNetConfig(NetworkConfig):
     def stochastic(self) -> bool:
         return self.dropout > 0
 
-    def build(self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()) -> UNet:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> UNet:
         return UNet(self, shape, num_classes, guided, observation)
 
 
-class UNet(Network):
+class UNet(Pyramid):
     """Residual blocks on a pyramid of resolutions with skip connections across: (B, C, H, W) -> (B, C, H, W).
 
     Raises ConfigError unless H and W are divisible by patch 2^(levels - 1). Any memory layout works; on a CPU,
     `network.to(memory_format=torch.channels_last)` is often faster.
     """
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        shape: tuple[int, ...],
-        num_classes: int,
-        guided: bool,
-        observation: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, config: UNetConfig, shape: Shape, num_classes: int, guided: bool, observation: Shape) -> None:
         super().__init__(shape, num_classes, guided, observation)
         _check(config, self.shape)
         channels = [config.width * multiplier for multiplier in config.multipliers]
-        levels = range(len(channels))
-        height = self.shape[1] // config.patch
+        heights = [(self.shape[1] // config.patch) >> level for level in range(len(channels))]
         self.patch = config.patch
         folded = self.shape[0] * config.patch**2
-        self.embedding = ConditionEmbedding(
-            config.embedding_width, num_classes, guided, config.max_frequency, observation
-        )
-        self.input = _convolution(folded, channels[0])
-        self.down = nn.ModuleList()
-        for level in levels:
-            first = channels[max(level - 1, 0)]
-            widths = [(first if index == 0 else channels[level], channels[level]) for index in range(config.blocks)]
-            self.down.append(_stage(config, widths, height >> level))
-        bottom = channels[-1]
-        self.middle = _stage(config, [(bottom, bottom)], height >> levels[-1])
-        self.up = nn.ModuleList()
-        for level in reversed(levels):
-            below = channels[min(level + 1, levels[-1])]
-            widths = [(below if index == 0 else channels[level], channels[level]) for index in range(config.blocks)]
-            self.up.append(_stage(config, [(i + channels[level], o) for i, o in widths], height >> level))
+        width = config.embedding_width
+        self.embedding = ConditionEmbedding(width, num_classes, guided, config.max_frequency, observation)
+        self.input = same_size(Conv2d, folded, channels[0], 3)
+        down, up = widths_down(channels, config.blocks), widths_up(channels, config.blocks)
+        self.down = nn.ModuleList(_stage(config, *stage) for stage in zip(down, heights, strict=True))
+        self.middle = _stage(config, [(channels[-1], channels[-1])], heights[-1])
+        self.up = nn.ModuleList(_stage(config, *stage) for stage in zip(up, reversed(heights), strict=True))
         self.norm = GroupNorm(channels[0])
-        self.output = _zeroed_convolution(channels[0], folded)
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.output.weight
-
-    def freeze_second_time(self) -> None:
-        self.embedding.s_branch.requires_grad_(False)
+        self.output = zeroed(same_size(Conv2d, channels[0], folded, 3))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))
         h = self.input(functional.pixel_unshuffle(x, self.patch))
-        skips: list[Tensor] = []
-        for level, stage in enumerate(self.down):
-            h = functional.avg_pool2d(h, 2) if level else h
-            for block in stage.children():
-                h = block(h, embedding)
-                skips.append(h)
+        h, skips = self.descend(h, embedding, functional.avg_pool2d)
         for block in self.middle:
             h = block(h, embedding)
-        for level, stage in enumerate(self.up):
-            h = functional.interpolate(h, scale_factor=2.0, mode="nearest") if level else h
-            for block in stage.children():
-                h = block(torch.cat([h, skips.pop() * 0.5**0.5], 1), embedding)
-        out: Tensor = functional.pixel_shuffle(self.output(silu(self.norm(h))), self.patch)
-        return out
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, the second starting at zero, and attention where asked for: (B, C_in, H, W) -> C_out.
-
-    h = conv(silu(norm(x))); h = conv(silu(norm(h) * (1 + scale) + shift)); skip(x) + h, with scale and shift linear
-    in the embedding (B, E) and skip a 1x1 convolution where the channels change.
-    """
-
-    def __init__(self, channels: tuple[int, int], config: UNetConfig, attend: bool) -> None:
-        super().__init__()
-        wide_in, wide_out = channels
-        self.dropout = config.dropout
-        self.first_norm = GroupNorm(wide_in)
-        self.first = _convolution(wide_in, wide_out)
-        self.modulation = Linear(config.embedding_width, 2 * wide_out)
-        self.last_norm = GroupNorm(wide_out)
-        self.last = _zeroed_convolution(wide_out, wide_out)
-        self.skip = nn.Identity() if wide_in == wide_out else Conv2d(wide_in, wide_out, 1)
-        self.attend = SelfAttention(wide_out, config.head_width) if attend else nn.Identity()
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.modulation(embedding).chunk(2, 1)
-        h = self.first(silu(self.first_norm(x)))
-        h = silu(self.last_norm(h, scale, shift))
-        h = functional.dropout(h, self.dropout, self.training) if self.dropout else h
-        out: Tensor = self.attend(self.skip(x) + self.last(h))
-        return out
-
-
-class SelfAttention(nn.Module):
-    """x + project(attention(norm(x))) over all positions, the projection zero at first; x (B, C, H, W)."""
-
-    def __init__(self, channels: int, head_width: int) -> None:
-        super().__init__()
-        if head_width < 1 or channels % head_width:
-            raise ConfigError(
-                f"{channels} channels do not split into attention heads of head_width {head_width}: change either"
-            )
-        self.heads = channels // head_width
-        self.norm = GroupNorm(channels)
-        self.qkv = Linear(channels, 3 * channels)
-        self.project = zeroed(Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed: Tensor = self.project(attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + mixed.transpose(1, 2).reshape(x.shape)
+        return functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
 
 
 def _stage(config: UNetConfig, widths: list[tuple[int, int]], height: int) -> nn.ModuleList:
-    """The residual blocks of one level in one direction."""
-    return nn.ModuleList([ResidualBlock(pair, config, height in config.attention) for pair in widths])
-
-
-def _convolution(wide_in: int, wide_out: int) -> nn.Conv2d:
-    return Conv2d(wide_in, wide_out, 3, padding=1)
-
-
-def _zeroed_convolution(wide_in: int, wide_out: int) -> nn.Conv2d:
-    convolution = _convolution(wide_in, wide_out)
-    nn.init.zeros_(convolution.weight)
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
-    return convolution
+    """The residual blocks of one level in one direction, with attention at the heights that ask for it."""
+    head = config.head_width if height in config.attention else None
+    width, dropout = config.embedding_width, config.dropout
+    return nn.ModuleList(ResidualBlock(pair, width, Conv2d, dropout=dropout, head_width=head) for pair in widths)
 
 
 def _check(config: UNetConfig, shape: tuple[int, ...]) -> None:
