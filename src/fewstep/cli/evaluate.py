@@ -55,14 +55,9 @@ def run(options: Options) -> None:
     run = RunFolder(options.run)
     config = run.config()
     run.last_checkpoint()
-    own = config.evaluation
-    evaluation = dataclasses.replace(
-        own,
-        samples=own.samples if options.samples is None else options.samples,
-        steps=options.steps or own.steps,
-        guidance_scale=own.guidance_scale if options.guidance_scale is None else options.guidance_scale,
-        seed=own.seed if options.seed is None else options.seed,
-    )
+    given = {name: getattr(options, name) for name in ("samples", "steps", "guidance_scale", "seed")}
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    evaluation = dataclasses.replace(config.evaluation, **given)
     dataset = load_dataset(config.data)
     if options.teacher is not None:
         if not config.teacher:

@@ -25,7 +25,7 @@ from fewstep.evaluation.report.comparison import (
     Table,
     aligned,
     comparison_curves,
-    write_page,
+    render,
 )
 from fewstep.evaluation.report.numbers import NOTHING, number, tick
 from fewstep.evaluation.report.run import REPORT_FILE, STUDY_FILE
@@ -77,7 +77,8 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     ordered = sorted(keys, key=lambda key: (key[0] not in _TITLES, key[0], key[1] or 0))
     found = [compare_measure(members, key) for key in ordered]
     panels = tuple(_panel(each) for each in found)
-    tables = _tables(found)
+    most = max(len(each.targets) for each in found)
+    tables = tuple(_table(each, most) for each in found)
     figure = comparison_curves(panels)
     write_atomically(out / RECORD_FILE, json.dumps(_record(members, differing, found), indent=2) + "\n")
     write_atomically(out / FIGURE_FILE, figure)
@@ -91,7 +92,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
         settings=("Seed", *differing),
         runs=tuple(_entry(each, differing, out) for each in members),
     )
-    write_page(page, out / PAGE_FILE)
+    write_atomically(out / PAGE_FILE, render(page))
     for run in runs:
         _join_study(run, runs, out)
     return f"{aligned(tables)}\n\n{textwrap.fill(explanation(members[0].method), 118)}"
@@ -149,13 +150,8 @@ def _panel(found: Comparison) -> Panel:
     return Panel(found.title, courses, tuple(found.targets.values()))
 
 
-def _tables(found: Sequence[Comparison]) -> tuple[Table, ...]:
-    """One table for each measure, all of as many columns."""
-    most = max(len(each.targets) for each in found)
-    return tuple(_table(each, most) for each in found)
-
-
 def _table(found: Comparison, columns: int) -> Table:
+    """Of one measure, with room for so many targets."""
     targets = [f"to {number(value)} ({share:.0%})" for share, value in found.targets.items()]
     heads = (found.title, "runs", "last", *_padded(targets, columns), "speed-up", "95% interval", "missed")
     return Table(heads, tuple(_cells(each, columns) for each in found.findings))
@@ -207,7 +203,8 @@ def _entry(member: Member, differing: Sequence[str], out: Path) -> RunEntry:
     values = (member.settings.get(key) for key in differing)
     shown = (value if isinstance(value, str) and value else json.dumps(value) for value in values)
     report = member.run.root / REPORT_FILE
-    return RunEntry(str(member.run.root), _address(report, out) if report.is_file() else "", (str(member.seed), *shown))
+    address = quote(_relative(report, out)) if report.is_file() else ""
+    return RunEntry(str(member.run.root), address, (str(member.seed), *shown))
 
 
 def _record(members: Sequence[Member], differing: Sequence[str], found: Sequence[Comparison]) -> dict[str, Any]:
@@ -236,8 +233,3 @@ def _join_study(run: RunFolder, runs: Sequence[RunFolder], out: Path) -> None:
 
 def _relative(target: Path, folder: Path) -> str:
     return Path(os.path.relpath(target.resolve(), folder.resolve())).as_posix()
-
-
-def _address(target: Path, folder: Path) -> str:
-    """A relative link from a page in `folder`."""
-    return quote(_relative(target, folder))

@@ -239,10 +239,8 @@ def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, p
     The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
     model's samples are not finite.
     """
-    drawn, (half, other) = (
-        _Placements(pipeline, settings, evaluator, plan.samples),
-        split_in_halves(evaluator.reference),
-    )
+    half, other = split_in_halves(evaluator.reference)
+    drawn = _Placements(pipeline, settings, evaluator, plan.samples)
     default = tuple(settings.grid(pipeline.flow_map.path).tolist())
     found, times = _search_times(drawn, default, half, plan)
     search = Distances(half.name, len(half.features), plan.seed, found.first, found.value)

@@ -14,13 +14,13 @@ from torch import Tensor
 from fewstep.networks.condition import Condition
 from fewstep.sampling.generate import SamplingSettings, prior_noise
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.sampling.samplers import Sampler
-from fewstep.sampling.step_times import SamplerName, StepTimes
+from fewstep.sampling.step_times import SamplerName
 from fewstep.training import load
 from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
 from fewstep.utils.random import Draws
 
 DEFAULT_STEPS = 1
+_SAMPLERS: dict[str, SamplerName] = {"map": "map", "mean": "map", "gamma": "gamma", "euler": "euler"}
 
 Observed = Tensor | NDArray[Any]
 
@@ -43,7 +43,8 @@ class Policy:
             least = "a regression takes 1" if self.spec.sampler == "mean" else "take at least 1"
             raise ConfigError(f"a policy of {steps} steps: {least}")
         self.flow_map, self.steps, self.seed = pipeline.flow_map.eval(), steps, seed
-        self.times, self.sampler = self._schedule(pipeline.step_times)
+        settings = SamplingSettings(sampler=_SAMPLERS[self.spec.sampler], steps=steps, gamma=1.0)
+        self.times, self.sampler = settings.grid(self.flow_map.path, pipeline.step_times), settings.function()
         self._episode = -1
         self.reset()
 
@@ -56,11 +57,6 @@ class Policy:
     def action_shape(self) -> tuple[int, int]:
         """(Ta, Da)."""
         return self.spec.chunks.n_action_steps, len(self.spec.actions.low)
-
-    def _schedule(self, known: tuple[StepTimes, ...]) -> tuple[Tensor, Sampler]:
-        names: dict[str, SamplerName] = {"map": "map", "mean": "map", "gamma": "gamma", "euler": "euler"}
-        settings = SamplingSettings(sampler=names[self.spec.sampler], steps=self.steps, gamma=1.0)
-        return settings.grid(self.flow_map.path, known), settings.function()
 
     @torch.no_grad()
     def predict_chunk(self, obs: Observed, decision: int = 0, episodes: Tensor | None = None) -> Tensor:

@@ -132,18 +132,15 @@ class Simulations:
             try:
                 self._kept[place] = self.task.make(self.pictures)
             except Exception as error:
+                if not self._works and isinstance(error, FewstepError):
+                    raise
                 if not self._works:
-                    raise _made_known(self.task, error) from error
+                    reason = f"{type(error).__name__}: {error}"
+                    raise UnsupportedError(f"{self.task.name} cannot be simulated: {reason}") from error
                 self._kept[place] = NoSimulation(error)
             else:
                 self._works = True
         return self._kept[place]
-
-
-def _made_known(task: Task, error: Exception) -> FewstepError:
-    if isinstance(error, FewstepError):
-        return error
-    return UnsupportedError(f"{task.name} cannot be simulated: {type(error).__name__}: {error}")
 
 
 class NoSimulation(Simulation):

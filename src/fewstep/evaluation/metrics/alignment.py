@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -63,15 +63,7 @@ class Alignment:
 
     def row(self) -> dict[str, Any]:
         """The fields in order, ready for JSON: matrices as rows, None where there is no jump."""
-        return {
-            "method": self.method,
-            "times": list(self.times),
-            "rmse": _rows(self.rmse),
-            "stderr": _rows(self.stderr),
-            "samples": self.samples,
-            "seed": self.seed,
-            "teacher_steps": self.teacher_steps,
-        }
+        return asdict(self) | {"times": list(self.times), "rmse": _rows(self.rmse), "stderr": _rows(self.stderr)}
 
 
 @dataclass(frozen=True)
@@ -96,17 +88,7 @@ class TrajectoryAlignment:
 
     def row(self) -> dict[str, Any]:
         """The fields in order, ready for JSON."""
-        return {
-            "method": self.method,
-            "steps": self.steps,
-            "times": list(self.times),
-            "rmse": self.rmse,
-            "stderr": self.stderr,
-            "samples": self.samples,
-            "teacher_steps": self.teacher_steps,
-            "stops": list(self.stops),
-            "stops_stderr": list(self.stops_stderr),
-        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -146,8 +128,8 @@ def alignment(
     _check_counts(x0, settings.batch_size)
     parts = []
     with _at_rest(student, teacher):
-        for indices in torch.arange(len(x0), device=x0.device).split(settings.batch_size):
-            parts.append(_squared_errors(student, teacher, x0[indices], times, cond[indices], indices, settings))
+        for rows in torch.arange(len(x0), device=x0.device).split(settings.batch_size):
+            parts.append(_squared_errors(student, teacher, x0[rows], times, cond[rows], rows, settings))
     rmse, stderr = _root_mean(torch.cat(parts, dim=2))
     return Alignment(method, tuple(times.tolist()), rmse, stderr, len(x0), settings.seed, settings.teacher_steps)
 

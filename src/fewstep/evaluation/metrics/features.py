@@ -11,11 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import struct
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -27,8 +25,15 @@ from torch import Tensor, nn
 
 from fewstep.data import Dataset, SampleSet, batch_indices
 from fewstep.evaluation.metrics.perception import activations
-from fewstep.utils.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
-from fewstep.utils.files import parse_json
+from fewstep.utils.errors import (
+    CheckpointError,
+    DataError,
+    FewstepWarning,
+    MissingExtraError,
+    ShapeError,
+    UnsupportedError,
+)
+from fewstep.utils.files import parse_json, write_atomically
 from fewstep.utils.random import Draws
 
 _DIMENSION = 64
@@ -66,7 +71,25 @@ class Extractor(ABC):
         """
 
 
-class ClassifierExtractor(Extractor):
+class _Convolutions(Extractor):
+    """The features before a network's head, and its convolutions' activations."""
+
+    def __init__(self, name: str, network: nn.Sequential, shape: tuple[int, int, int], device: Device) -> None:
+        self.name, self._shape, self._device = name, shape, device
+        self._network = network.eval().requires_grad_(False).to(device)
+
+    def features(self, images: Tensor) -> Tensor:
+        _check_images(images, self._shape)
+        return _apply(self._network[:-1], images, _BATCH, self._device).double()
+
+    def perceive(self, images: Tensor) -> Tensor:
+        """The activations after every convolution; the network moves to the device of the images and stays there."""
+        _check_images(images, self._shape)
+        self._device = images.device
+        return activations(self._network.to(images.device)[:-1], images.float())
+
+
+class ClassifierExtractor(_Convolutions):
     """The 64 penultimate features of a small classifier that `train_extractor` trained on the data set itself.
 
     heldout_accuracy: share of held-out samples that it recognises. Figures compare across machines only through
@@ -76,28 +99,15 @@ class ClassifierExtractor(Extractor):
     def __init__(
         self, name: str, network: nn.Sequential, shape: tuple[int, int, int], heldout_accuracy: float, device: Device
     ) -> None:
-        self.name = name
+        super().__init__(name, network, shape, device)
         self.heldout_accuracy = heldout_accuracy
-        self._network = network.eval().requires_grad_(False).to(device)
-        self._shape = shape
-        self._device = device
-
-    def features(self, images: Tensor) -> Tensor:
-        _check_images(images, self._shape)
-        return _apply(self._network[:-1], images, _BATCH, self._device).double()
 
     def classify(self, images: Tensor) -> Tensor:
         _check_images(images, self._shape)
         return _apply(self._network, images, _BATCH, self._device).argmax(1)
 
-    def perceive(self, images: Tensor) -> Tensor:
-        """The activations after every convolution; the network moves to the device of the images and stays there."""
-        _check_images(images, self._shape)
-        self._device = images.device
-        return activations(self._network.to(images.device), images.float())
 
-
-class RandomConvExtractor(Extractor):
+class RandomConvExtractor(_Convolutions):
     """64 features of the same convolutions at their random initial values, for data without labels.
 
     They see texture and layout but no meaning: fit to compare runs on one data set, and nothing beyond (Naeem et al.
@@ -106,23 +116,11 @@ class RandomConvExtractor(Extractor):
 
     def __init__(self, shape: tuple[int, int, int], seed: int = 0, device: Device = "cpu") -> None:
         channels, height, width = shape
-        self.name = f"random-conv-{channels}x{height}x{width}-v{_RECIPE}-seed{seed}"
-        self._network = _build(shape, 1, seed)[:-1].eval().requires_grad_(False).to(device)
-        self._shape = shape
-        self._device = device
-
-    def features(self, images: Tensor) -> Tensor:
-        _check_images(images, self._shape)
-        return _apply(self._network, images, _BATCH, self._device).double()
+        name = f"random-conv-{channels}x{height}x{width}-v{_RECIPE}-seed{seed}"
+        super().__init__(name, _build(shape, 1, seed), shape, device)
 
     def classify(self, images: Tensor) -> Tensor:
         raise UnsupportedError(f"{self.name} has random weights and knows no classes")
-
-    def perceive(self, images: Tensor) -> Tensor:
-        """The activations after every convolution; the network moves to the device of the images and stays there."""
-        _check_images(images, self._shape)
-        self._device = images.device
-        return activations(self._network.to(images.device), images.float())
 
 
 class IdentityExtractor(Extractor):
@@ -349,11 +347,8 @@ def _accuracy(network: nn.Sequential, samples: SampleSet) -> float:
 @torch.no_grad()
 def _apply(network: nn.Module, images: Tensor, batch: int, device: Device) -> Tensor:
     """The network's outputs (n, ...) in batches, on the CPU."""
-    return torch.cat([network(part.to(device)).cpu() for part in torch.split(_floats(images), batch)])
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.float() if images.is_floating_point() else images
+    images = images.float() if images.is_floating_point() else images
+    return torch.cat([network(part.to(device)).cpu() for part in torch.split(images, batch)])
 
 
 def _check_images(images: Tensor, shape: tuple[int, int, int] | None) -> None:
@@ -369,17 +364,10 @@ def _save(path: Path, network: nn.Sequential, header: dict[str, object]) -> None
     """Tensors, with the header as JSON in the file's own metadata; the file is whole or absent, never half written."""
     content = safetensors.torch.save(network.state_dict(), {_HEADER: json.dumps(header)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        warnings.warn(f"the trained extractor could not be saved to {path}: {error}", FewstepWarning, stacklevel=3)
+        write_atomically(path, content)
+    except CheckpointError as error:
+        reason = f"the trained extractor could not be saved to {path}: {error.__cause__}"
+        warnings.warn(reason, FewstepWarning, stacklevel=3)
 
 
 def _load(path: Path, network: nn.Sequential, identity: dict[str, object]) -> float:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from fewstep.evaluation.report.numbers import tick
@@ -92,6 +94,14 @@ def figure_style(palette: Palette) -> dict[Any, Any]:
     }
 
 
+@contextmanager
+def styled(dark: bool = False) -> Iterator[Palette]:
+    """Inside, matplotlib draws one figure in the style of the palette that it gives."""
+    palette = DARK if dark else LIGHT
+    with rc_context(figure_style(palette)):
+        yield palette
+
+
 def make_panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels, at most `columns` in a row, and its axes in reading order."""
     columns = max(1, min(columns, count))
@@ -119,7 +129,14 @@ def scale_values(axis: Axes, values: Sequence[float], logarithmic: bool) -> None
         room = 0.15 * max(high - low, 0.02 * abs(high)) or 1.0
         axis.set_ylim(low - room, high + room)
         axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(tick))
+    axis.yaxis.set_major_formatter(tick)
+
+
+def scale_images(axis: Axes) -> None:
+    """The foot of a course: images seen."""
+    axis.set_xlabel("images seen")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(tick)
 
 
 def spreads(values: Sequence[float]) -> bool:

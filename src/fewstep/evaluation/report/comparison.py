@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fewstep.evaluation.report.canvas import (
-    DARK,
-    LIGHT,
     Palette,
-    figure_style,
     legend_above,
     make_panels,
+    scale_images,
     scale_values,
     shorten,
     spreads,
+    styled,
     to_png,
 )
 from fewstep.evaluation.report.html import Pairs, page, plot
-from fewstep.evaluation.report.numbers import tick
 from fewstep.utils.errors import DataError
-from fewstep.utils.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -102,8 +96,7 @@ def comparison_curves(panels: Sequence[Panel], *, columns: int = 3, dark: bool =
     if not drawn:
         raise DataError("there is no learning curve to draw: no measured value is finite")
     methods = list(dict.fromkeys(course.method for panel in drawn for course in panel.courses))
-    palette = DARK if dark else LIGHT
-    with rc_context(figure_style(palette)):
+    with styled(dark) as palette:
         figure, axes = make_panels(len(drawn), min(columns, 2 if len(drawn) % 3 else 3), height=3.1)
         for axis, panel in zip(axes, drawn, strict=True):
             _draw(axis, panel, methods, palette)
@@ -127,16 +120,8 @@ def _draw(axis: Axes, panel: Panel, methods: Sequence[str], palette: Palette) ->
         axis.plot(course.images, course.mean, color=colour, marker=marker, markersize=3)
         values += [*course.low, *course.high]
     axis.set_title(shorten(panel.title, 44))
-    axis.set_xlabel("images seen")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(FuncFormatter(tick))
+    scale_images(axis)
     scale_values(axis, values, logarithmic=spreads(values))
-
-
-def write_page(comparison: ComparisonPage, file: Path) -> Path:
-    """Render the comparison into one file; raises CheckpointError when it cannot be written."""
-    write_atomically(file, render(comparison))
-    return file
 
 
 def render(comparison: ComparisonPage) -> str:
@@ -144,11 +129,4 @@ def render(comparison: ComparisonPage) -> str:
     panels = comparison.panels
     alt = f"Learning curves: {', '.join(panel.title for panel in panels)}"
     curves = plot(lambda wide, dark: comparison_curves(panels, columns=wide, dark=dark), 3, alt)
-    return page(
-        "comparison.html",
-        title=comparison.title,
-        summary=comparison.summary,
-        facts=comparison.facts,
-        curves=curves,
-        page=comparison,
-    )
+    return page("comparison.html", **vars(comparison), curves=curves)

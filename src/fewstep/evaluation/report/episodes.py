@@ -26,9 +26,7 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "heads": ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"],
         "rows": [_line(row, routes, scored) for row in sorted(rows, key=lambda row: (row["method"], row["steps"]))],
-        "task": first["task"],
-        "episodes": first["episodes"],
-        "first_seed": first["first_seed"],
+        **{key: first[key] for key in ("task", "episodes", "first_seed")},
         "unseen": first["first_seed"] >= FIRST_TEST_SEED,
         "scored": scored,
         "routes": routes,

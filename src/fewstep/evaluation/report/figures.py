@@ -6,23 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from fewstep.evaluation.report.canvas import (
-    DARK,
-    LIGHT,
     Palette,
     Record,
-    figure_style,
     legend_above,
     legend_beside_title,
     make_panels,
+    scale_images,
     scale_values,
     shorten,
     spreads,
+    styled,
     to_png,
 )
 from fewstep.evaluation.report.numbers import finite, tick
@@ -48,7 +46,6 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     and sizes are on a log axis, losses too when they are positive and spread over more than a factor of three.
     Raises DataError when nothing is left.
     """
-    palette = DARK if dark else LIGHT
     logged = sorted({key for log in logs.values() for record in log for key in record} - _LEFT_OUT)
     terms = [key for key in logged if not key.startswith(_GRADIENT)]
     of_terms = {key: key.removeprefix(f"{_GRADIENT}_") for key in logged if key.startswith(_GRADIENT)}
@@ -68,7 +65,7 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     drawn = [(title, keys) for title, keys in present if keys]
     if not drawn:
         raise DataError("there is no training log to draw: no record has a finite value")
-    with rc_context(figure_style(palette)):
+    with styled(dark) as palette:
         figure, axes = make_panels(len(drawn), columns, height=2.75)
         for axis, (title, keys) in zip(axes, drawn, strict=True):
             _draw_courses(axis, title, keys, logs, palette)
@@ -96,8 +93,7 @@ def quality_curves(rows: Sequence[Record], *, columns: int = 3, dark: bool = Fal
     drawn = [(title, keys) for title, keys in panels if any(_finite_in(rows, key) for key in keys)]
     if not drawn:
         raise DataError("there are no measurements to draw")
-    palette = DARK if dark else LIGHT
-    with rc_context(figure_style(palette)):
+    with styled(dark) as palette:
         figure, axes = make_panels(len(drawn), columns, height=3.35)
         for axis, (title, keys) in zip(axes, drawn, strict=True):
             _draw_quality(axis, title, keys, rows, palette)
@@ -112,18 +108,16 @@ def _draw_courses(
     """One panel of a log: runs differ in colour and keys in style, or keys in colour when there is one run."""
     values: list[float] = []
     for i, log in enumerate(logs.values()):
-        for j, (key, label) in enumerate(keys.items()):
+        for j, key in enumerate(keys):
             images, course = _course(log, key)
             if not course:
                 continue
-            colour, style = (palette.colour(j), "-") if len(logs) == 1 else (palette.colour(i), _STYLES[j % 4])
+            colour = palette.colour(j if len(logs) == 1 else i)
             marker = "o" if len(course) < 30 else ""
-            axis.plot(images, course, color=colour, linestyle=style, marker=marker, markersize=3, label=label)
+            axis.plot(images, course, color=colour, linestyle=_line(j, len(logs)), marker=marker, markersize=3)
             values += course
     axis.set_title(title)
-    axis.set_xlabel("images seen")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(FuncFormatter(tick))
+    scale_images(axis)
     if "lr" in keys or "clipped" in keys:
         values.append(0.0)
     scale_values(axis, values, logarithmic=title in _LOGARITHMIC or spreads(values))
@@ -215,7 +209,7 @@ def _scale_calls(axis: Axes, rows: Sequence[Record]) -> None:
     axis.set_xlim(calls[0] / 1.3, calls[-1] * 1.3)
     axis.xaxis.set_major_locator(FixedLocator(legible_ticks(calls)))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(tick))
+    axis.xaxis.set_major_formatter(tick)
     axis.set_xlabel("network calls per sample (NFE)")
 
 
@@ -233,4 +227,4 @@ def _scale_share(axis: Axes, values: Sequence[float], percent: bool) -> None:
     low = math.floor(min(values, default=0.0) * 10 - 0.2) / 10
     axis.set_ylim(max(low, 0), 1.02)
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if percent else f"{value:.4g}"))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if percent else f"{value:.4g}")

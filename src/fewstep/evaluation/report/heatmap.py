@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
-from fewstep.evaluation.report.canvas import DARK, LIGHT, Record, figure_style, make_panels, shorten, to_png
+from fewstep.evaluation.report.canvas import Record, make_panels, shorten, styled, to_png
 from fewstep.evaluation.report.numbers import number, tick
 from fewstep.utils.errors import DataError, ShapeError
 
@@ -63,9 +62,8 @@ def alignment_heatmap(records: Sequence[Record], *, columns: int = 2, dark: bool
     values = [value for _, cells in grids for value in chain.from_iterable(cells) if value is not None]
     if not values:
         raise DataError("there is no alignment to draw: no jump has a positive, finite error")
-    palette = DARK if dark else LIGHT
     shades = _Shades.over(values, _RAMP_DARK if dark else _RAMP_LIGHT)
-    with rc_context(figure_style(palette)):
+    with styled(dark):
         figure, axes = make_panels(len(grids), columns, height=3.9)
         if len(grids) == 1 < columns:
             figure.set_size_inches(8.0, 3.9)
@@ -141,5 +139,5 @@ def _colour_bar(figure: Figure, axes: Sequence[Axes], shades: _Shades) -> None:
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(tick))
+    bar.ax.yaxis.set_major_formatter(tick)
     bar.set_label("RMS error per element")

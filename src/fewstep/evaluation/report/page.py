@@ -73,23 +73,18 @@ def render(report: RunReport) -> str:
     """The page as HTML: no scripts, no addresses to load from, all text escaped."""
     widest = max((grid.columns for grid in report.grids), default=0)
     beside = 2 if widest > 12 else next((n for n in (4, 3, 2) if len(report.grids) % n == 0), 3)
-    return page(
-        "run.html",
-        title=report.title,
-        summary=report.summary,
-        facts=report.facts,
-        links=report.links,
-        grids=[_grid(grid, report.data_range) for grid in report.grids],
-        columns=min(beside, len(report.grids)),
-        wide=widest > 8,
-        films=[_grid(film, None) for film in report.films],
-        episodes=episode_tables(report.episodes),
-        quality=quality_parts(report.rows),
-        alignment=_alignment(report),
-        losses=_losses(report.logs),
-        cost=report.cost,
-        settings=_settings(report.settings),
-    )
+    drawn = {
+        "grids": [_grid(grid, report.data_range) for grid in report.grids],
+        "columns": min(beside, len(report.grids)),
+        "wide": widest > 8,
+        "films": [_grid(film, None) for film in report.films],
+        "episodes": episode_tables(report.episodes),
+        "quality": quality_parts(report.rows),
+        "alignment": _alignment(report),
+        "losses": _losses(report.logs),
+        "settings": _settings(report.settings),
+    }
+    return page("run.html", **vars(report) | drawn)
 
 
 def _grid(grid: Grid, data_range: Range | None) -> dict[str, str]:

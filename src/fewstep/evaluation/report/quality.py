@@ -75,7 +75,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         "Recall": lambda row: number(finite(row, "recall")),
     }
     if any(finite(row, "accuracy") is not None for row in rows):
-        columns["Accuracy"] = lambda row: _percent(finite(row, "accuracy"))
+        columns["Accuracy"] = lambda row: NOTHING if (share := finite(row, "accuracy")) is None else f"{share:.1%}"
     if any(finite(row, "latency_ms") is not None for row in rows):
         columns["Latency (ms)"] = lambda row: number(finite(row, "latency_ms"))
     if len({row["samples"] for row in rows}) > 1:
@@ -89,13 +89,8 @@ def _best_at_equal_calls(rows: Sequence[Row]) -> frozenset[int]:
     """Identities of the rows with the lowest Fréchet distance among several methods with the same, positive NFE."""
     best = set()
     for nfe in {finite(row, "nfe") for row in rows} - {0.0, None}:
-        rivals = [
-            (f, id(row)) for row in rows if finite(row, "nfe") == nfe and (f := finite(row, "frechet")) is not None
-        ]
+        same = [row for row in rows if finite(row, "nfe") == nfe]
+        rivals = [(f, id(row)) for row in same if (f := finite(row, "frechet")) is not None]
         if len(rivals) > 1:
             best.add(min(rivals)[1])
     return frozenset(best)
-
-
-def _percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{share:.1%}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,16 +40,13 @@ STUDY_FILE = "study.json"
 
 def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
     """Draws a grid of the averaged model at the first two step counts of the recipe: samples/step-N.png."""
-
     views: list[Viewer] = []
 
     def watch(pipeline: Pipeline, step: int) -> None:
         if not views:
             views.append(pipeline.preview())
-        rows = [
-            generate(pipeline, count, settings).samples
-            for settings in sampler_settings(config, config.evaluation.steps[:2])
-        ]
+        plans = sampler_settings(config, config.evaluation.steps[:2])
+        rows = [generate(pipeline, count, settings).samples for settings in plans]
         images, file = views[0].thumbnails(torch.cat(rows)), run.samples / f"step-{step:08d}.png"
         save_grid(images, file, columns=20, data_range=views[0].data_range)
 
@@ -66,15 +64,9 @@ def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
     if not config.objective.endpoint_only:
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(pipeline, count, settings)) for label, settings in plans]
-    return tuple(
-        Grid(
-            f"{label}, {_calls(round(found.nfe))}",
-            "Same noise and classes in every grid.",
-            view.thumbnails(found.samples),
-            10,
-        )
-        for label, found in drawn
-    )
+    titled = [(f"{label}, {_calls(round(found.nfe))}", found.samples) for label, found in drawn]
+    note = "Same noise and classes in every grid."
+    return tuple(Grid(title, note, view.thumbnails(samples), 10) for title, samples in titled)
 
 
 def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
@@ -172,10 +164,9 @@ def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
 
 
 def _policy_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    rows = [row for row in read_rollouts(run.root) if row["steps"]]
-    last = tuple(rows[-1][key] for key in ("task", "first_seed", "seed", "episodes")) if rows else ()
-    rows = [row for row in rows if tuple(row[key] for key in ("task", "first_seed", "seed", "episodes")) == last]
-    rows.sort(key=lambda row: int(row["steps"]))
+    stored = [row for row in read_rollouts(run.root) if row["steps"]]
+    setting = itemgetter("task", "first_seed", "seed", "episodes")
+    rows = sorted((r for r in stored if setting(r) == setting(stored[-1])), key=lambda row: int(row["steps"]))
     cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
     times = [(f"Time per decision, {_calls(rows[0]['steps'])}", f"{rows[0]['latency_ms']:.2f} ms")] if rows else []
     return tuple(cards + times)
@@ -188,14 +179,11 @@ def _calls(nfe: int) -> str:
 def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
     lines = []
     for each in (run, *others):
-        flow_map = each.pipeline().flow_map
         state = read_state(each.last_checkpoint())
-        parameters = sum(p.numel() for p in flow_map.parameters())
-        lines.append(
-            (
-                method_of(each),
-                f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
-                f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters",
-            )
+        parameters = sum(p.numel() for p in each.pipeline().flow_map.parameters())
+        cost = (
+            f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
+            f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters"
         )
+        lines.append((method_of(each), cost))
     return tuple(lines)

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from fewstep.evaluation.report.canvas import (
-    DARK,
-    LIGHT,
-    Palette,
-    figure_style,
-    legend_beside_title,
-    make_panels,
-    to_png,
-)
+from fewstep.evaluation.report.canvas import Palette, legend_beside_title, make_panels, styled, to_png
 from fewstep.evaluation.report.numbers import tick
 from fewstep.utils.errors import DataError, ShapeError
 
@@ -73,8 +64,7 @@ def statistics_figure(
         raise DataError("there are no statistics to draw: give at least two noise levels")
     if any(len(part) != len(levels) for curve in (l, s) for part in (curve.estimate, curve.stderr, curve.used)):
         raise ShapeError(f"curves of statistics do not fit their {len(levels)} noise levels")
-    palette = DARK if dark else LIGHT
-    with rc_context(figure_style(palette)):
+    with styled(dark) as palette:
         figure, axes = make_panels(4 if jumps else 2, columns, height=3.0)
         _draw_curve(axes[0], "l: share of x in the denoiser", levels, l, palette.colour(0), palette)
         _draw_curve(axes[1], "s: growth of what is left", levels, s, palette.colour(0), palette)
@@ -116,11 +106,8 @@ def _draw_coefficient(axis: Axes, name: str, jumps: Sequence[Jumps], palette: Pa
     if name == "f":
         axis.legend(handles, names, loc="best")
     else:
-        styles = [
-            Line2D([], [], color=palette.muted),
-            Line2D([], [], color=palette.muted, linestyle=_DASHED, linewidth=1.2),
-        ]
-        legend_beside_title(axis, styles, ["analytic", "Euler"])
+        dashed = Line2D([], [], color=palette.muted, linestyle=_DASHED, linewidth=1.2)
+        legend_beside_title(axis, [Line2D([], [], color=palette.muted), dashed], ["analytic", "Euler"])
     _scale_levels(axis, [level for each in jumps for level in each.levels])
     axis.set_xlabel("noise level where it ends")
 
@@ -130,6 +117,6 @@ def _scale_levels(axis: Axes, levels: Sequence[float]) -> None:
     axis.set_xlim(min(levels) / 1.15, max(levels) * 1.15)
     axis.xaxis.set_major_locator(LogLocator(numticks=7))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(tick))
+    axis.xaxis.set_major_formatter(tick)
     axis.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axis.yaxis.set_major_formatter(FuncFormatter(tick))
+    axis.yaxis.set_major_formatter(tick)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from fewstep.policies.simulation import Outcome, Picture, Simulation, Task, Vector
-from fewstep.policies.tasks.mujoco import Camera, NoisyExpert, View, packages_of, picture_of
+from fewstep.policies.simulation import Expert, Outcome, Simulation, Task, Vector
+from fewstep.policies.tasks.mujoco import ArmSimulation, NoisyExpert, View, packages_of
 
 _VIEW = View(lookat=(1.25, 0.75, 0.6), distance=1.5, azimuth=132.0, elevation=-20.0)
 
@@ -23,12 +24,13 @@ GAIN = 10.0
 """Action per metre that the hand is off: half of what asks for the whole way in one step."""
 
 
-class FetchSimulation(Simulation):
-    """One of the package's environments, without its time limit; observation and goal in one vector."""
+class FetchSimulation(ArmSimulation):
+    """One of the package's environments, without its time limit, seen from in front of the arm; observation and goal in
+    one vector.
+    """
 
     def __init__(self, environment: Any, render: bool) -> None:
-        self._environment = environment
-        self._camera = Camera(environment.model, environment.data, _VIEW) if render else None
+        super().__init__(environment, _VIEW, render)
 
     def reset(self, seed: int) -> Vector:
         """Place block and goal; (28,)."""
@@ -41,16 +43,6 @@ class FetchSimulation(Simulation):
         parts, _, _, _, information = self._environment.step(action)
         success = bool(information["is_success"])
         return Outcome(joined(parts), success, float(success))
-
-    def render(self) -> Picture:
-        """The table from in front of the arm; raises UnsupportedError as `picture_of` and `Camera` do."""
-        return picture_of(self._camera)
-
-    def close(self) -> None:
-        """Release the camera."""
-        if self._camera is not None:
-            self._camera.close()
-        self._environment.close()
 
     def _place(self, seed: int) -> dict[str, Any]:
         """The package's observation of a new episode."""
@@ -126,47 +118,44 @@ def pick_and_place(observation: Vector) -> Vector:
     return np.append(GAIN * (to_block if opening > 0.06 else goal - block), -1.0).astype(np.float32)
 
 
-def push_environment() -> Any:
-    """The package's class, imported when a task is made."""
-    from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
-
-    return MujocoFetchPushEnv
-
-
-def _pick_and_place_environment() -> Any:
-    from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv
-
-    return MujocoFetchPickAndPlaceEnv
-
-
-def _make(task: str, load: Callable[[], Any], render: bool) -> Simulation:
-    with packages_of(task, "gymnasium-robotics"):
-        environment = load()
-    return FetchSimulation(environment(), render)
-
-
-def _task(
-    name: str, description: str, load: Callable[[], Any], rule: Callable[[Vector], Vector], max_steps: int
+def fetch_task(
+    name: str,
+    description: str,
+    environment: str,
+    expert: Callable[[], Expert],
+    simulation: type[FetchSimulation] = FetchSimulation,
 ) -> Task:
+    """A task of 100 actions in one of the package's environments, MODULE.CLASS, imported when the task is made."""
+    module, _, kind = environment.partition(".")
+
+    def make(render: bool) -> Simulation:
+        with packages_of(name, "gymnasium-robotics"):
+            found = getattr(import_module(f"gymnasium_robotics.envs.fetch.{module}"), kind)
+        return simulation(found(), render)
+
     return Task(
         name=name,
         description=description,
         observation_size=28,
         action_low=(-1.0,) * 4,
         action_high=(1.0,) * 4,
-        max_steps=max_steps,
-        make=partial(_make, name, load),
-        expert=partial(NoisyExpert, rule),
+        max_steps=100,
+        make=make,
+        expert=expert,
     )
 
 
 FETCH_TASKS: tuple[Task, ...] = (
-    _task("fetch-push", "a robot arm pushes a block to a goal on the table", push_environment, push, max_steps=100),
-    _task(
+    fetch_task(
+        "fetch-push",
+        "a robot arm pushes a block to a goal on the table",
+        "push.MujocoFetchPushEnv",
+        partial(NoisyExpert, push),
+    ),
+    fetch_task(
         "fetch-pick-and-place",
         "a robot arm carries a block to a goal on the table or in the air",
-        _pick_and_place_environment,
-        pick_and_place,
-        max_steps=100,
+        "pick_and_place.MujocoFetchPickAndPlaceEnv",
+        partial(NoisyExpert, pick_and_place),
     ),
 )

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.policies.simulation import Expert, Outcome, Simulation, Task, Vector
-from fewstep.policies.tasks.fetch import GAIN, FetchSimulation, push_environment
-from fewstep.policies.tasks.mujoco import NoisyExpert, packages_of
+from fewstep.policies.simulation import Expert, Outcome, Vector
+from fewstep.policies.tasks.fetch import GAIN, FetchSimulation, fetch_task
+from fewstep.policies.tasks.mujoco import NoisyExpert
 
-_NAME = "fetch-retrieve"
 _WAY = (0.12, 0.18)
 """How far the block is to come, in metres."""
 _SLANT = 0.3
@@ -85,7 +84,7 @@ class RetrieveSimulation(FetchSimulation):
 
 
 def retrieve(observation: Vector, sense: float) -> Vector:
-    """The action (4,): round the block on a circle, low, then along the line to the goal as `fetch_tasks.push`.
+    """The action (4,): round the block on a circle, low, then along the line to the goal as `fetch.push`.
 
     sense: 1 counterclockwise, -1 clockwise, seen from above. Where the hand is less than 2.2 rad from behind the block
     it takes the shorter way, whatever is asked for.
@@ -122,19 +121,10 @@ class RetrieveExpert(Expert):
         return self._hand.act(observation)
 
 
-def _make(render: bool) -> Simulation:
-    with packages_of(_NAME, "gymnasium-robotics"):
-        environment = push_environment()
-    return RetrieveSimulation(environment(), render)
-
-
-RETRIEVE = Task(
-    name=_NAME,
-    description="a robot arm reaches round a block, either way, and pushes it back",
-    observation_size=28,
-    action_low=(-1.0,) * 4,
-    action_high=(1.0,) * 4,
-    max_steps=100,
-    make=_make,
-    expert=RetrieveExpert,
+RETRIEVE = fetch_task(
+    "fetch-retrieve",
+    "a robot arm reaches round a block, either way, and pushes it back",
+    "push.MujocoFetchPushEnv",
+    RetrieveExpert,
+    RetrieveSimulation,
 )

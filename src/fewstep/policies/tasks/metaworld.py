@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.policies.simulation import Expert, Outcome, Picture, Simulation, Task, Vector
-from fewstep.policies.tasks.mujoco import Camera, NoisyExpert, View, packages_of, picture_of
+from fewstep.policies.simulation import Expert, Outcome, Simulation, Task, Vector
+from fewstep.policies.tasks.mujoco import ArmSimulation, NoisyExpert, View, packages_of
 
 _VIEW = View(lookat=(0.0, 0.65, 0.12), distance=1.35, azimuth=140.0, elevation=-25.0)
 
 
-class MetaworldSimulation(Simulation):
-    """One of the package's environments, its goal in the observation.
+class MetaworldSimulation(ArmSimulation):
+    """One of the package's environments, seen from behind the arm's right, its goal in the observation.
 
     The environment's own seeds do not fix where an episode starts. Here the seed draws the vector that places object
     and goal, as the environment would: uniform in its bounds, drawn again while the two are less than `apart` (m) from
@@ -31,9 +31,9 @@ class MetaworldSimulation(Simulation):
     """
 
     def __init__(self, environment: Any, apart: float, render: bool) -> None:
-        self._environment, self._apart = environment, apart
-        self._environment.max_path_length = sys.maxsize
-        self._camera = Camera(environment.model, environment.data, _VIEW) if render else None
+        environment.max_path_length = sys.maxsize
+        super().__init__(environment, _VIEW, render)
+        self._apart = apart
 
     def reset(self, seed: int) -> Vector:
         """Place hand, objects and goal; (39,)."""
@@ -46,16 +46,6 @@ class MetaworldSimulation(Simulation):
         observation, _, _, _, information = self._environment.step(action)
         success = bool(information["success"])
         return Outcome(np.asarray(observation, dtype=np.float32), success, float(success))
-
-    def render(self) -> Picture:
-        """The table from behind the arm's right; raises UnsupportedError as `picture_of` and `Camera` do."""
-        return picture_of(self._camera)
-
-    def close(self) -> None:
-        """Release the camera."""
-        if self._camera is not None:
-            self._camera.close()
-        self._environment.close()
 
     def _placement(self, seed: int) -> NDArray[np.float64]:
         """Object (3,) and, where the goal varies too, goal (3,). The environment never ends its reset if too close."""

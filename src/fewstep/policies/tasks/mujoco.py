@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.policies.simulation import Expert, Picture, Vector
+from fewstep.policies.simulation import Expert, Picture, Simulation, Vector
 from fewstep.utils.errors import MissingExtraError, UnsupportedError
 
 HEIGHT, WIDTH = 256, 320
@@ -63,12 +63,8 @@ class Camera:
         self._model, self._data = model, data
         self._options, self._camera = mujoco.MjvOption(), mujoco.MjvCamera()
         self._scene, self._frame = mujoco.MjvScene(model, maxgeom=1000), mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
-        self._camera.lookat[:] = view.lookat
-        self._camera.distance, self._camera.azimuth, self._camera.elevation = (
-            view.distance,
-            view.azimuth,
-            view.elevation,
-        )
+        self._camera.lookat[:], self._camera.distance = view.lookat, view.distance
+        self._camera.azimuth, self._camera.elevation = view.azimuth, view.elevation
         # The body that pulls the hand along is no part of the scene, though some models give it a colour.
         model.geom_rgba[model.body_mocapid[model.geom_bodyid] >= 0, 3] = 0.0
         self._window: Any = None
@@ -112,11 +108,24 @@ class Camera:
         self._window, self._context = window, context
 
 
-def picture_of(camera: Camera | None) -> Picture:
-    """A camera's picture; raises UnsupportedError where the simulation was made without one."""
-    if camera is None:
-        raise UnsupportedError("this simulation draws no pictures: make it with render=True")
-    return camera.picture()
+class ArmSimulation(Simulation):
+    """A package's environment of a robot arm, with a camera where pictures are wanted."""
+
+    def __init__(self, environment: Any, view: View, render: bool) -> None:
+        self._environment = environment
+        self._camera = Camera(environment.model, environment.data, view) if render else None
+
+    def render(self) -> Picture:
+        """The table; raises UnsupportedError where the simulation was made without a camera, and as `Camera` does."""
+        if self._camera is None:
+            raise UnsupportedError("this simulation draws no pictures: make it with render=True")
+        return self._camera.picture()
+
+    def close(self) -> None:
+        """Release the camera."""
+        if self._camera is not None:
+            self._camera.close()
+        self._environment.close()
 
 
 class NoisyExpert(Expert):

@@ -58,10 +58,6 @@ def drawn_start(seed: int) -> Any:
     return np.array([*circle, *block, draws.randn() * 2 * math.pi - math.pi])
 
 
-def _make(_: bool) -> Simulation:
-    return PushT()
-
-
 PUSHT = Task(
     name="pusht",
     description="push a T-shaped block onto its place with a circle",
@@ -69,6 +65,6 @@ PUSHT = Task(
     action_low=(0.0, 0.0),
     action_high=(SIZE, SIZE),
     max_steps=300,
-    make=_make,
+    make=lambda _: PushT(),
     expert=PushTExpert,
 )

@@ -12,9 +12,7 @@ from fewstep.policies.tasks.pusht import PUSHT
 from fewstep.policies.tasks.ring import RING
 from fewstep.utils.errors import ConfigError
 
-_ALL = (PUSHT, RING, *FETCH_TASKS, RETRIEVE, *METAWORLD_TASKS)
-
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS: dict[str, Task] = {task.name: task for task in (PUSHT, RING, *FETCH_TASKS, RETRIEVE, *METAWORLD_TASKS)}
 
 
 def find_task(name: str) -> Task:

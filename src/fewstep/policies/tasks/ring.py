@@ -150,10 +150,6 @@ def _make_maze() -> Any:
     return maze
 
 
-def _make(_: bool) -> Simulation:
-    return RingMaze()
-
-
 RING = Task(
     name="pointmaze-ring",
     description="drive a point round a block, to the goal behind it: two ways, equally often shown",
@@ -161,6 +157,6 @@ RING = Task(
     action_low=(-1.0, -1.0),
     action_high=(1.0, 1.0),
     max_steps=100,
-    make=_make,
+    make=lambda _: RingMaze(),
     expert=RingExpert,
 )
