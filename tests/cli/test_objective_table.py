@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.cli.objective_table import table_markdown, table_text
+from fewstep.cli.objectives import table_markdown, table_text
 from fewstep.objectives import TABLE
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "objectives.md"

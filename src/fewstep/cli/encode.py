@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fewstep.data.latents.shards import EncodingSettings, Posterior, StoredType
-
-_ENCODING = EncodingSettings()
+from fewstep.data.latents.shards import EncodingSettings
 
 
 @dataclass(frozen=True)
@@ -26,20 +24,7 @@ class Options:
     """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
     out: Path
     """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
-    image_size: int = _ENCODING.image_size
-    """Side of the square that images are resized and cut to."""
-    flip: bool = _ENCODING.flip
-    """Store the latent of every mirrored image too, for training with flips: latents cannot be mirrored exactly."""
-    posterior: Posterior = _ENCODING.posterior
-    """sample: one draw from each image's posterior, decided by the seed and the image's number; mean: its mean."""
-    dtype: StoredType = _ENCODING.dtype
-    """Number format of the stored latents."""
-    shard_size: int = _ENCODING.shard_size
-    """Images in a shard: what is lost at most when the command is stopped."""
-    heldout: float = _ENCODING.heldout
-    """Fraction held out of training, evenly over classes."""
-    seed: int = _ENCODING.seed
-    """Of the posterior's draws and of the split."""
+    settings: Annotated[EncodingSettings, tyro.conf.arg(name="")] = EncodingSettings()
     std: float = 1.0
     """Standard deviation that each channel is given when it is read; may be changed later by the same command."""
     batch_size: int = 16
@@ -56,16 +41,7 @@ def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 
-    settings = EncodingSettings(
-        image_size=options.image_size,
-        flip=options.flip,
-        posterior=options.posterior,
-        dtype=options.dtype,
-        shard_size=options.shard_size,
-        heldout=options.heldout,
-        seed=options.seed,
-    )
     work = EncodingWork(options.batch_size, options.skip_unreadable, options.cpu, options.quiet)
-    manifest = encode_folder(options.folder, options.autoencoder, options.out, settings, options.std, work)
+    manifest = encode_folder(options.folder, options.autoencoder, options.out, options.settings, options.std, work)
     print(f"{options.out}: {summary(manifest)}")
     print(f"Next: fewstep train RECIPE --data.source latents --data.root {options.out}")

@@ -79,8 +79,8 @@ def _option_names(options: object, prefix: str = "--") -> list[str]:
     names: list[str] = []
     for item in dataclasses.fields(options):  # type: ignore[arg-type]  # callers pass dataclasses
         name = prefix + item.name.replace("_", "-")
-        value = None if isinstance(options, type) else getattr(options, item.name)
+        value = item.default if isinstance(options, type) else getattr(options, item.name)
         nested = dataclasses.is_dataclass(value)
-        inner = prefix if item.name == "run" else f"{name}."
+        inner = prefix if item.name in ("run", "settings") else f"{name}."
         names += _option_names(value, inner) if nested else [name]
     return names

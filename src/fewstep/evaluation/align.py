@@ -108,23 +108,12 @@ def measure_alignment(
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
     ends_only = config.objective.endpoint_only
-    jumps = alignment(
-        student,
-        teacher,
-        x0.to(device),
-        times,
-        method=method,
-        cond=cond,
-        settings=AlignmentSettings(seed=seed, ends_only=ends_only),
-    )
+    settings = AlignmentSettings(seed=seed, ends_only=ends_only)
+    jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, settings=settings)
     eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
     grids = [default_grid(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
     walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
-    return {
-        "teacher": teacher_name(config),
-        "jumps": jumps.row(),
-        "trajectories": [each.row() for each in walks],
-    }
+    return {"teacher": teacher_name(config), "jumps": jumps.row(), "trajectories": [each.row() for each in walks]}
 
 
 def align(run: RunFolder, dataset: Dataset, method: str, teacher: Path | None = None) -> str:
@@ -139,15 +128,8 @@ def align(run: RunFolder, dataset: Dataset, method: str, teacher: Path | None = 
         if teacher is not None:
             raise
         return f"Alignment not measured, give the run's teacher with --teacher: {error}"
-    write_alignment(record, run.root)
+    write_atomically(run.root / ALIGNMENT_FILE, json.dumps(record, indent=2) + "\n")
     return alignment_line(record)
-
-
-def write_alignment(record: Record, folder: Path) -> Path:
-    """Store what `measure_alignment` found in alignment.json."""
-    file = folder / ALIGNMENT_FILE
-    write_atomically(file, json.dumps(record, indent=2) + "\n")
-    return file
 
 
 def read_alignments(runs: tuple[RunFolder, ...]) -> tuple[Record, ...]:
@@ -260,12 +242,7 @@ class TrainingCost:
 
 
 def training_cost(
-    student: RunConfig,
-    teacher: RunFolder,
-    settings: StatisticsConfig,
-    dataset: Dataset,
-    cache: Path | None,
-    cpu: bool,
+    student: RunConfig, teacher: RunFolder, settings: StatisticsConfig, dataset: Dataset, cache: Path | None, cpu: bool
 ) -> TrainingCost:
     """Time three steps of the student's own training after one to warm up; the median stands for all.
 
@@ -305,11 +282,9 @@ def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
     path, lowest = EDM(), float(found.tau[-1])
     levels = torch.logspace(math.log10(start), math.log10(lowest), 120, dtype=torch.float64).clamp(lowest, start)
     t = torch.full_like(levels, start)
-    (f, g), (euler_f, euler_g) = (
-        each.coefficients(t, levels)
-        for each in (AnalyticPreconditioning(found, "backward", path), EulerPreconditioning(path))
-    )
-    return Jumps(start, levels.tolist(), f.tolist(), g.tolist(), euler_f.tolist(), euler_g.tolist())
+    both = AnalyticPreconditioning(found, "backward", path), EulerPreconditioning(path)
+    coefficients = [values.tolist() for each in both for values in each.coefficients(t, levels)]
+    return Jumps(start, levels.tolist(), *coefficients)
 
 
 def cost_lines(kept: KeptStatistics, cost: TrainingCost | None) -> str:

@@ -34,6 +34,7 @@ from fewstep.utils.parts import kind_name
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
 CURVE_FILE = "curve.jsonl"
+_IDENTITY = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
 _SHOWN: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "extractor": str,
@@ -77,9 +78,9 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
     tuned = next((each for each in pipeline.step_times if each.steps == steps), None)
     if pipeline.flow_map.preconditioning.data_end_only:  # which has no other jumps
         return SamplingSettings(sampler="gamma", gamma=1.0, guidance_scale=scale)
-    if tuned is None:
-        return SamplingSettings(sampler="map", gamma=0.5, guidance_scale=scale)
-    return SamplingSettings(sampler=tuned.sampler, gamma=tuned.gamma or 0.5, guidance_scale=scale)
+    sampler: SamplerName = "map" if tuned is None else tuned.sampler
+    gamma = 0.5 if tuned is None else tuned.gamma or 0.5
+    return SamplingSettings(sampler=sampler, gamma=gamma, guidance_scale=scale)
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -135,8 +136,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     """
     settings = config.evaluation
     evaluators: list[Evaluator] = []
-    foreign = dataset.latents is not None or dataset.policy is not None
-    if settings.curve_images and foreign:  # what they lack is said before the training
+    if settings.curve_images and (dataset.latents or dataset.policy):  # what they lack is said before the training
         evaluators.append(build_evaluator(dataset, cache))
 
     def watch(pipeline: Pipeline, step: int) -> None:
@@ -194,14 +194,8 @@ def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
     """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
     count = min(samples, len(dataset.train))
     images, labels = dataset.train.fetch(torch.arange(count))
-    found = measure(
-        images,
-        labels,
-        evaluator.reference,
-        evaluator.extractor,
-        Provenance(method="real data (training part)", nfe=0, seed=0, seconds=0.0),
-    )
-    return _row(found, 0.0)
+    origin = Provenance("real data (training part)", nfe=0, seed=0, seconds=0.0)
+    return _row(measure(images, labels, evaluator.reference, evaluator.extractor, origin), 0.0)
 
 
 def best_device() -> torch.device:
@@ -244,15 +238,8 @@ def tuned_settings(pipeline: Pipeline, settings: SamplingSettings) -> SamplingSe
 
 def reference_settings(config: RunConfig) -> SamplingSettings:
     """Heun's method at about `reference_steps` evaluations."""
-    evaluation = config.evaluation
-    steps = max(1, (evaluation.reference_steps + 1) // 2)
-    return SamplingSettings(
-        sampler="heun",
-        steps=steps,
-        spacing=spacing(config),
-        guidance_scale=evaluation.guidance_scale,
-        seed=evaluation.seed,
-    )
+    (own,) = sampler_settings(config, (max(1, (config.evaluation.reference_steps + 1) // 2),))
+    return replace(own, sampler="heun", gamma=0.0)
 
 
 def measure_settings(
@@ -260,19 +247,9 @@ def measure_settings(
 ) -> Measurement:
     """Draw `count` samples and measure them."""
     drawn = generate(pipeline, count, settings)
-    return measure(
-        _within_range(pipeline, drawn.samples),
-        drawn.labels,
-        evaluator.reference,
-        evaluator.extractor,
-        Provenance(
-            method=method,
-            nfe=round(drawn.nfe),
-            seed=settings.seed,
-            seconds=drawn.seconds,
-            latency_ms=measure_latency(pipeline, settings),
-        ),
-    )
+    samples, latency_ms = _within_range(pipeline, drawn.samples), measure_latency(pipeline, settings)
+    origin = Provenance(method, round(drawn.nfe), settings.seed, drawn.seconds, latency_ms)
+    return measure(samples, drawn.labels, evaluator.reference, evaluator.extractor, origin)
 
 
 def _within_range(pipeline: Pipeline, images: Tensor) -> Tensor:
@@ -298,24 +275,14 @@ def training_seconds(run: RunFolder) -> float:
 
 def _row(found: Measurement, seconds: float, guidance_scale: float = 1.0) -> Row:
     """A measurement as stored: `seconds` is training time there, `sampling_seconds` the time to draw all samples."""
-    row = found.row()
-    return row | {
-        "seconds": seconds,
-        "sampling_seconds": row["seconds"],
-        "guidance_scale": guidance_scale,
-        "device": str(best_device()),
-    }
+    times = {"seconds": seconds, "sampling_seconds": found.seconds}
+    return found.row() | times | {"guidance_scale": guidance_scale, "device": str(best_device())}
 
 
 def write_figures(rows: list[Row], folder: Path) -> Path:
     """Store rows in figures.json beside those stored earlier; a row measured anew replaces its older self."""
-
-    def identity(row: Row) -> tuple[Any, ...]:
-        keys = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
-        return tuple(row.get(key) for key in keys)
-
-    fresh = {identity(row) for row in rows}
-    kept = [row for row in read_figures(folder) if identity(row) not in fresh]
+    fresh = {tuple(row.get(key) for key in _IDENTITY) for row in rows}
+    kept = [row for row in read_figures(folder) if tuple(row.get(key) for key in _IDENTITY) not in fresh]
     file = folder / FIGURES_FILE
     write_atomically(file, json.dumps([*rows, *kept], indent=2) + "\n")
     return file

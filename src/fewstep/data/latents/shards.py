@@ -44,7 +44,7 @@ class EncodingSettings:
     posterior: Posterior = "sample"
     """sample: one draw from each image's posterior, decided by the seed and the image's number; mean: its mean."""
     dtype: StoredType = "float16"
-    """Of the stored latents."""
+    """Number format of the stored latents."""
     shard_size: int = 4096
     """Images in a shard: what is lost at most when the command is stopped."""
     heldout: float = 0.05

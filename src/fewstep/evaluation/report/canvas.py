@@ -56,38 +56,23 @@ def figure_style(palette: Palette) -> dict[Any, Any]:
     """Settings of matplotlib for one figure; applied through rc_context alone."""
     return {
         "font.family": "DejaVu Sans",
-        "font.size": 9.0,
         "axes.titlesize": 10.0,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
-        "axes.titlepad": 9.0,
-        "axes.labelsize": 9.0,
-        "axes.labelcolor": palette.muted,
-        "axes.edgecolor": palette.line,
-        "axes.facecolor": palette.ground,
-        "axes.titlecolor": palette.text,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.unicode_minus": True,
-        "figure.facecolor": palette.ground,
-        "grid.color": palette.line,
+        **dict.fromkeys(("font.size", "axes.titlepad", "axes.labelsize"), 9.0),
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor"), palette.ground),
+        **dict.fromkeys(("axes.titlecolor", "legend.labelcolor", "text.color"), palette.text),
+        **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), palette.muted),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), palette.line),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow", "axes.unicode_minus"), True),
+        **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0.0),
         "grid.linewidth": 0.8,
         "legend.fontsize": 8.5,
         "legend.frameon": False,
-        "legend.labelcolor": palette.text,
         "lines.linewidth": 1.8,
         "lines.markersize": 5.5,
         "lines.solid_capstyle": "round",
-        "text.color": palette.text,
-        "xtick.color": palette.muted,
-        "ytick.color": palette.muted,
-        "xtick.major.size": 0.0,
-        "ytick.major.size": 0.0,
-        "xtick.minor.size": 0.0,
-        "ytick.minor.size": 0.0,
         "text.usetex": False,
         "savefig.bbox": "standard",
         "savefig.facecolor": "auto",
@@ -155,16 +140,8 @@ def legend_beside_title(axis: Axes, handles: Sequence[Line2D], labels: Sequence[
     if sum(len(label) + 4 for label in labels) > 36:
         axis.legend(handles, labels, loc="best")
     else:
-        axis.legend(
-            handles,
-            labels,
-            loc="lower right",
-            bbox_to_anchor=(1.0, 1.0),
-            ncols=len(labels),
-            borderaxespad=0.1,
-            columnspacing=1.2,
-            handlelength=1.6,
-        )
+        spacing = {"borderaxespad": 0.1, "columnspacing": 1.2, "handlelength": 1.6}
+        axis.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(labels), **spacing)
 
 
 def shorten(text: str, length: int) -> str:

@@ -22,10 +22,10 @@ def episode_tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _table(rows: Sequence[Row]) -> dict[str, Any]:
     routes = sorted({name for row in rows for name in row["routes"]})
     scored = any(abs(row["score"] - row["success"]) > 1e-9 for row in rows)
-    first = rows[0]
+    first, ordered = rows[0], sorted(rows, key=lambda row: (row["method"], row["steps"]))
     return {
         "heads": ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"],
-        "rows": [_line(row, routes, scored) for row in sorted(rows, key=lambda row: (row["method"], row["steps"]))],
+        "rows": [_line(row, routes, scored) for row in ordered],
         **{key: first[key] for key in ("task", "episodes", "first_seed")},
         "unseen": first["first_seed"] >= FIRST_TEST_SEED,
         "scored": scored,

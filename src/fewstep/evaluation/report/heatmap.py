@@ -84,11 +84,7 @@ def _cells(record: Record) -> Cells:
     count = len(_times(record))
     if count < 2 or len(matrix) != count or any(len(row) != count for row in matrix):
         raise ShapeError(f"alignment of {record['method']!r}: the matrix of errors does not fit its {count} times")
-    return [[value if _drawn(value) else None for value in row[1:]] for row in matrix[:-1]]
-
-
-def _drawn(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and value > 0
+    return [[x if x is not None and 0 < x < math.inf else None for x in row[1:]] for row in matrix[:-1]]
 
 
 def _draw_cells(axis: Axes, times: Sequence[float], cells: Cells, shades: _Shades) -> None:

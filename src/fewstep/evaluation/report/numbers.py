@@ -45,7 +45,7 @@ def with_error(value: float | None, error: float | None) -> str:
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}".replace("-", "−")
 
 
-def tick(value: float, position: int | None = None) -> str:
+def tick(value: float, position: float | None = None) -> str:
     """A label of an axis: 0.5, 20, 5k, 1.2M, 10⁻⁴. `position` is what matplotlib passes besides."""
     if value == 0:
         return "0"
