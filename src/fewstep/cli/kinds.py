@@ -19,17 +19,13 @@ from fewstep.utils.parts import concrete_classes, from_file, import_file, kind_c
 T = TypeVar("T")
 
 
-def annotation_of(owner: object, field: str) -> Any:
-    """What a field of a dataclass may be."""
-    return typing.get_type_hints(type(owner))[field]
-
-
 def choices(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with a choice of kinds and its annotation, as ('objective.pairs.times', TimeDistribution)."""
     for item in dataclasses.fields(settings):  # type: ignore[arg-type]  # callers pass dataclasses
         value = getattr(settings, item.name)
         if dataclasses.is_dataclass(value):
-            if len(concrete_classes(annotation := annotation_of(settings, item.name))) > 1:
+            annotation = typing.get_type_hints(type(settings))[item.name]
+            if len(concrete_classes(annotation)) > 1:
                 yield prefix + item.name, annotation
             yield from choices(value, f"{prefix}{item.name}.")
 

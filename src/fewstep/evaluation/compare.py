@@ -76,7 +76,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     keys = {key for each in members for key in each.curves}
     ordered = sorted(keys, key=lambda key: (key[0] not in _TITLES, key[0], key[1] or 0))
     found = [compare_measure(members, key) for key in ordered]
-    panels = tuple(_panel(each) for each in found)
+    panels = tuple(Panel(part.title, _courses(part.findings), tuple(part.targets.values())) for part in found)
     most = max(len(each.targets) for each in found)
     tables = tuple(_table(each, most) for each in found)
     figure = comparison_curves(panels)
@@ -143,11 +143,8 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _panel(found: Comparison) -> Panel:
-    courses = tuple(
-        Course(each.method, each.mean.images, each.mean.mean, each.mean.low, each.mean.high) for each in found.findings
-    )
-    return Panel(found.title, courses, tuple(found.targets.values()))
+def _courses(found: Sequence[Finding]) -> tuple[Course, ...]:
+    return tuple(Course(each.method, **vars(each.mean)) for each in found)
 
 
 def _table(found: Comparison, columns: int) -> Table:

@@ -142,16 +142,13 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     def watch(pipeline: Pipeline, step: int) -> None:
         if not evaluators:  # at the first point: its classifier may have to be trained
             evaluators.append(build_evaluator(with_labels(config.data, dataset), cache))
-        images = step * config.training.batch_size
+        at = {"images": step * config.training.batch_size, "step": step, "seconds": _seconds_at(run, step)}
         points: list[Row] = []
         for each in sampler_settings(config, settings.curve_steps):
             drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
             value = frechet_distance(features, evaluators[0].reference.features) if sound else math.nan
-            points.append(
-                {"images": images, "step": step, "seconds": _seconds_at(run, step)}
-                | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value}
-            )
+            points.append(at | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value})
         write_curve(run, points)
 
     return watch

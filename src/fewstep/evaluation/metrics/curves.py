@@ -135,9 +135,8 @@ def speedup(
     goals = tuple(targets_of([baseline[seed] for seed in seeds], shares).values() if targets is None else targets)
     if not goals:
         raise ShapeError("no target to reach: the baseline has no finite value")
-    slow = [[_images_to(baseline[seed], goal) for goal in goals] for seed in seeds]
-    fast = [[_images_to(other[seed], goal) for goal in goals] for seed in seeds]
-    logs = _images(slow).log() - _images(fast).log()
+    slow, fast = (_images_to(curves, seeds, goals) for curves in (baseline, other))
+    logs = slow[..., 0].log() - fast[..., 0].log()
     low, high = _interval(logs.mean(1), resamples, level)
     return Speedup(
         ratio=math.exp(float(logs.mean())),
@@ -146,8 +145,8 @@ def speedup(
         seeds=seeds,
         targets=goals,
         at_targets=tuple(logs.mean(0).exp().tolist()),
-        censored=sum(not reached for row in fast for _, reached in row),
-        censored_baseline=sum(not reached for row in slow for _, reached in row),
+        censored=int(fast[..., 1].sum()),
+        censored_baseline=int(slow[..., 1].sum()),
         at_start=sum(
             time_to(curves[seed], goal) == curves[seed][0][0]
             for curves in (baseline, other)
@@ -157,14 +156,11 @@ def speedup(
     )
 
 
-def _images_to(curve: Curve, target: float) -> tuple[float, bool]:
-    """Images to the target and True, or the whole curve's images and False."""
-    found = time_to(curve, target)
-    return (curve[-1][0], False) if found is None else (found, True)
-
-
-def _images(table: list[list[tuple[float, bool]]]) -> Tensor:
-    return torch.tensor([[images for images, _ in row] for row in table], dtype=torch.float64)
+def _images_to(curves: Mapping[int, Curve], seeds: Sequence[int], targets: Sequence[float]) -> Tensor:
+    """(n, targets, 2) of each seed: images to the target and 0, or the whole curve's images and 1."""
+    times = [[(curves[seed], time_to(curves[seed], target)) for target in targets] for seed in seeds]
+    rows = [[(curve[-1][0], 1) if time is None else (time, 0) for curve, time in row] for row in times]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _interval(values: Tensor, resamples: int, level: float) -> tuple[float | None, float | None]:

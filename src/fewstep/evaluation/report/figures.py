@@ -36,6 +36,11 @@ _GRADIENT, _RUNNING = "grad_norm", ("grad_norm_q90",)
 _NORM_TITLE, _TERM_TITLE, _SIZE_TITLE = "Gradient norm", "Gradient norm of each term", "Root mean square"
 _LOGARITHMIC = (_NORM_TITLE, _TERM_TITLE, _SIZE_TITLE)
 _SIZES = {"prediction_rms": "prediction", "target_rms": "target", "derivative_rms": "derivative"}
+_QUALITY = {
+    "Fréchet distance": ("frechet",),
+    "Class accuracy": ("accuracy",),
+    "Precision, recall": ("precision", "recall"),
+}
 _LEFT_OUT = frozenset({"step", "images", "seconds", "loss", "clipped", "lr", "images_per_second", *_SIZES})
 
 
@@ -85,12 +90,11 @@ def quality_curves(rows: Sequence[Record], *, columns: int = 3, dark: bool = Fal
     extractors = sorted({str(row["extractor"]) for row in rows})
     if len(extractors) > 1:
         raise ShapeError(f"distances between different features do not compare: draw {', '.join(extractors)} apart")
-    panels = [
-        ("Fréchet distance", ("frechet",)),
-        ("Class accuracy", ("accuracy",)),
-        ("Precision, recall", ("precision", "recall")),
+    drawn = [
+        (title, keys)
+        for title, keys in _QUALITY.items()
+        if any(finite(row, key) is not None for row in rows for key in keys)
     ]
-    drawn = [(title, keys) for title, keys in panels if any(_finite_in(rows, key) for key in keys)]
     if not drawn:
         raise DataError("there are no measurements to draw")
     with styled(dark) as palette:
@@ -174,10 +178,6 @@ def _methods_key(rows: Sequence[Record], palette: Palette) -> tuple[list[Line2D]
 
 def _methods(rows: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(str(row["method"]) for row in rows if finite(row, "nfe") != 0))
-
-
-def _finite_in(rows: Sequence[Record], key: str) -> bool:
-    return any(finite(row, key) is not None for row in rows)
 
 
 def _course(log: Sequence[Record], key: str) -> Points:

@@ -39,8 +39,7 @@ def _sampled(rows: Sequence[Row]) -> list[Row]:
 
 
 def _figure(extractor: str, rows: Sequence[Row]) -> Plot | None:
-    measured = ("frechet", "accuracy", "precision", "recall")
-    if all(finite(row, key) is None for row in rows for key in measured):
+    if all(finite(row, key) is None for row in rows for key in ("frechet", "accuracy", "precision", "recall")):
         return None
     methods = ", ".join(dict.fromkeys(str(row["method"]) for row in _sampled(rows)))
     alt = f"Fréchet distance with features {extractor} against network calls: {methods}"
@@ -52,17 +51,13 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Consecutive rows of one method under one heading, real data last; a cell is its text and whether it is best."""
     ordered = sorted(rows, key=lambda row: finite(row, "nfe") == 0)
-    return [
-        {
-            "method": method,
-            "real": real,
-            "rows": [
-                [(show(row), title == "Fréchet" and id(row) in best) for title, show in columns.items()]
-                for row in group
-            ],
-        }
-        for (method, real), group in groupby(ordered, key=lambda row: (row["method"], finite(row, "nfe") == 0))
-    ]
+    groups: list[dict[str, Any]] = []
+    for (method, real), group in groupby(ordered, key=lambda row: (row["method"], finite(row, "nfe") == 0)):
+        cells = [
+            [(show(row), head == "Fréchet" and id(row) in best) for head, show in columns.items()] for row in group
+        ]
+        groups.append({"method": method, "real": real, "rows": cells})
+    return groups
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:

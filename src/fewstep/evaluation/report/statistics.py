@@ -75,9 +75,8 @@ def statistics_figure(
 
 def _draw_curve(axis: Axes, title: str, levels: Sequence[float], curve: Curve, colour: str, palette: Palette) -> None:
     """One statistic; the height fits the lines, wherever the band of uncertain estimates goes."""
-    below, above = (
-        [x + side * _BAND * e for x, e in zip(curve.estimate, curve.stderr, strict=True)] for side in (-1, 1)
-    )
+    pairs = list(zip(curve.estimate, curve.stderr, strict=True))
+    below, above = ([x + side * _BAND * e for x, e in pairs] for side in (-1, 1))
     axis.fill_between(levels, below, above, color=colour, alpha=0.2, linewidth=0)
     handles: list[Line2D | Patch] = [Line2D([], [], color=colour), Patch(color=colour, alpha=0.2, linewidth=0)]
     names = ["used", "estimate ± 2 s.e."]
