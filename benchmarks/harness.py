@@ -1,14 +1,8 @@
-"""What every study stands on: a grid of cells kept as JSON lines, tables and pages, and one command line.
+"""What every study stands on: a grid of cells kept as JSON lines, tables and pages, and one command line (README.md).
 
-A cell is one run of a study's plan. It is known by its label, the values of a few fields that the study names (method,
-data set, seed, ...), so that a class or field of the library may change its name and stored cells are still found.
-Every row also holds a digest of all settings that were trained and measured (`settings`), which only says whether they
-are still today's: `plan` counts the cells where they are not, `run` does not measure them again, and `rekey` writes
-today's digests where nothing but names has changed.
-
-`python -m benchmarks.STUDY COMMAND`: the study's own commands measure and store; `table` prints what is stored; `page`
-also writes it between the marks `<!-- table: STUDY -->` (all its tables), or `<!-- table: STUDY: TITLE -->`, and
-`<!-- end of table -->` of every page in docs/, and draws the study's figure.
+A cell is one run of a study's plan, known by its label: a class or field of the library may change its name and stored
+cells are still found. Every row also holds a digest of all that was trained and measured (`settings`), which only says
+whether that is still today's.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ import json
 import math
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +21,16 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from fewstep.data import Dataset, load_dataset
+from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.recipes.config import RunConfig
+from fewstep.training import Callbacks, RunFolder, Runtime
+from fewstep.training.loop import Trainer
 from fewstep.utils.files import write_atomically
 from fewstep.utils.serialization import to_json
 
@@ -37,6 +41,9 @@ MARK = re.compile(r"(<!-- table: (\w+)(?:: ([^>]+?))? -->\n).*?(<!-- end of tabl
 Row = dict[str, Any]
 C = TypeVar("C")
 Key = TypeVar("Key")
+Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="training seeds")]
+Worker = Annotated[str, tyro.conf.arg(help="i/n takes every n-th cell, from the i-th")]
+Cache = Annotated[Path | None, tyro.conf.arg(help="folder of trained feature extractors")]
 
 
 def digest(*parts: Any) -> str:
@@ -236,6 +243,11 @@ def grouped(rows: Iterable[C], key: Callable[[C], Key]) -> dict[Key, list[C]]:
     return found
 
 
+def chosen(rows: Iterable[Row], **wanted: object) -> list[Row]:
+    """Rows with these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
 def interval(values: Sequence[float], digits: int = 2, between: str = "-") -> str:
     """Mean (smallest to largest); empty without values."""
     if not values:
@@ -244,11 +256,48 @@ def interval(values: Sequence[float], digits: int = 2, between: str = "-") -> st
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}{between}{max(values):.{digits}f})"
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; empty without rows."""
-    if not rows:
-        return ""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows))
+    body = [*rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *body)) if body else ""
+
+
+@contextlib.contextmanager
+def figure(file: Path, panels: int, columns: int, height: float) -> Iterator[list[Axes]]:
+    """The axes of a figure, written to `file` at the end."""
+    with rc_context(figure_style(LIGHT)):
+        drawn, axes = make_panels(panels, columns, height)
+        yield axes
+        write_atomically(file, to_png(drawn))
+
+
+def ticks(axis: Axis, values: Sequence[float]) -> None:
+    """Plain numbers at these values alone."""
+    axis.set_major_locator(FixedLocator(values))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+@contextlib.contextmanager
+def trainer_of(config: RunConfig, dataset: Dataset | None = None, folder: Path | None = None) -> Iterator[Trainer]:
+    """A quiet trainer on the CPU before its first step, in a folder that goes away unless one is given."""
+    with tempfile.TemporaryDirectory() as temporary:
+        run, data = (
+            RunFolder(folder or Path(temporary) / "run"),
+            load_dataset(config.data) if dataset is None else dataset,
+        )
+        with Trainer(config, data, run, Runtime(cpu=True, quiet=True), Callbacks()) as trainer:
+            trainer.learner.flow_map.train()
+            yield trainer
+
+
+def train_to(trainer: Trainer, moment: int, after: Callable[[], object] = lambda: None) -> float:
+    """Train up to a step, with `after` every step; the seconds that it took."""
+    started = time.perf_counter()
+    while trainer.step < moment:
+        trainer.take_step()
+        after()
+    return time.perf_counter() - started
 
 
 def take_turns(
@@ -263,3 +312,9 @@ def take_turns(
             if turn >= 2:
                 spent[key].append(clock() - start)
     return spent
+
+
+def time_ratio(own: Sequence[float], base: Sequence[float]) -> Row:
+    """Median and quartiles over turns of one job's time over another's."""
+    quartiles = statistics.quantiles([a / b for a, b in zip(own, base, strict=True)], n=4)
+    return {name: round(quartiles[i], 3) for name, i in (("ratio", 1), ("low", 0), ("high", 2))}

@@ -12,7 +12,6 @@ data and noise, and the figure is taken on the other half.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,27 +21,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, Grid, Row, Store, digest
-from fewstep.data import Dataset
+from benchmarks.harness import RESULTS, Grid, Row, Store, digest, train_to, trainer_of
+from fewstep import CD, CTM, Condition, Dataset, FlowMap, Pipeline, PreconditioningConfig, RunConfig, TeacherSteps
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.flow.flow_map import FlowMap, at
+from fewstep.flow.flow_map import at
 from fewstep.flow.ode import trajectory
-from fewstep.flow.preconditioning import PreconditioningConfig
 from fewstep.flow.times import edm_grid
-from fewstep.networks.condition import Condition
-from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes import recipe
-from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Callbacks, RunFolder, Runtime
-from fewstep.training.loop import Trainer
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.parts import kind
 from fewstep.utils.random import Draws
 
 LEVELS = (80.0, 12.9, 1.9, 0.59, 0.002)
+HIGHEST, LOWEST = LEVELS[0], LEVELS[-1]
 MIDDLE = 1.9
 FIRST_JUMP = f"sample, 80 -> {MIDDLE:g} alone"
 MIDDLES = (0.25, 0.4, 0.6, 0.9, 1.3, 1.9, 2.8, 4.2, 6.3, 9.5)
@@ -83,7 +76,7 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
         return replace(config, objective=replace(config.objective, gan=0.2))
 
     cd = CD(steps=TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
-    found = {
+    return {
         "euler": model("euler"),
         "analytic": base,
         "analytic, raw": statistics(centred=False),
@@ -95,133 +88,138 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
         "CD, multistep": replace(model("euler"), objective=cd),
         "euler, adversarial": adversarial(model("euler")),
         "analytic, adversarial": adversarial(base),
+        **{f"analytic, {count} samples": statistics(samples=count) for count in (64, 256, 1024, 4096, 16_384)},
     }
-    for count in (64, 256, 1024, 4096, 16_384):
-        found[f"analytic, {count} samples"] = statistics(samples=count)
-    return found
 
 
-class Truth:
+class Judge:
+    """Held-out data in an extractor's features, and the teacher's ODE."""
+
+    def __init__(self, dataset: Dataset, teacher: FlowMap, extractor: Extractor) -> None:
+        self.dataset, self.teacher, self.extractor = dataset, teacher, extractor
+
+    def draw_noise(self, count: int) -> Tensor:
+        """The starts of samples, other than any of training."""
+        return self.teacher.path.prior(Draws(NOISE_SEED, 1, torch.arange(count)).normal(0, self.dataset.shape))
+
+    def features(self, indices: Tensor) -> Tensor:
+        """Of held-out data."""
+        return torch.cat([self.extractor.features(self.dataset.heldout.fetch(i)[0]) for i in indices.split(1000)])
+
+    def features_of(self, samples: Tensor) -> Tensor:
+        """Of samples, within the data's range."""
+        inside = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
+        return self.extractor.features(inside)
+
+    @torch.no_grad()
+    def solution(self, x: Tensor, times: tuple[float, ...], steps: int, cond: Condition | None = None) -> list[Tensor]:
+        """The teacher's ODE from x on, at the other times."""
+        grid, cond = torch.tensor(times, dtype=torch.float64), cond or Condition()
+        return [*trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=steps, cond=cond)[1:]]
+
+
+class Truth(Judge):
     """The teacher's solutions that students are measured against, and the halves that times are searched on."""
 
     @torch.no_grad()
     def __init__(self, plan: Plan, dataset: Dataset, teacher: FlowMap, extractor: Extractor) -> None:
-        self.plan, self.dataset, self.teacher, self.extractor = plan, dataset, teacher, extractor
+        super().__init__(dataset, teacher, extractor)
+        self.plan = plan
         indices = torch.arange(min(plan.jumps, len(dataset.heldout)))
         x0, labels = dataset.heldout.fetch(indices)
         eps = Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
         self.cond = Condition(labels)
-        self.starts: dict[float, Tensor] = {}
+        self.starts = {high: x0 + high * eps for high in LEVELS[:-1]}
         self.ends: dict[tuple[float, float], Tensor] = {}
-        for i, high in enumerate(LEVELS[:-1]):
-            grid = torch.tensor(LEVELS[i:], dtype=torch.float64)
-            self.starts[high] = x0 + high * eps
-            states = trajectory(teacher.denoise, teacher.path, self.starts[high], grid, steps=16, cond=self.cond)
-            self.ends |= {(high, low): state for low, state in zip(LEVELS[i + 1 :], states[1:], strict=True)}
-        noise_indices = torch.arange(plan.samples)
-        count = max(dataset.num_classes, 1)
-        self.labels = noise_indices % count if dataset.num_classes else None
-        self.noise = teacher.path.prior(Draws(NOISE_SEED, 1, noise_indices).normal(0, dataset.shape))
-        few = torch.arange(min(2 * plan.jumps, plan.samples))
-        grid = torch.tensor([LEVELS[0], LEVELS[-1]], dtype=torch.float64)
-        cond = Condition(None if self.labels is None else self.labels[few])
-        self.samples = trajectory(teacher.denoise, teacher.path, self.noise[few], grid, steps=40, cond=cond)[-1]
+        for i, (high, start) in enumerate(self.starts.items()):
+            states = self.solution(start, LEVELS[i:], 16, self.cond)
+            self.ends |= {(high, low): state for low, state in zip(LEVELS[i + 1 :], states, strict=True)}
+        self.labels = torch.arange(plan.samples) % dataset.num_classes if dataset.num_classes else None
+        self.start = self.draw_noise(plan.samples)
+        few = slice(min(2 * plan.jumps, plan.samples))
+        (self.samples,) = self.solution(self.start[few], (HIGHEST, LOWEST), 40, self.asked(few))
         half = len(dataset.heldout) // 2
         self.halves = [self.features(part) for part in (torch.arange(half), torch.arange(half, 2 * half))]
 
-    def features(self, indices: Tensor) -> Tensor:
-        return torch.cat([self.extractor.features(self.dataset.heldout.fetch(i)[0]) for i in indices.split(1000)])
+    def asked(self, rows: slice | Tensor) -> Condition:
+        """The classes of some of the samples."""
+        return Condition(None if self.labels is None else self.labels[rows])
 
     def frechet(self, samples: Tensor, half: int) -> float:
-        shown = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
-        return frechet_distance(self.extractor.features(shown), self.halves[half])
+        return frechet_distance(self.features_of(samples), self.halves[half])
 
 
-def walk(model: FlowMap, noise: Tensor, labels: Tensor | None, times: Tensor, gamma: float) -> Tensor:
+def walk(model: FlowMap, truth: Truth, rows: slice, times: Tensor, gamma: float) -> Tensor:
     """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
-    parts = []
-    for rows in torch.arange(len(noise)).split(500):
-        x, cond = noise[rows], Condition(None if labels is None else labels[rows])
+    parts, last = [], float(times[-1])
+    noise, asked = truth.start[rows], truth.asked(rows)
+    for own in torch.arange(len(noise)).split(500):
+        x, cond = noise[own], asked[own]
         for i, (t, s) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
-            if gamma and s > float(times[-1]):
-                x = model.jump(x, at(t, x), at(float(times[-1]), x), cond)
-                x = x + s * Draws(NOISE_SEED, 2 + i, rows).normal(0, tuple(x.shape[1:]))
-            else:
-                x = model.jump(x, at(t, x), at(s, x), cond)
+            again = gamma and s > last
+            x = model.jump(x, at(t, x), at(last if again else s, x), cond)
+            if again:
+                x = x + s * Draws(NOISE_SEED, 2 + i, own).normal(0, tuple(x.shape[1:]))
         parts.append(x)
     return torch.cat(parts)
 
 
 def schedules(model: FlowMap, plan: Plan, steps: int) -> list[Tensor]:
     """The falling times among which a k-step sampler may choose."""
-    first, last = LEVELS[0], LEVELS[-1]
-    if steps == 1:
-        return [torch.tensor([first, last], dtype=torch.float64)]
-    if steps == 2:
-        return [torch.tensor([first, middle, last], dtype=torch.float64) for middle in plan.middles]
-    return [edm_grid(model.path, steps, rho) for rho in RHOS]
+    if steps == 4:
+        return [edm_grid(model.path, steps, rho) for rho in RHOS]
+    between = [()] if steps == 1 else [(middle,) for middle in plan.middles]
+    return [torch.tensor([HIGHEST, *times, LOWEST], dtype=torch.float64) for times in between]
 
 
 @torch.no_grad()
-def measure(model: FlowMap, truth: Truth, gamma: float, jumps_anywhere: bool) -> list[Row]:
-    """Every figure of one moment."""
+def measure(model: FlowMap, truth: Truth, gamma: float) -> list[Row]:
+    """Every figure of one moment; with gamma = 1 of jumps to the data end alone."""
     rows: list[Row] = []
     for (high, low), end in truth.ends.items():
-        if not jumps_anywhere and low != LEVELS[-1]:
-            continue
-        x = truth.starts[high]
-        error = rmse(model.jump(x, at(high, x), at(low, x), truth.cond), end)
-        rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
-    many = len(truth.noise) // 2
-    few = len(truth.samples) // 2
-    if jumps_anywhere:
-        rows.append({"measure": FIRST_JUMP, "nfe": 2, "value": alone(model, truth, few, MIDDLE, 0)})
+        if not gamma or low == LOWEST:
+            x = truth.starts[high]
+            error = rmse(model.jump(x, at(high, x), at(low, x), truth.cond), end)
+            rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
+    if not gamma:
+        rows.append({"measure": FIRST_JUMP, "nfe": 2, "value": alone(model, truth, MIDDLE, 0)})
     for steps in (1, 2, 4):
-        rows += sampled(model, truth, steps, gamma, many, few)
+        rows += sampled(model, truth, steps, gamma)
     return rows
 
 
-def alone(model: FlowMap, truth: Truth, few: int, middle: float, which: int) -> float:
+def alone(model: FlowMap, truth: Truth, middle: float, which: int) -> float:
     """What a 2-step sampler that stops at `middle` loses by one jump alone (0: the first): the ODE takes the other."""
+    few = len(truth.samples) // 2
     rows = slice(few, 2 * few)
-    x, cond = truth.noise[rows], Condition(None if truth.labels is None else truth.labels[rows])
-    for i, (t, s) in enumerate(((LEVELS[0], middle), (middle, LEVELS[-1]))):
-        if i == which:
-            x = model.jump(x, at(t, x), at(s, x), cond)
-        else:
-            grid = torch.tensor([t, s], dtype=torch.float64)
-            x = trajectory(truth.teacher.denoise, truth.teacher.path, x, grid, steps=16, cond=cond)[-1]
+    x, cond = truth.start[rows], truth.asked(rows)
+    for i, (t, s) in enumerate(((HIGHEST, middle), (middle, LOWEST))):
+        x = model.jump(x, at(t, x), at(s, x), cond) if i == which else truth.solution(x, (t, s), 16, cond)[0]
     return rmse(x, truth.samples[rows])
 
 
-def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float, many: int, few: int) -> list[Row]:
+def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float) -> list[Row]:
     """Frechet distance and, for the deterministic sampler, error against the teacher's samples, times searched."""
 
-    def draw(times: Tensor, rows: slice) -> Tensor:
-        labels = None if truth.labels is None else truth.labels[rows]
-        return walk(model, truth.noise[rows], labels, times, gamma)
-
-    def best(score: Callable[[Tensor], float]) -> Tensor:
+    def figure(measure: str, count: int, score: Callable[[Tensor, slice, int], float]) -> Row:
+        """By the times that are best on the first `count` samples, on as many others."""
         options = schedules(model, truth.plan, steps)
-        return options[0] if len(options) == 1 else min(options, key=score)
+        times = min(options, key=lambda option: score(option, slice(count), 0)) if len(options) > 1 else options[0]
+        value = score(times, slice(count, 2 * count), 1)
+        return {"measure": measure, "nfe": steps, "value": value, "times": [round(t, 4) for t in times.tolist()]}
 
-    times = best(lambda option: truth.frechet(draw(option, slice(0, many)), 0))
-    value = truth.frechet(draw(times, slice(many, 2 * many)), 1)
-    rows: list[Row] = [
-        {"measure": "frechet", "nfe": steps, "value": value, "times": [round(t, 4) for t in times.tolist()]}
-    ]
-    if gamma:
-        return rows
+    def distance(times: Tensor, rows: slice, half: int) -> float:
+        return truth.frechet(walk(model, truth, rows, times, gamma), half)
 
-    def error(option: Tensor, rows: slice) -> float:
-        return rmse(draw(option, rows), truth.samples[rows])
+    def error(times: Tensor, rows: slice, half: int) -> float:
+        return rmse(walk(model, truth, rows, times, gamma), truth.samples[rows])
 
-    times = best(lambda option: error(option, slice(0, few)))
-    found = error(times, slice(few, 2 * few))
-    rows.append({"measure": "sample", "nfe": steps, "value": found, "times": [round(t, 4) for t in times.tolist()]})
-    if steps == 2:
+    rows = [figure("frechet", len(truth.start) // 2, distance)]
+    if not gamma:
+        rows.append(figure("sample", len(truth.samples) // 2, error))
+    if steps == 2 and not gamma:
         for which, name in enumerate(("first", "last")):
-            value = alone(model, truth, few, float(times[1]), which)
+            value = alone(model, truth, rows[1]["times"][1], which)
             rows.append({"measure": f"sample, {name} jump alone", "nfe": 2, "value": value})
     return rows
 
@@ -238,12 +236,12 @@ class Cell:
 @cache
 def chosen(dataset: str) -> dict[str, RunConfig]:
     """Every method on a data set, for as long as its plan says."""
-    plan, base = PLANS[dataset], recipe(PLANS[dataset].recipe)
-    found = methods(base)
-    for name, config in found.items():
-        images = plan.moments[-1] * config.training.batch_size
-        found[name] = replace(config, training=replace(config.training, images=images))
-    return found
+    base, last = recipe(PLANS[dataset].recipe), PLANS[dataset].moments[-1]
+
+    def lasting(config: RunConfig) -> RunConfig:
+        return replace(config, training=replace(config.training, images=last * config.training.batch_size))
+
+    return {name: lasting(config) for name, config in methods(base).items()}
 
 
 @cache
@@ -274,24 +272,14 @@ def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
     config = replace(chosen(cell.dataset)[cell.method], teacher=str(teacher))
     config = replace(config, training=replace(config.training, seed=cell.seed))
     curve: list[Row] = []
-    gamma = 1.0 if isinstance(config.objective, CD) else 0.0
+    gamma, started, spent = 1.0 if isinstance(config.objective, CD) else 0.0, time.perf_counter(), 0.0
 
     def watch(pipeline: Pipeline, step: int) -> None:
-        curve.extend({"step": step, **row} for row in measure(pipeline.flow_map, truth, gamma, not gamma))
+        curve.extend({"step": step, **row} for row in measure(pipeline.flow_map, truth, gamma))
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Trainer(
-            config, truth.dataset, RunFolder(Path(folder) / "run"), Runtime(cpu=True, quiet=True), Callbacks()
-        ) as trainer,
-    ):
-        started, spent = time.perf_counter(), 0.0
-        trainer.learner.flow_map.train()
+    with trainer_of(config, truth.dataset) as trainer:
         for moment in truth.plan.moments:
-            before = time.perf_counter()
-            while trainer.step < moment:
-                trainer.take_step()
-            spent += time.perf_counter() - before
+            spent += train_to(trainer, moment)
             trainer.show(watch)
         found = {
             "batch": config.training.batch_size, "training_seconds": round(spent, 1),

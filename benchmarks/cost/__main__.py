@@ -13,16 +13,20 @@ from tyro.conf import Positional
 from benchmarks.cost import step as steps
 from benchmarks.cost.recipes import compare, gradient_stats_cost
 from benchmarks.harness import RESULTS, Row, Study, markdown, read, show, write
+from fewstep import RunFolder, load_policy
+from fewstep.policies.rollout import latencies
 
 STEP, LATENCY = RESULTS / "step.json", RESULTS / "latency.json"
 ROUNDS = 10
+TIMES = ("least_ms", "median_ms", "q90_ms")
 
 
 def tables() -> dict[str, str]:
+    rows = [(row["recipe"], str(row["steps"]), *(f"{row[key]:.2f}" for key in TIMES)) for row in read(LATENCY)]
     return {
         "A step in steps of flow matching": steps.step_table(read(STEP)),
         "A step's time and memory by derivative": steps.derivative_table(read(STEP)),
-        "A decision's time in milliseconds": latency_table(read(LATENCY)),
+        "A decision's time in milliseconds": markdown(("recipe", "calls", "least", "median", "90 %"), rows),
     }
 
 
@@ -67,10 +71,6 @@ def latency(
 
 def decisions(folder: Path, calls: tuple[int, ...], repeats: int) -> list[Row]:
     """One row for each number of calls, in turns."""
-    from fewstep.policies.policy import load_policy
-    from fewstep.policies.rollout import latencies
-    from fewstep.training import RunFolder
-
     policies = {count: load_policy(folder, count) for count in calls}
     spent: dict[int, list[float]] = {count: [] for count in calls}
     for _ in range(ROUNDS):
@@ -84,17 +84,11 @@ def decisions(folder: Path, calls: tuple[int, ...], repeats: int) -> list[Row]:
             {
                 "recipe": RunFolder(folder).config().recipe, "network": type(network).__name__,
                 "parameters": sum(p.numel() for p in network.parameters()), "steps": count,
-                **{k: round(float(v), 3) for k, v in zip(("least_ms", "median_ms", "q90_ms"), times, strict=True)},
+                **{name: round(float(value), 3) for name, value in zip(TIMES, times, strict=True)},
                 "repeats": len(values), "threads": torch.get_num_threads(),
             }
         )  # fmt: skip
     return rows
-
-
-def latency_table(rows: list[Row]) -> str:
-    keys = ("least_ms", "median_ms", "q90_ms")
-    shown = [(row["recipe"], str(row["steps"]), *(f"{row[key]:.2f}" for key in keys)) for row in rows]
-    return markdown(("recipe", "calls", "least", "median", "90 %"), shown)
 
 
 def peak(

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
-from benchmarks.harness import take_turns
-from fewstep.data import load_dataset
+from benchmarks.harness import take_turns, trainer_of
 from fewstep.objectives.losses import Comparison
 from fewstep.recipes import recipe
-from fewstep.recipes.config import RunConfig
-from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.log import Window
 from fewstep.training.loop import Trainer
-
-
-@contextlib.contextmanager
-def trainer_of(config: RunConfig) -> Iterator[Trainer]:
-    """A trainer before its first step, in a folder that goes away."""
-    with tempfile.TemporaryDirectory() as folder:
-        run, runtime = RunFolder(Path(folder) / "run"), Runtime(cpu=True, quiet=True)
-        with Trainer(config, load_dataset(config.data), run, runtime, Callbacks()) as trainer:
-            trainer.learner.flow_map.train()
-            yield trainer
 
 
 def compare(names: tuple[str, str], steps: int) -> None:
     """Print the median step of both recipes, in turns, and the ratio."""
     with contextlib.ExitStack() as held:
         trainers = {name: held.enter_context(trainer_of(recipe(name))) for name in names}
-        jobs = {name: trainer.take_step for name, trainer in trainers.items()}
-        spent = take_turns(jobs, steps, time.process_time)
+        spent = take_turns({name: trainer.take_step for name, trainer in trainers.items()}, steps, time.process_time)
     medians = [statistics.median(spent[name]) for name in names]
     for name, median in zip(names, medians, strict=True):
         print(f"{name}: {1000 * median:.0f} ms a step")
@@ -57,9 +41,9 @@ def without_statistics() -> Iterator[None]:
 def gradient_stats_cost(name: str, rounds: int, batch: int) -> str:
     """One line: by how much the log's gradient statistics lengthen a step of a recipe, median (smallest to largest).
 
-    A round is as many steps as lie between two lines of the log, so that the backward pass of each term, taken once a
-    line, counts as often as in training. "Without" leaves out those passes, the sizes of prediction, target and
-    derivative, and all per-sample values of the log. batch: 0 for the recipe's.
+    A round is the steps between two lines of the log, so that the backward pass of each term, taken once a line, counts
+    as often as in training. "Without": neither those passes, nor the sizes of prediction, target and derivative, nor
+    any per-sample value of the log. batch: 0 for the recipe's.
     """
     config = recipe(name)
     training = replace(config.training, batch_size=batch or config.training.batch_size)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import LinearPreconditioning
-from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import ALONE, Batch, Companions, Objective
+from fewstep import Batch, Companions, FlowMap, Linear, LinearPreconditioning, NetworkConfig, Objective
+from fewstep.objectives import ALONE
 from fewstep.utils.random import Draws
-
-NetworkConfig = MLPConfig | UNetConfig | DiTConfig
 
 
 def warm(config: NetworkConfig, shape: tuple[int, ...], count: int, device: str = "cpu") -> tuple[FlowMap, Batch]:

@@ -1,15 +1,10 @@
 """What a training step costs: iSD, by exact and finite-difference derivative, as a multiple of a flow-matching step.
 
-A turn gives each objective's step as a multiple of that turn's flow-matching step; the ratio is the median of turns,
-`low` and `high` are their quartiles. Peak memory is that of a process of its own per row, above what the model and data
-need.
-
 Evaluations are counted in a hook, in forward passes of the whole batch: a pass with tangents counts 2, a backward
-pass 2. `floor` is what the objective cannot do without, by its definition (`floor_passes`), over flow matching's 3; a
-test holds the count against it, so that a redundant evaluation fails. It is a floor of operations, not of time: a pass
-without gradient can cost less than a third of one with it, and a pass that carries tangents more than one and a third.
-So the passes by themselves take turns too, and `priced` is the same count at the seconds found there, a part of the
-batch in proportion: what a step takes beyond it goes outside the network, or is what parts of a batch cost more.
+pass 2. `floor` is what the objective cannot do without, by its definition, over flow matching's 3; a test holds the
+count against it. It is a floor of operations, not of time, so the passes by themselves take turns too: `priced` is the
+same count at the seconds found there. What a step takes beyond it goes outside the network, or is what parts of a
+batch cost more. Peak memory is that of a process of its own per row, above what the model and data need.
 """
 
 from __future__ import annotations
@@ -25,49 +20,44 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.cost.setting import NetworkConfig, take_step, warm
-from benchmarks.harness import ROOT, Row, markdown, take_turns
-from fewstep import ISD, Batch, DiagonalMatching, DiTConfig, FixedGuidance, FlowMap, MLPConfig, NoGuidance, UNetConfig
+from benchmarks.cost.setting import take_step, warm
+from benchmarks.harness import ROOT, Row, markdown, take_turns, time_ratio
+from fewstep import (
+    ISD,
+    Batch,
+    Condition,
+    DiagonalMatching,
+    DiTConfig,
+    FixedGuidance,
+    FlowMap,
+    MLPConfig,
+    NetworkConfig,
+    NoGuidance,
+    Objective,
+    UNetConfig,
+)  # fmt: skip
 from fewstep.flow.derivatives import Derivative, exact_derivative
 from fewstep.flow.times import BetaTimes
-from fewstep.networks.condition import Condition
 from fewstep.networks.layers import carries_tangent
-from fewstep.objectives import Objective, Pairs
+from fewstep.objectives import Pairs
 
-
-@dataclass(frozen=True)
-class Case:
-    """A network on one shape and batch."""
-
-    config: NetworkConfig
-    shape: tuple[int, ...]
-    batch: int
-
-
-CASES = {
-    "mlp": Case(MLPConfig(), (1, 8, 8), 256),
-    "unet": Case(UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), patch=2), (1, 28, 28), 64),
-    "dit": Case(DiTConfig(width=192, depth=6, heads=6, patch=4), (1, 28, 28), 64),
+UNET = UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), patch=2)
+CASES: dict[str, tuple[NetworkConfig, tuple[int, ...], int]] = {
+    "mlp": (MLPConfig(), (1, 8, 8), 256),
+    "unet": (UNET, (1, 28, 28), 64),
+    "dit": (DiTConfig(width=192, depth=6, heads=6, patch=4), (1, 28, 28), 64),
 }
-OBJECTIVES: dict[tuple[str, str], Objective] = {
-    ("flow matching", "none"): DiagonalMatching(),
-    ("iSD", "exact"): ISD(guidance=NoGuidance()),
-    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative=Derivative("finite-difference")),
-    ("iSD-T", "exact"): ISD(guidance=FixedGuidance(1.5)),
-    ("iSD-T", "finite-difference"): ISD(guidance=FixedGuidance(1.5), derivative=Derivative("finite-difference")),
-    ("iSD-T, 3/4 diagonal", "exact"): ISD(
-        guidance=FixedGuidance(1.5), pairs=Pairs(BetaTimes(), flow_matching_ratio=0.75)
-    ),
-}
-
-
+"""A network, the shape of a sample, the batch."""
+DIFFERENCE, GUIDED, MOST = Derivative("finite-difference"), FixedGuidance(1.5), Pairs(BetaTimes(), 0.75)
 BASE = ("flow matching", "none")
-
-
-def setting(name: str, device: str) -> tuple[FlowMap, Batch]:
-    """The case's flow map and batch."""
-    case = CASES[name]
-    return warm(case.config, case.shape, case.batch, device)
+OBJECTIVES: dict[tuple[str, str], Objective] = {
+    BASE: DiagonalMatching(),
+    ("iSD", "exact"): ISD(guidance=NoGuidance()),
+    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative=DIFFERENCE),
+    ("iSD-T", "exact"): ISD(guidance=GUIDED),
+    ("iSD-T", "finite-difference"): ISD(guidance=GUIDED, derivative=DIFFERENCE),
+    ("iSD-T, 3/4 diagonal", "exact"): ISD(guidance=GUIDED, pairs=MOST),
+}
 
 
 def evaluations(objective: Objective, flow_map: FlowMap, batch: Batch) -> float:
@@ -106,13 +96,9 @@ class Prices:
         return self.train + null * self.forward + (1 - objective.pairs.flow_matching_ratio) * second
 
 
-OPERATIONS = Prices(forward=1.0, train=3.0, tangent=4.0)
-"""In forward passes: backward is 2, a tangent 1."""
-
-
 def floor_passes(objective: Objective) -> float:
-    """The operations that the objective's definition needs, in forward passes of the whole batch."""
-    return OPERATIONS.of(objective)
+    """The operations that the objective's definition needs, in forward passes: backward is 2, a tangent 1."""
+    return Prices(forward=1.0, train=3.0, tangent=4.0).of(objective)
 
 
 def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:
@@ -120,19 +106,22 @@ def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:
     t = batch.draws.uniform(1)
     s, cond, v = t * batch.draws.uniform(2), Condition(batch.labels), batch.noise()
 
-    def forward() -> None:
-        with torch.no_grad():
-            flow_map.output(batch.x0, t, s, cond)
+    def output(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return flow_map.output(x, t, s, cond)
 
     def back(output: torch.Tensor) -> None:
         flow_map.zero_grad(set_to_none=True)
         output.square().mean().backward()
 
+    def forward() -> None:
+        with torch.no_grad():
+            output(batch.x0, t)
+
     def train() -> None:
-        back(flow_map.output(batch.x0, t, s, cond))
+        back(output(batch.x0, t))
 
     def tangent() -> None:
-        back(exact_derivative(lambda x, t: flow_map.output(x, t, s, cond), batch.x0, t, v)[0])
+        back(exact_derivative(output, batch.x0, t, v)[0])
 
     return {"forward": forward, "train": train, "tangent": tangent}
 
@@ -145,14 +134,11 @@ def seconds(flow_map: FlowMap, batch: Batch, rounds: int) -> tuple[dict[tuple[st
         if batch.x0.is_cuda:
             torch.cuda.synchronize()
 
-    work: dict[tuple[str, str], Callable[[], None]] = {
-        ("pass", name): job for name, job in passes(flow_map, batch).items()
-    }
+    single = passes(flow_map, batch)
+    work: dict[tuple[str, str], Callable[[], None]] = {("pass", name): job for name, job in single.items()}
     work |= {key: partial(take_step, objective, flow_map, batch) for key, objective in OBJECTIVES.items()}
     spent = take_turns({key: partial(finished, job) for key, job in work.items()}, rounds)
-    return spent, Prices(
-        **{name: statistics.median(spent.pop(key)) for key in list(spent) if key[0] == "pass" for name in key[1:]}
-    )
+    return spent, Prices(**{name: statistics.median(spent.pop(("pass", name))) for name in single})
 
 
 def peak_mib(name: str, key: tuple[str, str], device: str) -> float:
@@ -164,7 +150,7 @@ def peak_mib(name: str, key: tuple[str, str], device: str) -> float:
 def print_peak(name: str, key: tuple[str, str], device: str) -> None:
     """Body of the process that `peak_mib` starts."""
     torch.set_num_threads(1)
-    flow_map, batch = setting(name, device)
+    flow_map, batch = warm(*CASES[name], device)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         take_step(OBJECTIVES[key], flow_map, batch)
@@ -184,12 +170,12 @@ def resident(field: str) -> float:
 
 def measured(name: str, rounds: int, threads: int, device: str) -> list[Row]:
     """A row for every objective on one network."""
-    flow_map, batch = setting(name, device)
+    flow_map, batch = warm(*CASES[name], device)
     spent, prices = seconds(flow_map, batch, rounds)
     return [
         {
             "objective": key[0], "derivative": key[1], "network": name, "batch": len(batch.x0),
-            **ratios(spent[key], spent[BASE]), "peak_mib": round(peak_mib(name, key, device), 1),
+            **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak_mib(name, key, device), 1),
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
             "priced": round(prices.of(objective) / statistics.median(spent[BASE]), 3),
@@ -201,27 +187,14 @@ def measured(name: str, rounds: int, threads: int, device: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def ratios(own: list[float], base: list[float]) -> Row:
-    """Median and quartiles over turns of one job's time over another's."""
-    found = [a / b for a, b in zip(own, base, strict=True)]
-    low, ratio, high = (round(each, 3) for each in statistics.quantiles(found, n=4))
-    return {"ratio": ratio, "low": low, "high": high, "turns": len(found)}
-
-
 def step_table(rows: list[Row]) -> str:
     """Every row."""
     heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "priced", "of it", "peak MiB")
-    return markdown(
-        heads,
-        [
-            (
-                row["network"], row["objective"], row["derivative"], f"{row['ratio']:.2f}",
-                f"{row['low']:.2f} to {row['high']:.2f}", f"{row['floor']:.2f}", f"{row['priced']:.2f}",
-                f"{row['priced'] / row['ratio']:.0%}", f"{row['peak_mib']:.0f}",
-            )
-            for row in rows
-        ],
-    )  # fmt: skip
+    form = (
+        "{network}|{objective}|{derivative}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{priced:.2f}|{part:.0%}|"
+        "{peak_mib:.0f}"
+    )
+    return markdown(heads, [form.format(**row, part=row["priced"] / row["ratio"]).split("|") for row in rows])
 
 
 def derivative_table(rows: list[Row]) -> str:

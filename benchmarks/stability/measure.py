@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, rounded
+from benchmarks.harness import Row, rounded, train_to, trainer_of
 from benchmarks.stability.plan import SAMPLE_SEED, STUDIES, Cell, configuration, settings, starting
 from benchmarks.stability.tables import judged
-from fewstep.data import Dataset
+from fewstep import Dataset, FlowMap, Pipeline, RunConfig, RunFolder, SamplingSettings, generate
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance
-from fewstep.flow.flow_map import FlowMap
-from fewstep.recipes.config import RunConfig
-from fewstep.sampling.generate import SamplingSettings, generate
-from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import SamplerName
-from fewstep.training import Callbacks, RunFolder, Runtime
-from fewstep.training.loop import Trainer
 from fewstep.utils.errors import TrainingDivergedError
 
 ODE_STEPS = 16
@@ -43,7 +36,8 @@ class Reference:
         self, model: FlowMap, config: RunConfig, steps: int, count: int, ode: SamplerName | None = None
     ) -> dict[str, float]:
         """Frechet distance, class accuracy, and the ratio of the samples' variance to the data's, in all and within
-        classes, in `steps` steps; NaN where not finite. ode: the solver, to sample by the diagonal's own ODE."""
+        classes, in `steps` steps; NaN where not finite. ode: the solver, to sample by the diagonal's own ODE.
+        """
         gamma = config.evaluation.gamma
         sampler: SamplerName = ode or ("gamma" if gamma else "euler" if config.objective.on_diagonal else "map")
         drawn = generate(model, count, SamplingSettings(sampler=sampler, steps=steps, gamma=gamma, seed=SAMPLE_SEED))
@@ -73,36 +67,27 @@ def variance_within(images: Tensor, labels: Tensor) -> float:
 
 def train_cell(cell: Cell, config: RunConfig, reference: Reference, folder: Path) -> Row:
     """Train, measuring at four moments; what is left of a run that diverged counts as NaN."""
-    study = STUDIES[cell.dataset, cell.network]
-    last = study.steps
-    calls = (1, 2, 4, 32) if cell.objective == "flow matching" else (1, 2, 4)
-    norms: list[float] = []
-    curve: list[Row] = []
+    study, matching = STUDIES[cell.dataset, cell.network], cell.objective == "flow matching"
+    last, norms, curve = study.steps, [], []
     diverged_at, spent = None, 0.0
 
     def watch(pipeline: Pipeline, step: int) -> None:
-        model = pipeline.flow_map
-        for nfe in calls if step == last else calls[:3]:
-            curve.append({"step": step, "nfe": nfe, **reference.measure(model, config, nfe, study.samples)})
+        for nfe in (1, 2, 4, 32) if matching and step == last else (1, 2, 4):
+            found = reference.measure(pipeline.flow_map, config, nfe, study.samples)
+            curve.append({"step": step, "nfe": nfe, **found})
         if step == last and not config.evaluation.gamma:
-            found = reference.measure(model, config, ODE_STEPS, study.samples, "heun")
+            found = reference.measure(pipeline.flow_map, config, ODE_STEPS, study.samples, "heun")
             curve.append({"step": step, "nfe": "ode", **found})
 
-    runtime = Runtime(cpu=True, quiet=True)
-    with Trainer(config, reference.dataset, RunFolder(folder), runtime, Callbacks()) as trainer:
-        trainer.learner.flow_map.train()
+    with trainer_of(config, reference.dataset, folder) as trainer:
         for moment in (last // 4, last // 2, 3 * last // 4, last):
-            started = time.perf_counter()
             try:
-                while trainer.step < moment:
-                    trainer.take_step()
-                    norms.append(trainer.window.steps[-1][1])
+                spent += train_to(trainer, moment, lambda: norms.append(trainer.window.steps[-1][1]))
             except TrainingDivergedError:
                 diverged_at = trainer.step
                 break
-            spent += time.perf_counter() - started
             trainer.show(watch)
-        if cell.objective == "flow matching":
+        if matching:
             trainer.save()
     found = verdict(cell, norms, curve, diverged_at) | {"extractor": reference.extractor.name}
     return rounded(found | {"seconds": round(spent, 1), "curve": curve})  # type: ignore[no-any-return]

@@ -7,39 +7,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.harness import RESULTS, Grid, Row, Store, digest
+import fewstep as fs
+from benchmarks.harness import RESULTS, Grid, Store, digest
 from benchmarks.stability.variants import ISDApart, ISDTimeUnit
-from fewstep.data import DataConfig
 from fewstep.flow.derivatives import Derivative
-from fewstep.flow.guidance import FixedGuidance
-from fewstep.flow.paths import PathConfig
-from fewstep.flow.preconditioning import PreconditioningConfig, ScalingConfig
 from fewstep.flow.times import BetaTimes
-from fewstep.networks import DiTConfig, MLPConfig, UNetConfig
-from fewstep.objectives import (
-    CT,
-    ECT,
-    ESD,
-    ISD,
-    LSD,
-    PSD,
-    SCD,
-    SCT,
-    DiagonalMatching,
-    Distance,
-    MeanFlow,
-    Pairs,
-    Shortcut,
-    Tangent,
-    Weighting,
-)
-from fewstep.objectives.base import Objective
-from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from fewstep.objectives import Distance, Pairs, Tangent, Weighting
+from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from fewstep.utils.parts import kind, kind_name
 
 SAMPLE_SEED = 91_000
 LR = 3e-3
-ADJACENT = (CT, ECT, SCT, SCD)
+ADJACENT = (fs.CT, fs.ECT, fs.SCT, fs.SCD)
 """Maps to the data end alone: several steps need fresh noise between."""
 
 
@@ -47,22 +26,22 @@ ADJACENT = (CT, ECT, SCT, SCD)
 class Study:
     """One data set with one network: how long and with what."""
 
-    data: DataConfig
-    network: MLPConfig | UNetConfig | DiTConfig
+    data: fs.DataConfig
+    network: fs.NetworkConfig
     steps: int
     batch: int
     samples: int
 
 
-DIGITS = DataConfig(source="digits")
-_MLP = MLPConfig(width=256, depth=3, expansion=0.5, embedding_width=64, max_frequency=16.0)
-_UNET = UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head_width=16, max_frequency=16.0)
-_DIT = DiTConfig(width=64, depth=3, heads=2, patch=2, max_frequency=16.0)
+DIGITS = fs.DataConfig(source="digits")
+_MLP = fs.MLPConfig(width=256, depth=3, expansion=0.5, embedding_width=64, max_frequency=16.0)
+_UNET = fs.UNetConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), head_width=16, max_frequency=16.0)
+_DIT = fs.DiTConfig(width=64, depth=3, heads=2, patch=2, max_frequency=16.0)
 STUDIES = {
     ("digits", "mlp"): Study(DIGITS, _MLP, 800, 256, 1204),
     ("digits", "unet"): Study(DIGITS, _UNET, 400, 64, 1204),
     ("digits", "dit"): Study(DIGITS, _DIT, 800, 64, 1204),
-    ("fashion", "unet"): Study(DataConfig(source="idx"), replace(_UNET, attention=(7,), patch=2), 1600, 32, 1000),
+    ("fashion", "unet"): Study(fs.DataConfig(source="idx"), replace(_UNET, attention=(7,), patch=2), 1600, 32, 1000),
 }
 OPTIMIZERS = {
     "adamw": OptimizerConfig(beta2=0.99),
@@ -72,13 +51,13 @@ OPTIMIZERS = {
 }
 SCALINGS = {"linear": "identity", "trig": "unit", "edm": "edm-input"}
 SIZES = {"digits": 64, "idx": 784}
-OWN_PATH = {"CT": ("edm", "bcm"), "ECT": ("edm", "bcm")}
+OWN_PATH = {name: {"path": "edm", "preconditioning": "bcm"} for name in ("CT", "ECT")}
 """Path and preconditioning of objectives that were made for another than the linear."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of the study."""
+    """One training run of the study; scaling: empty for the inner scaling that goes with the path (SCALINGS)."""
 
     group: str
     objective: str
@@ -92,34 +71,31 @@ class Cell:
     lr: float = LR
     initial: str = "random"
     scaling: str = ""
-    """The inner scaling; empty for the one that goes with the path (SCALINGS)."""
 
 
-def objectives(study: Study, derivative: str) -> dict[str, Objective]:
+def objectives(study: Study, derivative: str) -> dict[str, fs.Objective]:
     """Every objective by name with its paper's settings; curricula stretched over the run."""
-    images = study.steps * study.batch
+    images, pixels = study.steps * study.batch, SIZES[kind_name(type(study.data.source))]
     d: dict[str, Any] = {"derivative": Derivative(derivative)}
-    huber = Distance(
-        "pseudo-huber", 0.00054 * math.sqrt(SIZES[kind_name(type(study.data.source))])
-    )  # of iCT, 2310.14189
-    tangent = Tangent(warm_up_images=images // 5, derivative=d["derivative"])
-    isd, wide = ISD(**d), Weighting(weight_power=1.0, weight_eps=1.0)
+    huber = Distance("pseudo-huber", 0.00054 * math.sqrt(pixels))  # of iCT, 2310.14189
+    tangent = Tangent(warm_up_images=images // 5, **d)
+    isd, wide, guided = fs.ISD(**d), Weighting(weight_power=1.0, weight_eps=1.0), fs.FixedGuidance(omega=1.3)
     half, most = (Pairs(BetaTimes(), flow_matching_ratio=share) for share in (0.5, 0.75))
     return {
-        "flow matching": DiagonalMatching(times=BetaTimes()),
+        "flow matching": fs.DiagonalMatching(times=BetaTimes()),
         "iSD": isd,
-        "iSD-T": ISD(guidance=FixedGuidance(omega=1.3), **d),
-        "MeanFlow": MeanFlow(**d),
-        "ESD": ESD(**d),
-        "LSD": LSD(**d),
-        "PSD": PSD(),
-        "PSD, midpoint": PSD(u="midpoint"),
-        "shortcut": Shortcut(target_decay=1 - 8 / study.steps),
-        "CT": CT(duration=images, distance=huber),
-        "ECT": ECT(stage_images=images // 8, distance=huber),
-        "sCT": SCT(tangent=tangent),
-        "sCD": SCD(tangent=tangent),
-        "MeanFlow, guided": MeanFlow(guidance=FixedGuidance(omega=1.3), **d),
+        "iSD-T": fs.ISD(guidance=guided, **d),
+        "MeanFlow": fs.MeanFlow(**d),
+        "ESD": fs.ESD(**d),
+        "LSD": fs.LSD(**d),
+        "PSD": fs.PSD(),
+        "PSD, midpoint": fs.PSD(u="midpoint"),
+        "shortcut": fs.Shortcut(target_decay=1 - 8 / study.steps),
+        "CT": fs.CT(duration=images, distance=huber),
+        "ECT": fs.ECT(stage_images=images // 8, distance=huber),
+        "sCT": fs.SCT(tangent=tangent),
+        "sCD": fs.SCD(tangent=tangent),
+        "MeanFlow, guided": fs.MeanFlow(guidance=guided, **d),
         "iSD, diagonal 1/2": replace(isd, pairs=half),
         "iSD, diagonal 3/4": replace(isd, pairs=most),
         "iSD, offset 1": replace(isd, weighting=wide),
@@ -128,7 +104,7 @@ def objectives(study: Study, derivative: str) -> dict[str, Objective]:
         "iSD, no weight": replace(isd, weighting=Weighting()),
         "iSD, time unit": ISDTimeUnit(isd),
         "iSD, diagonal 3/4, time unit": ISDTimeUnit(replace(isd, pairs=most)),
-        "iSD-T, recipe": ISD(pairs=most, guidance=FixedGuidance(omega=1.3), weighting=wide, **d),
+        "iSD-T, recipe": fs.ISD(pairs=most, guidance=guided, weighting=wide, **d),
     }
 
 
@@ -136,57 +112,55 @@ COMPARED = (
     "flow matching", "iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "PSD", "PSD, midpoint", "shortcut", "CT", "ECT", "sCT",
 )  # fmt: skip
 CHOSEN = ("iSD-T, recipe", "iSD-T", "iSD", "MeanFlow", "ESD", "LSD", "PSD", "sCT")
-
-
 RATED = (*COMPARED, "iSD-T, recipe", "MeanFlow, guided")
-
-
-def usual(name: str) -> Cell:
-    """The cell of an objective that its others differ from by one setting."""
-    path, own = OWN_PATH.get(name, ("linear", "linear"))
-    return Cell("base", name, path=path, preconditioning=own)
+MIXED = (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler"))
+"""Paths with another's preconditioning."""
+_FASHION = (
+    "flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD", "MeanFlow, guided", "LSD",
+    "shortcut", "CT", "ECT", "PSD, midpoint",
+)  # fmt: skip
+_TRIG = {"path": "trig", "preconditioning": "trig"}
+_ISD = ("iSD, offset 1", "iSD, diagonal 3/4", "iSD, offset 1, diagonal 3/4")
+GROUPS: tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...] = (
+    ("base", COMPARED, {}),
+    ("settings", ("iSD-T, recipe", *_ISD, "MeanFlow, guided"), {}),
+    *(("lr", RATED, {"lr": lr}) for lr in (9e-3, 3e-4)),
+    *(("network", ("flow matching", *CHOSEN, "MeanFlow, guided"), {"network": name}) for name in ("unet", "dit")),
+    ("path", ("flow matching", *CHOSEN), _TRIG),
+    ("leads", ("iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight"), {}),
+    ("derivative", ("iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "sCT"), {"derivative": "finite-difference"}),
+    ("time unit", ("iSD", "iSD, time unit", "iSD, diagonal 3/4", "iSD, diagonal 3/4, time unit"), _TRIG),
+    ("initial", (*CHOSEN, "PSD, midpoint", "ECT", "sCD"), {"initial": "flow matching"}),
+    *(
+        ("optimizer", ("iSD", "iSD-T", "MeanFlow", "ESD", "sCT"), {"optimizer": name})
+        for name in ("no clip", "beta2 0.999", "muon")
+    ),
+    *(("preconditioning", ("iSD", "MeanFlow", "ESD"), {"path": p, "preconditioning": own}) for p, own in MIXED),
+    ("scaling", ("iSD", "MeanFlow", "ESD"), {"scaling": "unit"}),
+    ("lr", RATED, {"lr": 1e-3}),
+    ("fashion", _FASHION, {"dataset": "fashion", "network": "unet"}),
+)
+"""What a group of cells is for, its objectives, and what it changes of their usual setting; the most telling first."""
 
 
 def kinds() -> Iterator[Cell]:
-    """All cells without their seeds, the most telling first."""
-    yield from (usual(name) for name in COMPARED)
-    isd = ("iSD, offset 1", "iSD, diagonal 3/4", "iSD, offset 1, diagonal 3/4")
-    yield from (Cell("settings", name) for name in ("iSD-T, recipe", *isd, "MeanFlow, guided"))
-    yield from (replace(usual(name), group="lr", lr=lr) for lr in (9e-3, 3e-4) for name in RATED)
-    networks = ("flow matching", *CHOSEN, "MeanFlow, guided")
-    yield from (Cell("network", name, network=network) for network in ("unet", "dit") for name in networks)
-    for name in ("flow matching", *CHOSEN):
-        yield Cell("path", name, path="trig", preconditioning="trig")
-    yield from (Cell("leads", name) for name in ("iSD, diagonal 1/2", "iSD, terms apart", "iSD, no weight"))
-    for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "sCT"):
-        yield Cell("derivative", name, derivative="finite-difference")
-    for name in ("iSD", "iSD, time unit", "iSD, diagonal 3/4", "iSD, diagonal 3/4, time unit"):
-        yield Cell("time unit", name, path="trig", preconditioning="trig")
-    started = (*CHOSEN, "PSD, midpoint", "ECT", "sCD")
-    yield from (replace(usual(name), group="initial", initial="flow matching") for name in started)
-    for optimizer in ("no clip", "beta2 0.999", "muon"):
-        yield from (Cell("optimizer", name, optimizer=optimizer) for name in ("iSD", "iSD-T", "MeanFlow", "ESD", "sCT"))
-    for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
-        yield from (Cell("preconditioning", n, path=path, preconditioning=own) for n in ("iSD", "MeanFlow", "ESD"))
-    yield from (Cell("scaling", name, scaling="unit") for name in ("iSD", "MeanFlow", "ESD"))
-    yield from (replace(usual(name), group="lr", lr=1e-3) for name in RATED)
-    first = ("flow matching", "iSD-T, recipe", "MeanFlow", "iSD-T", "ESD", "PSD", "sCT", "iSD")
-    for name in (*first, "MeanFlow, guided", "LSD", "shortcut", "CT", "ECT", "PSD, midpoint"):
-        yield replace(usual(name), group="fashion", dataset="fashion", network="unet")
+    """All cells without their seeds."""
+    for group, names, changes in GROUPS:
+        yield from (Cell(group, name, **OWN_PATH.get(name, {}) | changes) for name in names)
 
 
-def configuration(cell: Cell, initial: str) -> RunConfig:
+def configuration(cell: Cell, initial: str) -> fs.RunConfig:
     """The run of a cell; initial: folder of the flow-matching model that it starts from, or ""."""
     study = STUDIES[cell.dataset, cell.network]
     objective: Any = objectives(study, cell.derivative)[cell.objective]
     images = study.steps * study.batch
-    return RunConfig(
+    return fs.RunConfig(
         recipe="stability",
         data=study.data,
         model=ModelConfig(
-            path=kind(PathConfig, cell.path),
-            preconditioning=kind(PreconditioningConfig, cell.preconditioning),
-            scaling=kind(ScalingConfig, cell.scaling or SCALINGS[cell.path]),
+            path=kind(fs.PathConfig, cell.path),
+            preconditioning=kind(fs.PreconditioningConfig, cell.preconditioning),
+            scaling=kind(fs.ScalingConfig, cell.scaling or SCALINGS[cell.path]),
         ),
         network=study.network,
         objective=objective,
@@ -222,8 +196,3 @@ def plan() -> Iterator[Cell]:
 LABEL = tuple(name for name in Cell.__dataclass_fields__ if name != "group")
 """What makes it another run; the group only says what it is for."""
 GRID = Grid(Store(RESULTS / "stability" / "cells.jsonl", LABEL, {"scaling": ""}), plan, asdict, settings)
-
-
-def cell_of(row: Row) -> Cell:
-    """The cell that a row was stored for."""
-    return Cell(**{name: value for name, value in ({"scaling": ""} | row).items() if name in Cell.__dataclass_fields__})

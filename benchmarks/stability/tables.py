@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import asdict
 from functools import cache
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.harness import FIGURES, RESULTS, Row, grouped, interval, markdown, read
-from benchmarks.stability.plan import GRID
+from benchmarks.harness import FIGURES, RESULTS, Row, figure, grouped, interval, markdown, read, ticks
+from benchmarks.stability.plan import GRID, MIXED, OWN_PATH, Cell
 from fewstep.evaluation.metrics.curves import time_to
-from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.evaluation.report.canvas import LIGHT
 from fewstep.utils.files import write_atomically
 
 COSTS = RESULTS / "stability" / "cost.json"
@@ -26,11 +24,9 @@ COLUMNS = (
     "spread_1", "within_1", "frechet_ode", "grad_q50", "grad_q99", "steps", "batch", "samples", "sample_seed",
     "extractor", "group",
 )  # fmt: skip
-USUAL = {
-    "dataset": "digits", "network": "mlp", "path": "linear", "preconditioning": "linear", "derivative": "exact",
-    "optimizer": "adamw", "initial": "random", "lr": 3e-3, "scaling": "",
-}  # fmt: skip
+USUAL = {name: value for name, value in asdict(Cell("", "")).items() if name not in ("group", "objective", "seed")}
 CLASSES, RATES = 10, 4
+POWERS = [2.0**k for k in range(1, 7)]
 FAILURES = ("diverged", "degenerate", "narrow", "classless")
 NARROW = 0.25
 """Variance within classes, over the data's, below which one-step samples are near their classes' means."""
@@ -73,7 +69,7 @@ def figures() -> None:
     cells = [judged(row) for row in GRID.rows()]
     rows = [{name: cell.get(name) for name in COLUMNS} | {"step_ratio": step_ratio(cell)} for cell in cells]
     write_atomically(RESULTS / "stability.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    write_atomically(FIGURES / "stability.png", figure(cells))
+    draw(cells)
 
 
 def tables() -> dict[str, str]:
@@ -95,7 +91,7 @@ def tables() -> dict[str, str]:
         changed = {name: value} | ({"preconditioning": "trig"} if name == "path" else {})
         note = " (after a flow-matching run of the same length)" if name == "initial" else ""
         found[f"{name}: {value}{note}, against {USUAL[name]}"] = paired_table(cells, changed)
-    for path, own in (("linear", "euler"), ("linear", "trig"), ("trig", "linear"), ("trig", "euler")):
+    for path, own in MIXED:
         changed = {"path": path, "preconditioning": own}
         found[f"{own} preconditioning, {path} path, against linear on linear"] = paired_table(cells, changed)
     unit = paired_table(cells, {"scaling": "unit"})
@@ -113,16 +109,18 @@ def time_unit_table(cells: list[Row]) -> str:
 
 def at(cells: Iterable[Row], **settings: object) -> list[Row]:
     """Cells at the usual setting but for these; None for any value. CT's and ECT's usual path is EDM's."""
-    found = []
-    for cell in cells:
-        own = {"path": "edm", "preconditioning": "bcm"} if cell["objective"] in ("CT", "ECT") else {}
-        wanted = USUAL | own | settings
-        found += [cell] if all(value is None or cell[key] == value for key, value in wanted.items()) else []
-    return found
+
+    def fits(cell: Row) -> bool:
+        wanted = USUAL | OWN_PATH.get(cell["objective"], {}) | settings
+        return all(value is None or cell[key] == value for key, value in wanted.items())
+
+    return [cell for cell in cells if fits(cell)]
 
 
-def by_objective(cells: Iterable[Row]) -> dict[str, list[Row]]:
-    return grouped(cells, lambda cell: str(cell["objective"]))
+def by_objective(cells: Iterable[Row], best: str = "") -> list[tuple[str, list[Row]]]:
+    """(objective, its cells), by name; `best`: by the mean of that column."""
+    found = sorted(grouped(cells, lambda cell: str(cell["objective"])).items())
+    return sorted(found, key=lambda item: typical(item[1], best)) if best else found
 
 
 def quality_table(cells: list[Row]) -> str:
@@ -133,22 +131,19 @@ def quality_table(cells: list[Row]) -> str:
         f"steps of flow matching to {TARGETS[cells[0]['dataset']] if cells else 0:g} in 2 calls",
     )  # fmt: skip
     rows = []
-    for name, own in sorted(by_objective(cells).items(), key=lambda item: typical(item[1], "frechet_2")):
-        q50, q99 = typical(own, "grad_q50"), typical(own, "grad_q99")
-        cost = step_ratio(own[0])
+    for name, own in by_objective(cells, "frechet_2"):
+        q50, q99, cost = typical(own, "grad_q50"), typical(own, "grad_q99"), step_ratio(own[0])
+        quality = (spread(own, f"frechet_{n}") for n in (1, 2, 4))
         rows.append(
             (
-                name, str(len(own)), *(count(own, kind) for kind in FAILURES),
-                *(spread(own, f"frechet_{n}") for n in (1, 2, 4)), spread(own, "accuracy_1", 3),
-                spread(own, "within_1", 2),
-                f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}", "" if cost is None else f"{cost:.2f}",
-                cost_to(own, cost),
+                name, str(len(own)), *(count(own, kind) for kind in FAILURES), *quality, spread(own, "accuracy_1", 3),
+                spread(own, "within_1", 2), f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}",
+                "" if cost is None else f"{cost:.2f}", cost_to(own, cost),
             )
         )  # fmt: skip
-    long = [
-        row["frechet"] for cell in cells for row in cell["curve"] if (row["step"], row["nfe"]) == (cell["steps"], 32)
-    ]
-    return markdown(heads, rows) + (f"\n\nFlow matching in 32 calls: {interval(long, 1)}." if long else "")
+    last = [row for cell in cells for row in cell["curve"] if (row["step"], row["nfe"]) == (cell["steps"], 32)]
+    long = f"\n\nFlow matching in 32 calls: {interval([row['frechet'] for row in last], 1)}." if last else ""
+    return markdown(heads, rows) + long
 
 
 def count(cells: list[Row], kind: str, form: str = "") -> str:
@@ -162,10 +157,8 @@ def count(cells: list[Row], kind: str, form: str = "") -> str:
 
 def ode_table(cells: list[Row]) -> str:
     """What few calls cost over the diagonal's own ODE, where that was measured."""
-    rows = []
-    told = [cell for cell in cells if cell.get("frechet_ode") is not None]
-    for name, own in sorted(by_objective(told).items(), key=lambda item: typical(item[1], "frechet_ode")):
-        rows.append((name, str(len(own)), *(spread(own, f"frechet_{n}") for n in (1, 2, 4, "ode"))))
+    groups = by_objective((cell for cell in cells if cell.get("frechet_ode") is not None), "frechet_ode")
+    rows = [(name, str(len(own)), *(spread(own, f"frechet_{n}") for n in (1, 2, 4, "ode"))) for name, own in groups]
     return markdown(("objective", "runs", "1 call", "2 calls", "4 calls", "its ODE, 16 steps of Heun"), rows)
 
 
@@ -173,22 +166,23 @@ def rates_table(cells: list[Row]) -> str:
     """Two-call distance by learning rate, and the worst over the best."""
     rates = sorted({cell["lr"] for cell in cells})
     rows = []
-    for name, own in sorted(by_objective(cells).items()):
-        by_rate = {lr: [cell for cell in own if cell["lr"] == lr] for lr in rates}
-        if sum(map(bool, by_rate.values())) < 2:
+    for name, own in by_objective(cells):
+        by_rate = [[cell for cell in own if cell["lr"] == lr] for lr in rates]
+        if sum(map(bool, by_rate)) < 2:
             continue
-        means = [typical(found, "frechet_2") for found in by_rate.values()]
-        failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
-        whole = len(rates) == RATES and all(map(math.isfinite, means)) and len({*map(len, by_rate.values())}) == 1
+        means = [typical(found, "frechet_2") for found in by_rate]
+        whole = len(rates) == RATES and all(map(math.isfinite, means)) and len({*map(len, by_rate)}) == 1
         worst = f"{max(means) / min(means):.1f}" if whole else ""
-        rows.append(
-            (name, *(spread(found, "frechet_2") for found in by_rate.values()), worst, f"{failed} / {len(own)}")
-        )
-    heads = ("objective, 2 calls", *(f"{lr:g}" for lr in rates), "worst / best", "failed")
-    return markdown(heads, rows)
+        rows.append((name, *(spread(found, "frechet_2") for found in by_rate), worst, failed(own)))
+    return markdown(("objective, 2 calls", *(f"{lr:g}" for lr in rates), "worst / best", "failed"), rows)
 
 
-def paired_table(cells: list[Row], changed: Mapping[str, str]) -> str:
+def failed(cells: list[Row]) -> str:
+    """How many fail in any way, of how many."""
+    return f"{sum(any(cell[kind] for kind in FAILURES) for cell in cells)} / {len(cells)}"
+
+
+def paired_table(cells: list[Row], changed: dict[str, str]) -> str:
     """Cells with one setting changed against those of the same objective and seed without."""
     return pairs_table(at(cells), at(cells, **changed))
 
@@ -198,24 +192,20 @@ def pairs_table(before: list[Row], after: list[Row]) -> str:
     there are any.
     """
     rows = []
-    for name, own in sorted(by_objective(after).items()):
+    for name, own in by_objective(after):
         usual = {cell["seed"]: cell for cell in before if cell["objective"] == name}
         pairs = [(usual[cell["seed"]], cell) for cell in own if cell["seed"] in usual]
-        shown = []
-        for nfe in (1, 2, 4):
-            key = f"frechet_{nfe}"
-            shown.append(interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]]))
-        failed = sum(any(cell[kind] for kind in FAILURES) for cell in own)
-        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *shown, f"{failed} / {len(own)}"))
-    heads = ("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed")
-    return markdown(heads, rows)
+        factors = (
+            interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]])
+            for key in ("frechet_1", "frechet_2", "frechet_4")
+        )
+        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *factors, failed(own)))
+    return markdown(("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed"), rows)
 
 
 def failures_table(cells: list[Row]) -> str:
     """Over every cell of an objective, whatever its setting."""
-    rows = []
-    for name, own in sorted(by_objective(cells).items()):
-        rows.append((name, str(len(own)), *(count(own, kind, ".0%") for kind in FAILURES)))
+    rows = [(name, str(len(own)), *(count(own, kind, ".0%") for kind in FAILURES)) for name, own in by_objective(cells)]
     return markdown(("objective", "runs", *FAILURES), rows)
 
 
@@ -227,8 +217,7 @@ def typical(cells: list[Row], key: str) -> float:
 
 def spread(cells: list[Row], key: str, digits: int = 1) -> str:
     """Mean (smallest to largest) of the runs that have a value."""
-    values = [cell[key] for cell in cells if cell.get(key) is not None]
-    return interval(values, digits)
+    return interval([cell[key] for cell in cells if cell.get(key) is not None], digits)
 
 
 def cost_to(cells: list[Row], cost: float | None) -> str:
@@ -237,63 +226,38 @@ def cost_to(cells: list[Row], cost: float | None) -> str:
         return ""
     found = []
     for cell in cells:
-        curve = [
-            (row["step"], row["frechet"]) for row in cell["curve"] if row["nfe"] == 2 and row["frechet"] is not None
-        ]
+        two_calls = [row for row in cell["curve"] if row["nfe"] == 2 and row["frechet"] is not None]
+        curve = [(row["step"], row["frechet"]) for row in two_calls]
         steps = time_to(curve, TARGETS[cell["dataset"]]) if curve else None
         found += [] if steps is None else [steps * cost]
     return f"{statistics.fmean(found):,.0f}" if len(found) == len(cells) else f"not in {len(cells) - len(found)} runs"
 
 
-def figure(cells: list[Row]) -> bytes:
+def draw(cells: list[Row]) -> None:
     """Quality by objective and calls, gradient norms, and sensitivity to the learning rate."""
-    with rc_context(figure_style(LIGHT)):
-        drawing, axes = make_panels(3, 3, height=4.2)
-        ranked = sorted(by_objective(at(cells)).items(), key=lambda item: typical(item[1], "frechet_2"))
-        names = [name for name, _ in ranked]
-        draw_quality(axes[0], [own for _, own in ranked], names)
-        draw_norms(axes[1], [own for _, own in ranked], names)
+    ranked = by_objective(at(cells), "frechet_2")
+    with figure(FIGURES / "stability.png", 3, 3, height=4.2) as axes:
+        for i, nfe in enumerate((1, 2, 4)):
+            points = [(cell[f"frechet_{nfe}"], y) for y, (_, own) in enumerate(ranked) for cell in own]
+            shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
+            axes[0].plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
+        for y, (_, own) in enumerate(ranked):
+            for cell in own:
+                norms = cell["grad_q50"], cell["grad_q99"]
+                axes[1].plot(norms, [y, y], color=LIGHT.colour(0), alpha=0.6, marker="|")
+        for axis, title in zip(axes, ("Frechet distance", "Gradient norm, q50 to q99"), strict=False):
+            axis.set_xscale("log")
+            axis.set_title(title)
+            axis.set_yticks(range(len(ranked)), [name for name, _ in ranked], fontsize=7)
+            axis.invert_yaxis()
+        ticks(axes[0].xaxis, POWERS)
+        axes[0].legend(fontsize=7)
         draw_rates(axes[2], at(cells, lr=None))
-        return to_png(drawing)
-
-
-def draw_quality(axis: Axes, groups: list[list[Row]], names: list[str]) -> None:
-    for i, nfe in enumerate((1, 2, 4)):
-        points = [(cell[f"frechet_{nfe}"], y) for y, own in enumerate(groups) for cell in own]
-        shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
-        axis.plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
-    axis.set_xscale("log")
-    ticks(axis.xaxis)
-    axis.set_title("Frechet distance")
-    axis.legend(fontsize=7)
-    name_rows(axis, names)
-
-
-def draw_norms(axis: Axes, groups: list[list[Row]], names: list[str]) -> None:
-    for y, own in enumerate(groups):
-        for cell in own:
-            axis.plot([cell["grad_q50"], cell["grad_q99"]], [y, y], color=LIGHT.colour(0), alpha=0.6, marker="|")
-    axis.set_xscale("log")
-    axis.set_title("Gradient norm, q50 to q99")
-    name_rows(axis, names)
-
-
-def ticks(axis: Axis) -> None:
-    """Plain numbers at powers of 2."""
-    axis.set_major_locator(FixedLocator([2.0**k for k in range(1, 7)]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
-
-
-def name_rows(axis: Axes, names: list[str]) -> None:
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.invert_yaxis()
 
 
 def draw_rates(axis: Axes, cells: list[Row]) -> None:
-    lines = {name: grouped(own, lambda cell: cell["lr"]) for name, own in by_objective(cells).items()}
-    kept = {name: by_rate for name, by_rate in lines.items() if len(by_rate) > 1}
-    for i, (name, by_rate) in enumerate(sorted(kept.items())):
+    lines = {name: grouped(own, lambda cell: cell["lr"]) for name, own in by_objective(cells)}
+    for i, (name, by_rate) in enumerate((name, own) for name, own in lines.items() if len(own) > 1):
         points = sorted((lr, typical(own, "frechet_2")) for lr, own in by_rate.items())
         sound = [(lr, value) for lr, value in points if math.isfinite(value)]
         if sound:
@@ -302,7 +266,6 @@ def draw_rates(axis: Axes, cells: list[Row]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(bottom=1.5)  # room for the legend
-    ticks(axis.yaxis)
+    ticks(axis.yaxis, POWERS)
     axis.set_title("2 calls, by learning rate")
-    if kept:
-        axis.legend(fontsize=6, ncols=2)
+    axis.legend(fontsize=6, ncols=2)
