@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings
 
 
@@ -27,21 +28,12 @@ class Options:
     settings: Annotated[EncodingSettings, tyro.conf.arg(name="")] = EncodingSettings()
     std: float = 1.0
     """Standard deviation that each channel is given when it is read; may be changed later by the same command."""
-    batch_size: int = 16
-    """Images that pass the autoencoder at once."""
-    skip_unreadable: bool = False
-    """Warn about unreadable images instead of failing."""
-    cpu: bool = False
-    """Stay on the CPU even where a GPU is present."""
-    quiet: bool = False
-    """No progress bar."""
+    work: Annotated[EncodingWork, tyro.conf.arg(name="")] = EncodingWork()
 
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
-
-    work = EncodingWork(options.batch_size, options.skip_unreadable, options.cpu, options.quiet)
-    manifest = encode_folder(options.folder, options.autoencoder, options.out, options.settings, options.std, work)
+    where = options.folder, options.autoencoder, options.out
+    manifest = encode_folder(*where, options.settings, options.std, options.work)
     print(f"{options.out}: {summary(manifest)}")
     print(f"Next: fewstep train RECIPE --data.source latents --data.root {options.out}")

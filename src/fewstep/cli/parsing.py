@@ -81,6 +81,6 @@ def _option_names(options: object, prefix: str = "--") -> list[str]:
         name = prefix + item.name.replace("_", "-")
         value = item.default if isinstance(options, type) else getattr(options, item.name)
         nested = dataclasses.is_dataclass(value)
-        inner = prefix if item.name in ("run", "settings") else f"{name}."
+        inner = prefix if item.name in ("run", "settings", "work") else f"{name}."
         names += _option_names(value, inner) if nested else [name]
     return names

@@ -35,13 +35,7 @@ Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
 CURVE_FILE = "curve.jsonl"
 _IDENTITY = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
-_SHOWN: dict[str, type | tuple[type, ...]] = {
-    "method": str,
-    "extractor": str,
-    "reference": str,
-    "nfe": (int, float),
-    "frechet": (int, float),
-}
+_SHOWN: dict[str, Any] = {"method": str, "extractor": str, "reference": str, "nfe": int | float, "frechet": int | float}
 
 
 def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:

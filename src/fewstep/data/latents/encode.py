@@ -59,16 +59,16 @@ Failure = tuple[Path, str]
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """How the work is done; decides no more than the last bits of the latents.
-
-    batch_size: images that pass the autoencoder at once. skip_unreadable: warn about unreadable images instead of
-    failing. cpu: stay on the CPU even where a GPU is present. quiet: no progress bar.
-    """
+    """How the work is done; decides no more than the last bits of the latents."""
 
     batch_size: int = 16
+    """Images that pass the autoencoder at once."""
     skip_unreadable: bool = False
+    """Warn about unreadable images instead of failing."""
     cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
     quiet: bool = False
+    """No progress bar."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -64,7 +64,7 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
         ("Learning rate", {"lr": "learning rate"}),
     ]
     present = [
-        (title, {key: name for key, name in keys.items() if any(_course(log, key)[0] for log in logs.values())})
+        (title, {key: keys[key] for key in keys if any(_points(log, "images", key)[0] for log in logs.values())})
         for title, keys in panels
     ]
     drawn = [(title, keys) for title, keys in present if keys]
@@ -113,7 +113,7 @@ def _draw_courses(
     values: list[float] = []
     for i, log in enumerate(logs.values()):
         for j, key in enumerate(keys):
-            images, course = _course(log, key)
+            images, course = _points(log, "images", key)
             if not course:
                 continue
             colour = palette.colour(j if len(logs) == 1 else i)
@@ -143,13 +143,15 @@ def _draw_quality(axis: Axes, title: str, keys: Sequence[str], rows: Sequence[Re
     logarithmic = keys == ("frechet",)
     for j, key in enumerate(keys):
         for i, method in enumerate(_methods(rows)):
-            calls, measured = _against_calls(rows, method, key, positive=logarithmic)
+            own = [row for row in rows if row["method"] == method and finite(row, "nfe")]
+            calls, measured = _points(own, "nfe", key, positive=logarithmic)
             style, face = ("-", palette.colour(i)) if j == 0 else (":", palette.ground)
             axis.plot(
                 calls, measured, color=palette.colour(i), linestyle=style, marker=_MARKERS[i % 7], markerfacecolor=face
             )
             values += measured
-        for level in _levels(rows, key, positive=logarithmic):
+        real = [row for row in rows if finite(row, "nfe") == 0]
+        for level in _points(real, "nfe", key, positive=logarithmic)[1]:
             axis.axhline(level, color=palette.muted, linewidth=1.2, linestyle=(0, (5, 3)) if j == 0 else ":")
             values.append(level)
     axis.set_title(title)
@@ -180,24 +182,11 @@ def _methods(rows: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(str(row["method"]) for row in rows if finite(row, "nfe") != 0))
 
 
-def _course(log: Sequence[Record], key: str) -> Points:
-    """Images seen and the finite values under `key`."""
-    pairs = [(finite(record, "images"), finite(record, key)) for record in log]
-    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
+def _points(rows: Sequence[Record], across: str, key: str, positive: bool = False) -> Points:
+    """The finite values under `across`, ascending, and under `key`; with `positive` none of 0 or less under that."""
+    pairs = [(finite(row, across), finite(row, key)) for row in rows]
+    kept = sorted((x, y) for x, y in pairs if x is not None and y is not None and (y > 0 or not positive))
     return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _against_calls(rows: Sequence[Record], method: str, key: str, positive: bool) -> Points:
-    """Network calls, ascending, and the values of one method."""
-    pairs = [(finite(row, "nfe"), finite(row, key)) for row in rows if row["method"] == method]
-    kept = sorted((x, y) for x, y in pairs if x and y is not None and (y > 0 or not positive))
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _levels(rows: Sequence[Record], key: str, positive: bool) -> list[float]:
-    """Values of the rows of real data."""
-    found = [finite(row, key) for row in rows if finite(row, "nfe") == 0]
-    return [value for value in found if value is not None and (value > 0 or not positive)]
 
 
 def _scale_calls(axis: Axes, rows: Sequence[Record]) -> None:
