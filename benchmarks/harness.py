@@ -26,7 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fewstep.data import Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import load_dataset
 from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
 from fewstep.recipes.config import RunConfig
 from fewstep.training import Callbacks, RunFolder, Runtime

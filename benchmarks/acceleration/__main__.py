@@ -16,7 +16,7 @@ from benchmarks.acceleration import anatomy as parts
 from benchmarks.acceleration.students import GRID, PLANS, TEACHERS, Cell, Truth, chosen, train_cell
 from benchmarks.acceleration.tables import figures, tables
 from benchmarks.harness import Study
-from fewstep.data import load_dataset
+from fewstep.data.sources import load_dataset
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.recipes import recipe
 from fewstep.training import load

@@ -32,13 +32,14 @@ from torch import Tensor
 from benchmarks.acceleration.students import NOISE_SEED, methods
 from benchmarks.acceleration.tables import ANATOMY
 from benchmarks.harness import Row, read, show, write
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import trajectory
-from fewstep.flow.preconditioning import EulerPreconditioning, Preconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.objectives import Batch, Companions, Losses, Objective
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig

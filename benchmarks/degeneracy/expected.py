@@ -27,7 +27,7 @@ from benchmarks.degeneracy.gaussian import (
 from benchmarks.harness import Row
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.paths import Linear, Trig
-from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
 
 ZERO = 1e-9
 """Eigenvalues are null up to here: those that are not are 1e5 times larger."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning import Preconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import TrigPreconditioning
 from fewstep.objectives import eulerian_residual
 from fewstep.utils.forward_ad import jvp
 

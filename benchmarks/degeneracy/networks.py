@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.degeneracy.gaussian import F64, OFFSET
-from fewstep.data import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.closed_form import MixtureData
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import reference_solution
 from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.flow.times import UniformTimes
-from fewstep.networks import MLPConfig
 from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Pairs, Shortcut, Weighting
 from fewstep.utils.random import Draws
 

@@ -17,17 +17,18 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.harness import Row
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
 from fewstep.data.folder import decode_or_reason, list_images
 from fewstep.data.latents.autoencoders import Decoder, load_decoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings, Manifest
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, write_figures
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes
-from fewstep.networks import DiTConfig
+from fewstep.networks.dit import DiTConfig
 from fewstep.objectives import ISD, Pairs
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig

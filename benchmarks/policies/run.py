@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, Grid, Row, Store, digest
-from fewstep.data import load_dataset
 from fewstep.data.demonstrations.episodes import load_demonstrations, save_demonstrations
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.data.sources import load_dataset
 from fewstep.evaluation.evaluate import training_seconds
 from fewstep.policies.figures import rollout_row
 from fewstep.policies.policy import load_policy

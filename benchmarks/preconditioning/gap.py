@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, Row, markdown, read, write
-from fewstep.data import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    EstimationSettings,
-    EulerPreconditioning,
-    GapSettings,
-    Preconditioning,
-    TrajectoryStatistics,
-    consistency_gap,
-    estimate_statistics,
-)
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
+from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training import RunFolder, load

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, Row, markdown
-from fewstep.data import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.closed_form import MixtureData, toy_mixture
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import EstimationSettings, TrajectoryStatistics, estimate_statistics
+from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 
 CHECKED = RESULTS / "statistics_check.json"
 BANDS = (80.0, 12.0, 2.0, 0.3, 0.06, 0.03, 0.0)

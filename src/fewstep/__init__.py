@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fewstep._version import __version__
 
 if TYPE_CHECKING:
-    from fewstep.data import DataConfig as DataConfig
-    from fewstep.data import Dataset as Dataset
-    from fewstep.data import DataSource as DataSource
-    from fewstep.data import ImageSource as ImageSource
-    from fewstep.data import load_dataset as load_dataset
+    from fewstep.data.base import Dataset as Dataset
     from fewstep.data.demonstrations.episodes import Demonstrations as Demonstrations
     from fewstep.data.demonstrations.episodes import load_demonstrations as load_demonstrations
     from fewstep.data.demonstrations.episodes import save_demonstrations as save_demonstrations
+    from fewstep.data.sources import DataConfig as DataConfig
+    from fewstep.data.sources import DataSource as DataSource
+    from fewstep.data.sources import ImageSource as ImageSource
+    from fewstep.data.sources import load_dataset as load_dataset
     from fewstep.flow.closed_form import GaussianData as GaussianData
     from fewstep.flow.closed_form import MixtureData as MixtureData
     from fewstep.flow.flow_map import FlowMap as FlowMap
@@ -33,33 +33,33 @@ if TYPE_CHECKING:
     from fewstep.flow.paths import Path as Path
     from fewstep.flow.paths import PathConfig as PathConfig
     from fewstep.flow.paths import Trig as Trig
-    from fewstep.flow.preconditioning import AnalyticPreconditioning as AnalyticPreconditioning
-    from fewstep.flow.preconditioning import BCMPreconditioning as BCMPreconditioning
-    from fewstep.flow.preconditioning import CMPreconditioning as CMPreconditioning
-    from fewstep.flow.preconditioning import EDMInputScaling as EDMInputScaling
-    from fewstep.flow.preconditioning import EDMScaling as EDMScaling
-    from fewstep.flow.preconditioning import EstimationSettings as EstimationSettings
-    from fewstep.flow.preconditioning import EulerPreconditioning as EulerPreconditioning
-    from fewstep.flow.preconditioning import GapSettings as GapSettings
-    from fewstep.flow.preconditioning import IdentityScaling as IdentityScaling
-    from fewstep.flow.preconditioning import LinearPreconditioning as LinearPreconditioning
-    from fewstep.flow.preconditioning import Preconditioning as Preconditioning
-    from fewstep.flow.preconditioning import PreconditioningConfig as PreconditioningConfig
-    from fewstep.flow.preconditioning import Scaling as Scaling
-    from fewstep.flow.preconditioning import ScalingConfig as ScalingConfig
-    from fewstep.flow.preconditioning import TrajectoryStatistics as TrajectoryStatistics
-    from fewstep.flow.preconditioning import TrigPreconditioning as TrigPreconditioning
-    from fewstep.flow.preconditioning import UnitScaling as UnitScaling
-    from fewstep.flow.preconditioning import consistency_gap as consistency_gap
-    from fewstep.flow.preconditioning import estimate_statistics as estimate_statistics
-    from fewstep.networks import DiTConfig as DiTConfig
-    from fewstep.networks import MLPConfig as MLPConfig
-    from fewstep.networks import Network as Network
-    from fewstep.networks import NetworkConfig as NetworkConfig
-    from fewstep.networks import UNet1dConfig as UNet1dConfig
-    from fewstep.networks import UNetConfig as UNetConfig
+    from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning as AnalyticPreconditioning
+    from fewstep.flow.preconditioning.base import Preconditioning as Preconditioning
+    from fewstep.flow.preconditioning.base import PreconditioningConfig as PreconditioningConfig
+    from fewstep.flow.preconditioning.estimation import EstimationSettings as EstimationSettings
+    from fewstep.flow.preconditioning.estimation import estimate_statistics as estimate_statistics
+    from fewstep.flow.preconditioning.gap import GapSettings as GapSettings
+    from fewstep.flow.preconditioning.gap import consistency_gap as consistency_gap
+    from fewstep.flow.preconditioning.jumps import BCMPreconditioning as BCMPreconditioning
+    from fewstep.flow.preconditioning.jumps import CMPreconditioning as CMPreconditioning
+    from fewstep.flow.preconditioning.jumps import EulerPreconditioning as EulerPreconditioning
+    from fewstep.flow.preconditioning.jumps import LinearPreconditioning as LinearPreconditioning
+    from fewstep.flow.preconditioning.jumps import TrigPreconditioning as TrigPreconditioning
+    from fewstep.flow.preconditioning.network_scaling import EDMInputScaling as EDMInputScaling
+    from fewstep.flow.preconditioning.network_scaling import EDMScaling as EDMScaling
+    from fewstep.flow.preconditioning.network_scaling import IdentityScaling as IdentityScaling
+    from fewstep.flow.preconditioning.network_scaling import Scaling as Scaling
+    from fewstep.flow.preconditioning.network_scaling import ScalingConfig as ScalingConfig
+    from fewstep.flow.preconditioning.network_scaling import UnitScaling as UnitScaling
+    from fewstep.flow.preconditioning.statistics import TrajectoryStatistics as TrajectoryStatistics
+    from fewstep.networks.base import Network as Network
+    from fewstep.networks.base import NetworkConfig as NetworkConfig
     from fewstep.networks.condition import NULL_LABEL as NULL_LABEL
     from fewstep.networks.condition import Condition as Condition
+    from fewstep.networks.dit import DiTConfig as DiTConfig
+    from fewstep.networks.mlp import MLPConfig as MLPConfig
+    from fewstep.networks.unet import UNetConfig as UNetConfig
+    from fewstep.networks.unet1d import UNet1dConfig as UNet1dConfig
     from fewstep.objectives import CD as CD
     from fewstep.objectives import CT as CT
     from fewstep.objectives import CTM as CTM

@@ -9,12 +9,10 @@ from benchmarks.acceleration import anatomy
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    EulerPreconditioning,
-    Preconditioning,
-    TrajectoryStatistics,
-)
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.objectives import ALONE, Batch, Losses
 from fewstep.utils.random import Draws
 

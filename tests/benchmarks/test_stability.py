@@ -12,8 +12,9 @@ from benchmarks.stability import plan, tables
 from benchmarks.stability.variants import ISDApart, ISDTimeUnit
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Trig
-from fewstep.flow.preconditioning import TrigPreconditioning, UnitScaling
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.jumps import TrigPreconditioning
+from fewstep.flow.preconditioning.network_scaling import UnitScaling
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD, Batch, Losses
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import to_json

@@ -9,9 +9,12 @@ from fewstep.cli.kinds import choices, choose_kinds
 from fewstep.cli.parsing import parse
 from fewstep.cli.train import Options as TrainOptions
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
-from fewstep.flow.preconditioning import EDMInputScalingConfig
+from fewstep.flow.preconditioning.network_scaling import EDMInputScalingConfig
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, UniformTimes
-from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
+from fewstep.networks.dit import DiTConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.objectives import ISD, MeanFlow
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig

@@ -10,8 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewstep.data import DataConfig, Dataset, Samples, batch_indices, load_dataset, random_flips
+from fewstep.data.augment import random_flips
+from fewstep.data.base import Dataset, Samples
 from fewstep.data.labels import split
+from fewstep.data.order import batch_indices
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.utils.errors import ConfigError, DataError, MissingExtraError, ShapeError
 from fewstep.utils.random import Draws
 from tests.support.sources import bytes_of, load, refused

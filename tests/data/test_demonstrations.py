@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations.chunks import ChunkSet, load_chunks, split_episodes
 from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
 from fewstep.data.demonstrations.normaliser import ChunkConfig, Normaliser
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.utils.errors import ConfigError, DataError, ShapeError
 
 LENGTHS = (5, 3, 9, 4)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoders import load_autoencoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder

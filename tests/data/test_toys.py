@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.data import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
 from fewstep.utils.random import permutation

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import fewstep
 from fewstep import SamplingSettings
-from fewstep.data import load_dataset
+from fewstep.data.sources import load_dataset
 from fewstep.training import RunFolder, train
 from tests.support.tiny import RUNTIME
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import fewstep
 from fewstep.cli.main import main
-from fewstep.data import DataConfig, load_dataset
 from fewstep.data.latents.autoencoders import load_autoencoder
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.evaluate import build_evaluator
 from fewstep.evaluation.metrics.features import RandomConvExtractor
 from fewstep.evaluation.report.page import RunReport

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fewstep
-from fewstep.data import load_dataset
+from fewstep.data.sources import load_dataset
 from fewstep.recipes import recipe
 from fewstep.training import RunFolder, train
 from fewstep.training.loop import Trainer
@@ -163,7 +163,7 @@ FILES = {
         "@dataclass(frozen=True)\nclass MeanFlow(Base):\n    pass\n"
     ),
     "parts.py": (
-        "from dataclasses import dataclass\nfrom fewstep.networks import NetworkConfig\n"
+        "from dataclasses import dataclass\nfrom fewstep.networks.base import NetworkConfig\n"
         "from fewstep.objectives import Objective\n"
         "class Bare(Objective):\n    label_dropout = 0.0\n    def __call__(self, *args):\n        pass\n"
         "@dataclass(frozen=True)\nclass Needy(Bare):\n    value: int\n"
@@ -214,7 +214,7 @@ def test_what_cannot_be_imported_is_said_in_one_line(
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path, command: Command) -> None:
     """A kind's short name, and a stored name, stand for one class or for none."""
     text = FILES["single.py"] + (
-        "from dataclasses import dataclass\nfrom fewstep.networks import NetworkConfig, MLPConfig\n"
+        "from dataclasses import dataclass\nfrom fewstep.networks.base import NetworkConfig\nfrom fewstep.networks.mlp import MLPConfig\n"
         "@dataclass(frozen=True)\nclass TwinConfig(MLPConfig):\n    pass\n"
     )
     for folder in ("a", "b"):

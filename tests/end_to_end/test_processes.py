@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
-from fewstep.flow.preconditioning import TrajectoryStatistics
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.training import RunFolder
 from tests.support.commands import ENVIRONMENT, SMALL, Command
 

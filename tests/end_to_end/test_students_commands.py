@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fewstep.cli.main import main
-from fewstep.flow.preconditioning import TrajectoryStatistics
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.recipes import recipe
 from tests.support.commands import SMALL, STEPS, Command
 

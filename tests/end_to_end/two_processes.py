@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fewstep.cli.main import main
-from fewstep.data import DataConfig, load_dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.networks import MLPConfig
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import RunConfig, TrainingConfig
 from fewstep.training import RunFolder, Runtime, train

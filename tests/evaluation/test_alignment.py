@@ -18,10 +18,10 @@ from fewstep.evaluation.report.page import RunReport, render
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
-from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.times import edm_grid, uniform_grid
-from fewstep.networks import UNetConfig
 from fewstep.networks.condition import Condition
+from fewstep.networks.unet import UNetConfig
 from fewstep.utils.errors import DataError, ShapeError
 from fewstep.utils.random import Draws
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.data import DataConfig, Dataset, Samples
+from fewstep.data.base import Dataset, Samples
+from fewstep.data.sources import DataConfig
 from fewstep.evaluation.compare import compare
 from fewstep.evaluation.evaluate import curve_watcher, write_curve
 from fewstep.evaluation.methods import differing_settings, find_runs, gather, method_labels, read_curves
@@ -23,7 +24,8 @@ from fewstep.evaluation.metrics.curves import common_target, mean_curve, reached
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.run import study_links
 from fewstep.flow.paths import EDMPathConfig
-from fewstep.flow.preconditioning import EDMInputScalingConfig, PreconditioningConfig
+from fewstep.flow.preconditioning.base import PreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import EDMInputScalingConfig
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import RunFolder, build

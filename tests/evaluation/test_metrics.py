@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.data import DataConfig, Dataset, Samples, load_dataset
+from fewstep.data.base import Dataset, Samples
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.metrics.features import (
     ClassifierExtractor,
     IdentityExtractor,

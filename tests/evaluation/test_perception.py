@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.data import Dataset, Samples
+from fewstep.data.base import Dataset, Samples
 from fewstep.evaluation.metrics.features import (
     ClassifierExtractor,
     IdentityExtractor,

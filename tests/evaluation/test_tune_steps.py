@@ -23,10 +23,13 @@ from fewstep.evaluation.tune_steps import Point, TuningPlan, format_table, gain_
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
-from fewstep.flow.preconditioning import EulerPreconditioning, IdentityScaling, LinearPreconditioning, Preconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling
 from fewstep.flow.times import edm_grid, uniform_grid
-from fewstep.networks import MLPConfig, Network
+from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.sampling.step_times import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps

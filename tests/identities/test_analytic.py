@@ -17,16 +17,13 @@ from torch import Tensor
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    EDMScaling,
-    EulerPreconditioning,
-    GapSettings,
-    TrajectoryStatistics,
-    consistency_gap,
-)
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import distillation_error, eulerian_residual
 from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.utils.errors import ConfigError

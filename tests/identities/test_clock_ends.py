@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning import Preconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
 from fewstep.objectives import CTM, TABLE, Batch, Companions, DiagonalMatching, Objective
 from fewstep.objectives.base import STREAM_S, STREAM_T, STREAM_U

@@ -9,7 +9,7 @@ from torch import Tensor
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import CMPreconditioning
+from fewstep.flow.preconditioning.jumps import CMPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CT, ECT, Batch
 from tests.support.batches import OneTime, draws

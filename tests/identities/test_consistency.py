@@ -17,17 +17,17 @@ from torch import Tensor
 from fewstep.flow.derivatives import Derivative, DerivativeKind
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear, Trig
-from fewstep.flow.preconditioning import (
+from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioning,
     CMPreconditioning,
-    EDMInputScaling,
     EulerPreconditioning,
     LinearPreconditioning,
     TrigPreconditioning,
 )
+from fewstep.flow.preconditioning.network_scaling import EDMInputScaling
 from fewstep.flow.times import LogNormalTimes, edm_grid
-from fewstep.networks import UNetConfig
 from fewstep.networks.condition import Condition
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Tangent, eulerian_residual
 from fewstep.objectives.curricula import doubling_cells, falling_ratio, warm_up
 from fewstep.objectives.losses import normalised

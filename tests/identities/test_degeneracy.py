@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import LinearPreconditioning
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD, Batch, MeanFlow, Objective, Shortcut, eulerian_residual
 from fewstep.objectives.base import STREAM_NOISE, STREAM_S, STREAM_T
 from fewstep.utils.forward_ad import jvp

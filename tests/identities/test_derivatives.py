@@ -17,7 +17,8 @@ from fewstep.flow.derivatives import (
 )
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
-from fewstep.flow.preconditioning import EDMScaling, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.networks.condition import Condition
 from fewstep.utils.forward_ad import jvp
 from tests.support.cases import F64, PAIRS, SD, clock, close, gaussian, noise, pair, random_network, slope

@@ -9,7 +9,8 @@ import torch
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import IdentityScaling, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling
 from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, Companions, MeanFlow, Objective, Shortcut
 from fewstep.utils.random import Draws
 from tests.support.batches import draws, labelled_batch

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import AnalyticPreconditioning, EDMScaling, EulerPreconditioning
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, Batch, Companions, Objective, TeacherSteps
 from fewstep.objectives.distillation import jump_where_apart

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.flow.closed_form import GaussianData, MixtureData
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.paths import Linear, Path
-from fewstep.flow.preconditioning import CMPreconditioning, EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import CMPreconditioning, EulerPreconditioning, LinearPreconditioning
 from fewstep.utils.errors import ShapeError, UnsupportedError
 from tests.support.cases import (
     F64,

@@ -11,17 +11,12 @@ from torch import Tensor
 
 from fewstep.flow.closed_form import MixtureData, toy_mixture
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    EstimationSettings,
-    EulerPreconditioning,
-    GapSettings,
-    Preconditioning,
-    TrajectoryStatistics,
-    consistency_gap,
-    estimate_statistics,
-)
-from fewstep.flow.preconditioning.gap import STREAM_NOISE
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
+from fewstep.flow.preconditioning.gap import STREAM_NOISE, GapSettings, consistency_gap
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
 from tests.support.cases import F64, PATHS, clock, close, mixture, noise

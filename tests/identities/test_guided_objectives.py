@@ -14,8 +14,9 @@ from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, drop_labels
 from fewstep.flow.paths import Linear, Path, Trig
-from fewstep.flow.preconditioning import LinearPreconditioning, Preconditioning, TrigPreconditioning
-from fewstep.networks import Network
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
+from fewstep.networks.base import Network
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
     CT,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, Linear
-from fewstep.flow.preconditioning import EulerPreconditioning, IdentityScaling, LinearPreconditioning
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import (
     CD,
     CT,

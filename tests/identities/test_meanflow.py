@@ -10,10 +10,13 @@ import torch
 from fewstep.flow.derivatives import Derivative, DerivativeKind
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.flow.times import UniformTimes
-from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
+from fewstep.networks.base import NetworkConfig
 from fewstep.networks.condition import Condition
+from fewstep.networks.dit import DiTConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import ESD, LSD, Batch, MeanFlow, Objective, eulerian_residual
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, draws, small_batch

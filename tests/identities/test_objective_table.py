@@ -14,7 +14,7 @@ import fewstep.objectives
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import EulerPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import (
     CD,

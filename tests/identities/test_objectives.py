@@ -17,7 +17,7 @@ from fewstep.flow.closed_form import GaussianData, GaussianOutput, MixtureData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
 from fewstep.flow.paths import EDM, Linear, Path, Trig
-from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.times import LogitNormalTimes, LogNormalTimes, UniformTimes
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (

@@ -14,7 +14,7 @@ from fewstep.flow.closed_form import GaussianData, MixtureData
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.ode import Denoiser, SolverName, euler_step, reference_solution, solve, trajectory
 from fewstep.flow.paths import EDM, Linear, Path
-from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.times import edm_grid, uniform_grid
 from fewstep.networks.condition import Condition
 from fewstep.teachers import denoiser_on

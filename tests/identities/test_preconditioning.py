@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Path, PathConfig
-from fewstep.flow.preconditioning import (
+from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioning,
     CMPreconditioning,
-    EDMInputScaling,
-    EDMScaling,
     EulerPreconditioning,
-    Scaling,
     TrigPreconditioningConfig,
-    UnitScaling,
 )
+from fewstep.flow.preconditioning.network_scaling import EDMInputScaling, EDMScaling, Scaling, UnitScaling
 from fewstep.utils import parts
 from fewstep.utils.errors import ConfigError, UnsupportedError
 from tests.support.cases import F64, PAIRS, PATHS, SD, clock, close, noise, pair, random_network, unit_triples, units

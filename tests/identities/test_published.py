@@ -12,7 +12,8 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import Linear, Trig
-from fewstep.flow.preconditioning import IdentityScaling, LinearPreconditioning, TrigPreconditioning, UnitScaling
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling, UnitScaling
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import ISD, Batch, MeanFlow
 from fewstep.recipes import recipe

@@ -13,7 +13,7 @@ from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear, Path, Trig
-from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ESD, ISD, distillation_error, eulerian_residual
 from tests.support.cases import (

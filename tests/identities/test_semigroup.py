@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear
-from fewstep.flow.preconditioning import AnalyticPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.objectives import ESD, LSD, PSD, Batch, Companions, Losses, Objective, Shortcut
 from fewstep.objectives.base import STREAM_S, STREAM_T
 from fewstep.objectives.shortcut import STREAM_SIZE

@@ -16,17 +16,16 @@ from torch import Tensor
 from fewstep.flow.closed_form import MixtureData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear, Path
-from fewstep.flow.preconditioning import (
-    EDMScaling,
+from fewstep.flow.preconditioning.estimation import (
     EstimationSettings,
-    EulerPreconditioning,
-    LinearPreconditioning,
     StatisticsEstimator,
-    TrajectoryStatistics,
     estimate_statistics,
+    noise_grid,
 )
-from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.interpolation import Curve, locate, slopes
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, ShapeError
 from fewstep.utils.serialization import to_json
 from tests.support.cases import F64, PATHS, SD, clock, close, gaussian, noise, random_network

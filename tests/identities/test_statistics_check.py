@@ -14,9 +14,9 @@ from torch import Tensor
 from benchmarks.preconditioning import statistics as CHECK
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import EstimationSettings, TrajectoryStatistics, estimate_statistics
-from fewstep.flow.preconditioning.estimation import noise_grid
+from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics, noise_grid
 from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from tests.support.cases import F64, SD, close, gaussian, noise
 
 MIXTURE = toy_mixture()

@@ -14,8 +14,9 @@ from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import ClassifierFreeGuidance, omega_at
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning import EDMScaling, EulerPreconditioning
 from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.flow.times import check_grid
 from fewstep.networks.condition import Condition
 from fewstep.sampling.samplers import euler_sampler, gamma_sampler, heun_sampler, map_sampler

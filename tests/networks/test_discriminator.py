@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.networks import DiscriminatorConfig
 from fewstep.networks.condition import NULL_LABEL
+from fewstep.networks.discriminator import DiscriminatorConfig
 from fewstep.utils.errors import ConfigError
 
 BATCH = 3

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fewstep.networks import DiTConfig, MLPConfig, Network, NetworkConfig, UNet1dConfig, UNetConfig
+from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import NULL_LABEL, Condition
+from fewstep.networks.dit import DiTConfig
 from fewstep.networks.layers import ConditionEmbedding
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.forward_ad import jvp
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.data import load_dataset
 from fewstep.data.demonstrations.episodes import save_demonstrations
+from fewstep.data.sources import load_dataset
 from fewstep.policies.rollout import record
 from fewstep.training import RunFolder, Runtime, train
 from tests.support.pointtask import point_task, run_config

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.networks import MLPConfig, Network, NetworkConfig, UNet1dConfig
+from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.forward_ad import jvp
 

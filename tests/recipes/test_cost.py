@@ -10,9 +10,9 @@ from benchmarks.cost.step import floor_passes
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
 from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning import LinearPreconditioning
-from fewstep.networks import DiTConfig
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.networks.condition import Condition
+from fewstep.networks.dit import DiTConfig
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import CTM, ISD, Batch, DiagonalMatching, MeanFlow
 from fewstep.recipes import AT_SCALE, RECIPES, recipe

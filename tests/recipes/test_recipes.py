@@ -14,19 +14,18 @@ import torch
 
 from fewstep.cli.parsing import parse
 from fewstep.cli.train import Options as TrainOptions
-from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.paths import EDM, VP
-from fewstep.flow.preconditioning import (
-    CMPreconditioning,
-    CMPreconditioningConfig,
-    EDMScalingConfig,
-    IdentityScalingConfig,
-    PreconditioningConfig,
-    TrajectoryStatistics,
-)
+from fewstep.flow.preconditioning.base import PreconditioningConfig
 from fewstep.flow.preconditioning.estimation import noise_grid
-from fewstep.networks import DiTConfig, MLPConfig, UNet1dConfig, UNetConfig
+from fewstep.flow.preconditioning.jumps import CMPreconditioning, CMPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, IdentityScalingConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.dit import DiTConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
+from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.recipes.config import RunConfig, flow_map_config

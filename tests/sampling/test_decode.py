@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, LatentSpec, load_autoencoder
-from fewstep.networks import MLPConfig
+from fewstep.networks.mlp import MLPConfig
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.decode import Viewer, save_latents
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig

@@ -16,10 +16,11 @@ from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.guidance import ClassifierFreeGuidance, sampling_condition
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
-from fewstep.flow.preconditioning import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.times import check_grid, edm_grid, uniform_grid
-from fewstep.networks import Network, UNetConfig
+from fewstep.networks.base import Network
 from fewstep.networks.condition import NULL_LABEL, Condition
+from fewstep.networks.unet import UNetConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.samplers import euler_sampler, gamma_sampler, heun_sampler, map_sampler
 from fewstep.utils.errors import ConfigError, FewstepError, ShapeError

@@ -16,13 +16,9 @@ from fewstep.data.demonstrations.normaliser import ChunkConfig, Normaliser, Poli
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.flow.paths import EDM, Linear
-from fewstep.flow.preconditioning import (
-    BCMPreconditioning,
-    EulerPreconditioning,
-    IdentityScaling,
-    LinearPreconditioning,
-)
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.jumps import BCMPreconditioning, EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling
+from fewstep.networks.mlp import MLPConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline, read_flow_map_config
 from fewstep.sampling.step_times import StepTimes

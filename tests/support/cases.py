@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from fewstep.flow.closed_form import GaussianData, MixtureData
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, VP, Linear, Path, Trig
-from fewstep.flow.preconditioning import (
+from fewstep.flow.preconditioning.base import Preconditioning
+from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioning,
+    EulerPreconditioning,
+    LinearPreconditioning,
+    TrigPreconditioning,
+)
+from fewstep.flow.preconditioning.network_scaling import (
     EDMInputScaling,
     EDMScaling,
-    EulerPreconditioning,
     IdentityScaling,
-    LinearPreconditioning,
-    Preconditioning,
     Scaling,
-    TrigPreconditioning,
     UnitScaling,
 )
-from fewstep.networks import MLPConfig, Network
+from fewstep.networks.base import Network
+from fewstep.networks.mlp import MLPConfig
 
 F64 = torch.float64
 SD = 0.7

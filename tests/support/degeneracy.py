@@ -9,7 +9,7 @@ import torch
 from benchmarks.degeneracy import gaussian as G
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.paths import Linear, Trig
-from fewstep.flow.preconditioning import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
 from fewstep.flow.times import UniformTimes
 from fewstep.objectives import ESD, ISD, LSD, PSD, Objective
 from tests.support.cases import F64

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fewstep.data import DataConfig, ImageSource, Samples
-from fewstep.data.base import Loaded
+from fewstep.data.base import Loaded, Samples
+from fewstep.data.sources import DataConfig, ImageSource
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Path, PathConfig, PathValues
-from fewstep.flow.preconditioning import Preconditioning, PreconditioningConfig, Scaling, ScalingConfig, ScalingValues
-from fewstep.networks import Network, NetworkConfig
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import Scaling, ScalingConfig, ScalingValues
+from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
 from fewstep.objectives import ALONE, Batch, Companions, DiagonalMatching, Losses, Objective
 from fewstep.recipes import recipe

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fewstep.data import DataConfig
 from fewstep.data.demonstrations.normaliser import ChunkConfig
-from fewstep.networks import MLPConfig
+from fewstep.data.sources import DataConfig
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD
 from fewstep.policies.simulation import Expert, Outcome, Picture, Simulation, Task, Vector
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig

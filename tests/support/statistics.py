@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fewstep.flow.preconditioning import TrajectoryStatistics
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from tests.support.cases import F64, SD
 
 

@@ -14,9 +14,13 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import EDMPathConfig, LinearPathConfig
-from fewstep.flow.preconditioning import AnalyticPreconditioningConfig, EDMScalingConfig, EulerPreconditioningConfig
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig
 from fewstep.flow.times import LogNormalTimes
-from fewstep.networks import DiscriminatorConfig, MLPConfig, UNetConfig
+from fewstep.networks.discriminator import DiscriminatorConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import CD, CTM, ISD, DiagonalMatching, TeacherSteps
 from fewstep.recipes.config import (
     GANConfig,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.training import RunFolder, train
 from tests.support.tiny import KINDS, RUNTIME, TEACHER, student
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.training import RunFolder, train
 from fewstep.training.checkpoint import read_state
 from fewstep.utils.errors import CheckpointError

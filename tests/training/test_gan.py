@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.data import Dataset
-from fewstep.networks import DiscriminatorConfig
+from fewstep.data.base import Dataset
 from fewstep.networks.condition import NULL_LABEL
+from fewstep.networks.discriminator import DiscriminatorConfig
 from fewstep.objectives.gan import discriminator_loss, generator_loss
 from fewstep.recipes.config import GANConfig
 from fewstep.training import Callbacks, RunFolder, train

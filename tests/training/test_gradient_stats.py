@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.training import RunFolder, train
 from fewstep.training.gradient_stats import FACTOR, REMEMBERED, Recent, term_norms
 from fewstep.training.log import Window

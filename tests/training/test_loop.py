@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fewstep
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
-from fewstep.networks import MLPConfig
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import OptimizerConfig, TrainingConfig
 from fewstep.sampling.pipeline import Pipeline

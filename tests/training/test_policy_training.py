@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data import DataConfig, load_dataset
 from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations, save_demonstrations
 from fewstep.data.demonstrations.normaliser import ChunkConfig
-from fewstep.networks import MLPConfig
+from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD, SCD, DiagonalMatching, Objective, Regression, Tangent
 from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.training import RunFolder, Runtime, load, train

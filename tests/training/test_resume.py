@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fewstep
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline

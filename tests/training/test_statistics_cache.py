@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep
-from fewstep.data import DataConfig, Dataset, load_dataset
-from fewstep.data.base import Samples
+from fewstep.data.base import Dataset, Samples
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning import EulerPreconditioning, StatisticsEstimator, TrajectoryStatistics
-from fewstep.flow.preconditioning.estimation import Moments
-from fewstep.networks import Network
+from fewstep.flow.preconditioning.estimation import Moments, StatisticsEstimator
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training import statistics

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fewstep
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import StatisticsEstimator
-from fewstep.networks import MLPConfig
+from fewstep.flow.preconditioning.estimation import StatisticsEstimator
 from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
 from fewstep.recipes.config import RunConfig
 from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer

@@ -10,7 +10,7 @@ import pytest
 import torch.utils
 from accelerate.utils import LoggerType
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.training import RunFolder, train
 from fewstep.training.settings import TrackerName
 from fewstep.utils.errors import MissingExtraError, UnsupportedError

@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from fewstep.flow.flow_map import FlowMapConfig
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
 from fewstep.flow.paths import EDM, VP, EDMPathConfig, Linear, Path, PathConfig, Trig
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioning,
     CMPreconditioning,
-    EDMInputScaling,
-    EDMScaling,
     EulerPreconditioning,
-    IdentityScaling,
     LinearPreconditioning,
-    TrajectoryStatistics,
     TrigPreconditioning,
-    UnitScaling,
 )
+from fewstep.flow.preconditioning.network_scaling import EDMInputScaling, EDMScaling, IdentityScaling, UnitScaling
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import BetaTimes, LogitNormalTimes, LogNormalTimes, UniformTimes
-from fewstep.networks import DiTConfig, MLPConfig, NetworkConfig, UNetConfig
+from fewstep.networks.base import NetworkConfig
+from fewstep.networks.dit import DiTConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching
 from fewstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.sampling.pipeline import PipelineConfig

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fewstep.cli.quickstart import check_seconds, limited
-from fewstep.data import load_dataset
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.data.sources import load_dataset
 from fewstep.evaluation.evaluate import Row
 from fewstep.evaluation.report.run import report
 from fewstep.evaluation.rollouts import draw_film, expert_row, measure_rollouts, record_demonstrations

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fewstep.cli.cache import cache_folder
-from fewstep.data import Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import load_dataset
 from fewstep.evaluation.evaluate import (
     Row,
     build_evaluator,

@@ -53,7 +53,7 @@ def read(args: Sequence[str]) -> Options:
 
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
-    from fewstep.data import load_dataset
+    from fewstep.data.sources import load_dataset
     from fewstep.evaluation.align import perceptual_features
     from fewstep.evaluation.evaluate import curve_watcher
     from fewstep.evaluation.report.run import watcher

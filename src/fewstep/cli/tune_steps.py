@@ -40,7 +40,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.data import load_dataset
+    from fewstep.data.sources import load_dataset
     from fewstep.evaluation.align import with_labels
     from fewstep.evaluation.evaluate import build_evaluator
     from fewstep.evaluation.tune_steps import TuningPlan, format_table, tune_run

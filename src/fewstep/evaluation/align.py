@@ -17,14 +17,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data import DataConfig, Dataset, load_dataset
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.metrics.alignment import AlignmentSettings, alignment, trajectory_alignment
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.evaluation.report.statistics import Curve, Jumps, statistics_figure
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
-from fewstep.flow.preconditioning import AnalyticPreconditioning, EulerPreconditioning, TrajectoryStatistics
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import default_grid, edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.recipes import RECIPES, recipe

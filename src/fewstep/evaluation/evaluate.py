@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.data.latents.autoencoders import load_decoder
 from fewstep.evaluation.align import with_labels
 from fewstep.evaluation.metrics.decoded import DecodedExtractor

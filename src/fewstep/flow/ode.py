@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning import EulerPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.runge_kutta import runge_kutta_step
@@ -157,13 +157,7 @@ def trajectory(
 
 
 def reference_solution(
-    denoise: Denoiser,
-    path: Path,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    steps: int = 32,
-    cond: Condition = _UNCONDITIONAL,
+    denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int = 32, cond: Condition = _UNCONDITIONAL
 ) -> Tensor:
     """The solution at s (B,) from x (B, ...) at t (B,), s <= t, by `steps` of the classical Runge-Kutta method.
 

@@ -261,12 +261,7 @@ class ConditionEmbedding(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        guided: bool,
-        max_frequency: float = 64.0,
-        observation: tuple[int, ...] = (),
+        self, width: int, num_classes: int, guided: bool, max_frequency: float = 64.0, observation: tuple[int, ...] = ()
     ) -> None:
         super().__init__()
         if width < 1 or num_classes < 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning import CMPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import CMPreconditioning, TrigPreconditioning
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses
 from fewstep.objectives.curricula import doubling_cells, falling_ratio

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
-from fewstep.networks import Network
+from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses
 from fewstep.objectives.distillation import TeacherSteps, jump_where_apart

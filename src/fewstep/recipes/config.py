@@ -6,17 +6,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fewstep.data import DataConfig
+from fewstep.data.sources import DataConfig
 from fewstep.flow.flow_map import FlowMapConfig
 from fewstep.flow.paths import LinearPathConfig, PathConfig
-from fewstep.flow.preconditioning import (
-    IdentityScalingConfig,
-    LinearPreconditioningConfig,
-    PreconditioningConfig,
-    ScalingConfig,
-    TrajectoryStatistics,
-)
-from fewstep.networks import DiscriminatorConfig, MLPConfig, NetworkConfig
+from fewstep.flow.preconditioning.base import PreconditioningConfig
+from fewstep.flow.preconditioning.jumps import LinearPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import IdentityScalingConfig, ScalingConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.base import NetworkConfig
+from fewstep.networks.discriminator import DiscriminatorConfig
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import take_kinds

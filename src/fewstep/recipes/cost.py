@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fewstep.networks import DiTConfig
-from fewstep.networks.dit import gated_width
+from fewstep.networks.dit import DiTConfig, gated_width
 from fewstep.objectives import ISD, TABLE, DiagonalMatching, Objective
 from fewstep.recipes.config import RunConfig
 from fewstep.utils.errors import ConfigError

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.data import DataConfig
-from fewstep.data.sources import DigitsSource
+from fewstep.data.sources import DataConfig, DigitsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.times import BetaTimes, LogitNormalTimes
-from fewstep.networks import MLPConfig, UNetConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import ISD, DiagonalMatching, Pairs, Weighting
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 

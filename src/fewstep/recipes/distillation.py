@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.flow.paths import EDMPathConfig
-from fewstep.flow.preconditioning import AnalyticPreconditioningConfig, EDMScalingConfig, EulerPreconditioningConfig
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes.config import (
     EvaluationConfig,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.data import DataConfig
-from fewstep.data.sources import DigitsSource, IdxSource, MixtureSource
+from fewstep.data.sources import DataConfig, DigitsSource, IdxSource, MixtureSource
 from fewstep.flow.paths import EDMPathConfig
-from fewstep.flow.preconditioning import EDMScalingConfig, EulerPreconditioningConfig
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig
 from fewstep.flow.times import LogNormalTimes
-from fewstep.networks import MLPConfig, UNetConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 

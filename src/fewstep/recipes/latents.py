@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fewstep.data import DataConfig
-from fewstep.data.sources import LatentsSource
+from fewstep.data.sources import DataConfig, LatentsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance, TrainingGuidance
 from fewstep.flow.paths import TrigPathConfig
-from fewstep.flow.preconditioning import TrigPreconditioningConfig, UnitScalingConfig
+from fewstep.flow.preconditioning.jumps import TrigPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import UnitScalingConfig
 from fewstep.flow.times import BetaTimes
-from fewstep.networks import DiTConfig
+from fewstep.networks.dit import DiTConfig
 from fewstep.objectives import ISD, Pairs, Weighting
 from fewstep.recipes.config import EvaluationConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 

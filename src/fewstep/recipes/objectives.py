@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fewstep.flow.paths import TrigPathConfig
-from fewstep.flow.preconditioning import (
+from fewstep.flow.preconditioning.jumps import (
     BCMPreconditioningConfig,
-    EDMInputScalingConfig,
     EulerPreconditioningConfig,
     TrigPreconditioningConfig,
-    UnitScalingConfig,
 )
+from fewstep.flow.preconditioning.network_scaling import EDMInputScalingConfig, UnitScalingConfig
 from fewstep.objectives import CT, ECT, ESD, LSD, PSD, SCD, SCT, Distance, MeanFlow, Objective, Shortcut, Tangent
 from fewstep.recipes.config import ModelConfig, RunConfig
 from fewstep.recipes.digits import digits

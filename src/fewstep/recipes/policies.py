@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fewstep.data import DataConfig
-from fewstep.data.sources import DemonstrationsSource
+from fewstep.data.sources import DataConfig, DemonstrationsSource
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
-from fewstep.networks import MLPConfig, UNet1dConfig
+from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.objectives import ISD, DiagonalMatching, Pairs, Regression, Weighting
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig, RunConfig, TrainingConfig
 

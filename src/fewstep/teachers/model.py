@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning import EulerPreconditioning
-from fewstep.networks import Network
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
 
 

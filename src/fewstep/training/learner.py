@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import TrajectoryStatistics
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.checkpoint import load_checkpoint, save_checkpoint

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.data import Dataset, batch_indices, random_flips
+from fewstep.data.augment import random_flips
+from fewstep.data.base import Dataset
+from fewstep.data.order import batch_indices
 from fewstep.objectives import Batch
 from fewstep.recipes.config import TrainingConfig
 from fewstep.utils.random import Draws

@@ -17,7 +17,7 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
 from fewstep.training.gan import GAN

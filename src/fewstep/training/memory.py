@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from fewstep.networks import NetworkConfig
+from fewstep.networks.base import NetworkConfig
 from fewstep.recipes.config import RunConfig
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_memory

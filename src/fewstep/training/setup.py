@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
-from fewstep.flow.preconditioning import TrajectoryStatistics
-from fewstep.networks import Network
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training.teacher import start_from
@@ -34,10 +34,7 @@ def data_record(dataset: Dataset) -> dict[str, JSON]:
 
 
 def build(
-    config: RunConfig,
-    dataset: Dataset,
-    teacher: FlowMap | None = None,
-    statistics: TrajectoryStatistics | None = None,
+    config: RunConfig, dataset: Dataset, teacher: FlowMap | None = None, statistics: TrajectoryStatistics | None = None
 ) -> Pipeline:
     """The run's model with the weights that its seed, or the model it starts from, gives.
 

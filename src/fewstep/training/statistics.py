@@ -14,15 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning import (
-    AnalyticPreconditioning,
-    EstimationSettings,
-    EulerPreconditioningConfig,
-    StatisticsEstimator,
-    TrajectoryStatistics,
-)
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.estimation import EstimationSettings, StatisticsEstimator
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.pipeline import read_flow_map_config

@@ -7,7 +7,7 @@ import hashlib
 
 from torch import nn
 
-from fewstep.data import Dataset
+from fewstep.data.base import Dataset
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig

@@ -137,11 +137,7 @@ def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: Encoding
 
 def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
     file = out / RECORD_FILE
-    record: dict[str, JSON] = {
-        "version": VERSION,
-        "autoencoder": to_json(autoencoder),
-        "settings": to_json(settings),
-    }
+    record: dict[str, JSON] = {"version": VERSION, "autoencoder": to_json(autoencoder), "settings": to_json(settings)}
     if not file.is_file():
         if out.is_dir() and any(
             path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()

@@ -23,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.data import Dataset, SampleSet, batch_indices
+from fewstep.data.base import Dataset, SampleSet
+from fewstep.data.order import batch_indices
 from fewstep.evaluation.metrics.perception import activations
 from fewstep.utils.errors import (
     CheckpointError,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fewstep.data import SampleSet
+from fewstep.data.base import SampleSet
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance, kernel_distance, precision_recall
 from fewstep.utils.errors import DataError, ShapeError, UnsupportedError
