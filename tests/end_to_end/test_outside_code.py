@@ -214,7 +214,8 @@ def test_what_cannot_be_imported_is_said_in_one_line(
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path, command: Command) -> None:
     """A kind's short name, and a stored name, stand for one class or for none."""
     text = FILES["single.py"] + (
-        "from dataclasses import dataclass\nfrom fewstep.networks.base import NetworkConfig\nfrom fewstep.networks.mlp import MLPConfig\n"
+        "from dataclasses import dataclass\nfrom fewstep.networks.base import NetworkConfig\n"
+        "from fewstep.networks.mlp import MLPConfig\n"
         "@dataclass(frozen=True)\nclass TwinConfig(MLPConfig):\n    pass\n"
     )
     for folder in ("a", "b"):

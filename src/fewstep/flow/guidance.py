@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -23,17 +23,17 @@ _STREAM_OMEGA, _STREAM_LOW, _STREAM_HIGH, _STREAM_DROP = 40, 41, 42, 43
 
 
 class TrainingGuidance(ABC):
-    """How strongly the training target is guided. Subclasses are final frozen dataclasses."""
+    """How strongly the training target is guided. Subclasses are final frozen dataclasses.
+
+    conditions_network: whether the strength and interval are inputs of the network.
+    """
+
+    conditions_network: ClassVar[bool] = False
 
     @property
-    @abstractmethod
-    def conditions_network(self) -> bool:
-        """Whether the strength and interval are inputs of the network."""
-
-    @property
-    @abstractmethod
     def active(self) -> bool:
         """Whether any target differs from the unguided one (else no null evaluation is needed)."""
+        return True
 
     @abstractmethod
     def draw(self, draws: Draws) -> Tensor:
@@ -56,10 +56,6 @@ class TrainingGuidance(ABC):
 @dataclass(frozen=True)
 class NoGuidance(TrainingGuidance):
     """omega = 1 everywhere: the target is the conditional velocity."""
-
-    @property
-    def conditions_network(self) -> bool:
-        return False
 
     @property
     def active(self) -> bool:
@@ -100,10 +96,6 @@ class FixedGuidance(ActiveGuidance):
             raise ConfigError(f"guidance needs a finite omega > 0 and 0 <= low <= high <= 1, got {self}")
 
     @property
-    def conditions_network(self) -> bool:
-        return False
-
-    @property
     def active(self) -> bool:
         return self.omega != 1.0
 
@@ -120,6 +112,7 @@ class DrawnGuidance(ActiveGuidance):
     All three numbers are inputs of the network, so the user chooses them when sampling.
     """
 
+    conditions_network: ClassVar[bool] = True
     omega_max: float = 8.0
     """Largest strength drawn, above 1; 8 in iSD-T."""
     full: float = 0.5
@@ -130,14 +123,6 @@ class DrawnGuidance(ActiveGuidance):
     def __post_init__(self) -> None:
         if not (1 < self.omega_max < math.inf and 0 <= self.full <= 1):
             raise ConfigError(f"drawn guidance needs a finite omega_max > 1 and full in [0, 1], got {self}")
-
-    @property
-    def conditions_network(self) -> bool:
-        return True
-
-    @property
-    def active(self) -> bool:
-        return True
 
     def draw(self, draws: Draws) -> Tensor:
         log_omega = draws.uniform(_STREAM_OMEGA) * math.log(self.omega_max)

@@ -178,13 +178,8 @@ class EDMPathConfig(PathConfig):
 class Linear(Path):
     """Straight path of flow matching (2210.02747): alpha = 1 - t, sigma = t on [0, 1]."""
 
-    @property
-    def t_min(self) -> float:
-        return 0.0
-
-    @property
-    def t_max(self) -> float:
-        return 1.0
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = 1.0
 
     def values(self, t: Tensor) -> PathValues:
         t = self.clock(t)
@@ -208,19 +203,13 @@ class LinearPathConfig(PathConfig):
 class Trig(Path):
     """TrigFlow (2410.11081): alpha = cos t, sigma = sigma_data sin t on [0, pi/2]; t is in radians."""
 
+    t_min: ClassVar[float] = 0.0
+    t_max: ClassVar[float] = math.pi / 2
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.sigma_data > 0:
             raise ConfigError(f"Trig: sigma_data is {self.sigma_data}; it must be positive")
-
-    @property
-    def t_min(self) -> float:
-        return 0.0
-
-    @property
-    def t_max(self) -> float:
-        return math.pi / 2
 
     def values(self, t: Tensor) -> PathValues:
         t = self.clock(t)
@@ -247,6 +236,7 @@ class VP(Path):
     alpha = sqrt(abar), sigma = sqrt(1 - abar) on [epsilon, 1]; epsilon > 0 since sigma' is infinite at 0.
     """
 
+    t_max: ClassVar[float] = 1.0
     beta_min: float = 0.1
     beta_max: float = 20.0
     epsilon: float = 1e-3
@@ -259,10 +249,6 @@ class VP(Path):
     @property
     def t_min(self) -> float:
         return self.epsilon
-
-    @property
-    def t_max(self) -> float:
-        return 1.0
 
     def values(self, t: Tensor) -> PathValues:
         t, slope = self.clock(t), self.beta_max - self.beta_min

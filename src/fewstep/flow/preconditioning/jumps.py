@@ -21,20 +21,24 @@ from fewstep.utils.errors import ConfigError, UnsupportedError
 from fewstep.utils.tensors import in_float64, nonzero
 
 
-@final
-@dataclass(frozen=True)
-class LinearPreconditioning(Preconditioning):
-    """f = 1, g = s - t (MeanFlow, 2505.13447); N is the velocity on the diagonal, the mean velocity off it."""
+class VelocityPreconditioning(Preconditioning):
+    """N is the velocity on the diagonal: f_s = 0, g_s = 1."""
 
     target_in_network: ClassVar[bool] = True
-
-    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        g = in_float64(s) - in_float64(t)
-        return torch.ones_like(g), g
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = in_float64(t)
         return torch.zeros_like(t), torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class LinearPreconditioning(VelocityPreconditioning):
+    """f = 1, g = s - t (MeanFlow, 2505.13447); N is the velocity on the diagonal, the mean velocity off it."""
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        g = in_float64(s) - in_float64(t)
+        return torch.ones_like(g), g
 
 
 @final
@@ -48,21 +52,15 @@ class LinearPreconditioningConfig(PreconditioningConfig):
 
 @final
 @dataclass(frozen=True)
-class TrigPreconditioning(Preconditioning):
+class TrigPreconditioning(VelocityPreconditioning):
     """f = cos(t - s), g = -sin(t - s) (sCM, 2410.11081); N is the velocity per radian on the diagonal.
 
     For clocks no longer than pi/2: beyond, g is no longer monotone in s.
     """
 
-    target_in_network: ClassVar[bool] = True
-
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         gap = in_float64(t) - in_float64(s)
         return torch.cos(gap), -torch.sin(gap)
-
-    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        t = in_float64(t)
-        return torch.zeros_like(t), torch.ones_like(t)
 
 
 @final

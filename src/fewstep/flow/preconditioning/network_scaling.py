@@ -34,9 +34,9 @@ class Scaling(ABC):
     def values(self, t: Tensor) -> ScalingValues:
         """c_skip, c_out, c_in at times t."""
 
-    @abstractmethod
     def c_noise(self, t: Tensor) -> Tensor:
-        """The clock that the network sees; finite on the whole range."""
+        """The clock that the network sees, finite on the whole range; t itself unless a subclass has another."""
+        return t
 
     def time_scale(self, t: Tensor) -> Tensor:
         """The span of time over which that clock changes by one of its units: for finite-difference steps."""
@@ -66,9 +66,6 @@ class IdentityScaling(Scaling):
         one = torch.ones_like(t)
         return ScalingValues(torch.zeros_like(t), one, one)
 
-    def c_noise(self, t: Tensor) -> Tensor:
-        return t
-
 
 @final
 @dataclass(frozen=True)
@@ -93,9 +90,6 @@ class UnitScaling(Scaling):
         one = torch.ones_like(t)
         return ScalingValues(torch.zeros_like(t), self.sigma_data * one, one / self.sigma_data)
 
-    def c_noise(self, t: Tensor) -> Tensor:
-        return t
-
 
 @final
 @dataclass(frozen=True)
@@ -106,13 +100,11 @@ class UnitScalingConfig(ScalingConfig):
         return UnitScaling(sigma_data)
 
 
-@final
 @dataclass(frozen=True)
-class EDMScaling(Scaling):
-    """EDM's scaling (2206.00364, table 1) on any path, with S = alpha^2 sd^2 + sigma^2:
+class LogNoiseScaling(Scaling):
+    """c_noise = log(tau)/4, EDM's (2206.00364), on any path.
 
-    c_skip = alpha sd^2 / S, c_out = sd sigma / sqrt S, c_in = 1 / sqrt S, c_noise = log(tau)/4.
-    On the EDM path these are EDM's own. log tau is held within [-8, 8]: c_noise is finite at tau = 0 and infinity.
+    log tau is held within [-8, 8]: c_noise is finite at tau = 0 and infinity.
     """
 
     sigma_data: float = 0.5
@@ -121,17 +113,31 @@ class EDMScaling(Scaling):
     def __post_init__(self) -> None:
         _check(self.sigma_data)
 
+    def c_noise(self, t: Tensor) -> Tensor:
+        p = self.path.values(t)
+        tiny = torch.finfo(p.sigma.dtype).tiny
+        log_tau = torch.log(p.sigma.clamp_min(tiny)) - torch.log(p.alpha.clamp_min(tiny))
+        return log_tau.clamp(-_LOG_TAU_LIMIT, _LOG_TAU_LIMIT) / 4
+
+    def time_scale(self, t: Tensor) -> Tensor:
+        """tau / tau' = alpha sigma / (sigma' alpha - sigma alpha'), at least 1e-3: one unit of log tau."""
+        p = self.path.values(t)
+        return (p.alpha * p.sigma / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)).clamp(min=1e-3)
+
+
+@final
+@dataclass(frozen=True)
+class EDMScaling(LogNoiseScaling):
+    """EDM's scaling (2206.00364, table 1) on any path, with S = alpha^2 sd^2 + sigma^2:
+
+    c_skip = alpha sd^2 / S, c_out = sd sigma / sqrt S, c_in = 1 / sqrt S. On the EDM path these are EDM's own.
+    """
+
     def values(self, t: Tensor) -> ScalingValues:
         p = self.path.values(t)
         variance = self.sigma_data**2
         root = torch.sqrt(variance * p.alpha**2 + p.sigma**2)
         return ScalingValues(p.alpha * variance / root**2, self.sigma_data * p.sigma / root, 1 / root)
-
-    def c_noise(self, t: Tensor) -> Tensor:
-        return _c_noise(self.path, t)
-
-    def time_scale(self, t: Tensor) -> Tensor:
-        return _log_time_scale(self.path, t)
 
 
 @final
@@ -148,24 +154,12 @@ class EDMScalingConfig(ScalingConfig):
 
 @final
 @dataclass(frozen=True)
-class EDMInputScaling(Scaling):
+class EDMInputScaling(LogNoiseScaling):
     """EDM's c_in and c_noise with c_skip = 0, c_out = 1: for CM and BCM, whose (f, g) hold c_skip and c_out."""
-
-    sigma_data: float = 0.5
-    path: Path = EDM()
-
-    def __post_init__(self) -> None:
-        _check(self.sigma_data)
 
     def values(self, t: Tensor) -> ScalingValues:
         c_in = EDMScaling(self.sigma_data, self.path).values(t).c_in
         return ScalingValues(torch.zeros_like(t), torch.ones_like(t), c_in)
-
-    def c_noise(self, t: Tensor) -> Tensor:
-        return _c_noise(self.path, t)
-
-    def time_scale(self, t: Tensor) -> Tensor:
-        return _log_time_scale(self.path, t)
 
 
 @final
@@ -177,19 +171,6 @@ class EDMInputScalingConfig(ScalingConfig):
 
     def build(self, path: Path, sigma_data: float) -> Scaling:
         return EDMInputScaling(sigma_data, path)
-
-
-def _c_noise(path: Path, t: Tensor) -> Tensor:
-    p = path.values(t)
-    tiny = torch.finfo(p.sigma.dtype).tiny
-    log_tau = torch.log(p.sigma.clamp_min(tiny)) - torch.log(p.alpha.clamp_min(tiny))
-    return log_tau.clamp(-_LOG_TAU_LIMIT, _LOG_TAU_LIMIT) / 4
-
-
-def _log_time_scale(path: Path, t: Tensor) -> Tensor:
-    """tau / tau' = alpha sigma / (sigma' alpha - sigma alpha'), at least 1e-3: one unit of log tau."""
-    p = path.values(t)
-    return (p.alpha * p.sigma / (p.d_sigma * p.alpha - p.sigma * p.d_alpha)).clamp(min=1e-3)
 
 
 def _check(sigma_data: float) -> None:
