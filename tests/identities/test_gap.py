@@ -13,8 +13,8 @@ from fewstep.flow.closed_form import MixtureData, toy_mixture
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
 from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
-from fewstep.flow.preconditioning.gap import STREAM_NOISE, GapSettings, consistency_gap
+from fewstep.flow.preconditioning.estimation import STREAM_NOISE, EstimationSettings, estimate_statistics
+from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, ShapeError

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fewstep.utils import old_names
+from fewstep.utils.errors import CheckpointError
+from fewstep.utils.serialization import in_this_format
 
 
 def test_types_fields_and_values_are_translated_at_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +35,14 @@ def test_what_lay_elsewhere_in_a_file_is_moved() -> None:
     assert "class_names" in old["flow_map"]
     assert old_names.translated_file({"step_times": [], "pipeline": [1]}) == {"pipeline": [1]}
     assert old_names.translated_file({"run": {}, "data": {}}) == {"run": {}, "data": {}}
+
+
+def test_a_file_of_format_1_that_cannot_be_translated_is_damaged() -> None:
+    """Where a part should lie there is a number, or the nesting has no end: one line that names the file."""
+    run: dict[str, object] = {"type": "ISD", "pairs": 5, "times": {"type": "BetaTimes"}}
+    deep: dict[str, object] = {}
+    for _ in range(10_000):
+        deep = {"a": deep}
+    for record in (run, deep):
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            in_this_format({"run": record}, "config.json")

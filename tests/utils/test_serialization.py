@@ -124,7 +124,7 @@ BAD = [
     (RUN, ("model", "colour"), "red", "colour"),
     (RUN, ("sead",), 3, "sead"),
     (RUN, ("training", "seed"), KeyError, "seed"),
-    (RUN, ("objective", "times"), KeyError, "times"),
+    (RUN, ("objective", "pairs", "times"), KeyError, "times"),
     (RUN, ("training", "seed"), 1.5, "training.seed"),
     (RUN, ("training", "seed"), True, "training.seed"),
     (RUN, ("training", "seed"), "0", "training.seed"),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
 from fewstep.networks.condition import Condition
@@ -19,9 +19,6 @@ from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws
 from fewstep.utils.runge_kutta import runge_kutta_step
 from fewstep.utils.tensors import expand
-
-if TYPE_CHECKING:
-    from fewstep.flow.flow_map import FlowMap
 
 MIXTURE_SHAPE = (1, 4, 4)
 """Of a sample of the toy mixture."""
@@ -58,8 +55,6 @@ class GaussianData:
 
     def flow_map(self, path: Path, preconditioning: Preconditioning) -> FlowMap:
         """A FlowMap whose jump and velocity are exact."""
-        from fewstep.flow.flow_map import FlowMap
-
         return FlowMap(path, preconditioning, GaussianOutput(self, path, preconditioning))
 
 

@@ -30,6 +30,9 @@ class TrainingGuidance(ABC):
 
     conditions_network: ClassVar[bool] = False
 
+    turned_off_by: ClassVar[str] = ""
+    """The option that turns it off; empty where there is none."""
+
     @property
     def active(self) -> bool:
         """Whether any target differs from the unguided one (else no null evaluation is needed)."""
@@ -84,6 +87,7 @@ class ActiveGuidance(TrainingGuidance):
 class FixedGuidance(ActiveGuidance):
     """One omega for the whole training, applied where low <= unit time <= high (2404.07724)."""
 
+    turned_off_by: ClassVar[str] = "--objective.guidance.omega 1"
     omega: float = 1.5
     """Strength, above 0: 1 is no guidance, above it targets are pushed towards their class."""
     low: float = 0.0

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.runge_kutta import runge_kutta_step
-from fewstep.utils.tensors import check_batch, expand
+from fewstep.utils.tensors import check_batch, check_choice, expand
 
 SolverName = Literal["euler", "heun", "dpm-solver++"]
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -70,6 +70,10 @@ def heun_step(
     weight = expand(tau_t[rows] / tau_s[rows] / 2, x).to(x.dtype)
     corrected = ddim(path, x[rows], at_t[rows] + weight * (at_s - at_t[rows]), t[rows], s[rows])
     return guess.index_copy(0, rows, corrected)
+
+
+_SINGLE_STEPS = {"euler": euler_step, "heun": heun_step}
+"""Those that remember nothing of the step before."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,10 @@ def solve(
 
     times: (B, K + 1) per sample or (K + 1,) for all, falling weakly: where two in a row are equal the sample rests and
     is not evaluated. A sample that moves k times costs k evaluations by "euler" and "dpm-solver++", 2 k by "heun", less
-    its steps that are Euler's (`heun_step`). Raises ShapeError for times that rise or do not fit x.
+    its steps that are Euler's (`heun_step`). Raises ShapeError for times that rise or do not fit x, ConfigError for
+    another solver.
     """
+    check_choice("solver", solver, get_args(SolverName))
     times = _per_sample(path, x, times)
     memory = Memory.empty(x)
     for t, s in zip(times.T[:-1], times.T[1:], strict=True):
@@ -128,16 +134,11 @@ def solve(
         if len(rows) == 0:
             continue
         now, t, s, own = x[rows], t[rows], s[rows], cond[rows]
-        match solver:
-            case "euler":
-                moved = euler_step(denoise, path, now, t, s, own)
-            case "heun":
-                moved = heun_step(denoise, path, now, t, s, own)
-            case "dpm-solver++":
-                moved, last = dpm_solver_step(denoise, path, now, t, s, memory[rows], own)
-                memory = memory.replaced(rows, last)
-            case _:
-                assert_never(solver)
+        if solver in _SINGLE_STEPS:
+            moved = _SINGLE_STEPS[solver](denoise, path, now, t, s, own)
+        else:
+            moved, last = dpm_solver_step(denoise, path, now, t, s, memory[rows], own)
+            memory = memory.replaced(rows, last)
         x = x.index_copy(0, rows, moved)
     return x
 

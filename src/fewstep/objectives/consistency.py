@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.jumps import CMPreconditioning, TrigPreconditioning
+from fewstep.flow.paths import Path
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses
 from fewstep.objectives.curricula import doubling_cells, falling_ratio
@@ -43,7 +42,7 @@ class AdjacentObjective(DistanceObjective):
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         target = flow_map if self.target_decay is None else companions.ema_target
         t, u = self.neighbours(flow_map.path, batch)
-        check_end(flow_map)
+        flow_map.preconditioning.check_end(flow_map.path)
         path, eps = flow_map.path, batch.noise()
         s, cond = torch.full_like(t, path.t_min), self.condition(flow_map, batch, t)
         x, x_u = path.interpolate(batch.x0, eps, t), path.interpolate(batch.x0, eps, u)
@@ -124,16 +123,3 @@ class ECT(AdjacentObjective):
         tau = path.tau(t)
         ratio = falling_ratio(tau, batch.images, self.q, self.stage_images, self.stages, self.k, self.b)
         return t, path.time_from_tau(tau * ratio).clamp(min=path.t_min)
-
-
-def check_end(flow_map: FlowMap, continuous: bool = False) -> None:
-    """Raise ConfigError for a preconditioning that cannot jump to s = t_min of this path, or, in continuous time,
-    whose network says nothing of the velocity."""
-    own, path = flow_map.preconditioning, flow_map.path
-    if isinstance(own, CMPreconditioning):
-        if continuous:
-            raise ConfigError("sCT and sCD need a network with a velocity: CM preconditioning has none; use BCM")
-        if not (isinstance(path, EDM) and math.isclose(path.t_min, own.t_min, abs_tol=1e-6)):
-            raise ConfigError(f"CM preconditioning jumps to {own.t_min} of the EDM path, not to {path.t_min} of {path}")
-    if isinstance(own, TrigPreconditioning) and path.t_max - path.t_min > math.pi / 2 + 1e-9:
-        raise ConfigError("trig preconditioning needs a clock of at most pi/2: use Euler or BCM on this path")

@@ -21,14 +21,6 @@ from fewstep.utils.tensors import check_choice, check_positive
 AnchorKind = Literal["weighting", "mean-cosine"]
 
 
-def _one() -> float:
-    return 1.0
-
-
-def _weighting() -> AnchorKind:
-    return "weighting"
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class ISD(JointObjective):
@@ -46,9 +38,9 @@ class ISD(JointObjective):
     pairs: Pairs = Pairs(times=BetaTimes(), flow_matching_ratio=0.0)
     weighting: Weighting = Weighting(weight_power=1.0)
     derivative: Derivative = Derivative()
-    anchor: AnchorKind = later(_weighting)
+    anchor: AnchorKind = later(lambda: "weighting")
     """How |v - v*|^2 is measured: as `weighting` says, or mean-cosine, mean square plus 1 - cos(v, v*)."""
-    distill: float = later(_one)
+    distill: float = later(lambda: 1.0)
     """Weight of the second term, above 0; 1 in the paper. Too much, and the anchor holds no longer."""
 
     def method(self, preconditioning: str, labelled: bool) -> str:

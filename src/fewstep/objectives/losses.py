@@ -45,10 +45,6 @@ def rms(values: Tensor) -> Tensor:
     return values.flatten(1).square().mean(1).sqrt()
 
 
-def _none() -> TimeWeight:
-    return "none"
-
-
 @final
 @dataclass(frozen=True)
 class Weighting:
@@ -69,7 +65,7 @@ class Weighting:
     """Added to the loss in the adaptive weight w, above 0; 0.01 in iSD, 0.001 in MeanFlow."""
     eps_of_sum: bool = later(bool)
     """Add weight_eps to the sum of a sample's numbers, as MeanFlow does: it is divided by how many they are."""
-    time_weight: TimeWeight = later(_none)
+    time_weight: TimeWeight = later(lambda: "none")
     """cosine: also weigh by cos(pi t/2), t the share of the path's clock, as iSD's largest run does; or none."""
 
     def __post_init__(self) -> None:

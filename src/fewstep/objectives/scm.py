@@ -19,7 +19,6 @@ from fewstep.flow.paths import Path
 from fewstep.flow.times import LogNormalTimes, TimeDistribution
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
-from fewstep.objectives.consistency import check_end
 from fewstep.objectives.curricula import warm_up
 from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
@@ -93,7 +92,9 @@ class ContinuousObjective(Objective):
         """(x_t, the velocity that drives the tangent), (B, ...) each."""
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        check_end(flow_map, continuous=True)
+        if flow_map.preconditioning.data_end_only:
+            raise ConfigError("sCT and sCD need a network with a velocity: CM preconditioning has none; use BCM")
+        flow_map.preconditioning.check_end(flow_map.path)
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_T))
         cond = self.condition(flow_map, batch, t)
         x, v = self.driving(flow_map, batch, t, cond, companions)

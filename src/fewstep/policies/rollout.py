@@ -49,10 +49,10 @@ class Rollout:
     @property
     def routes(self) -> dict[str, int]:
         """How many episodes took which way, of those that took one."""
-        return counted(self.episodes)
+        return count_routes(self.episodes)
 
 
-def counted(episodes: Sequence[Episode]) -> dict[str, int]:
+def count_routes(episodes: Sequence[Episode]) -> dict[str, int]:
     """How many episodes took which way, of those that took one."""
     names = sorted({episode.route for episode in episodes if episode.route})
     return {name: sum(episode.route == name for episode in episodes) for name in names}
@@ -231,7 +231,7 @@ def record(task: Task, count: int, first_seed: int = 0, progress: Progress | Non
     seen, taken = torch.cat([each.observations for each in kept]), torch.cat([each.actions for each in kept])
     ends = torch.tensor([len(each.actions) for each in kept]).cumsum(0)
     demonstrations = Demonstrations(seen, taken, ends, task.name, task.action_low, task.action_high)
-    return Recording(demonstrations, tried, tried - count, tuple(errors), counted([each.episode for each in kept]))
+    return Recording(demonstrations, tried, tried - count, tuple(errors), count_routes([each.episode for each in kept]))
 
 
 class Demonstrated(NamedTuple):

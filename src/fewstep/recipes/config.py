@@ -80,10 +80,6 @@ class OptimizerConfig:
             raise ConfigError("beta1 and beta2 must lie in [0, 1), weight_decay be at least 0, decay_images at least 1")
 
 
-def _true() -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class TrainingConfig:
     """Durations are in images seen, whatever the batch size."""
@@ -102,7 +98,7 @@ class TrainingConfig:
     """Relative widths of power-function averages (EDM2); the first average is the model that is sampled."""
     ema_decay: tuple[float, ...] = ()
     """Decays of constant averages, per step."""
-    ema_ramp: bool = later(_true)
+    ema_ramp: bool = later(lambda: True)
     """Hold a constant average's decay to (1 + step)/(10 + step), so that short runs forget the first weights."""
     log_images: int = 12_800
     """Images between lines of the log."""

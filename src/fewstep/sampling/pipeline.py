@@ -32,10 +32,6 @@ WEIGHTS_FILE = "model.safetensors"
 _ADVICE = "bring back a copy of it"
 
 
-def _none() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class PipelineConfig:
     """What the samples of a flow map are.
@@ -49,8 +45,8 @@ class PipelineConfig:
     class_names: tuple[str, ...] = ()
     data_range: tuple[float, float] | None = None
     step_times: tuple[StepTimes, ...] = later(tuple)
-    latents: LatentSpec | None = later(_none)
-    policy: PolicySpec | None = later(_none)
+    latents: LatentSpec | None = later(lambda: None)
+    policy: PolicySpec | None = later(lambda: None)
 
 
 class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):

@@ -17,7 +17,6 @@ from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
-from fewstep.training.statistics import install
 from fewstep.training.teacher import SlowAverage
 from fewstep.utils.serialization import JSON
 
@@ -60,7 +59,7 @@ class Learner:
     def use_statistics(self, statistics: TrajectoryStatistics) -> None:
         """Precondition by these from now on; raises ConfigError where they give no finite f or positive g."""
         for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
-            install(statistics, flow_map)
+            flow_map.set_preconditioning(flow_map.preconditioning.with_statistics(statistics))
         self.statistics = statistics
 
     @contextmanager

@@ -253,7 +253,7 @@ class Trainer:
     def accumulate(self) -> Gradients:
         """The gradients of this process's share of the batch, part by part; processes meet at the last."""
         self.learner.optimizers.zero_grad()
-        self.loss.companions = self.companions()
+        companions = self.companions()
         torch.manual_seed(self.layer_seed())
         micro, first = self.share // self.accumulation, self.accelerator.process_index * self.share
         found = Gradients(torch.zeros((), device=self.accelerator.device))
@@ -261,12 +261,12 @@ class Trainer:
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                loss, terms, times, logs, generated = self.module(batch)
+                loss, terms, times, logs, generated = self.module(batch, companions)
                 if part == 0 and self.ends_line:
                     self.window.term_norms = term_norms(terms, list(self.learner.flow_map.network.parameters()))
                 self.accelerator.backward(loss / self.accumulation)
             gan = self.learner.gan
-            if gan is not None and self.loss.companions.discriminator is not None and generated is not None:
+            if gan is not None and companions.discriminator is not None and generated is not None:
                 logs["discriminator"] = gan.learn(found.discriminator, batch.x0, *generated)
             found.loss = found.loss + loss.detach() / self.accumulation
             found.times.append(times)

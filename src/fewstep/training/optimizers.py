@@ -131,10 +131,8 @@ def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.
 def schedule(config: OptimizerConfig, images: int, progress: float) -> float:
     """Factor on the learning rate for the batch that ends at `images`, a share `progress` in [0, 1] of the run."""
     factor = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
-    match config.decay:
-        case "constant":
-            return factor
-        case "cosine":
-            return factor * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        case "rsqrt":
-            return factor / math.sqrt(max(1.0, images / config.decay_images))
+    if config.decay == "cosine":
+        return factor * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.decay == "rsqrt":
+        return factor / math.sqrt(max(1.0, images / config.decay_images))
+    return factor

@@ -9,7 +9,6 @@ import torch
 
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig, flow_map_config
@@ -73,7 +72,7 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
         )
     guidance = config.objective.guidance
     if warn and guidance.active and not dataset.num_classes:
-        off = " (--objective.guidance.omega 1 turns it off)" if isinstance(guidance, FixedGuidance) else ""
+        off = f" ({guidance.turned_off_by} turns it off)" if guidance.turned_off_by else ""
         warnings.warn(
             f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
             FewstepWarning,

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
 from fewstep.flow.preconditioning.estimation import EstimationSettings, StatisticsEstimator
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
@@ -183,8 +182,7 @@ def first_statistics(
     if not config.model.preconditioning.needs_statistics or (teacher is None and not config.statistics.refresh_images):
         return None
     if config.statistics.refresh_images and run.checkpoints():
-        stored = read_flow_map_config(run.last_checkpoint()).preconditioning
-        return stored.statistics if isinstance(stored, AnalyticPreconditioning) else None
+        return read_flow_map_config(run.last_checkpoint()).preconditioning.known_statistics()
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
@@ -201,13 +199,6 @@ def first_statistics(
             bar.update(done - bar.n)
 
         return kept_statistics(folder, teacher, dataset, config.statistics, progress, group)
-
-
-def install(statistics: TrajectoryStatistics, flow_map: FlowMap) -> None:
-    """Exchange the statistics behind a flow map's preconditioning."""
-    old = flow_map.preconditioning
-    assert isinstance(old, AnalyticPreconditioning)
-    flow_map.set_preconditioning(replace(old, statistics=statistics))
 
 
 def _read(file: FilePath) -> TrajectoryStatistics:

@@ -14,17 +14,17 @@ from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
 class TrainStep(nn.Module):
     """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward."""
 
-    def __init__(
-        self, flow_map: FlowMap, objective: Objective, bf16: bool = False, companions: Companions = ALONE
-    ) -> None:
+    def __init__(self, flow_map: FlowMap, objective: Objective, bf16: bool = False) -> None:
         super().__init__()
-        self.flow_map, self.objective, self.bf16, self.companions = flow_map, objective, bf16, companions
+        self.flow_map, self.objective, self.bf16 = flow_map, objective, bf16
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
+    def forward(
+        self, batch: Batch, companions: Companions = ALONE
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
         """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
         # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            losses = self.objective(self.flow_map, batch, self.companions)
+            losses = self.objective(self.flow_map, batch, companions)
         terms = {name: term.mean() for name, term in losses.terms.items()}
         return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 

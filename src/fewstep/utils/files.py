@@ -24,7 +24,7 @@ _SECONDS = 0.1  # until a lock counts as held: its holder may be discarding it
 _PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What code that takes a stored file apart raises when the file is not what it should be.
-_SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, ConfigError)
+_SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, ConfigError)
 
 
 class guarded:

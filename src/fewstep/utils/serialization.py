@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+from fewstep.utils.files import reading
 from fewstep.utils.old_names import translated_file
 from fewstep.utils.parts import concrete_classes, stored_class, stored_name
 
@@ -44,7 +45,7 @@ def later(make: Callable[[], T]) -> T:
 def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
     """A file's record in today's names (fewstep.utils.old_names); a file without a format number is of the first.
 
-    Raises CheckpointError for a file of a later format than this one.
+    Raises CheckpointError for a file of a later format than this one, or one of an earlier that is damaged.
     """
     found = record.get("format", 1)
     if type(found) is not int or found < 1:
@@ -53,7 +54,10 @@ def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
         )
-    return record if found == FORMAT else {**translated_file(record), "format": FORMAT}
+    if found == FORMAT:
+        return record
+    with reading(source, "bring back a copy of it"):
+        return {**translated_file(record), "format": FORMAT}
 
 
 def to_json(value: Any, *, terse: bool = False) -> JSON:

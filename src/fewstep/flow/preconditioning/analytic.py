@@ -8,7 +8,7 @@ functions of time can.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
@@ -142,6 +142,12 @@ class AnalyticPreconditioning(Preconditioning):
     @property
     def frozen_at(self) -> Literal["t", "s"]:
         return "s" if self.form == "backward" else "t"
+
+    def known_statistics(self) -> TrajectoryStatistics:
+        return self.statistics
+
+    def with_statistics(self, statistics: TrajectoryStatistics) -> AnalyticPreconditioning:
+        return replace(self, statistics=statistics)
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(f, g). With scale = alpha inside the table and sigma over its end beyond it,

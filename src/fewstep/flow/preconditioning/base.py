@@ -16,6 +16,7 @@ from torch import Tensor
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
 
 
@@ -57,6 +58,17 @@ class Preconditioning(ABC):
     def frozen_at(self) -> Literal["t", "s"]:
         """The end of the jump at which N would equal the denoiser if the jump's approximation were exact."""
         return "t"
+
+    def check_end(self, path: Path) -> None:  # noqa: B027  (most jump to any end of any path)
+        """Raise ConfigError where it cannot jump to s = t_min of a path."""
+
+    def known_statistics(self) -> TrajectoryStatistics | None:
+        """The statistics that it was computed from; None where it was not."""
+        return None
+
+    def with_statistics(self, statistics: TrajectoryStatistics) -> Preconditioning:
+        """The same from other statistics; raises ConfigError where they give none, or where it is of no statistics."""
+        raise ConfigError(f"{type(self).__name__} is not computed from statistics")
 
     def derivatives(self, t: Tensor, s: Tensor) -> JumpDerivatives:
         """(f, g, f_t, g_t) at (t, s)."""

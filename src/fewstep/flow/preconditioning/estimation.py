@@ -26,8 +26,9 @@ from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws, shuffled_rows
 from fewstep.utils.tensors import expand
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-DataSource = Tensor | Callable[[Tensor], Tensor]
+PlainDenoiser = Callable[[Tensor, Tensor], Tensor]
+"""D(x, t) under no condition: x (B, ...), t (B,) -> (B, ...)."""
+FedData = Tensor | Callable[[Tensor], Tensor]
 
 STREAM_NOISE, STREAM_PROBES = 1, 2
 LOWEST_TAU, HIGHEST_TAU = 0.002, 80.0
@@ -155,8 +156,8 @@ class StatisticsEstimator:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        data: DataSource,
+        denoiser: PlainDenoiser,
+        data: FedData,
         path: Path = EDM(),
         settings: EstimationSettings = EstimationSettings(),
         *,
@@ -344,8 +345,8 @@ class StatisticsEstimator:
 
 
 def estimate_statistics(
-    denoiser: Denoiser,
-    data: DataSource,
+    denoiser: PlainDenoiser,
+    data: FedData,
     path: Path = EDM(),
     settings: EstimationSettings = EstimationSettings(),
     *,

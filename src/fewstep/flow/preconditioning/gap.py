@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -12,14 +11,11 @@ from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
+from fewstep.flow.preconditioning.estimation import STREAM_NOISE, PlainDenoiser
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.runge_kutta import runge_kutta_step
 from fewstep.utils.tensors import expand
-
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-STREAM_NOISE = 1
 
 
 @final
@@ -56,7 +52,7 @@ class GapSettings:
 
 def consistency_gap(
     preconditioning: Preconditioning,
-    denoiser: Denoiser,
+    denoiser: PlainDenoiser,
     data: Tensor,
     t: Tensor | float,
     s: Tensor | float,
@@ -95,7 +91,7 @@ def consistency_gap(
 
 def _error(
     preconditioning: Preconditioning,
-    denoiser: Denoiser,
+    denoiser: PlainDenoiser,
     path: Path,
     x0: Tensor,
     eps: Tensor,
@@ -119,7 +115,7 @@ def _error(
     return student / expand(g, x) - frozen
 
 
-def _solution(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int) -> Tensor:
+def _solution(denoise: PlainDenoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int) -> Tensor:
     """X(x, t, s) from dz/dlambda = D/tau for z = x/sigma, lambda = -log tau, by classical Runge-Kutta."""
     lam, end = -torch.log(path.tau(t)), -torch.log(path.tau(s))
     z, h = x / expand(path.values(t).sigma, x), (end - lam) / steps

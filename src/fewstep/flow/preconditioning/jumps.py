@@ -7,6 +7,7 @@ they stay finite where alpha is 0.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -57,6 +58,10 @@ class TrigPreconditioning(VelocityPreconditioning):
 
     For clocks no longer than pi/2: beyond, g is no longer monotone in s.
     """
+
+    def check_end(self, path: Path) -> None:
+        if path.t_max - path.t_min > math.pi / 2 + 1e-9:
+            raise ConfigError("trig preconditioning needs a clock of at most pi/2: use Euler or BCM on this path")
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         gap = in_float64(t) - in_float64(s)
@@ -121,6 +126,12 @@ class CMPreconditioning(Preconditioning):
 
     def __post_init__(self) -> None:
         _check_sigma_data("CM", self.sigma_data)
+
+    def check_end(self, path: Path) -> None:
+        if not (path.noise_clock and math.isclose(path.t_min, self.t_min, abs_tol=1e-6)):
+            raise ConfigError(
+                f"CM preconditioning jumps to {self.t_min} of the EDM path, not to {path.t_min} of {path}"
+            )
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(f, g); raises UnsupportedError when some s is not t_min (not checked under torch.compile)."""
