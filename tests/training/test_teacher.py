@@ -179,7 +179,7 @@ def test_the_slow_average_decays_from_the_first_step(digits: Dataset) -> None:
     expected = {key: value.double() for key, value in flow_map.network.state_dict().items()}
     for step in range(1, 5):
         perturbed(flow_map, step)
-        slow.update(flow_map.network, step)
+        slow.ema.update(flow_map.network, step)
         for key, value in flow_map.network.state_dict().items():
             expected[key] = 0.75 * expected[key] + 0.25 * value.double()
     found = slow.flow_map.network.state_dict()

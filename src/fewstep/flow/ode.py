@@ -164,7 +164,8 @@ def reference_solution(
 
     Of order 4 and evenly spaced in log tau, on z = x/sqrt(alpha^2 + sigma^2): dz/dlog tau = a (a z - D) with
     a = 1/sqrt(1 + tau^2), bounded everywhere. What lies beyond tau = 1e3 or below 1e-4 is one step of Euler's each,
-    exact to about 1e-6. 4 * steps evaluations and up to two more; a sample with s = t costs none.
+    exact to about 1e-6. 4 * steps evaluations and up to two more; a sample with s = t costs none. Raises ShapeError for
+    fewer than one step, or times that do not fit x.
     """
     if steps < 1:
         raise ShapeError(f"{steps} steps asked for: a solution needs at least 1")

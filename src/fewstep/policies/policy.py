@@ -39,8 +39,8 @@ class Policy:
         if pipeline.config.policy is None:
             raise CheckpointError("this model holds no policy: train one with `fewstep train policy-mlp`")
         self.spec = pipeline.config.policy
-        if steps < 1 or (self.spec.sampler == "mean" and steps > 1):
-            least = "a regression takes 1" if self.spec.sampler == "mean" else "take at least 1"
+        if steps < 1 or (self.spec.from_zero and steps > 1):
+            least = "a regression takes 1" if self.spec.from_zero else "take at least 1"
             raise ConfigError(f"a policy of {steps} steps: {least}")
         self.flow_map, self.steps, self.seed = pipeline.flow_map.eval(), steps, seed
         settings = SamplingSettings(sampler=_SAMPLERS[self.spec.sampler], steps=steps, gamma=1.0)
@@ -71,7 +71,7 @@ class Policy:
         index = torch.arange(len(obs)) if episodes is None else _whole_numbers(episodes, len(obs))
         draws = Draws(self.seed, decision, index.to(normalised.device))
         noise = prior_noise(self.flow_map, draws)
-        x = torch.zeros_like(noise) if self.spec.sampler == "mean" else noise
+        x = torch.zeros_like(noise) if self.spec.from_zero else noise
         chunk = self.sampler(self.flow_map, x, self.times, Condition(observation=normalised), draws)
         taken = chunk[:, : self.spec.chunks.n_action_steps].cpu()
         if not bool(taken.isfinite().all()):

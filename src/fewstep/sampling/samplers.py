@@ -48,7 +48,7 @@ def gamma_sampler(gamma: float) -> Sampler:
 
     gamma = 0 is `map_sampler`; gamma = 1 jumps to data and re-noises, the multistep sampler of consistency models
     (2303.01469). On the path: with x = alpha(y) at noise level tau, jump to tau' = sqrt(1 - gamma^2) tau_s, rescale
-    by alpha_s/alpha', add alpha_s gamma tau_s of noise.
+    by alpha_s/alpha', add alpha_s gamma tau_s of noise. Raises ShapeError unless gamma lies in [0, 1].
     """
     if not 0 <= gamma <= 1:
         raise ShapeError(f"gamma is {gamma}; it must lie in [0, 1]")

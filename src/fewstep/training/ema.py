@@ -27,14 +27,22 @@ class EMA:
     """One average of a module's parameters and buffers, updated after every step.
 
     Constant: beta; with `ramp` no more than (1 + step)/(10 + step), so that short runs forget the first weights.
-    Power function: beta = (1 - 1/step)^(gamma + 1), a window that grows with training.
+    Power function: beta = (1 - 1/step)^(gamma + 1), a window that grows with training. in_place: the average is kept in
+    the module's own tensors.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, decay: float | None, gamma: float | None, ramp: bool = True
+        self,
+        name: str,
+        module: nn.Module,
+        decay: float | None,
+        gamma: float | None,
+        ramp: bool = True,
+        in_place: bool = False,
     ) -> None:
         self.name, self.decay, self.gamma, self.ramp = name, decay, gamma, ramp
-        self.weights = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        state = dict(module.state_dict())
+        self.weights = state if in_place else {key: value.detach().clone() for key, value in state.items()}
 
     def beta(self, step: int) -> float:
         """Share of the old average that is kept at step 1, 2, ..."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 
-from torch import nn
-
 from fewstep.data.base import Dataset
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
@@ -60,7 +58,7 @@ def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None)
         raise ConfigError(
             f"the teacher {name} is {'no' if teacher is None else 'a'} policy, unlike the data: name another"
         )
-    if teacher.sampler == "mean":
+    if teacher.from_zero:
         raise ConfigError(f"the teacher {name} is a regression, which has no velocity to distil: train flow matching")
     same = {
         "chunks": teacher.chunks == data.chunks,
@@ -118,10 +116,4 @@ class SlowAverage:
 
     def __init__(self, flow_map: FlowMap, decay: float) -> None:
         self.flow_map = copy.deepcopy(flow_map).requires_grad_(False).eval()
-        self.ema = EMA(f"target-{decay!r}", self.flow_map.network, decay, None, ramp=False)
-        # The average's tensors are the module's own: an update in place is an update of the module.
-        self.ema.weights = dict(self.flow_map.network.state_dict())
-
-    def update(self, network: nn.Module, step: int) -> None:
-        """Fold in the weights after a step."""
-        self.ema.update(network, step)
+        self.ema = EMA(f"target-{decay!r}", self.flow_map.network, decay, None, ramp=False, in_place=True)

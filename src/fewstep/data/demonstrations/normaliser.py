@@ -14,6 +14,7 @@ FIRST_TEST_SEED = 100_000
 """Starts of episodes from here on are for rollouts; demonstrations take those below."""
 
 ActingName = Literal["map", "gamma", "euler", "mean"]
+"""How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class PolicySpec:
     action_low: tuple[float, ...] = ()
     action_high: tuple[float, ...] = ()
     sampler: ActingName = "map"
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether an action is one jump from zero, as of a regression, in place of noise."""
+        return self.sampler == "mean"
 
     def bounded(self, actions: Tensor) -> Tensor:
         """Actions (..., Da) within the bounds."""
