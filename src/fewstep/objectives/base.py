@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fewstep.data.demonstrations.normaliser import ActingName
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import NoGuidance, TrainingGuidance, drop_labels, guide
 from fewstep.flow.paths import Path
@@ -18,6 +17,9 @@ from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import expand
+
+Acting = Literal["map", "gamma", "euler", "mean"]
+"""How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
 
 STREAM_NOISE, STREAM_T, STREAM_S, STREAM_U = 10, 11, 12, 13
 
@@ -227,7 +229,7 @@ class Objective(ABC):
     """Whether it reads the velocity off the diagonal, which CM preconditioning has not."""
 
     @property
-    def acting(self) -> ActingName:
+    def acting(self) -> Acting:
         """The sampler that a policy trained by it acts with."""
         if self.on_diagonal:
             return "euler"

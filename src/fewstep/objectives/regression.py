@@ -7,9 +7,8 @@ from typing import final
 
 import torch
 
-from fewstep.data.demonstrations.normaliser import ActingName
 from fewstep.flow.flow_map import FlowMap, at
-from fewstep.objectives.base import ALONE, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, Acting, Batch, Companions, Losses, Objective
 from fewstep.utils.tensors import per_sample_mean
 
 
@@ -30,7 +29,7 @@ class Regression(Objective):
         return True
 
     @property
-    def acting(self) -> ActingName:
+    def acting(self) -> Acting:
         return "mean"
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
