@@ -346,5 +346,8 @@ def test_another_teacher_is_refused(
 
 def test_a_run_without_statistics_is_not_taken_for_one_with(digits: Dataset, unbroken: Callable[[str], Path]) -> None:
     """The difference is named, not what its checkpoint lacks."""
-    with pytest.raises(CheckpointError, match=r"model\.preconditioning: 'linear' -> 'analytic'"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.preconditioning\.type: 'LinearPreconditioningConfig' -> 'AnalyticPreconditioningConfig'",
+    ):
         train(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), RUNTIME)
