@@ -15,7 +15,7 @@ from tyro.conf import Positional
 from benchmarks.acceleration import anatomy as parts
 from benchmarks.acceleration.students import GRID, PLANS, TEACHERS, Cell, Truth, chosen, train_cell
 from benchmarks.acceleration.tables import figures, tables
-from benchmarks.harness import Study
+from benchmarks.harness import Cache, Seeds, Study, Worker
 from fewstep.data.sources import load_dataset
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.recipes import recipe
@@ -28,9 +28,9 @@ def run(
     dataset: Annotated[str, Positional],
     teacher: Path,
     methods: tuple[str, ...] = ("euler", "analytic"),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    worker: str = "0/1",
-    cache: Path | None = None,
+    seeds: Seeds = (0, 1, 2),
+    worker: Worker = "0/1",
+    cache: Cache = None,
 ) -> None:
     """Train the students of a data set that have no result yet.
 
@@ -38,9 +38,6 @@ def run(
         dataset: mixture, digits, digits-long or fashion
         teacher: run folder of the trained teacher
         methods: names of methods
-        seeds: training seeds
-        worker: i/n takes every n-th student, from the i-th
-        cache: folder of trained feature extractors
     """
     unknown = sorted(set(methods) - set(chosen(dataset)))
     if unknown:
@@ -60,8 +57,8 @@ def anatomy(
     dataset: Annotated[str, Positional],
     teacher: Path,
     models: Path,
-    seeds: tuple[int, ...] = (0,),
-    cache: Path | None = None,
+    seeds: Seeds = (0,),
+    cache: Cache = None,
 ) -> None:
     """Why is the Frechet distance of two calls worse with the computed preconditioning? Take two-call samples apart.
 
@@ -69,8 +66,6 @@ def anatomy(
         dataset: digits, mixture or fashion
         teacher: run folder of the trained teacher
         models: folder for the students' weights; one that is there is not trained again
-        seeds: training seeds
-        cache: folder of trained feature extractors
     """
     data = recipe(parts.SUBJECTS[dataset].recipe).data
     extractor = default_extractor(load_dataset(replace(data, labels=True)), cache=cache)

@@ -20,7 +20,7 @@ computed, g Euler's.
 
 from __future__ import annotations
 
-import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,26 +29,19 @@ from typing import final
 import torch
 from torch import Tensor
 
-from benchmarks.acceleration.students import NOISE_SEED, methods
+from benchmarks.acceleration.students import HIGHEST, LOWEST, Judge, methods
 from benchmarks.acceleration.tables import ANATOMY
-from benchmarks.harness import Row, read, show, write
-from fewstep.data.base import Dataset
+from benchmarks.harness import Row, read, show, train_to, trainer_of, write
+from fewstep import Batch, Companions, Dataset, EulerPreconditioning, FlowMap, Losses, Objective, Preconditioning
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.flow.flow_map import FlowMap, at
-from fewstep.flow.ode import trajectory
-from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.jumps import EulerPreconditioning
-from fewstep.objectives import Batch, Companions, Losses, Objective
+from fewstep.flow.flow_map import at
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import load_pipeline
-from fewstep.training import Callbacks, RunFolder, Runtime
 from fewstep.training.loop import Trainer
-from fewstep.utils.random import Draws
 
-HIGHEST, LOWEST = 80.0, 0.002
 BOTH = ("euler", "analytic")
 JUMPS = ((12.9, 1.9), (12.9, 0.59), (1.9, 0.59))
 LEVELS = (80.0, 12.9, 4.2, 1.9, 0.9, 0.59, 0.02, 0.01, 0.002)
@@ -112,27 +105,20 @@ def reweighted(objective: Objective, flow_map: FlowMap, batch: Batch, companions
     return replace(losses, loss=torch.stack(list(terms.values())).sum(0), terms=terms)
 
 
-def trainer_of(name: str, base: RunConfig, steps: int, dataset: Dataset, seed: int, folder: Path) -> Trainer:
-    """A student of the study before the first of its steps."""
-    chosen = methods(base)["euler" if name == "euler" else "analytic"]
-    images = steps * base.training.batch_size
-    chosen = replace(chosen, training=replace(base.training, images=images, seed=seed))
-    trainer = Trainer(chosen, dataset, RunFolder(folder), Runtime(cpu=True, quiet=True), Callbacks())
+def student(name: str, base: RunConfig, steps: int, dataset: Dataset, seed: int) -> AbstractContextManager[Trainer]:
+    """A trainer of a student, without its intervention."""
+    config = methods(base)["euler" if name == "euler" else "analytic"]
+    training = replace(base.training, images=steps * base.training.batch_size, seed=seed)
+    return trainer_of(replace(config, training=training), dataset)
+
+
+def intervene(trainer: Trainer, name: str) -> None:
+    """Make the student what its name says."""
     if name == "reweighted":
         trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
     if name == "exchanged" and trainer.learner.target is not None:
         for model in (trainer.learner.flow_map, trainer.learner.target.flow_map):
             model.preconditioning = Exchanged(model.preconditioning)
-    trainer.learner.flow_map.train()
-    return trainer
-
-
-def train(trainer: Trainer, name: str, moments: tuple[int, ...], models: Path) -> None:
-    """Keep the student's averaged weights of every moment."""
-    for moment in moments:
-        while trainer.step < moment:
-            trainer.take_step()
-        trainer.show(lambda model, step: model.save(models / f"{name}-{step}"))
 
 
 def kept(models: Path, name: str, step: int) -> FlowMap:
@@ -161,43 +147,45 @@ def gradient_share(trainer: Trainer, model: FlowMap) -> float:
 
 
 def student_rows(subject: Subject, base: RunConfig, dataset: Dataset, seed: int, models: Path) -> list[Row]:
-    """Train the students that are not there; the shares of their gradients."""
+    """Train the students that are not there, keeping averaged weights; the shares of their gradients."""
     rows: list[Row] = []
     for name in subject.students:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = trainer_of(name, base, subject.moments[-1], dataset, seed, Path(folder) / "run")
-            if not (models / f"{name}-{subject.moments[-1]}").exists():
-                train(trainer, name, subject.moments, models)
+        with student(name, base, subject.moments[-1], dataset, seed) as trainer:
+            intervene(trainer, name)
+            for moment in () if (models / f"{name}-{subject.moments[-1]}").exists() else subject.moments:
+                train_to(trainer, moment)
+                trainer.show(lambda model, step, name=name: model.save(models / f"{name}-{step}"))  # type: ignore[misc]
             for step in subject.moments:
                 share = gradient_share(trainer, kept(models, name, step))
                 rows.append({"kind": "weights", "student": name, "step": step, "gradient_share": share})
     return rows
 
 
-class Scene:
+class Scene(Judge):
     """The teacher, noise, the data's principal components, and what samples are measured against."""
 
     def __init__(self, subject: Subject, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
-        self.subject, self.teacher, self.dataset, self.extractor = subject, teacher, dataset, extractor
-        indices = torch.arange(subject.samples)
-        self.noise = teacher.path.prior(Draws(NOISE_SEED, 1, indices).normal(0, dataset.shape))
+        super().__init__(dataset, teacher, extractor)
+        self.subject, self.start = subject, self.draw_noise(subject.samples)
         data = dataset.train.fetch(torch.arange(min(len(dataset.train), 20_000)))[0].double().flatten(1)
         self.mean = data.mean(0)
         self.axes = torch.linalg.svd(data - self.mean, full_matrices=False).Vh
-        heldout = torch.arange(len(dataset.heldout)).split(1000)
-        self.real = torch.cat([extractor.features(dataset.heldout.fetch(part)[0]) for part in heldout])
-        self.middle = self.solution(self.noise, HIGHEST, subject.middle)
-        self.ends = self.solution(self.middle, subject.middle, LOWEST)
-        self.jumps = {(HIGHEST, subject.middle): (self.noise, self.middle)}
+        self.real = self.features(torch.arange(len(dataset.heldout)))
+        self.middle = self.jump(None, self.start, HIGHEST, subject.middle)
+        self.ends = self.jump(None, self.middle, subject.middle, LOWEST)
+        self.jumps = {(HIGHEST, subject.middle): (self.start, self.middle)}
         for high, low in JUMPS:
-            start = self.solution(self.noise, HIGHEST, high)
-            self.jumps[high, low] = (start, self.solution(start, high, low))
+            start = self.jump(None, self.start, HIGHEST, high)
+            self.jumps[high, low] = (start, self.jump(None, start, high, low))
 
     @torch.no_grad()
-    def solution(self, x: Tensor, t: float, s: float) -> Tensor:
-        """The teacher's ODE."""
-        grid = torch.tensor([t, s], dtype=torch.float64)
-        return trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=24)[-1]
+    def jump(self, model: FlowMap | None, x: Tensor, t: float, s: float) -> Tensor:
+        """The model's jump; the teacher's ODE for none."""
+        return self.solution(x, (t, s), 24)[0] if model is None else model.jump(x, at(t, x), at(s, x))
+
+    def last_jump(self, model: FlowMap | None, x: Tensor) -> Tensor:
+        """From the middle to the data end."""
+        return self.jump(model, x, self.subject.middle, LOWEST)
 
     def components(self, x: Tensor) -> Tensor:
         """Coordinates along the data's principal components, (B, d) float64."""
@@ -205,12 +193,11 @@ class Scene:
 
     def samples(self, components: Tensor) -> Tensor:
         """The inverse of `components`."""
-        return (components @ self.axes + self.mean).reshape(self.noise.shape).to(self.noise.dtype)
+        return (components @ self.axes + self.mean).reshape(self.start.shape).to(self.start.dtype)
 
     def measured(self, samples: Tensor) -> Row:
         """What there is to say of final samples."""
-        shown = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
-        found = self.extractor.features(shown).double()
+        found = self.features_of(samples).double()
         distance = frechet_distance(found, self.real)
         off = float((found.mean(0) - self.real.double().mean(0)).square().sum())
         return {
@@ -221,21 +208,10 @@ class Scene:
         }  # fmt: skip
 
 
-@torch.no_grad()
-def jump(scene: Scene, model: FlowMap | None, x: Tensor, t: float, s: float) -> Tensor:
-    """The model's jump; the teacher's ODE for none."""
-    return scene.solution(x, t, s) if model is None else model.jump(x, at(t, x), at(s, x))
-
-
-def last_jump(scene: Scene, model: FlowMap | None, x: Tensor) -> Tensor:
-    """From the middle to the data end."""
-    return jump(scene, model, x, scene.subject.middle, LOWEST)
-
-
 def jump_rows(scene: Scene, name: str, model: FlowMap, high: float, low: float) -> list[Row]:
     """A jump along the data's components; N by X - m = f (x - m) + g (N - m)."""
     x, aimed = scene.jumps[high, low]
-    ends = jump(scene, model, x, high, low)
+    ends = scene.jump(model, x, high, low)
     start, found, truth = (scene.components(each) for each in (x, ends, aimed))
     f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[high], [low]]).double()))
     output, needed = (found - f * start) / g, (truth - f * start) / g
@@ -259,7 +235,7 @@ def jump_rows(scene: Scene, name: str, model: FlowMap, high: float, low: float) 
 def two_call_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict[str, Tensor]) -> list[Row]:
     """Every last jump from every first."""
     return [
-        {"kind": "two calls", "first": first, "last": last, **scene.measured(last_jump(scene, model, x))}
+        {"kind": "two calls", "first": first, "last": last, **scene.measured(scene.last_jump(model, x))}
         for last, model in models.items()
         for first, x in middles.items()
     ]
@@ -278,7 +254,7 @@ def exchange_rows(scene: Scene, models: dict[str, FlowMap | None], middles: dict
             }
             mixed["stretched"] = (head - head.mean(0)) * stretch + head.mean(0)
             for rest, middle in mixed.items():
-                ends = last_jump(scene, models[last], scene.samples(middle))
+                ends = scene.last_jump(models[last], scene.samples(middle))
                 kind = "corrected" if rest == "stretched" else "exchange"
                 where = {"kind": kind, "leading": leading, "rest": leading if kind == "corrected" else rest}
                 rows.append({**where, "last": last, **scene.measured(ends)})
@@ -289,11 +265,9 @@ def weight_rows(model: FlowMap) -> list[Row]:
     """f and g of both forms."""
     t, s = torch.combinations(torch.tensor(LEVELS, dtype=torch.float64)).T
     (f, g), (euler_f, euler_g) = (each.coefficients(t, s) for each in (model.preconditioning, EulerPreconditioning()))
-    table = zip(*(each.tolist() for each in (t, s, f, g, euler_f, euler_g)), strict=True)
-    return [
-        dict(zip(("from", "to", "f", "g", "euler_f", "euler_g"), row, strict=True)) | {"kind": "weights"}
-        for row in table
-    ]
+    names = ("from", "to", "f", "g", "euler_f", "euler_g")
+    table = torch.stack([t, s, f, g, euler_f, euler_g], 1).tolist()
+    return [dict(zip(names, row, strict=True)) | {"kind": "weights"} for row in table]
 
 
 def anatomy(scene: Scene, models: Path, step: int) -> list[Row]:
@@ -305,7 +279,7 @@ def anatomy(scene: Scene, models: Path, step: int) -> list[Row]:
     if step in scene.subject.moments[-2:]:
         walkers: dict[str, FlowMap | None] = {"teacher": None, **students}
         middles = {
-            name: jump(scene, model, scene.noise, HIGHEST, scene.subject.middle) for name, model in walkers.items()
+            name: scene.jump(model, scene.start, HIGHEST, scene.subject.middle) for name, model in walkers.items()
         }
         rows += two_call_rows(scene, walkers, middles) + exchange_rows(scene, walkers, middles)
     return [{"step": step, **row} for row in rows]

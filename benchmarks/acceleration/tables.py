@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 from benchmarks.acceleration.students import GRID, LEVELS
-from benchmarks.harness import FIGURES, RESULTS, Row, markdown, read, write
+from benchmarks.harness import FIGURES, RESULTS, Row, chosen, markdown, read, write
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.numbers import NOTHING
@@ -101,7 +101,7 @@ def comparisons(cells: list[Row]) -> list[Row]:
     """The rows of every data set and pair."""
     rows = []
     for dataset in DATASETS:
-        own = [cell for cell in cells if cell["dataset"] == dataset]
+        own = chosen(cells, dataset=dataset)
         for baseline, method in pairs(list({cell["method"] for cell in own})):
             rows += compare_methods(own, baseline, method)
     return rows
@@ -128,14 +128,9 @@ ABLATIONS = {
 def tables() -> dict[str, str]:
     """The page's tables, and every row."""
     rows = read(COMPARED)
-    main = {
-        (row["dataset"], row["measure"], row["nfe"]): row
-        for row in rows
-        if (row["baseline"], row["method"]) == ("euler", "analytic")
-    }
-    ablated = [
-        row for row in rows if (row["dataset"], row["measure"], row["baseline"]) == ("digits", INTERMEDIATE, "analytic")
-    ]
+    against_euler = chosen(rows, baseline="euler", method="analytic")
+    main = {(row["dataset"], row["measure"], row["nfe"]): row for row in against_euler}
+    ablated = chosen(rows, dataset="digits", measure=INTERMEDIATE, baseline="analytic")
     return {
         "Ratio of steps, Euler over computed": markdown(
             ("ratio of steps", *DATASETS),
@@ -187,13 +182,13 @@ def ablation_table(rows: dict[str, Row]) -> str:
 def two_call_table(rows: list[Row]) -> str:
     """Frechet distance at the last moment, a mean over seeds, by the two jumps; of the anatomy."""
     lasts = {"teacher": "last jump by the teacher's ODE", "euler": "Euler", "analytic": "computed"}
-    own = [row for row in rows if row["dataset"] == "digits" and row.get("step") == 600]
+    own = chosen(rows, dataset="digits", step=600)
 
     def cells(kind: str, key: str, first: str) -> list[str]:
         found = []
         for last in lasts:
-            chosen = [row for row in own if (row["kind"], row.get(key), row.get("last")) == (kind, first, last)]
-            shown = f"{statistics.fmean(row['frechet'] for row in chosen):.2f}" if chosen else ""
+            values = [row["frechet"] for row in chosen(own, kind=kind, last=last, **{key: first})]
+            shown = f"{statistics.fmean(values):.2f}" if values else ""
             found.append(f"**{shown}**" if first == last != "teacher" and kind == "two calls" else shown)
         return found
 
@@ -214,14 +209,8 @@ def line(row: Row) -> tuple[str, ...]:
     interval = "" if row["low"] is None else f"{row['low']:.2f} .. {row['high']:.2f}"
     final = f"{row[f'final_{first}']:.3g} / {row[f'final_{second}']:.3g}"
     names = (row["dataset"], row["method"], row["baseline"], row["measure"], str(row["nfe"]))
-    return (
-        *names,
-        "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-        interval,
-        str(row["seeds"]),
-        final,
-        str(row["at_start"]),
-    )
+    times = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+    return (*names, times, interval, str(row["seeds"]), final, str(row["at_start"]))
 
 
 def figures() -> None:
@@ -237,7 +226,7 @@ def figure(cells: list[Row]) -> bytes:
         for measure, nfe in ((INTERMEDIATE, 1), ("sample", 2), ("frechet", 1), ("frechet", 2)):
             courses = []
             for method in ("euler", "analytic"):
-                own = [c for c in cells if c["dataset"] == dataset and c["method"] == method]
+                own = chosen(cells, dataset=dataset, method=method)
                 curves = [[(s * c["batch"], v) for s, v in curves_of(c)[measure, nfe]] for c in own]
                 if curves:
                     mean = mean_curve(curves)

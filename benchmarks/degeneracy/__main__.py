@@ -8,11 +8,10 @@ with both of their terms, with the distillation alone, and with each term normal
 from __future__ import annotations
 
 from benchmarks.degeneracy.expected import fixed_points, slopes, thresholds
-from benchmarks.degeneracy.figure import Maps, figure
+from benchmarks.degeneracy.figure import Maps, draw
 from benchmarks.degeneracy.networks import DIGITS, LOSSES, OBJECTIVES, PLAN, SEEDS, Truth, on_digits, train
 from benchmarks.degeneracy.tables import STORED, matrices, tables
-from benchmarks.harness import FIGURES, Row, Study, read, write
-from fewstep.utils.files import write_atomically
+from benchmarks.harness import FIGURES, Row, Study, chosen, read, write
 
 STUDY = Study("degeneracy", tables)
 
@@ -26,8 +25,8 @@ def run(digits: bool = False) -> None:
     expected = [*fixed_points(), *thresholds(), *slopes()]
     truth = Truth.draw()
     trained, maps = networks(truth)
-    write_atomically(FIGURES / "degeneracy.png", figure([*expected, *trained], maps, truth))
-    seen: list[Row] = [row for row in read(STORED) if row["kind"] == "digits"]
+    draw([*expected, *trained], maps, truth, FIGURES / "degeneracy.png")
+    seen = chosen(read(STORED), kind="digits")
     if digits:
         seen = [{"kind": "digits", "loss": loss, "lr": lr} | on_digits(loss, lr) for loss, lr in DIGITS]
     write(STORED, [{k: v for k, v in row.items() if k != "curve"} for row in (*expected, *trained, *seen)])

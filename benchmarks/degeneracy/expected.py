@@ -23,7 +23,7 @@ from benchmarks.degeneracy.gaussian import (
     sufficient_weight,
     update,
     weight_apart,
-)
+)  # fmt: skip
 from benchmarks.harness import Row
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.paths import Linear, Trig

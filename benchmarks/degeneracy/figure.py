@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -24,8 +24,8 @@ from benchmarks.degeneracy.gaussian import (
     spectrum,
 )
 from benchmarks.degeneracy.networks import OBJECTIVES, Truth, exact_jump, mixture
-from benchmarks.harness import Row
-from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from benchmarks.harness import Row, chosen, figure
+from fewstep.evaluation.report.canvas import LIGHT
 from fewstep.evaluation.report.numbers import tick
 from fewstep.flow.flow_map import FlowMap, at
 
@@ -34,20 +34,16 @@ SHOWN = {"no anchor": "iSD without its anchor", "both terms": "iSD with its anch
 Maps = dict[tuple[str, str, str], FlowMap]
 
 
-def figure(rows: list[Row], maps: Maps, truth: Truth) -> bytes:
+def draw(rows: list[Row], maps: Maps, truth: Truth, file: Path) -> None:
     """Eigenvalues, thresholds, networks' errors; then samples with their paths by the exact and by learned maps."""
-    with rc_context(figure_style(LIGHT)):
-        drawn, axes = make_panels(6, 3, height=3.4)
+    noise, data = truth.noise[:DRAWN], mixture()
+    with figure(file, 6, 3, height=3.4) as axes:
         _eigenvalues(axes[0])
-        _stability(
-            axes[1], [row for row in rows if row["kind"] == "threshold" and (row["sd"], row["degree"]) == (1, 2)]
-        )
-        _errors(axes[2], [row for row in rows if row["kind"] == "network" and row["start"] == "random"])
-        noise, data = truth.noise[:DRAWN], mixture()
+        _stability(axes[1], chosen(rows, kind="threshold", sd=1, degree=2))
+        _errors(axes[2], chosen(rows, kind="network", start="random"))
         _paths(axes[3], "The data's flow map", truth, lambda s: exact_jump(data, noise, at(1.0, noise), at(s, noise)))
         for axis, (loss, title) in zip(axes[4:], SHOWN.items(), strict=True):
             _paths(axis, title, truth, _learned(maps["iSD", loss, "random"], truth))
-        return to_png(drawn)
 
 
 def _eigenvalues(axis: Axes) -> None:

@@ -6,7 +6,7 @@ import statistics
 
 from benchmarks.degeneracy.expected import ZERO, gaussian
 from benchmarks.degeneracy.gaussian import ERRORS, Tangent, anchor_error, exact, jacobian, spectrum
-from benchmarks.harness import RESULTS, Row, interval, markdown, read
+from benchmarks.harness import RESULTS, Row, chosen, grouped, interval, markdown, read
 from fewstep.evaluation.report.numbers import NOTHING, number
 
 STORED = RESULTS / "degeneracy.json"
@@ -20,9 +20,7 @@ LOSSES = {
 
 def tables() -> dict[str, str]:
     """The page's tables."""
-    found: dict[str, list[Row]] = {}
-    for row in read(STORED):
-        found.setdefault(row["kind"], []).append(row)
+    found = grouped(read(STORED), lambda row: str(row["kind"]))
     networks = found["network"]
     others = [row for row in networks if row["loss"] not in ("both terms", "no anchor")]
     return {
@@ -54,31 +52,19 @@ def matrices() -> str:
 
 def fixed_point_table(rows: list[Row], path: str) -> str:
     """A line for each map and objective of a path."""
-    name = {"trig": "trigonometric"}.get(path, path)
-    heads = (
-        f"map, {name} path",
-        "update",
-        "null eigenvalues",
-        "largest other",
-        "update with anchor",
-        "largest with anchor",
-    )
+    heads = ("update", "null eigenvalues", "largest other", "update with anchor", "largest with anchor")
     lines = []
-    for row in rows:
-        if row["path"] != path:
-            continue
+    for row in chosen(rows, path=path):
         still, anchored = row["update"] < ZERO, row["update_anchored"] < ZERO
+        alone = (str(row["null"]), f"{row['largest']:.4f}") if still else (NOTHING, NOTHING)
         lines.append(
             (
-                f"{AT[row['map']]}: {row['objective']}",
-                "0" if still else f"{row['update']:.1f}",
-                str(row["null"]) if still else NOTHING,
-                f"{row['largest']:.4f}" if still else NOTHING,
+                f"{AT[row['map']]}: {row['objective']}", "0" if still else f"{row['update']:.1f}", *alone,
                 "0" if anchored else f"{row['update_anchored']:.1f}",
                 f"{row['largest_anchored']:.4f}" if anchored else "no fixed point",
             )
-        )
-    return markdown(heads, lines)
+        )  # fmt: skip
+    return markdown((f"map, {'trigonometric' if path == 'trig' else path} path", *heads), lines)
 
 
 def threshold_table(rows: list[Row]) -> str:
@@ -86,7 +72,7 @@ def threshold_table(rows: list[Row]) -> str:
     heads = ("sd of data, degree", *CRITICAL, "enough for iSD, `C^2/2`", "weight if normalised apart")
     lines = []
     for sd, degree in dict.fromkeys((row["sd"], row["degree"]) for row in rows):
-        own = {row["objective"]: row for row in rows if (row["sd"], row["degree"]) == (sd, degree)}
+        own = {row["objective"]: row for row in chosen(rows, sd=sd, degree=degree)}
         weights = (own[name]["critical"] for name in CRITICAL)
         shown = (f"{weight:.3f}" if weight else "0" for weight in weights)
         first = own["iSD"]
@@ -125,7 +111,7 @@ def network_table(rows: list[Row]) -> str:
     """A line for each objective and start."""
     lines = []
     for name, start in dict.fromkeys((row["objective"], row["start"]) for row in rows):
-        own = [row for row in rows if (row["objective"], row["start"]) == (name, start)]
+        own = chosen(rows, objective=name, start=start)
         title = name if start == "random" else f"{name}, from a collapsed start"
         lines.append((title, *measured(own, loss="both terms"), *measured(own, loss="no anchor")))
     heads = ("with anchor: inconsistency", "error", "variance", "without: inconsistency", "error", "variance")
@@ -134,6 +120,6 @@ def network_table(rows: list[Row]) -> str:
 
 def measured(rows: list[Row], loss: str) -> tuple[str, str, str]:
     """Means over seeds of inconsistency, error (lowest to highest) and variance."""
-    own = [row for row in rows if row["loss"] == loss]
+    own = chosen(rows, loss=loss)
     inconsistency, error, variance = ([row[key] for row in own] for key in ("inconsistency", "error", "variance"))
     return (f"{statistics.fmean(inconsistency):.3f}", interval(error, 3, "–"), f"{statistics.fmean(variance):.2f}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Study
+from benchmarks.harness import Seeds, Study, Worker
 from benchmarks.policies.run import GRID, METHODS, TASKS, measure, plan
 from benchmarks.policies.tables import figures, tables
 
@@ -22,8 +22,8 @@ STUDY = Study("policies", tables, figures, GRID)
 def run(
     tasks: tuple[str, ...] = TASKS,
     methods: tuple[str, ...] = tuple(METHODS),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    worker: str = "0/1",
+    seeds: Seeds = (0, 1, 2),
+    worker: Worker = "0/1",
     work: Path = Path("runs/policies-study"),
     models: Path | None = None,
 ) -> None:
@@ -34,8 +34,6 @@ def run(
     Args:
         tasks: names of tasks
         methods: names of methods
-        seeds: training seeds
-        worker: i/n takes every n-th cell, from the i-th
         work: where demonstrations are kept
         models: where trained policies are kept; WORK/models when not given
     """

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from pathlib import Path
 
-from benchmarks.harness import FIGURES, RESULTS, Row, grouped, markdown, write
+import numpy as np
+from matplotlib.axes import Axes
+
+from benchmarks.harness import FIGURES, RESULTS, Row, figure, grouped, markdown, ticks, write
 from benchmarks.policies.run import GRID
-from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
+from fewstep.evaluation.report.canvas import LIGHT
 from fewstep.policies.rollout import wilson
-from fewstep.utils.files import write_atomically
 
 COLUMNS = (
     "task", "method", "steps", "seed", "success", "episodes", "latency_ms", "mean_steps", "score", "routes", "errors",
@@ -24,7 +23,7 @@ def figures() -> None:
     """Write policies.json and the figure."""
     rows = GRID.rows()
     write(RESULTS / "policies.json", [{name: row[name] for name in COLUMNS} for row in rows])
-    write_atomically(FIGURES / "policies.png", figure(rows))
+    draw(rows, FIGURES / "policies.png")
 
 
 def tables() -> dict[str, str]:
@@ -58,28 +57,21 @@ def line(group: list[Row], routes: list[str]) -> list[str]:
     latencies = [row["latency_ms"] for row in group if row["latency_ms"] is not None]
     lengths, scores = (float(np.mean([row[key] for row in group])) for key in ("mean_steps", "score"))
     return [
-        first["method"],
-        str(first["steps"] or "–"),
-        ", ".join(str(row["successes"]) for row in group),
-        f"{successes} / {episodes}",
-        f"{low:.2f}–{high:.2f}",
-        f"{lengths:.0f}",
-        f"{scores:.2f}",
+        first["method"], str(first["steps"] or "–"), ", ".join(str(row["successes"]) for row in group),
+        f"{successes} / {episodes}", f"{low:.2f}–{high:.2f}", f"{lengths:.0f}", f"{scores:.2f}",
         *(", ".join(str(row["routes"].get(name, 0)) for row in group) for name in routes),
         f"{np.median(latencies):.1f}" if latencies else "–",
-    ]
+    ]  # fmt: skip
 
 
-def figure(rows: list[Row]) -> bytes:
+def draw(rows: list[Row], file: Path) -> None:
     """Success against network calls, a panel for each task."""
     tasks = grouped(rows, lambda row: str(row["task"]))
-    with rc_context(figure_style(LIGHT)):
-        drawn, axes = make_panels(len(tasks), 2, 3.2)
+    with figure(file, len(tasks), 2, 3.2) as axes:
         for axis, (task, own) in zip(axes, tasks.items(), strict=True):
             draw_task(axis, own)
             axis.set_title(task)
         axes[0].legend()
-        return to_png(drawn)
 
 
 def draw_task(axis: Axes, rows: list[Row]) -> None:
@@ -96,9 +88,7 @@ def draw_task(axis: Axes, rows: list[Row]) -> None:
         errors = np.stack([mean - low, high - mean]).clip(0)
         axis.errorbar(moved, mean, errors, color=LIGHT.colour(place), marker="o", markersize=4, label=method)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(FixedLocator([1, 2, 4, 16]))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks(axis.xaxis, [1, 2, 4, 16])
     axis.set_ylim(-0.03, 1.03)
     axis.set_xlabel("network calls a decision")
     axis.set_ylabel("success")

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import RESULTS, Row, markdown, read, write
-from fewstep.data.sources import DataConfig, load_dataset
+from fewstep import (
+    EDM,
+    AnalyticPreconditioning,
+    Condition,
+    DataConfig,
+    EstimationSettings,
+    EulerPreconditioning,
+    GapSettings,
+    Preconditioning,
+    RunFolder,
+    TrajectoryStatistics,
+    consistency_gap,
+    estimate_statistics,
+    load,
+    load_dataset,
+)  # fmt: skip
 from fewstep.flow.closed_form import toy_mixture
-from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
-from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
-from fewstep.flow.preconditioning.gap import GapSettings, consistency_gap
-from fewstep.flow.preconditioning.jumps import EulerPreconditioning
-from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
-from fewstep.networks.condition import Condition
 from fewstep.recipes.config import StatisticsConfig
-from fewstep.training import RunFolder, load
 from fewstep.training.statistics import data_mean, kept_statistics, prepared
 
 GAP = RESULTS / "gap.json"
@@ -59,17 +65,8 @@ def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Precon
     rows = []
     for method, preconditioning in found.items():
         ends = ("t", "s") if method == "euler" else (preconditioning.frozen_at,)
-        gaps = [
-            consistency_gap(
-                preconditioning,
-                denoiser,
-                data,
-                t,
-                s,
-                settings=GapSettings(samples=COUNT, seed=1, solver_steps=64, end=end),
-            )  # type: ignore[arg-type]
-            for end in ends
-        ]
+        kinds = [GapSettings(samples=COUNT, seed=1, solver_steps=64, end=end) for end in ends]  # type: ignore[arg-type]
+        gaps = [consistency_gap(preconditioning, denoiser, data, t, s, settings=kind) for kind in kinds]
         best = torch.stack([gap.rms for gap in gaps]).argmin(0)
         g = preconditioning.coefficients(t, s)[1]
         for i, (high, low) in enumerate(JUMPS):
@@ -108,10 +105,8 @@ def of_closed_form(samples: int) -> list[Row]:
 
     def estimate(centred: bool) -> TrajectoryStatistics:
         train = dataset.train.fetch(torch.arange(samples))[0].double()
-        mean = data_mean(dataset)
-        return estimate_statistics(
-            denoiser, train, settings=EstimationSettings(samples=samples, centred=centred, shrink=False), mean=mean
-        )
+        settings = EstimationSettings(samples=samples, centred=centred, shrink=False)
+        return estimate_statistics(denoiser, train, settings=settings, mean=data_mean(dataset))
 
     return rows_of("mixture, closed form", denoiser, x0, candidates(estimate, conditional=False))
 

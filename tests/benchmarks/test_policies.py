@@ -39,8 +39,9 @@ def test_the_table_pools_the_seeds() -> None:
     assert cells == ["iSD", "1", "40, 44", "84 / 100", f"{low:.2f}–{high:.2f}", "40", "0.50", "10, 11", "5, 5", "2.0"]
 
 
-def test_the_figure_is_drawn() -> None:
-    assert tables.figure(ROWS).startswith(b"\x89PNG")
+def test_the_figure_is_drawn(tmp_path: Path) -> None:
+    tables.draw(ROWS, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_settings_differ_by_method() -> None:
