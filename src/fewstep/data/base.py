@@ -48,9 +48,9 @@ class SampleSet(ABC):
     """Samples of one shape, fetched by their numbers. Subclasses are final frozen dataclasses."""
 
     @property
-    @abstractmethod
     def labels(self) -> Tensor | None:
-        """(N,) int64, or None."""
+        """(N,) int64; None unless a subclass has them."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -77,14 +77,14 @@ class SampleSet(ABC):
         """Mean and standard deviation of all elements, as fetched, about that one mean."""
 
     @property
-    @abstractmethod
     def data_range(self) -> tuple[float, float] | None:
         """(-1, 1) for images, as bytes or as floats within it; None for values without such a range (latents)."""
+        return None
 
     @property
-    @abstractmethod
     def has_mirrors(self) -> bool:
         """Whether mirror images can be fetched."""
+        return False
 
     @abstractmethod
     def update(self, digest: hashlib.blake2b) -> None:

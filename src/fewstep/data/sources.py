@@ -222,12 +222,8 @@ def _load_digits() -> Loaded:
 
 def _load_random(config: DataConfig) -> Loaded:
     indices = torch.arange(config.random_count)
-    values = torch.cat(
-        [
-            Draws(config.seed, 0, part).normal(_VALUES, config.random_shape)
-            for part in torch.split(indices, _DRAWN_AT_ONCE)
-        ]
-    )
+    parts = torch.split(indices, _DRAWN_AT_ONCE)
+    values = torch.cat([Draws(config.seed, 0, part).normal(_VALUES, config.random_shape) for part in parts])
     if not config.random_classes:
         return Loaded("random", Samples(values), None)
     labels = Draws(config.seed, 0, indices).integers(_LABELS, config.random_classes)

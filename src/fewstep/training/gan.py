@@ -37,9 +37,8 @@ class GAN:
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
             self.discriminator = config.discriminator.build(shape, num_classes).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(), config.lr, betas=(0.5, 0.99), weight_decay=0.0
-        )
+        parameters = self.discriminator.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, config.lr, betas=(0.5, 0.99), weight_decay=0.0)
 
     def score(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """The discriminator's scores (B,), for the flow map's loss."""

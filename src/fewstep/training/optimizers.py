@@ -24,11 +24,9 @@ class Optimizers:
     def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
         self.config = config
         matrices, rest = split_parameters(module) if config.name == "muon" else ([], trainable(module))
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(
-                rest, config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
-            )
-        ]
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        adamw = torch.optim.AdamW(rest, config.lr, betas=betas, weight_decay=decay, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw]
         self.base_lrs = [config.lr]
         if matrices:
             self.optimizers.append(_muon(matrices, config))

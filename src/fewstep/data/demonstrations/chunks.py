@@ -49,10 +49,6 @@ class ChunkSet(SampleSet):
     def _observations(self) -> Tensor:
         return self.spec.observations.encode(self.demonstrations.observations)
 
-    @property
-    def labels(self) -> Tensor | None:
-        return None
-
     def __len__(self) -> int:
         return len(self._steps)
 
@@ -78,14 +74,6 @@ class ChunkSet(SampleSet):
     def moments(self) -> tuple[float, float]:
         values = self._actions[self._steps[:, 0]].double()
         return float(values.mean()), float(values.std(correction=0))
-
-    @property
-    def data_range(self) -> tuple[float, float] | None:
-        return None
-
-    @property
-    def has_mirrors(self) -> bool:
-        return False
 
     def update(self, digest: hashlib.blake2b) -> None:
         # By the name that it had first, so that the data of older runs are known again.

@@ -170,10 +170,6 @@ class LatentSamples(SampleSet):
         return 0.0, self.shards.manifest.scale
 
     @property
-    def data_range(self) -> None:
-        return None
-
-    @property
     def has_mirrors(self) -> bool:
         return self.shards.manifest.settings.flip
 
