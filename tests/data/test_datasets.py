@@ -175,7 +175,6 @@ def test_sizes_are_asked_for_only_where_images_are_resized() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"source": "mnist"},
         {"heldout": 0.0},
         {"heldout": 1.0},
         {"heldout": float("nan")},
@@ -189,6 +188,11 @@ def test_sizes_are_asked_for_only_where_images_are_resized() -> None:
 def test_configurations_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="give"):
         load_dataset(DataConfig(**settings))
+
+
+def test_an_unknown_source_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"must be one of digits, .*got mnist"):
+        load_dataset(DataConfig(source="mnist"))
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,6 +7,7 @@ user's own is FILE.py:CLASS, or goes by its name where the command has imported 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
@@ -101,8 +102,11 @@ def _taken(args: list[str], position: int) -> tuple[str, list[str]]:
 
 
 def _with_kind(settings: Any, names: list[str], kind: type) -> Any:
+    """Not checked: kinds may fit one another only when all of them, and all other options, are there."""
     head, *rest = names
     value = getattr(settings, head)
-    if rest:
-        return dataclasses.replace(settings, **{head: _with_kind(value, rest, kind)})
-    return settings if type(value) is kind else dataclasses.replace(settings, **{head: with_defaults(kind)})
+    if not rest and type(value) is kind:
+        return settings
+    changed = copy.copy(settings)
+    object.__setattr__(changed, head, _with_kind(value, rest, kind) if rest else with_defaults(kind))
+    return changed

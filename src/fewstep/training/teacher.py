@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fewstep.data.base import Dataset
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import Pipeline
 from fewstep.teachers import TeacherModel
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
@@ -27,7 +28,8 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         if config.objective.needs_teacher or config.initial == "teacher":
             raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
         return None
-    teacher, policy = find_teacher(config.teacher)
+    with _advising("teacher", "--teacher"):
+        teacher, policy = find_teacher(config.teacher)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
         raise ConfigError(
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
@@ -46,7 +48,7 @@ def find_teacher(name: str) -> tuple[FlowMap, PolicySpec | None]:
     """
     if ".py:" in name:
         return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
-    named = _named(name, "teacher", "--teacher")
+    named = load(name)
     return named.flow_map.requires_grad_(False), named.config.policy
 
 
@@ -73,9 +75,11 @@ def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None)
         )
 
 
-def _named(folder: str, role: str, option: str) -> Pipeline:
+@contextmanager
+def _advising(role: str, option: str) -> Iterator[None]:
+    """What cannot be read is said with what to do."""
     try:
-        return load(folder)
+        yield
     except CheckpointError as error:
         raise CheckpointError(
             f"the {role} cannot be read: {error}; train it first, or name another with {option}"
@@ -90,8 +94,12 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
     if not config.initial:
         return
     from_teacher = config.initial == "teacher"
-    source = teacher if from_teacher else _named(config.initial, "model to start from", "--initial").flow_map
-    assert source is not None  # load_teacher has seen to it
+    if from_teacher:
+        assert teacher is not None  # load_teacher has seen to it
+        source = teacher
+    else:
+        with _advising("model to start from", "--initial"):
+            source = load(config.initial).flow_map
     name = config.teacher if from_teacher else config.initial
     try:
         fit_weights(flow_map.network, source.network.state_dict(), name)

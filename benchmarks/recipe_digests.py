@@ -1,7 +1,7 @@
 """Digests of what every recipe trains in 20 steps: to the last bit the same as before, or not.
 
-Before a change: `python tests/support/recipe_digests.py OLD.json`; after it, with the same Python packages on the same
-machine: `python tests/support/recipe_digests.py NEW.json --against OLD.json`, which lists what differs and exits
+Before a change: `python benchmarks/recipe_digests.py OLD.json`; after it, with the same Python packages on the same
+machine: `python benchmarks/recipe_digests.py NEW.json --against OLD.json`, which lists what differs and exits
 with 1.
 
 Each recipe is trained by the command line, on one thread, so that nothing of the package's inside is assumed; its
