@@ -28,9 +28,9 @@ from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
 QUIET = ("--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1")
 PARTS = (
-    "--import", OUTSIDE, "--data.source", "stripes", "--data.source.width", 6, "--model.path", "bent",
+    "--import", OUTSIDE, "--data.source", "bands", "--data.source.width", 6, "--model.path", "bent",
     "--model.preconditioning", f"{OUTSIDE}:SteepPreconditioningConfig", "--model.preconditioning.rate", 3,
-    "--model.scaling", "half", "--network", "affine", "--objective", "scaled-matching", "--objective.scale", "2.0",
+    "--model.scaling", "half", "--network", "layer", "--objective", "scaled-matching", "--objective.scale", "2.0",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
 def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_path: Path) -> None:
     """CTM with statistics of it, CD and sCD; stopped after three steps, resumed, and aligned with it."""
     teacher = ("--teacher", f"{OUTSIDE}:MeanTeacher", "--initial=")
-    data = ("--data.source", f"{OUTSIDE}:StripesSource", "--data.source.width", 6, "--data.labels")
+    data = ("--data.source", f"{OUTSIDE}:BandsSource", "--data.source.width", 6, "--data.labels")
     words = ("train", kind, *data, *SMALL, *STEPS, "--statistics.samples", 64, "--statistics.points", 8, *teacher)
     assert command(*words, "--out", "whole").code == 0
     assert command(*words, "--out", "run").code == 0
@@ -105,8 +105,8 @@ def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_pat
 
 def test_a_teacher_must_be_one(command: Command) -> None:
     refused(
-        command("train", "cd-digits", "--teacher", f"{OUTSIDE}:AffineConfig"),
-        r"AffineConfig is no TeacherModel",
+        command("train", "cd-digits", "--teacher", f"{OUTSIDE}:LayerConfig"),
+        r"LayerConfig is no TeacherModel",
     )
     refused(command("train", "cd-digits", "--teacher=gone.py:Mine"), r"gone\.py: no such file")
 

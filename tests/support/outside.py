@@ -104,7 +104,7 @@ class HalfScalingConfig(ScalingConfig):
         return HalfScaling()
 
 
-class Affine(Network):
+class Layer(Network):
     """A linear layer of the sample and its two times."""
 
     def __init__(
@@ -120,17 +120,17 @@ class Affine(Network):
 
 
 @dataclass(frozen=True)
-class AffineConfig(NetworkConfig):
-    """Settings of Affine, which has none."""
+class LayerConfig(NetworkConfig):
+    """Settings of Layer, which has none."""
 
     def build(
         self, shape: tuple[int, ...], num_classes: int, guided: bool, observation: tuple[int, ...] = ()
     ) -> Network:
-        return Affine(shape, num_classes, guided, observation)
+        return Layer(shape, num_classes, guided, observation)
 
 
 @dataclass(frozen=True)
-class StripesSource(ImageSource):
+class BandsSource(ImageSource):
     """Bright columns on noise, in as many classes as there are places for them."""
 
     width: int = 4
@@ -143,7 +143,7 @@ class StripesSource(ImageSource):
         labels = torch.arange(200) % self.width
         values = 0.1 * torch.randn(200, 1, self.width, self.width, generator=generator)
         values[torch.arange(200), :, :, labels] += 0.5
-        return Loaded("stripes", Samples(values, labels), None, tuple(str(k) for k in range(self.width)))
+        return Loaded("bands", Samples(values, labels), None, tuple(str(k) for k in range(self.width)))
 
 
 class MeanTeacher(TeacherModel):
@@ -164,14 +164,14 @@ def outside() -> RunConfig:
     return replace(
         base,
         recipe="outside",
-        data=DataConfig(source=StripesSource(width=6)),
+        data=DataConfig(source=BandsSource(width=6)),
         model=replace(
             base.model,
             path=BentPathConfig(),
             preconditioning=SteepPreconditioningConfig(3.0),
             scaling=HalfScalingConfig(),
         ),
-        network=AffineConfig(),
+        network=LayerConfig(),
         objective=ScaledMatching(),
         training=replace(
             base.training, images=320, batch_size=32, log_images=64, checkpoint_images=96, sample_images=160
