@@ -5,8 +5,6 @@ cells are still found. Every row also holds a digest of all that was trained and
 whether that is still today's.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -9,8 +9,6 @@ weights, averages, losses and 8 samples in two calls are hashed. Recipes made fo
 optimizer and take a small transformer on latents of random pictures. Teachers are the 20 steps of their own recipes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

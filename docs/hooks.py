@@ -1,7 +1,5 @@
 """Hooks of the site's build (mkdocs.yml): pages made from the package, pages of the root, an offline check."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@
 public class, function or method without docstring.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import warnings

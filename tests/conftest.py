@@ -1,7 +1,5 @@
 """Settings shared by all tests: hypothesis draws the same examples in every run, and few of them; one thread."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

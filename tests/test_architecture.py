@@ -1,7 +1,5 @@
 """The source's own rules: imports go one way, and nothing loads code or reaches for the network on its own."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

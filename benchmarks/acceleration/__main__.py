@@ -4,8 +4,6 @@ Students of one seed share the teacher's weights as a start, the order of the da
 method differs.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated

@@ -18,8 +18,6 @@ by (g of Euler's/g)^2, so that an error of the network weighs as much as with Eu
 computed, g Euler's.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial

@@ -10,8 +10,6 @@ The times between of 2- and 4-step sampling are searched for each method, seed a
 data and noise, and the figure is taken on the other half.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace

@@ -5,8 +5,6 @@ quality, to the worst final value among all runs of both methods, which every ru
 counts until a curve stays there.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 policy, the gradient statistics of the log. All on this machine, taking turns in one process.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

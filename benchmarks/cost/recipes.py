@@ -1,7 +1,5 @@
 """Processor time of training steps of recipes, on one thread."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time

@@ -1,7 +1,5 @@
 """A network and a batch to time steps on."""
 
-from __future__ import annotations
-
 import torch
 
 from fewstep import Batch, Companions, FlowMap, Linear, LinearPreconditioning, NetworkConfig, Objective

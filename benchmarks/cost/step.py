@@ -7,8 +7,6 @@ same count at the seconds found there. What a step takes beyond it goes outside 
 batch cost more. Peak memory is that of a process of its own per row, above what the model and data need.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

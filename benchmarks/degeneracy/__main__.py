@@ -5,8 +5,6 @@ their Jacobians there, how much anchor does stability need? Then small networks,
 with both of their terms, with the distillation alone, and with each term normalised by its own loss.
 """
 
-from __future__ import annotations
-
 from benchmarks.degeneracy.expected import fixed_points, slopes, thresholds
 from benchmarks.degeneracy.figure import Maps, draw
 from benchmarks.degeneracy.networks import DIGITS, LOSSES, OBJECTIVES, PLAN, SEEDS, Truth, on_digits, train

@@ -1,7 +1,5 @@
 """Expected updates on Gaussian data: zeros and eigenvalues at three flow maps, and how much anchor is enough."""
 
-from __future__ import annotations
-
 import torch
 
 from benchmarks.degeneracy.gaussian import (

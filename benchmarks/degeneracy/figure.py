@@ -1,7 +1,5 @@
 """The figure of the degeneracy study: eigenvalues, thresholds, networks' errors, and samples with their paths."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ What the study proves is computed here: expected updates of the objectives by qu
 families of maps. All in float64; tests/identities/test_degeneracy.py checks it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -329,7 +327,7 @@ class OneSlope:
     rest: float
 
     @staticmethod
-    def of(case: Case) -> OneSlope:
+    def of(case: Case) -> "OneSlope":
         """The expectations over the case's times."""
         at, scale = points(case), exact(case).scale
         s, d_s = jvp(scale, (at.t,), (torch.ones_like(at.t),))

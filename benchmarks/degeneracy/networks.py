@@ -4,8 +4,6 @@ The seeds of a run are one module, whose weights have the seed as their first ax
 seed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +121,7 @@ class Truth:
     samples: Tensor
 
     @staticmethod
-    def draw() -> Truth:
+    def draw() -> "Truth":
         """By the Runge-Kutta method on the mixture's denoiser."""
         batch, data = batch_of(START - 1, HELDOUT), mixture()
         t, s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)

@@ -1,7 +1,5 @@
 """The tables of the degeneracy study, from stored rows."""
 
-from __future__ import annotations
-
 import statistics
 
 from benchmarks.degeneracy.expected import ZERO, gaussian

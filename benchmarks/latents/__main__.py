@@ -7,8 +7,6 @@ Four classes of Debian's public-domain drawings, 256x256. A small autoencoder is
 one), then latents are encoded, a small DiT trained on them, samples drawn and measured.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The road from a folder of drawings to decoded samples: autoencoder, latents, iSD-T on a small DiT, figures."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

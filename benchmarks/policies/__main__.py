@@ -6,8 +6,6 @@ matching (by Euler's method in 16, 4, 2 and 1 calls), iSD (2 calls and 1), and i
 policy of the same seed, which has then seen twice the samples.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

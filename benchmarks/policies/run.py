@@ -1,7 +1,5 @@
 """The cells of the study of policies: their settings, and how one is trained and tried."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """What the cells of the study of policies say: tables, figure, and results/policies.json."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What stands behind the computed preconditioning: how far the network must move with it, and are its l and s right?"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

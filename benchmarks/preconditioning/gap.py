@@ -5,8 +5,6 @@ preconditioning freezes its residual: at the end of the jump for the backward fo
 at the better of the two for Euler's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -11,8 +11,6 @@ are in units of both stated errors together, their mean square 1 where those are
 samples, so that their scores go together. A test repeats the first seed of what is stored.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

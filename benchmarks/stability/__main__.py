@@ -3,8 +3,6 @@
 docs/studies/stability.md says what a cell is, what it is measured by, and what counts as a failure.
 """
 
-from __future__ import annotations
-
 import statistics
 import tempfile
 from functools import cache as cached

@@ -1,7 +1,5 @@
 """One cell of the stability study: train, measure at four moments, say whether it failed."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the stability study trains: its cells, their labels and their settings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """What the stored cells of the stability study say: tables, figure, and results/stability.json."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

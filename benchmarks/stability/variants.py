@@ -1,7 +1,5 @@
 """Objectives that only the stability study knows: a mistake and an alternative, kept out of the library."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import final

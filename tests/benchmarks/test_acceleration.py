@@ -1,7 +1,5 @@
 """The acceleration study's table: what is compared with what, under which keys, and what the ratio is."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The interventions of benchmarks/acceleration/anatomy.py change the one thing that they say they change."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The grid of all studies: cells are known by their labels, settings are checked by digest, pages hold the tables."""
 
-from __future__ import annotations
-
 import json
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The study of policies: what its tables say of known episodes, which cells are taken for done, their settings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The stability study: its cells can be trained, its own objectives are what they say, its tables count rightly."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

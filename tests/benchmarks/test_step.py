@@ -1,7 +1,5 @@
 """The step benchmark's count of evaluations: no objective evaluates more than its definition needs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

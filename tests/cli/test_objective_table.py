@@ -1,7 +1,5 @@
 """The page of objectives holds the table that the command prints."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fewstep.cli.objectives import table_markdown, table_text

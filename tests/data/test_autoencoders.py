@@ -1,7 +1,5 @@
 """Autoencoders: loaded from a folder and nowhere else, told apart by what they are, and true to diffusers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -27,19 +25,19 @@ IDENTITY = AutoencoderIdentity("AutoencoderKL", "c", "w", "here")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AutoencoderKL]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "AutoencoderKL"]:
     folder = tmp_path_factory.mktemp("autoencoder") / "vae"
     return folder, save_autoencoder(folder)
 
 
 @pytest.fixture
-def folder(saved: tuple[Path, AutoencoderKL], tmp_path: Path) -> Path:
+def folder(saved: tuple[Path, "AutoencoderKL"], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     shutil.copytree(saved[0], tmp_path / "vae")
     return tmp_path / "vae"
 
 
-def test_it_encodes_and_decodes_as_diffusers_does(saved: tuple[Path, AutoencoderKL]) -> None:
+def test_it_encodes_and_decodes_as_diffusers_does(saved: tuple[Path, "AutoencoderKL"]) -> None:
     found, model = load_autoencoder(saved[0], CPU), saved[1]
     images = torch.rand(3, 3, SIDE, SIDE) * 2 - 1
     mean, std = found.encode(images)
@@ -64,7 +62,7 @@ def test_decoding_inverts_what_samples_are_brought_to() -> None:
         spec.latents(torch.zeros(5, 3, 3, 3))
 
 
-def test_images_are_decoded_from_their_own_units_and_cut_to_their_range(saved: tuple[Path, AutoencoderKL]) -> None:
+def test_images_are_decoded_from_their_own_units_and_cut_to_their_range(saved: tuple[Path, "AutoencoderKL"]) -> None:
     autoencoder = load_autoencoder(saved[0], CPU)
     spec = LatentSpec(autoencoder.identity, (0.1, 0.2, 0.3, 0.4), (5.0, 6.0, 7.0, 8.0), 0.5, (3, SIDE, SIDE))
     samples = 20 * torch.randn(19, 4, SIDE // 2, SIDE // 2)
@@ -75,7 +73,7 @@ def test_images_are_decoded_from_their_own_units_and_cut_to_their_range(saved: t
 
 
 def test_a_moved_autoencoder_is_the_same_and_a_changed_one_is_not(
-    saved: tuple[Path, AutoencoderKL], folder: Path, tmp_path: Path
+    saved: tuple[Path, "AutoencoderKL"], folder: Path, tmp_path: Path
 ) -> None:
     first, moved = (load_autoencoder(each, CPU).identity for each in (saved[0], folder))
     assert first.path != moved.path
@@ -93,7 +91,7 @@ def test_a_moved_autoencoder_is_the_same_and_a_changed_one_is_not(
 
 
 def test_a_decoder_takes_only_the_autoencoder_of_its_latents(
-    saved: tuple[Path, AutoencoderKL], folder: Path, tmp_path: Path
+    saved: tuple[Path, "AutoencoderKL"], folder: Path, tmp_path: Path
 ) -> None:
     identity = load_autoencoder(saved[0], CPU).identity
     spec = LatentSpec(replace(identity, path=str(tmp_path / "gone")), (0.0,), (1.0,), 1.0, (3, SIDE, SIDE))
@@ -159,7 +157,7 @@ def test_what_is_no_autoencoder_is_refused(spoil: Callable[[Path], None], messag
 
 
 def test_without_diffusers_the_extra_is_named(
-    saved: tuple[Path, AutoencoderKL], monkeypatch: pytest.MonkeyPatch
+    saved: tuple[Path, "AutoencoderKL"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'fewstep\[diffusers\]'"):

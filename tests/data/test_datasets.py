@@ -1,7 +1,5 @@
 """Data sets: what is measured of them, splits, order, augmentation, bundled and drawn sources."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Demonstrations: the file both ways, chunks that never cross episodes, normalisers, bad files by name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Folders of images."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """MNIST's file format."""
 
-from __future__ import annotations
-
 import gzip
 import struct
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Demonstrations from Minari's and robomimic's files: what is read, in which order, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Latents as a data source: normalised as measured, split as encoded, read shard by shard, and refused when damaged."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """NumPy archives."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The toy mixture: its samples have the moments of its parameters, and its oracle denoises them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

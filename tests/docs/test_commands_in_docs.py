@@ -1,7 +1,5 @@
 """Every command in the documentation is one that the parsers take, and every file that it names is there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Python in the documentation runs as it stands, and says what the page says."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

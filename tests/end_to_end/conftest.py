@@ -1,7 +1,5 @@
 """Commands run within the test process, on small data and networks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

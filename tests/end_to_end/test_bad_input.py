@@ -1,7 +1,5 @@
 """Whatever a user gets wrong ends in exit code 2 and one line on standard error, and nothing on disk is lost."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Stored files whose content is not what it should be, and options beyond reason: exit code 2 and one line."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

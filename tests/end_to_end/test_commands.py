@@ -1,7 +1,5 @@
 """The commands in the order of use: train, sample, evaluate, report; and what each leaves on disk."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

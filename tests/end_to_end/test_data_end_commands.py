@@ -1,7 +1,5 @@
 """Runs that learn jumps to the data end alone: sampled by new noise between steps, with or without other jumps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

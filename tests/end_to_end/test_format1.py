@@ -4,8 +4,6 @@ The folders and `expected.safetensors` were written by the last fewstep of that 
 with which two runs that stopped half-way there had ended.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

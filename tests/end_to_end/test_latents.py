@@ -1,7 +1,5 @@
 """From a folder of pictures to decoded samples: encode, train, sample, evaluate, report; and what goes wrong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

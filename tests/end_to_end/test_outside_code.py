@@ -3,8 +3,6 @@
 Nothing but the user's own words imports code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The commands of policies, on a task made for the test: demonstrations, training, rollout, film, report, bad input."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

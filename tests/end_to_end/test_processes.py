@@ -1,7 +1,5 @@
 """Real processes: killed ones go on exactly, two of them equal one, and none waits for ever."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The commands around a teacher and its student: statistics, train, evaluate, report."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

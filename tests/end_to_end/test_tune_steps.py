@@ -1,7 +1,5 @@
 """fewstep tune-steps: what it finds is stored, travels with the model, is used by default and given up when stale."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """What each of two processes does in test_processes.py: commands, a loss that is NaN in one of them, a time limit."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

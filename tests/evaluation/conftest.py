@@ -1,7 +1,5 @@
 """Settings of the tests of evaluation."""
 
-from __future__ import annotations
-
 import pytest
 
 

@@ -1,7 +1,5 @@
 """Alignment is zero for exact students, the size of the perturbation for others; records and figures keep it."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

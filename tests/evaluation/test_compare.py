@@ -1,7 +1,5 @@
 """Runs compared: images to a quality against closed forms, methods told apart, curves read and written, links."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

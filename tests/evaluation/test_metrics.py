@@ -1,7 +1,5 @@
 """Distances between features against their closed forms; extractors that depend on data and seed alone."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

@@ -1,7 +1,5 @@
 """Perceptual distances: zero for equal images, differentiable, and what they say they are."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Pictures keep values and places; the page is one safe, complete file whatever a run has to show."""
 
-from __future__ import annotations
-
 import base64
 import io
 import re

@@ -1,7 +1,5 @@
 """Students beside their teachers: the times they are compared at, which recipe belongs to which teacher, the cost."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Placing few steps: the search on known functions, honest halves, exact maps that leave nothing to tune."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

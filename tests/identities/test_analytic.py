@@ -1,7 +1,5 @@
 """Analytic preconditioning: its limits, its derivatives, exactness on Gaussian data, and jumps about an origin."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

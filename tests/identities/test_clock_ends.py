@@ -1,7 +1,5 @@
 """Losses and their gradients are finite at both ends of every clock, and where both times are one end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, final
 

@@ -1,7 +1,5 @@
 """CM preconditioning at the oracle: the exact Gaussian map to the data end through c_skip and c_out, for CT and ECT."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """CT, ECT, sCT and sCD: curricula, bias that falls with the grid, the published tangent, what is frozen."""
 
-from __future__ import annotations
-
 import copy
 import math
 from dataclasses import replace

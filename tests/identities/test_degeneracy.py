@@ -1,7 +1,5 @@
 """explanation/why-an-anchor.md: consistent maps of wrong velocities, their linearised updates, how much anchor."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

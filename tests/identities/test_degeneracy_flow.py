@@ -3,8 +3,6 @@
 In the smallest family of maps of Proposition 4: theta and mu change the velocity, c and d depart from being a flow map.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The total derivative dN/dt: exact against closed form, finite differences of order two everywhere in the range."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

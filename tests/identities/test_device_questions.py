@@ -1,7 +1,5 @@
 """A step asks the device nothing: which samples have s = t is known on the host, from their indices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Distillation: the grid's draws, zero residual at exact maps as the solver's order says, and where gradients flow."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

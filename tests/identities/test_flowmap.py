@@ -1,7 +1,5 @@
 """Flow maps: the boundary condition for any network, and composition, velocity and denoiser of exact maps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The consistency gap: its definition, and how much smaller analytic preconditioning makes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

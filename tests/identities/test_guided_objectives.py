@@ -1,7 +1,5 @@
 """Guidance, fixed and drawn, label dropout and split batches, for all objectives that train a map of two times."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

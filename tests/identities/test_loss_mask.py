@@ -1,7 +1,5 @@
 """Numbers that do not count, and conditions that are observed: every objective heeds both."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """MeanFlow and ESD: expectation or residual zero at oracles, what the gradient flows through, every kind of layer."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

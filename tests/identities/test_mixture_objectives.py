@@ -3,8 +3,6 @@
 The network is N = (X - f x)/g with X the solver's, so residuals vanish as the solver's error does: as steps^-4.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, final
 

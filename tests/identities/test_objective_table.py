@@ -1,7 +1,5 @@
 """The table: complete, and its evaluation counts are those that a counting network measures."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Objectives: the anchor's expected gradient at oracles, draws of times and labels, weights, splitting of batches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Solvers of a teacher: measured order against declared, exact cost, and times per sample."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

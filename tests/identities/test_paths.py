@@ -1,7 +1,5 @@
 """Probability paths: values and derivatives agree, conversions invert each other, both ends are finite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

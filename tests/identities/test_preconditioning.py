@@ -1,7 +1,5 @@
 """Jump coefficients and inner scaling: boundary condition, diagonal, derivatives, and the identities between them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Published losses of iSD-T and MeanFlow, written out from their formulas: loss and gradient of a batch agree."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The Eulerian identity: zero residual at exact flow maps, the targets of the papers, and where gradients flow."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """LSD, PSD and shortcut models: zero at exact maps, what is frozen, sizes and times of the jumps."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

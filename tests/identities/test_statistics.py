@@ -1,7 +1,5 @@
 """Statistics of trajectories against closed forms, with the errors that they state for themselves."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import fields, replace

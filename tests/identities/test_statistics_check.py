@@ -3,8 +3,6 @@
 The benchmark is the heavy version: more samples and seeds. Here is what shows a bias in a few seconds.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Times of any type are taken in float64, the ends of a clock exactly: every function that a caller may give times."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

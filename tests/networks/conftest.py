@@ -1,7 +1,5 @@
 """Settings of the tests of networks, some of which compile."""
 
-from __future__ import annotations
-
 import pytest
 
 

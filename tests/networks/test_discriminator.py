@@ -1,7 +1,5 @@
 """The discriminator of the adversarial loss: any shape of sample, each scored by itself and by its class."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """What networks are built of: norms, attention, rotations and the embedding of times, against the usual ones."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Networks: shapes, conditions, exact derivatives in forward mode, and what holds at initialisation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

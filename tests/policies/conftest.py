@@ -1,7 +1,5 @@
 """One small policy for all tests of this folder, trained on a point's demonstrations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Fetch behind a block: two ways round, both of the expert's, and between them a mean that does not arrive."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,5 @@
 """Fetch: success is the block at the goal, and the experts bring it there even when disturbed on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

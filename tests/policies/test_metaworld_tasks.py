@@ -1,7 +1,5 @@
 """Meta-World: starts that its resets can take, goals that can be seen, and experts that reach them."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

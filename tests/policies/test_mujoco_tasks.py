@@ -1,7 +1,5 @@
 """What every MuJoCo task owes: equal episodes for equal seeds and actions, in any order; packages only when made."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Networks that see observations: each takes them in, exact derivatives pass, shapes that do not fit are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Policies: shapes, bounds, noise that depends on the decision and the episode alone, memory, storage."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """PushT: starts where the draw says, equal episodes for equal seeds, coverage as the area shared with the goal."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

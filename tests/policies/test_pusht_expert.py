@@ -1,7 +1,5 @@
 """PushT's expert: its geometry by plain definitions, its table against the physics, and that it solves the task."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

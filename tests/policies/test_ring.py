@@ -1,7 +1,5 @@
 """The ring: equal starts and episodes for equal seeds, both ways from the same start, and none for their mean."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable

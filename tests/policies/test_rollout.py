@@ -1,7 +1,5 @@
 """Rollouts: lockstep equals one by one, failing simulations, the interval, experts and what they record."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import replace

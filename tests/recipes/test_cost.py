@@ -1,7 +1,5 @@
 """The cost of training counted from settings: against the network itself, and against what a step evaluates."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -1,7 +1,5 @@
 """Recipes: each builds, is stored and read back, can be changed by name, and takes a training step when made small."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator

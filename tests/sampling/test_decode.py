@@ -1,7 +1,5 @@
 """Samples as they are looked at: as they are where they are images, decoded and small where they are latents."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

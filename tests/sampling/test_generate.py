@@ -1,7 +1,5 @@
 """Samplers at exact maps: every number of steps agrees, marginals are kept, orders and evaluations are as declared."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

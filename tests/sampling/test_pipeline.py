@@ -1,7 +1,5 @@
 """Pipelines: what is saved comes back, folders of format 1 are read, and what is none is named."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

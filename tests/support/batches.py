@@ -1,7 +1,5 @@
 """Batches of an objective: their draws, small data with and without labels, and times that tests choose."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import final
 

@@ -1,7 +1,5 @@
 """Paths, preconditionings, scalings, networks and strategies that the identities are tested on. All in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

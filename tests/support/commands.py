@@ -1,7 +1,5 @@
 """What the tests of the commands share: options for small runs, and what a command leaves."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

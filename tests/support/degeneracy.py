@@ -1,7 +1,5 @@
 """The Gaussian case of benchmarks/degeneracy/gaussian.py, and the objectives that distil the map from itself."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

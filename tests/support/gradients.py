@@ -1,7 +1,5 @@
 """Gradients of an objective: those of a map's weights, and the expected one at an oracle."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Objectives with a few settings changed, wherever those lie."""
 
-from __future__ import annotations
-
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """One part of each kind, as a user writes them in a file of their own; tests train, resume and measure them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

@@ -1,7 +1,5 @@
 """What the tests of latents share: a folder of pictures, and an autoencoder of the smallest size."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +14,7 @@ SIDE = 16
 """Of the images that the tests encode; their latents are half as wide."""
 
 
-def save_autoencoder(folder: Path, seed: int = 0, channels: int = 3, latents: int = 4) -> AutoencoderKL:
+def save_autoencoder(folder: Path, seed: int = 0, channels: int = 3, latents: int = 4) -> "AutoencoderKL":
     """Two levels, so that latents are half as wide as images; random weights of that seed, saved and returned."""
     from diffusers import AutoencoderKL  # seconds, which a worker that collects these tests alone need not spend
 

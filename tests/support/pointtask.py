@@ -1,7 +1,5 @@
 """A task without a simulator: a point in the square is steered to a goal."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Functions that the tests of data sources share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

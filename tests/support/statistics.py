@@ -1,7 +1,5 @@
 """Trajectory statistics in closed form, and a preconditioning's table with nothing special about it."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ and asks its Meta kernels for the product's shape. These are decompositions in P
 of what a test of a derivative takes. Shapes by broadcasting alone say the same of a tensor that has no memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Data and finished runs that the tests of training share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Checkpoints and logs whose content is not what it should be: one error that names the file, nothing overwritten."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Averages of weights: EDM2's power function has the width it is named by, the constant decay its formula."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +18,7 @@ class Scalar(nn.Module):
         self.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
         self.register_buffer("count", torch.tensor(0))
 
-    def set(self, value: float, count: int = 0) -> Scalar:
+    def set(self, value: float, count: int = 0) -> "Scalar":
         with torch.no_grad():
             self.weight.fill_(value)
         self.count.fill_(count)

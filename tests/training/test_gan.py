@@ -1,7 +1,5 @@
 """A discriminator beside a flow map: its hinge losses, its own gradients, when it begins, its state in checkpoints."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

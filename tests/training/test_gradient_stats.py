@@ -1,7 +1,5 @@
 """What the log says of gradients: their parts, quantiles, and what left its range before a run diverged."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The loop: batches, averages, optimisers, precision, divergence, limits, loading."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

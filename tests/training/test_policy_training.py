@@ -1,7 +1,5 @@
 """Training on demonstrations: exact resume, accumulation, teachers that fit, files from before there were policies."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

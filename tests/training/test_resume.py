@@ -1,7 +1,5 @@
 """Exact resume, checkpoints, and runs that must not be resumed."""
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

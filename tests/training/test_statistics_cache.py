@@ -1,7 +1,5 @@
 """Statistics of a teacher: estimated once, found again, resumed exactly, each sample under its own label."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Teachers: found and checked, where students start from, the slow average beside them, and their exact resume."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Trackers are given what the log says; one that is missing or cannot start is one line."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock

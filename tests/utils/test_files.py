@@ -1,7 +1,5 @@
 """Locks on folders: one holder, no leak, no stale one. Stored records: one kind of error."""
 
-from __future__ import annotations
-
 import errno
 import math
 import os

@@ -1,7 +1,5 @@
 """Files of format 1 in today's names."""
 
-from __future__ import annotations
-
 import pytest
 
 from fewstep.utils import old_names

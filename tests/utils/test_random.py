@@ -1,7 +1,5 @@
 """Random numbers: distributions, independence, and the same numbers however the samples are split."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

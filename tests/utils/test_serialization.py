@@ -1,7 +1,5 @@
 """Configurations to JSON and back: nothing is lost, and nothing that does not fit is let through."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

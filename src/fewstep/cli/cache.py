@@ -1,7 +1,5 @@
 """Where commands keep what several runs share."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

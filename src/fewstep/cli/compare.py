@@ -1,7 +1,5 @@
 """`fewstep compare RUN RUN ...`: learning curves of a study."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`fewstep demos TASK`: demonstrations, recorded or imported."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

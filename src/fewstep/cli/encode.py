@@ -1,7 +1,5 @@
 """`fewstep encode FOLDER`: images into latents."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`fewstep evaluate RUN`: figures of its samples."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ the setting before is then that kind's own defaults, and its fields follow as us
 user's own is FILE.py:CLASS, or goes by its name where the command has imported its file, `--import FILE.py`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import typing

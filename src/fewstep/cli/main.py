@@ -1,7 +1,5 @@
 """The command line: which command, and what becomes of its failures."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib

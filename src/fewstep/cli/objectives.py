@@ -1,7 +1,5 @@
 """`fewstep objectives`: the table of objectives, as plain text and as that of docs/reference/objectives.md."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Typed options from the words of a command line, with one clear line for what does not fit."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """`fewstep policy-quickstart`: the same for a robot's policy, in a maze with two ways."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

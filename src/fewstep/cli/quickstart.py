@@ -1,7 +1,5 @@
 """`fewstep quickstart`: iSD and flow matching trained for the same seconds on real digits; measured, shown."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """`fewstep recipes`: what can be trained."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fewstep.recipes import AT_SCALE, RECIPES

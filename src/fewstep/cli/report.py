@@ -1,7 +1,5 @@
 """`fewstep report RUN`: its page."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`fewstep rollout RUN`: a policy acts in its task."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fewstep statistics RUN`: of a teacher's trajectories."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`fewstep train RECIPE`: a run of a recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`fewstep tune-steps RUN`: better places for its steps."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Augmentations: functions of the random numbers of a batch's samples."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from fewstep.utils.random import Draws

@@ -1,7 +1,5 @@
 """What every data source becomes: tensors, their labels, and what is measured of them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from abc import ABC, abstractmethod
@@ -150,7 +148,7 @@ class Samples(SampleSet):
         if self.labels is not None:
             _update(digest, self.labels)
 
-    def select(self, indices: Tensor) -> Samples:
+    def select(self, indices: Tensor) -> "Samples":
         """The samples at `indices` (n,) int64, stored as here."""
         return Samples(self.values[indices], None if self.labels is None else self.labels[indices])
 

@@ -1,7 +1,5 @@
 """A folder of PNG, JPEG or WebP images; its first-level subfolders, if it has any, are the classes."""
 
-from __future__ import annotations
-
 import os
 import struct
 import warnings

@@ -1,7 +1,5 @@
 """MNIST's IDX files: a big-endian header (magic number, one size per axis), then bytes; often gzipped."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import struct

@@ -1,7 +1,5 @@
 """Class numbers: their names where the data brings none, and a split that keeps their shares."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

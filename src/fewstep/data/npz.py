@@ -1,7 +1,5 @@
 """NumPy archives of images or latents."""
 
-from __future__ import annotations
-
 import tokenize
 import zipfile
 import zlib

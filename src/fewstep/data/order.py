@@ -1,7 +1,5 @@
 """The order of training: an endless sequence of epochs, each a fresh permutation, read at any position."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,7 +1,5 @@
 """Where data comes from: one configuration for every source, and one function that loads it."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
@@ -41,7 +39,7 @@ class DataSource(ABC):
     of_actions: ClassVar[bool] = False
 
     @abstractmethod
-    def dataset(self, settings: DataConfig) -> Dataset:
+    def dataset(self, settings: "DataConfig") -> Dataset:
         """The data set; raises DataError for data that are missing or do not fit."""
 
 
@@ -49,10 +47,10 @@ class ImageSource(DataSource):
     """Samples (C, H, W) whose channels are converted, and which are split unless they bring a held-out part."""
 
     @abstractmethod
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         """The samples as they are."""
 
-    def dataset(self, settings: DataConfig) -> Dataset:
+    def dataset(self, settings: "DataConfig") -> Dataset:
         loaded = self.load(settings)
         parts = _split(loaded, settings) if loaded.heldout is None else (loaded.train, loaded.heldout)
         train, heldout = (_convert(loaded.name, part, settings) for part in parts)
@@ -68,7 +66,7 @@ class DigitsSource(ImageSource):
 
     reads_root: ClassVar[bool] = False
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return _load_digits()
 
 
@@ -77,7 +75,7 @@ class DigitsSource(ImageSource):
 class IdxSource(ImageSource):
     """MNIST's files."""
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return load_idx(settings.root)
 
 
@@ -86,7 +84,7 @@ class IdxSource(ImageSource):
 class ImagesSource(ImageSource):
     """A folder of image files."""
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return load_folder(settings.root, settings.image_size, settings.skip_unreadable)
 
 
@@ -95,7 +93,7 @@ class ImagesSource(ImageSource):
 class LatentsSource(DataSource):
     """A folder that `fewstep encode` wrote, split as it says."""
 
-    def dataset(self, settings: DataConfig) -> Dataset:
+    def dataset(self, settings: "DataConfig") -> Dataset:
         if settings.image_size or settings.channels:
             raise ConfigError(
                 "latents keep the size and channels they were encoded to: leave image_size and channels at 0"
@@ -110,7 +108,7 @@ class DemonstrationsSource(DataSource):
 
     of_actions: ClassVar[bool] = True
 
-    def dataset(self, settings: DataConfig) -> Dataset:
+    def dataset(self, settings: "DataConfig") -> Dataset:
         if settings.image_size or settings.channels:
             raise ConfigError("demonstrations are no images: leave image_size and channels at 0")
         return load_chunks(settings.root, settings.chunks, settings.heldout, settings.seed)
@@ -123,7 +121,7 @@ class MixtureSource(ImageSource):
 
     reads_root: ClassVar[bool] = False
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return load_mixture(settings.seed)
 
 
@@ -132,7 +130,7 @@ class MixtureSource(ImageSource):
 class NpzSource(ImageSource):
     """A NumPy archive."""
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return load_npz(settings.root, settings.npz_layout)
 
 
@@ -143,7 +141,7 @@ class RandomSource(ImageSource):
 
     reads_root: ClassVar[bool] = False
 
-    def load(self, settings: DataConfig) -> Loaded:
+    def load(self, settings: "DataConfig") -> Loaded:
         return _load_random(settings)
 
 

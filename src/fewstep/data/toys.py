@@ -1,7 +1,5 @@
 """Toy data whose denoiser is known in closed form: samples here, the oracle in fewstep.flow.closed_form."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Students and their teachers: how well a student follows its teacher, what its preconditioning costs to compute."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

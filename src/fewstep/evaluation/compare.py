@@ -3,8 +3,6 @@
 The first run's method is the baseline; runs of two methods with the same seed are a pair.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

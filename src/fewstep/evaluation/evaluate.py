@@ -1,7 +1,5 @@
 """What is measured of a run: how it is sampled, how good its samples are, where the figures are kept."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

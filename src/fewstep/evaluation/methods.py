@@ -3,8 +3,6 @@
 Runs that differ in nothing but the seed are replicates of one method.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

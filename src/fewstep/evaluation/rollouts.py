@@ -1,7 +1,5 @@
 """Policies at work: demonstrations recorded or imported, policies let loose in their task, figures kept."""
 
-from __future__ import annotations
-
 import ctypes.util
 import os
 import sys

@@ -5,8 +5,6 @@ from other noise and compared with the default on half B, which the search has n
 there by more than that gain's standard error. Neither noise is the evaluation's.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import math

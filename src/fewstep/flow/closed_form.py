@@ -3,8 +3,6 @@
 Tests stand on them, and whoever develops an objective can: at the oracle every residual is zero.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

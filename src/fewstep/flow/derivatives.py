@@ -5,8 +5,6 @@ a foreign network with fused attention or nn.GroupNorm on non-contiguous input n
 assume a deterministic network: no dropout between the evaluations. Networks are called as fn(x, t) -> N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, final, get_args

@@ -1,7 +1,5 @@
 """FlowMap = path + preconditioning + inner scaling + network (math.md §2)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +41,7 @@ class FlowMapConfig:
                 "classes: sizes must be at least 1, and the number of classes at least 0"
             )
 
-    def build(self) -> FlowMap:
+    def build(self) -> "FlowMap":
         """A flow map with freshly initialised weights."""
         network = self.network.build(self.shape, self.num_classes, self.guided, self.observation)
         return FlowMap(self.path, self.preconditioning, network, self.scaling, self)

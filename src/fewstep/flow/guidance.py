@@ -1,7 +1,5 @@
 """Classifier-free guidance: in training targets (math.md §5.3) and when sampling a model trained without it."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace

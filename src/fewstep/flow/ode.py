@@ -10,8 +10,6 @@ coordinates and clock. Times of any type are taken in float64 (Path.clock), and 
 in the dtype of x; gradients are the caller's affair.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -87,14 +85,14 @@ class Memory:
     h: Tensor
 
     @staticmethod
-    def empty(x: Tensor) -> Memory:
+    def empty(x: Tensor) -> "Memory":
         """Of samples that have taken no step; x (B, ...)."""
         return Memory(x, torch.full(x.shape[:1], torch.inf, dtype=torch.float64, device=x.device))
 
-    def __getitem__(self, rows: Tensor) -> Memory:
+    def __getitem__(self, rows: Tensor) -> "Memory":
         return Memory(self.denoised[rows], self.h[rows])
 
-    def replaced(self, rows: Tensor, own: Memory) -> Memory:
+    def replaced(self, rows: Tensor, own: "Memory") -> "Memory":
         """The same memory with that of the samples `rows` replaced by their own."""
         denoised = self.denoised.index_copy(0, rows, own.denoised.to(self.denoised.dtype))
         return Memory(denoised, self.h.index_copy(0, rows, own.h))

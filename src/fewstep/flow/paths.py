@@ -5,8 +5,6 @@ conversion between denoiser D = E[x0|x_t], noise E = (x - alpha D)/sigma and PF-
 is written once, in a form that stays finite where the noise-to-signal ratio tau = sigma/alpha is infinite.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ class PathValues(NamedTuple):
     d_alpha: Tensor
     d_sigma: Tensor
 
-    def over(self, x: Tensor) -> PathValues:
+    def over(self, x: Tensor) -> "PathValues":
         """The same values broadcast over samples x (B, ...), in the dtype of x."""
         return PathValues(*(expand(value, x).to(x.dtype) for value in self))
 

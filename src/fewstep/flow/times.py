@@ -4,8 +4,6 @@ A distribution is the inverse of its cumulative function, so that a uniform draw
 the time. Draws are in float64 in the path's own clock.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

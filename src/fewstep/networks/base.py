@@ -1,7 +1,5 @@
 """The contract between a network and the rest: raw outputs F(x, t, s, cond), and nothing about paths."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """What a network is conditioned on besides the two times: a class label, an observation, a strength of guidance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +22,11 @@ class Condition:
     guidance: Tensor | None = None
     observation: Tensor | None = None
 
-    def without_labels(self) -> Condition:
+    def without_labels(self) -> "Condition":
         """The same conditions with every label replaced by NULL_LABEL."""
         return replace(self, labels=None if self.labels is None else torch.full_like(self.labels, NULL_LABEL))
 
-    def __getitem__(self, index: Tensor | slice) -> Condition:
+    def __getitem__(self, index: Tensor | slice) -> "Condition":
         return Condition(
             None if self.labels is None else self.labels[index],
             None if self.guidance is None else self.guidance[index],
@@ -36,7 +34,7 @@ class Condition:
         )
 
     @staticmethod
-    def cat(first: Condition, second: Condition) -> Condition:
+    def cat(first: "Condition", second: "Condition") -> "Condition":
         """Concatenate two batches of conditions of the same kind."""
         return Condition(
             _cat(first.labels, second.labels),

@@ -1,7 +1,5 @@
 """A small discriminator of samples for adversarial losses: images (and their classes) to one score each."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +21,7 @@ class DiscriminatorConfig:
         if self.width < 1:
             raise ConfigError(f"a discriminator of width {self.width}: it must be at least 1")
 
-    def build(self, shape: tuple[int, ...], num_classes: int) -> Discriminator:
+    def build(self, shape: tuple[int, ...], num_classes: int) -> "Discriminator":
         """Make the discriminator for samples of shape (C, H, W)."""
         return Discriminator(self, shape, num_classes)
 

@@ -1,7 +1,5 @@
 """The diffusion transformer DiT (2212.09748) with rotary positions, RMS norms and gated MLPs."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -59,7 +57,7 @@ class DiTConfig(NetworkConfig):
         *,
         depth: int | None = None,
         checkpoint: bool = False,
-    ) -> DiTConfig:
+    ) -> "DiTConfig":
         """The published size, with another depth if one is given; DiT-B/2 is of("B", 2)."""
         if size not in _PUBLISHED:
             raise ConfigError(f"no published DiT has size {size!r}; choose one of {', '.join(_PUBLISHED)}")
@@ -67,7 +65,7 @@ class DiTConfig(NetworkConfig):
         layers = published_depth if depth is None else depth
         return DiTConfig(width=width, depth=layers, heads=heads, patch=patch, checkpoint=checkpoint)
 
-    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> DiT:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "DiT":
         return DiT(self, shape, num_classes, guided, observation)
 
 

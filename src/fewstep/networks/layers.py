@@ -6,8 +6,6 @@ made of elementary operations instead, so one code path serves training, exact d
 with a weight count the weight's tangent too, a matrix of zeros, at full price: Linear and the convolutions here do not.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import nullcontext

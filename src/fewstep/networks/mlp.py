@@ -1,7 +1,5 @@
 """A residual multilayer perceptron for points, poses, actions and small images, whatever their shape."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -29,7 +27,7 @@ class MLPConfig(NetworkConfig):
     max_frequency: float = 64.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
-    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> MLP:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "MLP":
         return MLP(self, shape, num_classes, guided, observation)
 
 

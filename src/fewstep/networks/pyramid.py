@@ -1,7 +1,5 @@
 """What the U-Nets share in one and two dimensions: residual blocks on a pyramid of resolutions, with skips across."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

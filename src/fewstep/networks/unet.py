@@ -1,7 +1,5 @@
 """A convolutional U-Net of the family of DDPM++ (2011.13456) and ADM (2105.05233), with cheap resampling."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,7 +39,7 @@ class UNetConfig(NetworkConfig):
     def stochastic(self) -> bool:
         return self.dropout > 0
 
-    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> UNet:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "UNet":
         return UNet(self, shape, num_classes, guided, observation)
 
 

@@ -1,8 +1,6 @@
 """A U-Net along time for chunks of actions, conditioned by FiLM, after Diffusion Policy (2303.04137) and Janner's
 diffuser (2205.09991)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -32,7 +30,7 @@ class UNet1dConfig(NetworkConfig):
     max_frequency: float = 16.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
 
-    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> UNet1d:
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "UNet1d":
         return UNet1d(self, shape, num_classes, guided, observation)
 
 

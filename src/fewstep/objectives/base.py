@@ -1,7 +1,5 @@
 """What an objective is: a function of a flow map, a batch and companions, giving one loss per sample."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -50,7 +48,7 @@ class Batch:
     loss_mask: Tensor | None = None
     places: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> Batch:
+    def __getitem__(self, rows: Tensor) -> "Batch":
         labels, observation, loss_mask = (
             None if each is None else each[rows] for each in (self.labels, self.observation, self.loss_mask)
         )

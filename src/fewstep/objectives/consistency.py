@@ -1,7 +1,5 @@
 """Consistency training, maps to s = t_min alone (math.md sections 4 and 5.2): CT and ECT compare adjacent points."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import dataclass

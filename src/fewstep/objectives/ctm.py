@@ -1,7 +1,5 @@
 """Consistency trajectory models (2310.02279; math.md section 4)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, final

@@ -1,7 +1,5 @@
 """Settings that change as training goes on: functions of the images seen."""
 
-from __future__ import annotations
-
 import math
 
 import torch

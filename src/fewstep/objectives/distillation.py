@@ -4,8 +4,6 @@ The teacher's ODE carries x_t down to x_u; the student's jump from t must end wh
 ends.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 

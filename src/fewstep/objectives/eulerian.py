@@ -1,7 +1,5 @@
 """The Eulerian identity d/dt X(x_t, t, s) = 0 (math.md section 5.1): its residual, and the error of N against it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Regression on the diagonal: flow matching and denoising score matching (math.md section 1)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 

@@ -1,7 +1,5 @@
 """The adversarial loss that CTM (2310.02279) adds to distillation: hinge losses, of a discriminator and its inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """iSD (2601.22679): the tangent of the Eulerian identity is driven by the model's own velocity, without gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 

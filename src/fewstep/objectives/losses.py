@@ -1,7 +1,5 @@
 """How an error becomes a loss, per sample: norms, distances, adaptive weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """MeanFlow (2505.13447): the conditional velocity drives the tangent of the Eulerian identity."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, final
 

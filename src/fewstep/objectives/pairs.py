@@ -1,7 +1,5 @@
 """Objectives of pairs of times: how (t, s) are drawn, and how the anchor and a method's own error become one loss."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, final

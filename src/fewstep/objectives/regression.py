@@ -1,7 +1,5 @@
 """Least squares: what a policy cloned without any flow does."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

@@ -3,8 +3,6 @@
 Neighbours in the limit: the difference of adjacent points is a derivative. The paper's learned weight in t is left out.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, final

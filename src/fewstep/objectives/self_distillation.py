@@ -4,8 +4,6 @@ Each holds jumps of the map against one another where s < t. The paper's learned
 three; w of `Weighting`, which the paper does not have, is 1 by default.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 

@@ -1,7 +1,5 @@
 """Shortcut models (2410.12557): one jump of 2 d against two of d."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import final
 

@@ -1,7 +1,5 @@
 """All objectives in one table: what each compares, which velocity it trusts, where its gradient flows, its cost."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from fewstep.objectives.base import Objective

@@ -1,7 +1,5 @@
 """What is kept of a policy's episodes: rows of figures in its run's folder, a film of one of them, a table to read."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

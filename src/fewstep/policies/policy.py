@@ -1,7 +1,5 @@
 """A policy: a flow map over chunks of actions, given what was seen last."""
 
-from __future__ import annotations
-
 from collections import deque
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Episodes: of an expert, recorded; of a policy, many at once with one network call a chunk."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

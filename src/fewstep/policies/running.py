@@ -1,7 +1,5 @@
 """Episodes under way, and the simulations that they run in: what fails in one is its own error, the others go on."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +108,7 @@ class Simulations:
         self._kept: dict[int, Simulation] = {}
         self._works = False
 
-    def __enter__(self) -> Simulations:
+    def __enter__(self) -> "Simulations":
         return self
 
     def __exit__(self, *failure: object) -> None:

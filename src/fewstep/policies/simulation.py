@@ -1,7 +1,5 @@
 """What a policy acts in: simulations, the experts that show how, and the tasks that make both."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

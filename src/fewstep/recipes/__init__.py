@@ -3,8 +3,6 @@
 A recipe's docstring states what it trains, the figure to expect and the cost; `fewstep recipes` prints it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

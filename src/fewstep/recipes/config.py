@@ -1,7 +1,5 @@
 """A run's configuration: frozen dataclasses, and how it becomes a flow map."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Literal

@@ -3,8 +3,6 @@
 A multiply-add is 2 FLOPs. Left out are what is no matrix product, the optimiser's own work, and encoding the images.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """scikit-learn's 8x8 digits: bundled, real, and small enough for a laptop's minute."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.data.sources import DataConfig, DigitsSource

@@ -4,8 +4,6 @@ Each starts from its teacher's weights; train the teacher first. `--model.precon
 CTM, the default computes the preconditioning from the teacher (math.md §3).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.flow.paths import EDMPathConfig

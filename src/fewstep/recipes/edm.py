@@ -4,8 +4,6 @@ What they learn on the diagonal, students distil into jumps (fewstep.recipes.dis
 from Heun's method.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.data.sources import DataConfig, DigitsSource, IdxSource, MixtureSource

@@ -1,7 +1,5 @@
 """Fashion-MNIST: 70,000 pictures of clothes, 28x28, from the IDX files that Debian packages."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.data.sources import DataConfig, IdxSource

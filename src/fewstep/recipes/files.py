@@ -1,7 +1,5 @@
 """Recipes that are files: a Python file with a function that returns a RunConfig, or a run's config.json."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path

@@ -4,8 +4,6 @@ All need GPUs: `fewstep recipes` computes for how long. Encode your images first
 deviation 1 in each channel, which is what `fewstep encode` gives, then give the folder of latents with `--data.root`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from fewstep.data.sources import DataConfig, LatentsSource

@@ -3,8 +3,6 @@
 Objectives have their papers' settings; what they do here, over learning rates and seeds, is in studies/stability.md.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.flow.paths import TrigPathConfig

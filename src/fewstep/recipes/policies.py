@@ -1,7 +1,5 @@
 """Robot policies from demonstrations: the same data, network and budget for every objective."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from fewstep.data.sources import DataConfig, DemonstrationsSource

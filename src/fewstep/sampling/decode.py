@@ -1,7 +1,5 @@
 """How samples are looked at and written: as they are, or decoded where they are latents."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass

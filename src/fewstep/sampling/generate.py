@@ -1,7 +1,5 @@
 """Samples of a flow map: how they are drawn, and drawing them. Network evaluations (NFE) are counted, not assumed."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Samples as pictures: bytes, grids, PNG files and NumPy archives."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ FOLDER/config.json        {"format", "flow_map": FlowMapConfig, "pipeline": Pipe
 FOLDER/model.safetensors  the network's weights
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,7 +71,7 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         self.flow_map.to(device)
         return self
 
-    def with_step_times(self, step_times: tuple[StepTimes, ...]) -> Pipeline:
+    def with_step_times(self, step_times: tuple[StepTimes, ...]) -> "Pipeline":
         """The same flow map, sampled at other times."""
         return Pipeline(self.flow_map, replace(self.config, step_times=step_times))
 
@@ -122,7 +120,7 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         self.save(save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Pipeline:
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> "Pipeline":
         folder = Path(model_id)
         if folder.is_dir():
             return load_pipeline(folder)

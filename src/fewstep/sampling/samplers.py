@@ -4,8 +4,6 @@ A sampler takes noise x (B, ...) at times[0], strictly falling times, conditions
 samples, and returns samples at times[-1].
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol

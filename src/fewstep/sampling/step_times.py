@@ -1,7 +1,5 @@
 """Step times found for a model by `fewstep tune-steps`: values that travel with it, and the file of its run."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import dataclass
@@ -70,7 +68,7 @@ class TunedSteps:
         """Those that are used."""
         return tuple(each.step_times for each in self.found if each.kept)
 
-    def adding(self, new: Tuned) -> TunedSteps:
+    def adding(self, new: Tuned) -> "TunedSteps":
         """With one more, in place of an earlier one of its purpose."""
         kept = [each for each in self.found if each.step_times.purpose != new.step_times.purpose]
         return TunedSteps(self.step, (*kept, new))

@@ -1,7 +1,5 @@
 """What a teacher is, and its denoiser on another path."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """What a teacher of the user's own must say: its path, its samples' shape and classes, and its denoiser."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 
 import torch

@@ -5,8 +5,6 @@ RUN/checkpoints/step-N/  config.json + model.safetensors (a saved Pipeline with 
                          state.json
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Exponential moving averages of weights: constant decay, and EDM2's power function (2312.02696)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

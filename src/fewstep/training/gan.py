@@ -1,7 +1,5 @@
 """The discriminator's side of an adversarial loss: its network, its optimiser, its state in checkpoints."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Statistics of the gradient: what each term of a loss gives to it, its norm's quantiles, what left its range first."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque

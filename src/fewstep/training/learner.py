@@ -1,7 +1,5 @@
 """What a run learns: weights, their averages and a discriminator, with all that a checkpoint holds of them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

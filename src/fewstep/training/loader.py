@@ -1,7 +1,5 @@
 """Batches on the training device: which samples a step takes is decided by the seed, the step and their index."""
 
-from __future__ import annotations
-
 import torch
 
 from fewstep.data.augment import random_flips

@@ -1,7 +1,5 @@
 """What a run says of itself between checkpoints."""
 
-from __future__ import annotations
-
 import math
 import time
 

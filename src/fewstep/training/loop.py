@@ -4,8 +4,6 @@ The only place that knows of them. Randomness is a function of (seed, step, inde
 run equals an unbroken one, and several processes equal one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 import warnings

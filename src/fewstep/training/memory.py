@@ -1,7 +1,5 @@
 """What cannot fit into the machine's memory, found by counting before anything is built."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Optimisers with a state that goes to safetensors, and the learning-rate schedule as a function of images seen."""
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """Several processes that train one model: how they find each other, share a batch, and part."""
 
-from __future__ import annotations
-
 import atexit
 import math
 from collections.abc import Callable
@@ -28,7 +26,7 @@ class ProcessGroup:
     total: Callable[[Tensor], Tensor] = _alone
 
     @staticmethod
-    def of(accelerator: Accelerator) -> ProcessGroup:
+    def of(accelerator: Accelerator) -> "ProcessGroup":
         """The processes that an accelerator has."""
         index, count = accelerator.process_index, accelerator.num_processes
         return ProcessGroup(index, count, lambda value: cast(Tensor, accelerator.reduce(value, "sum")))

@@ -1,7 +1,5 @@
 """The bar that a run shows while it trains."""
 
-from __future__ import annotations
-
 import math
 import sys
 from types import TracebackType
@@ -24,7 +22,7 @@ class ProgressBar:
             mininterval=0.5, bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

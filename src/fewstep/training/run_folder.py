@@ -6,8 +6,6 @@ RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.ev
 RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

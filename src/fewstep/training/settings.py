@@ -1,7 +1,5 @@
 """What a run is given beside its recipe, and what it gives back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """What a run is made of before its first step: the flow map and the record of its data."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 

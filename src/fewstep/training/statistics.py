@@ -1,7 +1,5 @@
 """Statistics of a model's trajectories on a data set: estimated once, kept beside the model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -1,7 +1,5 @@
 """One step's forward pass, and what the passes of a step add up to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

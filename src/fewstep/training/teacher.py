@@ -1,7 +1,5 @@
 """Models that a run starts from or distils: found and checked; and the slow average beside the run."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Experiment trackers beside log.jsonl, by Accelerate: TensorBoard, Weights & Biases, Trackio (extra [track])."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from accelerate import Accelerator

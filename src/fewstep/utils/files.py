@@ -3,8 +3,6 @@
 Reading stored JSON: whatever is wrong with a file ends in one line that names it and says what to do.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

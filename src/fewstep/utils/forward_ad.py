@@ -1,7 +1,5 @@
 """Forward-mode differentiation with a type that checkers can follow, and without a graph where none is wanted."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ new value. PLACES: old place -> new place in a file, from its top. A file is tra
 nothing else in fewstep knows an old name.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 TYPES: dict[str, str] = {

@@ -5,8 +5,6 @@ defined, here or in anyone's file, is a kind of its base. `import_file`, and a n
 the user gives for a kind, are all that ever imports code; what a stored file says is looked up among what there is.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib.util

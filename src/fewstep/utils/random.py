@@ -5,8 +5,6 @@ steps or sampling batches never changes a number, and a resumed run draws what a
 The generator is a keyed 64-bit counter hash (the finaliser of SplitMix64; Steele, Lea and Flood, OOPSLA 2014).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

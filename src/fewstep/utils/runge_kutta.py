@@ -1,7 +1,5 @@
 """One step of the classical Runge-Kutta method: what every reference solution stands on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

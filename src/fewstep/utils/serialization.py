@@ -8,8 +8,6 @@ there already, are candidates. Nothing is imported by name.
 A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

@@ -1,7 +1,5 @@
 """Shapes and choices: expand per-sample values over samples, and say clearly what does not fit."""
 
-from __future__ import annotations
-
 import math
 import os
 

@@ -1,7 +1,5 @@
 """Tensors in safetensors files, and into modules: strictly, with one line on what does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Chunks of demonstrations: what was seen last, and the actions that follow."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Demonstrations: episodes of observations and actions in one file, and the chunks that a policy learns from."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

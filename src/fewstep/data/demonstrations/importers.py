@@ -4,8 +4,6 @@ Both keep one HDF5 group per episode, so h5py alone reads them; neither package 
 fetched. Pictures are left aside: policies here observe vectors.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """How a policy sees and acts: what ties the numbers of a flow map to a robot, stored with its weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +47,7 @@ class Normaliser:
     high: tuple[float, ...]
 
     @staticmethod
-    def fit(values: Tensor) -> Normaliser:
+    def fit(values: Tensor) -> "Normaliser":
         """The least and the greatest of each number, values (N, D)."""
         low, high = values.double().amin(0), values.double().amax(0)
         return Normaliser(tuple(low.tolist()), tuple(high.tolist()))

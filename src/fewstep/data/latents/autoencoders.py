@@ -1,7 +1,5 @@
 """Autoencoders between images and latents: loaded from a local folder, identified, and put to work both ways."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -34,7 +32,7 @@ class AutoencoderIdentity:
     weights: str
     path: str
 
-    def same_as(self, other: AutoencoderIdentity) -> bool:
+    def same_as(self, other: "AutoencoderIdentity") -> bool:
         """Whether both are one autoencoder, wherever it lies."""
         return self == replace(other, path=self.path)
 

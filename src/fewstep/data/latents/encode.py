@@ -4,8 +4,6 @@ A shard is written whole or not at all, and knows the images it was made of; the
 the shards as they are stored. So a command that was stopped and repeated ends with the files of one that was not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -274,7 +272,7 @@ class Encoder:
             digest.update(f"{self._name(position)}\0{file.stat().st_size}\0{label}\0".encode())
         return digest.hexdigest()
 
-    def _encode_shard(self, positions: range, bar: tqdm[Any]) -> tuple[bytes, list[Failure]]:
+    def _encode_shard(self, positions: range, bar: "tqdm[Any]") -> tuple[bytes, list[Failure]]:
         """The shard of these images, and the unreadable ones; raises DataError for them unless they may be skipped."""
         images, skip = self._content(positions), self.work.skip_unreadable
         parts: list[dict[str, Tensor]] = []
@@ -346,7 +344,7 @@ class Encoder:
             while waiting:
                 yield list(waiting.popleft())
 
-    def _bar(self, count: int, what: str) -> tqdm[Any]:
+    def _bar(self, count: int, what: str) -> "tqdm[Any]":
         return tqdm(total=count, desc=what, unit=" images", disable=self.work.quiet, file=sys.stderr)
 
 

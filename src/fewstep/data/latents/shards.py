@@ -5,8 +5,6 @@ DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where fl
                             there are classes, `indices` (n,): each image's number in the folder's listing
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass
@@ -148,7 +146,7 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
 class LatentSamples(SampleSet):
     """Some rows of the latents in a folder: rows (N,) int64; labels (N,) int64 or None."""
 
-    shards: LatentShards
+    shards: "LatentShards"
     rows: Tensor
     labels: Tensor | None = None
 

@@ -3,8 +3,6 @@
 Errors are root mean squares per element, in the student's coordinates at the time where the jump ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 A curve is a sequence of (images seen, value), images rising, lower values being better.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

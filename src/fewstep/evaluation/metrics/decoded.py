@@ -1,7 +1,5 @@
 """Features of the images that latents stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -6,8 +6,6 @@ where they are few and on random convolutions elsewhere; published figures need 
 literature.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ Every distance takes features (n, d) as an `Extractor` gives them, works in floa
 extractor that was: a figure without its extractor's name means nothing.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

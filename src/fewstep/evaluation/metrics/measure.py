@@ -1,7 +1,5 @@
 """One row of a results table: what was sampled, how, and every figure with the extractor and reference it needs."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import torch

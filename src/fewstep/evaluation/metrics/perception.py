@@ -1,7 +1,5 @@
 """A perceptual distance: what the convolutions of a network answer to images, place by place."""
 
-from __future__ import annotations
-
 import math
 
 import torch

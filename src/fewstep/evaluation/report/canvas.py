@@ -3,8 +3,6 @@
 Each figure is drawn on a canvas of its own: pyplot and its global state are never touched.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence

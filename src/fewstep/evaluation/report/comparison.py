@@ -1,7 +1,5 @@
 """Runs of one study side by side: a figure of their learning curves, and the page that holds it with the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

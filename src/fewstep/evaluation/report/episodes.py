@@ -1,7 +1,5 @@
 """A policy's rollouts on the report page: who reached the goal, how often, how fast, by which way."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

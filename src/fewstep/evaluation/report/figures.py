@@ -1,7 +1,5 @@
 """Figures of a run as PNG bytes: the course of its training, and quality against network calls."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal

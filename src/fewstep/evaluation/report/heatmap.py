@@ -1,7 +1,5 @@
 """Heat maps of alignment: the error of a student's jumps over the grid of their starts and ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class _Shades:
     ramp: Colormap
 
     @staticmethod
-    def over(values: Sequence[float], stops: Sequence[str]) -> _Shades:
+    def over(values: Sequence[float], stops: Sequence[str]) -> "_Shades":
         """The range of positive values: at least a factor of three wide, so that like values look alike, and at most of
         1e4, so that an exact zero lost to rounding does not take the colours from the rest.
         """

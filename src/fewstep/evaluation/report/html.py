@@ -1,7 +1,5 @@
 """Pages from the templates beside this file: they load nothing from elsewhere, and every text in them is escaped."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass

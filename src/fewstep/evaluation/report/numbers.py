@@ -1,7 +1,5 @@
 """Numbers as a reader wants them: few digits, true minus signs, nothing where there is no value."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

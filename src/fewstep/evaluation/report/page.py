@@ -1,7 +1,5 @@
 """One run as one HTML file: samples, figures, measurements, cost and settings, with nothing to load from elsewhere."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

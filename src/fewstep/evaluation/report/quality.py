@@ -1,7 +1,5 @@
 """The quality section of a run's page: a figure and a table for each extractor of features."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any

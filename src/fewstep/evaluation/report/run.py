@@ -1,7 +1,5 @@
 """What a run shows: sample grids while it trains, and its report page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The statistics behind an analytic preconditioning, and the jump coefficients that follow from them, as a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

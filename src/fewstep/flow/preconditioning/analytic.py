@@ -5,8 +5,6 @@ d(e^A x)/dlambda = e^{A+S} h with h = e^{-S} (D - l x); the jump holds h constan
 functions of time can.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, final
@@ -42,7 +40,7 @@ class Tables(NamedTuple):
     rule: Tensor
     runs: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device) -> Tables:
+    def to(self, device: torch.device) -> "Tables":
         """The same tables on another device."""
         l_curve, s_curve = (Curve(c.cells.to(device), c.area.to(device), c.step) for c in (self.l, self.s))
         runs = tuple(each.to(device) for each in self.runs)
@@ -146,7 +144,7 @@ class AnalyticPreconditioning(Preconditioning):
     def known_statistics(self) -> TrajectoryStatistics:
         return self.statistics
 
-    def with_statistics(self, statistics: TrajectoryStatistics) -> AnalyticPreconditioning:
+    def with_statistics(self, statistics: TrajectoryStatistics) -> "AnalyticPreconditioning":
         return replace(self, statistics=statistics)
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,6 @@ the network means on the diagonal follows from (f, g): v(x, t) = f_s x + g_s N(x
 in s at s = t.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
@@ -66,7 +64,7 @@ class Preconditioning(ABC):
         """The statistics that it was computed from; None where it was not."""
         return None
 
-    def with_statistics(self, statistics: TrajectoryStatistics) -> Preconditioning:
+    def with_statistics(self, statistics: TrajectoryStatistics) -> "Preconditioning":
         """The same from other statistics; raises ConfigError where they give none, or where it is of no statistics."""
         raise ConfigError(f"{type(self).__name__} is not computed from statistics")
 

@@ -7,8 +7,6 @@ l, s for that l, s for l = 0, and how far the denoiser's own error reaches into 
 number of samples. Every noise level sees the same (x0, eps), so that estimates are smooth in lambda.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -209,7 +207,7 @@ class StatisticsEstimator:
             raise ConfigError("this state of the estimation belongs to other settings: points or samples differ")
         self.sums = state["sums"].to(self.sums)
 
-    def merge(self, other: StatisticsEstimator) -> None:
+    def merge(self, other: "StatisticsEstimator") -> None:
         """Add the samples that another estimator of the same settings was fed."""
         self.sums = self.sums + other.sums.to(self.sums)
 

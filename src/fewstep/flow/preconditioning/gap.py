@@ -1,7 +1,5 @@
 """The consistency gap: how far a first-order jump along the true trajectory is from the denoiser (math.md §3.4)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, final

@@ -4,8 +4,6 @@ Its slopes look at close neighbours alone, since estimates of s may be rough. Th
 taken by wide differences of a smooth l.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from typing import NamedTuple
@@ -86,7 +84,7 @@ class Curve(NamedTuple):
     step: float
 
     @staticmethod
-    def through(values: Tensor, step: float) -> Curve:
+    def through(values: Tensor, step: float) -> "Curve":
         """The curve through `values` (points,) with the slopes of `slopes`."""
         rise, run = values[1:] - values[:-1], step * slopes(values, step)
         left, right = run[:-1], run[1:]

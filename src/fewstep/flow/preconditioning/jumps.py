@@ -5,8 +5,6 @@ f_path = (alpha_s/alpha_t) f(tau_t, tau_s), g_path = alpha_s g(tau_t, tau_s) (ma
 they stay finite where alpha is 0.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, final

@@ -4,8 +4,6 @@ Separate from the jump coefficients: it sets the size of what the raw network F 
 N a denoiser, and belongs to preconditionings whose N is one on the diagonal (Euler, analytic).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final

@@ -1,7 +1,5 @@
 """The statistics l and s of a teacher's trajectories, as a value (math.md §3.2, §3.6)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path as FilePath
@@ -76,7 +74,7 @@ class TrajectoryStatistics:
         return hash((len(self.lam), float(self.lam[0]), self.samples, self.seed, self.is_shrunk))
 
     @classmethod
-    def closed_form(cls, lam: Tensor, l: Tensor, s: Tensor, mean: Tensor, sigma_data: float) -> TrajectoryStatistics:  # noqa: E741
+    def closed_form(cls, lam: Tensor, l: Tensor, s: Tensor, mean: Tensor, sigma_data: float) -> "TrajectoryStatistics":  # noqa: E741
         """Known l and s (points,), without error. s for l = 0 is not known and set to 0."""
         none = torch.zeros_like(lam)
         return cls(lam, l, s, none, none, none, none, none, none, mean, sigma_data, 1.0, 0, 0, None)
@@ -91,7 +89,7 @@ class TrajectoryStatistics:
         """The noise levels on the EDM path, falling."""
         return torch.exp(-self.lam)
 
-    def without(self, name: Literal["l", "s"]) -> TrajectoryStatistics:
+    def without(self, name: Literal["l", "s"]) -> "TrajectoryStatistics":
         """An ablation: l = 0 with the s that belongs to it, or s = 0; raises ConfigError for another name."""
         zero = torch.zeros_like(self.lam)
         if name == "l":
@@ -102,7 +100,7 @@ class TrajectoryStatistics:
             return replace(free, s=zero, s_stderr=zero, s_bias=zero)
         raise ConfigError(f"without {name!r}: there is l and there is s")
 
-    def shrunk(self) -> TrajectoryStatistics:
+    def shrunk(self) -> "TrajectoryStatistics":
         """l and s drawn to their limits (0 and `limit`) at high noise, as far as they cannot be told from them.
 
         An estimate z with limit z0 becomes z0 + (1 - e^2/(z - z0)^2)_+ (z - z0), the positive-part rule of James and
@@ -130,7 +128,7 @@ class TrajectoryStatistics:
         write_atomically(FilePath(file), json.dumps(to_json(self)) + "\n")
 
     @staticmethod
-    def load(file: FilePath | str) -> TrajectoryStatistics:
+    def load(file: FilePath | str) -> "TrajectoryStatistics":
         """Read what `save` wrote; raises CheckpointError when it is missing or no JSON, ConfigError when it does not
         fit."""
         if not FilePath(file).is_file():
@@ -139,7 +137,7 @@ class TrajectoryStatistics:
 
     def _tables(self) -> dict[str, Tensor]:
         """Every field of one value a noise level, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor" and f.name != "mean"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor and f.name != "mean"}
 
 
 def _drawn(estimate: Tensor, limit: float, error: Tensor) -> Tensor:

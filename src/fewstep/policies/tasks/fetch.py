@@ -6,8 +6,6 @@ Source: Plappert et al., "Multi-Goal Reinforcement Learning: Challenging Robotic
 Research", arXiv 1802.09464; the package gymnasium-robotics, its v4 environments.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module

@@ -6,8 +6,6 @@ way by a coin; the mean of both ways stays where it is, in front of the block. (
 expert never shows.)
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

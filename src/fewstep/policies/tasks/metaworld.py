@@ -6,8 +6,6 @@ Source: Yu et al., "Meta-World: A Benchmark and Evaluation for Multi-Task and Me
 arXiv 1910.10897; the package metaworld, its v3 environments.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from functools import partial

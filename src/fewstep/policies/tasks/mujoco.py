@@ -1,7 +1,5 @@
 """What the MuJoCo tasks share: packages loaded only when a task is made, pictures, and experts that are not perfect."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Callable, Iterator

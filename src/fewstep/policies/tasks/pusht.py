@@ -5,8 +5,6 @@ seeds from 100000, the share of the goal area covered. The physics is gym-pusht'
 where its draw says, while that evaluation, as gym-pusht, sets the position before the angle, which moves it off again.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

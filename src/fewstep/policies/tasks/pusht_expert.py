@@ -5,8 +5,6 @@ on where it touches and how far it goes, not on where the block lies. A table of
 therefore predicts any sequence of them by composing motions of the plane.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The table of PushT: gym-pusht's physics, and a way to set its state that does what it says."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every task by name."""
 
-from __future__ import annotations
-
 import difflib
 
 from fewstep.policies.simulation import Task

@@ -5,8 +5,6 @@ way with equal chance, so a policy that answers with the mean chunk of actions d
 The longer it acts before it looks again the surer: looking after every action, any wavering can still grow into a way.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
