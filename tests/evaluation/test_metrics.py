@@ -24,7 +24,7 @@ from fewstep.evaluation.metrics.features import (
     train_extractor,
 )
 from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance, kernel_distance, precision_recall
-from fewstep.evaluation.metrics.measure import Provenance, measure, reference_features
+from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.utils.errors import DataError, FewstepWarning, MissingExtraError, ShapeError, UnsupportedError
 
 seeds = st.integers(0, 2**31 - 1)
@@ -366,29 +366,20 @@ def test_inception_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_measurement_names_all_it_rests_on(tiny: Dataset, tiny_extractor: ClassifierExtractor) -> None:
-    reference = reference_features(tiny.heldout, "tiny held out", tiny_extractor)
+    evaluator = Evaluator.of(tiny.heldout, "tiny held out", tiny_extractor)
     images, labels = tiny.train.fetch(torch.arange(90))
-    result = measure(images, labels, reference, tiny_extractor, Provenance(method="copy", nfe=1, seed=7, seconds=0.5))
-    row = json.loads(json.dumps(result.row(), allow_nan=False))
-    assert (row["method"], row["nfe"], row["seed"], row["seconds"], row["latency_ms"]) == ("copy", 1, 7, 0.5, None)
+    row = evaluator.measure(images, labels)
+    assert row == json.loads(json.dumps(row, allow_nan=False))
     assert (row["samples"], row["reference"]) == (90, "tiny held out (60)")
     assert row["extractor"] == tiny_extractor.name
     assert row["accuracy"] > 0.9
-    noise = measure(images * 0, None, reference, tiny_extractor, Provenance(method="grey", nfe=1, seed=7, seconds=0.5))
-    assert noise.accuracy is None
-    assert (noise.frechet > result.frechet, noise.kernel > result.kernel, noise.recall < result.recall) == (True,) * 3
-
-
-def test_measurement_refuses_a_reference_of_other_features(tiny: Dataset, tiny_extractor: ClassifierExtractor) -> None:
-    other = RandomConvExtractor(tiny.shape)
-    images, labels = tiny.train.fetch(torch.arange(30))
-    reference = reference_features(tiny.heldout, "tiny held out", other)
-    with pytest.raises(ShapeError, match="random-conv"):
-        measure(images, labels, reference, tiny_extractor, Provenance(method="copy", nfe=1, seed=0, seconds=0.0))
-    assert (
-        measure(images, labels, reference, other, Provenance(method="copy", nfe=1, seed=0, seconds=0.0)).accuracy
-        is None
-    )
+    noise = evaluator.measure(images * 0, None)
+    assert noise["accuracy"] is None
+    assert noise["frechet"] > row["frechet"]
+    assert noise["kernel"] > row["kernel"]
+    assert noise["recall"] < row["recall"]
+    random = Evaluator.of(tiny.heldout, "tiny held out", RandomConvExtractor(tiny.image_shape))
+    assert random.measure(images, labels)["accuracy"] is None
 
 
 def test_digits_classifier_is_accurate(classifiers: Path) -> None:

@@ -5,7 +5,6 @@ import torch
 
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.align import (
-    TrainingCost,
     alignment_line,
     alignment_times,
     student_recipe,
@@ -53,10 +52,6 @@ def test_labels_come_back_for_the_same_samples() -> None:
     assert (bare.num_classes, labelled.num_classes) == (0, 10)
     assert torch.equal(labelled.heldout.values, bare.heldout.values)
     assert with_labels(DataConfig(), labelled) is labelled
-
-
-def test_the_cost_of_a_run() -> None:
-    assert TrainingCost("ctm-digits", 2000, 0.44).seconds == pytest.approx(880)
 
 
 def test_the_worst_jump_is_named() -> None:

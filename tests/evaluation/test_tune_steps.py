@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fewstep.evaluation.evaluate import Evaluator
 from fewstep.evaluation.metrics.features import IdentityExtractor
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.evaluation.metrics.measure import ReferenceFeatures
+from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.evaluation.tune_steps import Point, TuningPlan, format_table, gain_error, search, split_in_halves, tune
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
@@ -129,13 +128,13 @@ def test_evaluation_keeps_its_noise() -> None:
 
 def test_halves_share_no_sample() -> None:
     features = torch.arange(2 * 101, dtype=torch.float64).reshape(101, 2)
-    reference = ReferenceFeatures("numbers", features, None, "values-1x1x2")
+    reference = Evaluator("numbers", features, None, IdentityExtractor((1, 1, 2)))
     a, b = split_in_halves(reference)
-    assert (len(a.features), len(b.features)) == (50, 51)
-    together = torch.cat([a.features, b.features])
+    assert (len(a), len(b)) == (50, 51)
+    together = torch.cat([a, b])
     assert torch.equal(together.sort(dim=0).values, features)
     assert not torch.equal(together, features)
-    assert torch.equal(a.features, split_in_halves(reference)[0].features)
+    assert torch.equal(a, split_in_halves(reference)[0])
     with pytest.raises(DataError, match=r"numbers has 39 samples: tuning needs at least 40"):
         split_in_halves(replace(reference, features=features[:39]))
 
@@ -174,9 +173,8 @@ def exact_map(path: Path) -> FlowMap:
 
 def evaluator(count: int = 400) -> Evaluator:
     """Held-out samples of the Gaussian, measured by their values."""
-    extractor = IdentityExtractor((1, 1, 2))
     x0 = 0.5 + SD * Draws(3, 0, torch.arange(count)).normal(0, (2,), torch.float64)
-    return Evaluator(extractor, ReferenceFeatures("a Gaussian", x0, None, extractor.name))
+    return Evaluator("a Gaussian", x0, None, IdentityExtractor((1, 1, 2)))
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -219,12 +217,13 @@ def test_a_solver_is_placed_where_theory_says() -> None:
 def test_each_half_is_measured_from_its_own_noise() -> None:
     held, settings = evaluator(100), SamplingSettings("euler", 2, spacing="uniform")
     found = tune(Pipeline(exact_map(Linear())), settings, held, TuningPlan(samples=50, evaluations=8, seed=5))
-    for half, distances, seed in zip(split_in_halves(held.reference), (found.search, found.check), (5, 6), strict=True):
-        assert (distances.half, distances.heldout, distances.seed) == (half.name, 50, seed)
+    halves = zip("AB", split_in_halves(held), (found.search, found.check), (5, 6), strict=True)
+    for name, half, distances, seed in halves:
+        assert (distances.half, distances.heldout, distances.seed) == (name, 50, seed)
         for times, value in ((found.default_times, distances.default), (found.tuned.times, distances.tuned)):
             placed = replace(settings, times=times, seed=seed)
             samples = generate(exact_map(Linear()), 50, placed).samples.flatten(1).double()
-            assert value == frechet_distance(samples, half.features)
+            assert value == frechet_distance(samples, half)
 
 
 def test_only_a_gain_beyond_its_error_is_kept() -> None:

@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,30 +173,29 @@ def measure_statistics(run: RunFolder, given: Mapping[str, Any], student: str, c
     chosen, dataset = student_recipe(config, student), load_dataset(config.data)
     settings = replace(StatisticsConfig() if chosen is None else chosen.statistics, **given)
     accelerator = join_processes(cpu)
-    kept = teacher_statistics(run, settings, dataset, accelerator)
+    file, origin = teacher_statistics(run, settings, dataset, accelerator)
     if not accelerator.is_main_process:
         return ""
-    alone = accelerator.num_processes == 1
-    cost = training_cost(chosen, run, settings, dataset, cache, cpu) if chosen is not None and alone else None
-    return f"{cost_lines(kept, cost)}\nFigure: {draw_statistics(kept)}"
-
-
-@dataclass(frozen=True)
-class KeptStatistics:
-    """A teacher's statistics: the plain estimate, what is used of it, its file, and whether it was there before."""
-
-    estimate: TrajectoryStatistics
-    used: TrajectoryStatistics
-    file: Path
-    was_kept: bool
+    found, share = TrajectoryStatistics.load(file), ""
+    if chosen is not None and accelerator.num_processes == 1:
+        steps, seconds = training_cost(chosen, run, settings, dataset, cache, cpu)
+        part = 100 * found.seconds / (steps * seconds)
+        share = f" = {part:.2g} % of training {chosen.recipe} ({steps:,} steps of {seconds:.2g} s)"
+    drawn = file.with_suffix(".png")
+    write_atomically(drawn, draw_statistics(found, prepared(found, settings, dataset)))
+    return (
+        f"{len(found.lam)} noise levels, {found.samples} samples each: {found.seconds:.3g} s{share}\n"
+        f"Statistics: {file}, {origin}\nFigure: {drawn}"
+    )
 
 
 def teacher_statistics(
     run: RunFolder, settings: StatisticsConfig, dataset: Dataset, accelerator: Accelerator
-) -> KeptStatistics:
-    """The statistics of a trained run on its own data, estimated with a progress bar unless they are kept already.
+) -> tuple[Path, str]:
+    """The file of the statistics of a trained run on its own data, and how they came to be there.
 
-    Raises what `kept_statistics` raises, and CheckpointError when the folder is no trained run.
+    They are estimated with a progress bar unless they are kept already. Raises what `kept_statistics` raises, and
+    CheckpointError when the folder is no trained run.
     """
     group, teacher = ProcessGroup.of(accelerator), run.pipeline().flow_map.requires_grad_(False).to(accelerator.device)
     file = cache_file(run.root, teacher, dataset, settings)
@@ -209,8 +208,7 @@ def teacher_statistics(
 
         kept_statistics(run.root, teacher, dataset, settings, progress, group)
     accelerator.wait_for_everyone()
-    estimate = TrajectoryStatistics.load(file)
-    return KeptStatistics(estimate, prepared(estimate, settings, dataset), file, was_kept)
+    return file, "kept from an earlier estimate, as its seconds are" if was_kept else "estimated now"
 
 
 def student_recipe(teacher: RunConfig, name: str = "") -> RunConfig | None:
@@ -228,24 +226,10 @@ def student_recipe(teacher: RunConfig, name: str = "") -> RunConfig | None:
     return next((each for each in found if each.teacher == f"runs/{teacher.recipe}"), None)
 
 
-@dataclass(frozen=True)
-class TrainingCost:
-    """What training a recipe takes on this machine: its steps and the seconds of one."""
-
-    recipe: str
-    steps: int
-    step_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole run."""
-        return self.steps * self.step_seconds
-
-
 def training_cost(
     student: RunConfig, teacher: RunFolder, settings: StatisticsConfig, dataset: Dataset, cache: Path | None, cpu: bool
-) -> TrainingCost:
-    """Time three steps of the student's own training after one to warm up; the median stands for all.
+) -> tuple[int, float]:
+    """Steps of the student's training, and seconds of one here: the median of three after one to warm up.
 
     It distils this teacher, on the teacher's data; where it starts from the teacher's weights it has its network.
     """
@@ -262,20 +246,16 @@ def training_cost(
                 start = time.perf_counter()
                 trainer.take_step()
                 seconds.append(time.perf_counter() - start)
-    steps = math.ceil(student.training.images / student.training.batch_size)
-    return TrainingCost(student.recipe, steps, statistics.median(seconds[1:]))
+    return math.ceil(student.training.images / student.training.batch_size), statistics.median(seconds[1:])
 
 
-def draw_statistics(kept: KeptStatistics) -> Path:
-    """Write the figure of l, s and the coefficients beside the statistics: KEY.png."""
-    before, after, levels = kept.estimate, kept.used, kept.used.tau.tolist()
+def draw_statistics(before: TrajectoryStatistics, after: TrajectoryStatistics) -> bytes:
+    """The figure of l and s as estimated and as used after shrinking, and of the coefficients of jumps, as PNG."""
+    levels = after.tau.tolist()
     l = Curve(before.l.tolist(), before.l_stderr.tolist(), after.l.tolist())  # noqa: E741  (math.md §3.1)
     s = Curve(before.s.tolist(), before.s_stderr.tolist(), after.s.tolist())
     starts = [min(start, levels[0]) for start in _STARTS if start > levels[-1]]
-    jumps = [_jumps(kept.used, start) for start in dict.fromkeys(starts)]
-    file = kept.file.with_suffix(".png")
-    write_atomically(file, statistics_figure(levels, l, s, jumps))
-    return file
+    return statistics_figure(levels, l, s, [_jumps(after, start) for start in dict.fromkeys(starts)])
 
 
 def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
@@ -286,17 +266,3 @@ def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
     both = AnalyticPreconditioning(found, "backward", path), EulerPreconditioning(path)
     coefficients = [values.tolist() for each in both for values in each.coefficients(t, levels)]
     return Jumps(start, levels.tolist(), *coefficients)
-
-
-def cost_lines(kept: KeptStatistics, cost: TrainingCost | None) -> str:
-    """How long the statistics took, for what, where they lie, and their share of the student's training."""
-    found = kept.estimate
-    origin = "kept from an earlier estimate, as its seconds are" if kept.was_kept else "estimated now"
-    share = ""
-    if cost is not None:
-        part = 100 * found.seconds / cost.seconds
-        share = f" = {part:.2g} % of training {cost.recipe} ({cost.steps:,} steps of {cost.step_seconds:.2g} s)"
-    return (
-        f"{len(found.lam)} noise levels, {found.samples} samples each: {found.seconds:.3g} s{share}\n"
-        f"Statistics: {kept.file}, {origin}"
-    )

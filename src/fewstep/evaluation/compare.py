@@ -15,21 +15,15 @@ from urllib.parse import quote
 
 from fewstep.evaluation.methods import Measure, Member, Points, find_runs, gather
 from fewstep.evaluation.metrics.curves import SHARES, MeanCurve, Speedup, mean_curve, speedup, targets_of, time_to
-from fewstep.evaluation.report.comparison import (
-    ComparisonPage,
-    Course,
-    Panel,
-    RunEntry,
-    Table,
-    aligned,
-    comparison_curves,
-    render,
-)
-from fewstep.evaluation.report.numbers import NOTHING, number, tick
+from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
+from fewstep.evaluation.report.html import page, plot
+from fewstep.evaluation.report.numbers import NOTHING, number, setting, tick
 from fewstep.evaluation.report.run import REPORT_FILE, STUDY_FILE
 from fewstep.training import RunFolder
 from fewstep.utils.files import write_atomically
+from fewstep.utils.text import aligned
 
+Cells = tuple[str, ...]
 PAGE_FILE, FIGURE_FILE, RECORD_FILE = "comparison.html", "comparison.png", "comparison.json"
 _TITLES = {"frechet": "Fréchet distance"}
 _FACTS = 4  # figures beside the title of the page
@@ -74,26 +68,32 @@ def compare(folders: Sequence[Path], out: Path) -> str:
     keys = {key for each in members for key in each.curves}
     ordered = sorted(keys, key=lambda key: (key[0] not in _TITLES, key[0], key[1] or 0))
     found = [compare_measure(members, key) for key in ordered]
-    panels = tuple(Panel(part.title, _courses(part.findings), tuple(part.targets.values())) for part in found)
+    panels = []
+    for each in found:
+        courses = tuple(Course(one.method, **vars(one.mean)) for one in each.findings)
+        panels.append(Panel(each.title, courses, tuple(each.targets.values())))
     most = max(len(each.targets) for each in found)
-    tables = tuple(_table(each, most) for each in found)
-    figure = comparison_curves(panels)
+    tables, note = [_table(each, most) for each in found], explanation(members[0].method)
+    write_atomically(out / FIGURE_FILE, comparison_curves(panels))
     write_atomically(out / RECORD_FILE, json.dumps(_record(members, differing, found), indent=2) + "\n")
-    write_atomically(out / FIGURE_FILE, figure)
-    page = ComparisonPage(
+    alt = f"Learning curves: {', '.join(panel.title for panel in panels)}"
+    shown = page(
+        "comparison.html",
         title=f"Comparison of {len(members)} runs",
         summary=_summary(runs[0], members),
         facts=_facts(found),
-        panels=panels,
+        curves=plot(lambda wide, dark: comparison_curves(panels, columns=wide, dark=dark), 3, alt),
         tables=tables,
-        note=explanation(members[0].method),
+        note=note,
         settings=("Seed", *differing),
-        runs=tuple(_entry(each, differing, out) for each in members),
+        runs=[_entry(each, differing, out) for each in members],
     )
-    write_atomically(out / PAGE_FILE, render(page))
+    write_atomically(out / PAGE_FILE, shown)
     for run in runs:
         _join_study(run, runs, out)
-    return f"{aligned(tables)}\n\n{textwrap.fill(explanation(members[0].method), 118)}"
+    between = ("",) * len(tables[0][0])
+    lines = [line for table in tables for line in (*table, between)]
+    return f"{aligned(lines)}\n{textwrap.fill(note, 118)}"
 
 
 def compare_measure(members: Sequence[Member], measure: Measure) -> Comparison:
@@ -141,29 +141,22 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _courses(found: Sequence[Finding]) -> tuple[Course, ...]:
-    return tuple(Course(each.method, **vars(each.mean)) for each in found)
-
-
-def _table(found: Comparison, columns: int) -> Table:
-    """Of one measure, with room for so many targets."""
+def _table(found: Comparison, columns: int) -> list[Cells]:
+    """Heads and a row for each method of one measure, with room for so many targets."""
     targets = [f"to {number(value)} ({share:.0%})" for share, value in found.targets.items()]
-    heads = (found.title, "runs", "last", *_padded(targets, columns), "speed-up", "95% interval", "missed")
-    return Table(heads, tuple(_cells(each, columns) for each in found.findings))
+    padding = [""] * (columns - len(targets))
+    heads = (found.title, "runs", "last", *targets, *padding, "speed-up", "95% interval", "missed")
+    return [heads, *(_cells(each, padding) for each in found.findings)]
 
 
-def _cells(found: Finding, columns: int) -> tuple[str, ...]:
+def _cells(found: Finding, padding: list[str]) -> Cells:
     times = [("> " if missing else "") + tick(float(f"{images:.3g}")) for images, missing in found.times]
     gain, interval, missing = found.speedup, NOTHING, NOTHING
     if gain is not None:
         interval = NOTHING if gain.low is None or gain.high is None else f"{gain.low:.2f} to {gain.high:.2f}"
         missing = f"{gain.censored + gain.censored_baseline} of {len(gain.seeds) * len(gain.targets)}"
     ratio = NOTHING if gain is None else str(gain)
-    return found.method, str(found.runs), number(found.last), *_padded(times, columns), ratio, interval, missing
-
-
-def _padded(cells: list[str], columns: int) -> list[str]:
-    return cells + [""] * (columns - len(cells))
+    return found.method, str(found.runs), number(found.last), *times, *padding, ratio, interval, missing
 
 
 def explanation(baseline: str) -> str:
@@ -194,12 +187,12 @@ def _facts(found: Sequence[Comparison]) -> tuple[tuple[str, str], ...]:
     return tuple(shown[:_FACTS])
 
 
-def _entry(member: Member, differing: Sequence[str], out: Path) -> RunEntry:
-    values = (member.settings.get(key) for key in differing)
-    shown = (value if isinstance(value, str) and value else json.dumps(value) for value in values)
+def _entry(member: Member, differing: Sequence[str], out: Path) -> tuple[str, str, Cells]:
+    """The run's name, the address of its report or nothing, its seed and differing settings."""
+    shown = (setting(member.settings.get(key)) for key in differing)
     report = member.run.root / REPORT_FILE
     address = quote(_relative(report, out)) if report.is_file() else ""
-    return RunEntry(str(member.run.root), address, (str(member.seed), *shown))
+    return str(member.run.root), address, (str(member.seed), *shown)
 
 
 def _record(members: Sequence[Member], differing: Sequence[str], found: Sequence[Comparison]) -> dict[str, Any]:

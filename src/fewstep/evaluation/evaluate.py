@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,15 @@ from torch import Tensor
 from fewstep.data.base import Dataset
 from fewstep.data.latents.autoencoders import load_decoder
 from fewstep.evaluation.align import with_labels
-from fewstep.evaluation.metrics.decoded import DecodedExtractor
-from fewstep.evaluation.metrics.features import Extractor, InceptionExtractor, RandomConvExtractor, default_extractor
+from fewstep.evaluation.metrics.features import (
+    DecodedExtractor,
+    Extractor,
+    InceptionExtractor,
+    RandomConvExtractor,
+    default_extractor,
+)
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.evaluation.metrics.measure import Measurement, Provenance, ReferenceFeatures, measure, reference_features
+from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
@@ -28,6 +33,7 @@ from fewstep.training.settings import Watcher
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import parse_json, read_rows, reading, reading_line, write_atomically
 from fewstep.utils.parts import kind_name
+from fewstep.utils.text import aligned
 
 Row = dict[str, Any]
 FIGURES_FILE = "figures.json"
@@ -90,14 +96,6 @@ def method_name(config: RunConfig, classes: int) -> str:
     return config.objective.method(kind_name(type(config.model.preconditioning)), classes > 0)
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """What samples are measured with: the extractor and the held-out part's features."""
-
-    extractor: Extractor
-    reference: ReferenceFeatures
-
-
 def build_evaluator(
     dataset: Dataset, cache: Path | None, inception: Path | None = None, autoencoder: Path | None = None
 ) -> Evaluator:
@@ -114,11 +112,11 @@ def build_evaluator(
         decoder = load_decoder(dataset.latents, autoencoder, best_device())
         random = RandomConvExtractor(dataset.latents.image_shape)
         seen = DecodedExtractor(random if inception is None else InceptionExtractor(inception), decoder)
-        return Evaluator(seen, reference_features(dataset.heldout, f"{dataset.name} held out, decoded", seen))
+        return Evaluator.of(dataset.heldout, f"{dataset.name} held out, decoded", seen)
     if autoencoder is not None:
         raise ConfigError(f"the samples of {dataset.name} are no latents: leave out --autoencoder")
     extractor = default_extractor(dataset, cache=cache) if inception is None else InceptionExtractor(inception)
-    return Evaluator(extractor, reference_features(dataset.heldout, f"{dataset.name} held out", extractor))
+    return Evaluator.of(dataset.heldout, f"{dataset.name} held out", extractor)
 
 
 def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
@@ -139,7 +137,7 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
         for each in sampler_settings(config, settings.curve_steps):
             drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
-            value = frechet_distance(features, evaluators[0].reference.features) if sound else math.nan
+            value = frechet_distance(features, evaluators[0].features) if sound else math.nan
             points.append(at | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value})
         write_curve(run, points)
 
@@ -181,10 +179,10 @@ def _seconds_at(run: RunFolder, step: int) -> float | None:
 
 def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
     """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
-    count = min(samples, len(dataset.train))
-    images, labels = dataset.train.fetch(torch.arange(count))
-    origin = Provenance("real data (training part)", nfe=0, seed=0, seconds=0.0)
-    return _row(measure(images, labels, evaluator.reference, evaluator.extractor, origin), 0.0)
+    images, labels = dataset.train.fetch(torch.arange(min(samples, len(dataset.train))))
+    method = {"method": "real data (training part)", "nfe": 0}
+    times = {"seed": 0, "seconds": 0.0, "sampling_seconds": 0.0, "latency_ms": None}
+    return method | evaluator.measure(images, labels) | times | {"guidance_scale": 1.0, "device": str(best_device())}
 
 
 def best_device() -> torch.device:
@@ -213,10 +211,24 @@ def measure_run(
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     seconds = training_seconds(run)
     return [
-        _row(measure_settings(pipeline, each, label, settings.samples, evaluator), seconds, settings.guidance_scale)
-        | {"tuned_on": found.source if (found := each.tuned(pipeline.step_times)) else None}
-        for label, each in plans
+        _measured(pipeline, each, label, settings.samples, evaluator) | {"seconds": seconds} for label, each in plans
     ]
+
+
+def _measured(pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, evaluator: Evaluator) -> Row:
+    """Figures of `count` samples, the time to draw all of them and one alone, and on what their times were tuned."""
+    drawn, tuned = generate(pipeline, count, settings), settings.tuned(pipeline.step_times)
+    return {
+        "method": method,
+        "nfe": round(drawn.nfe),
+        **evaluator.measure(_within_range(pipeline, drawn.samples), drawn.labels),
+        "seed": settings.seed,
+        "sampling_seconds": drawn.seconds,
+        "latency_ms": measure_latency(pipeline, settings),
+        "guidance_scale": settings.guidance_scale,
+        "device": str(best_device()),
+        "tuned_on": tuned and tuned.source,
+    }
 
 
 def tuned_settings(pipeline: Pipeline, settings: SamplingSettings) -> SamplingSettings | None:
@@ -229,16 +241,6 @@ def reference_settings(config: RunConfig) -> SamplingSettings:
     """Heun's method at about `reference_steps` evaluations."""
     (own,) = sampler_settings(config, (max(1, (config.evaluation.reference_steps + 1) // 2),))
     return replace(own, sampler="heun", gamma=0.0)
-
-
-def measure_settings(
-    pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, evaluator: Evaluator
-) -> Measurement:
-    """Draw `count` samples and measure them."""
-    drawn = generate(pipeline, count, settings)
-    samples, latency_ms = _within_range(pipeline, drawn.samples), measure_latency(pipeline, settings)
-    origin = Provenance(method, round(drawn.nfe), settings.seed, drawn.seconds, latency_ms)
-    return measure(samples, drawn.labels, evaluator.reference, evaluator.extractor, origin)
 
 
 def _within_range(pipeline: Pipeline, images: Tensor) -> Tensor:
@@ -260,12 +262,6 @@ def measure_latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int
 def training_seconds(run: RunFolder) -> float:
     """Seconds of training behind the newest checkpoint."""
     return float(read_state(run.last_checkpoint())["seconds"])
-
-
-def _row(found: Measurement, seconds: float, guidance_scale: float = 1.0) -> Row:
-    """A measurement as stored: `seconds` is training time there, `sampling_seconds` the time to draw all samples."""
-    times = {"seconds": seconds, "sampling_seconds": found.seconds}
-    return found.row() | times | {"guidance_scale": guidance_scale, "device": str(best_device())}
 
 
 def write_figures(rows: list[Row], folder: Path) -> Path:
@@ -298,20 +294,15 @@ def _in_todays_names(row: Row) -> Row:
 
 
 def format_table(rows: list[Row]) -> str:
-    """Rows as aligned text."""
-    heads = f"{'Frechet':>9} {'accuracy':>9} {'precision':>10} {'recall':>7} {'ms/sample':>10}"
-    width = max([32, *(len(row["method"]) for row in rows)])
-    lines = [f"{'method':{width}} {'NFE':>4} {heads}"]
+    """Rows as aligned text, and what they rest on."""
+    cells = [("method", "NFE", "Frechet", "accuracy", "precision", "recall", "ms/sample")]
     for row in rows:
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
         latency_ms = "" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}"
-        lines.append(
-            f"{row['method']:{width}} {row['nfe']:>4} {row['frechet']:>9.2f} {accuracy:>9} "
-            f"{row['precision']:>10.2f} {row['recall']:>7.2f} {latency_ms:>10}"
-        )
-    if rows:
-        first = rows[0]
-        lines.append(f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID.")
+        quality = (f"{row['frechet']:.2f}", accuracy, f"{row['precision']:.2f}", f"{row['recall']:.2f}")
+        cells.append((row["method"], str(row["nfe"]), *quality, latency_ms))
+    first = rows[0]
+    notes = [f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID."]
     if any(row.get("tuned_on") for row in rows):
-        lines.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
-    return "\n".join(lines)
+        notes.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
+    return "\n".join([aligned(cells), *notes])

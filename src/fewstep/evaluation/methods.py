@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.evaluation.evaluate import CURVE_FILE
+from fewstep.evaluation.report.numbers import setting
 from fewstep.training import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.files import read_lines, reading_line
 from fewstep.utils.parts import kind_name
-from fewstep.utils.serialization import JSON, differences, to_json
+from fewstep.utils.serialization import differences, leaves, to_json
 
 Points = list[tuple[float, float]]
 Measure = tuple[str, int | None]  # what a curve shows: its name, and the network calls of a sample or None
@@ -123,13 +124,7 @@ def gather(runs: Sequence[RunFolder]) -> tuple[list[Member], tuple[str, ...]]:
 def _settings(run: RunFolder) -> dict[str, Any]:
     """The run's settings by dotted name; its teacher by the fingerprint of its weights, where that is stored."""
     teacher = run.record().get("teacher")
-    return dict(_leaves(to_json(run.config()))) | ({"teacher": teacher} if teacher else {})
-
-
-def _leaves(value: JSON, where: str = "") -> list[tuple[str, JSON]]:
-    if not isinstance(value, dict):
-        return [(where, value)]
-    return [leaf for key, item in value.items() for leaf in _leaves(item, f"{where}.{key}" if where else key)]
+    return dict(leaves(to_json(run.config()))) | ({"teacher": teacher} if teacher else {})
 
 
 def differing_settings(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -160,8 +155,7 @@ def method_labels(folders: Sequence[Path], settings: Sequence[dict[str, Any]], d
 def _named(key: str, settings: dict[str, Any], differing: Sequence[str]) -> str:
     """'preconditioning euler' for model.preconditioning, 'objective CTM' for objective.type."""
     short = _last_part(key)
-    value = settings.get(key)
-    shown = value if isinstance(value, str) and value else json.dumps(value)
+    shown = setting(settings.get(key))
     if shown.endswith("Config"):
         shown = kind_name(shown)
     alone = [_last_part(other) for other in differing].count(short) == 1

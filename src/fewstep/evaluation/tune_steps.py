@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluation.evaluate import Evaluator, best_device, draw_features, sampler_settings
+from fewstep.evaluation.evaluate import best_device, draw_features, sampler_settings
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.evaluation.metrics.measure import ReferenceFeatures
+from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.recipes.config import RunConfig
@@ -28,6 +28,7 @@ from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.random import permutation
+from fewstep.utils.text import aligned
 
 Point = tuple[float, ...]
 Objective = Callable[[Point], float]
@@ -143,28 +144,19 @@ class TuningPlan:
             )
 
 
-@dataclass(frozen=True)
-class Half:
-    """Features (n, d) of one half of the held-out samples."""
-
-    name: str
-    features: Tensor
-
-
-def split_in_halves(reference: ReferenceFeatures) -> tuple[Half, Half]:
-    """A and B: the held-out samples' features, split by an order that depends on their number alone.
+def split_in_halves(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
+    """Features (n, d) of the halves A and B of the held-out samples, by an order that depends on their number alone.
 
     Raises DataError when there are too few.
     """
-    features = reference.features
-    middle = len(features) // 2
+    middle = len(evaluator.features) // 2
     if middle < _SMALLEST_HALF:
         raise DataError(
-            f"{reference.name} has {len(features)} samples: tuning needs at least {2 * _SMALLEST_HALF}, half to "
-            "search on and half to check with; train on more data, or with a larger --data.heldout"
+            f"{evaluator.name} has {len(evaluator.features)} samples: tuning needs at least {2 * _SMALLEST_HALF}, half "
+            "to search on and half to check with; train on more data, or with a larger --data.heldout"
         )
-    order = permutation(0, 0, len(features))
-    return Half("A", features[order[:middle]]), Half("B", features[order[middle:]])
+    order = permutation(0, 0, len(evaluator.features))
+    return evaluator.features[order[:middle]], evaluator.features[order[middle:]]
 
 
 @dataclass(frozen=True)
@@ -211,75 +203,62 @@ class Tuning:
         return Tuned(self.tuned, self.kept, {key: value for key, value in figures.items() if key != "tuned"})
 
 
-@dataclass(frozen=True)
-class _Placements:
-    """Samples of one model by one sampler, as features, wherever its steps are placed."""
-
-    pipeline: Pipeline
-    settings: SamplingSettings
-    evaluator: Evaluator
-    samples: int
-
-    def features(self, times: Point, seed: int) -> Tensor:
-        """Features (samples, d) of what is drawn at these times from the noise of a seed."""
-        placed = replace(self.settings, times=times, seed=seed)
-        return draw_features(self.pipeline, self.samples, placed, self.evaluator.extractor)[1]
-
-    def distance(self, times: Point, seed: int, half: Half) -> float:
-        """Frechet distance to a half; infinite where the samples are not finite."""
-        features = self.features(times, seed)
-        return frechet_distance(features, half.features) if bool(features.isfinite().all()) else math.inf
-
-
 def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, plan: TuningPlan) -> Tuning:
     """Search the times between t_max and t_min for these settings' sampler and steps, and check what is found.
 
     The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
     model's samples are not finite.
     """
-    half, other = split_in_halves(evaluator.reference)
-    drawn = _Placements(pipeline, settings, evaluator, plan.samples)
+    half, other = split_in_halves(evaluator)
     default = tuple(settings.grid(pipeline.flow_map.path).tolist())
-    found, times = _search_times(drawn, default, half, plan)
-    search = Distances(half.name, len(half.features), plan.seed, found.first, found.value)
-    before, after = (drawn.features(each, plan.seed + 1) for each in (default, times))
-    first, last = (frechet_distance(each, other.features) for each in (before, after))
-    check = Distances(other.name, len(other.features), plan.seed + 1, first, last)
+
+    def features(times: Point, seed: int) -> Tensor:
+        placed = replace(settings, times=times, seed=seed)
+        return draw_features(pipeline, plan.samples, placed, evaluator.extractor)[1]
+
+    def distance(times: Point) -> float:
+        drawn = features(times, plan.seed)
+        return frechet_distance(drawn, half) if bool(drawn.isfinite().all()) else math.inf
+
+    found, times = _search_times(distance, pipeline.flow_map.path, default, plan.evaluations)
+    search = Distances("A", len(half), plan.seed, found.first, found.value)
+    before, after = (features(each, plan.seed + 1) for each in (default, times))
+    first, last = (frechet_distance(each, other) for each in (before, after))
+    check = Distances("B", len(other), plan.seed + 1, first, last)
     sampler, gamma, guidance_scale, _ = settings.purpose
+    source = (
+        f"half A ({len(half)} of {len(evaluator.features)}) of {evaluator.name}, noise of seed {plan.seed}; Frechet "
+        f"distance to half B {first:.4g} -> {last:.4g} in the features of {evaluator.extractor.name}"
+    )
     return Tuning(
-        tuned=StepTimes(sampler, gamma, guidance_scale, times, _source(evaluator.reference, search, check)),
+        tuned=StepTimes(sampler, gamma, guidance_scale, times, source),
         default_times=default,
         search=search,
         check=check,
-        gain_error=gain_error(before, after, other.features),
+        gain_error=gain_error(before, after, other),
         samples=plan.samples,
         evaluations=found.evaluations,
         extractor=evaluator.extractor.name,
     )
 
 
-def _search_times(drawn: _Placements, default: Point, half: Half, plan: TuningPlan) -> tuple[Found, Point]:
+def _search_times(distance: Objective, path: Path, default: Point, evaluations: int) -> tuple[Found, Point]:
     """The search on the path's unit clock from the default and from EDM's spacing; the times that it found."""
-    path = drawn.pipeline.flow_map.path
     start, other = (_fractions(path, times) for times in (default, edm_grid(path, len(default) - 1).tolist()))
 
     def times_at(point: Point) -> Point:
-        return default if point == start else _times(path, point)
+        """From t_max through fractions of the unit clock to t_min."""
+        inner = path.time_from_unit(torch.tensor(point, dtype=torch.float64))
+        return default if point == start else (path.t_max, *inner.tolist(), path.t_min)
 
-    with tqdm(total=plan.evaluations, desc=f"{len(default) - 1} steps", disable=None, leave=False) as bar:
+    with tqdm(total=evaluations, desc=f"{len(default) - 1} steps", disable=None, leave=False) as bar:
 
-        def distance(point: Point) -> float:
+        def shown(point: Point) -> float:
             bar.update()
-            return drawn.distance(times_at(point), plan.seed, half)
+            return distance(times_at(point))
 
-        found = search(distance, (start, other), plan.evaluations)
+        found = search(shown, (start, other), evaluations)
     return found, times_at(found.point)
-
-
-def _times(path: Path, point: Point) -> Point:
-    """Times from t_max through fractions of the unit clock to t_min."""
-    inner = path.time_from_unit(torch.tensor(point, dtype=torch.float64))
-    return path.t_max, *inner.tolist(), path.t_min
 
 
 def _fractions(path: Path, times: Sequence[float]) -> Point:
@@ -311,22 +290,13 @@ def _without(group: int, features: Tensor) -> Tensor:
     return features[torch.arange(len(features)) * _GROUPS // len(features) != group]
 
 
-def _source(reference: ReferenceFeatures, search: Distances, check: Distances) -> str:
-    return (
-        f"half {search.half} ({search.heldout} of {len(reference.features)}) of {reference.name}, noise of seed "
-        f"{search.seed}; Frechet distance to half {check.half} {check.default:.4g} -> {check.tuned:.4g} in the "
-        f"features of {reference.extractor}"
-    )
-
-
 def tune_run(run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: TuningPlan) -> tuple[Tuning, ...]:
     """Tune the newest checkpoint for each number of steps, and store each in RUN/step_times.json as it is found.
 
     config: the run's own, its evaluation as it is to be tuned for. What was tuned for the same checkpoint and another
-    purpose stays there, what was tuned for another checkpoint goes. Raises what `tune` and `TuningPlan.check_noise`
-    raise, CheckpointError when the run has no checkpoint or a file of it is damaged.
+    purpose stays there, what was tuned for another checkpoint goes. Raises what `tune` raises, CheckpointError when the
+    run has no checkpoint or a file of it is damaged.
     """
-    plan.check_noise(config.evaluation.seed)
     last = run.last_checkpoint()
     pipeline, step = load_pipeline(last).to(best_device()), read_state(last)["step"]
     stored = read_tuned_steps(run.root)
@@ -342,21 +312,12 @@ def tune_run(run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: Tuni
 
 def format_table(found: Sequence[Tuning]) -> str:
     """The times and distances as aligned text: default -> tuned."""
-    rows = [("steps", "half A (searched)", "half B (check)", "gain on B", "", "times")]
+    rows: list[tuple[str, ...]] = [("steps", "half A (searched)", "half B (check)", "gain on B", "", "times")]
     for each in found:
-        verdict = "kept" if each.kept else "not kept"
+        pairs = (f"{distances.default:.3f} -> {distances.tuned:.3f}" for distances in (each.search, each.check))
         gain = f"{each.check.gain:.3f} ± {each.gain_error:.3f}"
-        rows.append((str(each.tuned.steps), _pair(each.search), _pair(each.check), gain, verdict, _shown(each)))
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        placed = (" ".join(f"{t:.4g}" for t in times) for times in (each.default_times, each.tuned.times))
+        verdict = "kept" if each.kept else "not kept"
+        rows.append((str(each.tuned.steps), *pairs, gain, verdict, " -> ".join(dict.fromkeys(placed))))
     note = f"Frechet distance, {found[0].samples} samples, in the features of {found[0].extractor}: default -> tuned."
-    return "\n".join([*lines, note])
-
-
-def _pair(distances: Distances) -> str:
-    return f"{distances.default:.3f} -> {distances.tuned:.3f}"
-
-
-def _shown(found: Tuning) -> str:
-    first, last = (" ".join(f"{t:.4g}" for t in times) for times in (found.default_times, found.tuned.times))
-    return first if first == last else f"{first} -> {last}"
+    return f"{aligned(rows, left=len(rows[0]))}\n{note}"

@@ -175,6 +175,13 @@ def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from error
 
 
+def leaves(value: JSON, where: str = "") -> list[tuple[str, JSON]]:
+    """(dotted key, value) of everything in a stored configuration that is no object itself."""
+    if not isinstance(value, dict):
+        return [(where, value)]
+    return [leaf for key, item in value.items() for leaf in leaves(item, f"{where}.{key}" if where else key)]
+
+
 def differences(old: JSON, new: JSON, where: str = "") -> list[str]:
     """One line for every value that differs between two stored configurations: 'key: old -> new'."""
     if isinstance(old, dict) and isinstance(new, dict):

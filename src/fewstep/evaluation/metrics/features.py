@@ -14,6 +14,7 @@ import re
 import struct
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.data.base import Dataset, SampleSet
+from fewstep.data.latents.autoencoders import Decoder
 from fewstep.data.order import batch_indices
 from fewstep.evaluation.metrics.perception import activations
 from fewstep.utils.errors import (
@@ -41,13 +43,12 @@ _RECIPE = 1  # raise with any change to the network or its training: names of ex
 _HEADER = "fewstep_extractor"
 _BATCH = 256
 _INCEPTION_BATCH = 32
+_DECODED_AT_ONCE = 64
 # What torch's restricted unpickler is seen to raise on bytes that are no checkpoint.
 _UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
     pickle.UnpicklingError,
 )  # fmt: skip
-
-Device = torch.device | str
 
 
 class Extractor(ABC):
@@ -59,32 +60,30 @@ class Extractor(ABC):
     def features(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W), float about [-1, 1] -> (n, d) float64 on the CPU. Raises ShapeError on unfit images."""
 
-    @abstractmethod
     def classify(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W) -> their classes (n,) int64 on the CPU; raises UnsupportedError without any."""
+        raise UnsupportedError(f"{self.name} knows no classes of the data: measure accuracy by a classifier")
 
-    @abstractmethod
     def perceive(self, images: Tensor) -> Tensor:
         """Images (n, C, H, W) -> (n, d) on their own device, differentiable: the mean square of a difference is a
         perceptual distance. Raises ShapeError on unfit images, UnsupportedError where there is no gradient.
         """
+        raise UnsupportedError(f"{self.name} passes no gradient: compare by a classifier, or latents as they are")
 
 
 class _Convolutions(Extractor):
     """The features before a network's head, and its convolutions' activations."""
 
-    def __init__(self, name: str, network: nn.Sequential, shape: tuple[int, int, int], device: Device) -> None:
-        self.name, self._shape, self._device = name, shape, device
-        self._network = network.eval().requires_grad_(False).to(device)
+    def __init__(self, name: str, network: nn.Sequential, shape: tuple[int, int, int]) -> None:
+        self.name, self._shape, self._network = name, shape, network.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
         _check_images(images, self._shape)
-        return _apply(self._network[:-1], images, _BATCH, self._device).double()
+        return _apply(self._network[:-1], images, _BATCH).double()
 
     def perceive(self, images: Tensor) -> Tensor:
         """The activations after every convolution; the network moves to the device of the images and stays there."""
         _check_images(images, self._shape)
-        self._device = images.device
         return activations(self._network.to(images.device)[:-1], images.float())
 
 
@@ -95,15 +94,13 @@ class ClassifierExtractor(_Convolutions):
     the same saved file: training elsewhere, or on another number of threads, rounds differently.
     """
 
-    def __init__(
-        self, name: str, network: nn.Sequential, shape: tuple[int, int, int], heldout_accuracy: float, device: Device
-    ) -> None:
-        super().__init__(name, network, shape, device)
+    def __init__(self, name: str, network: nn.Sequential, shape: tuple[int, int, int], heldout_accuracy: float) -> None:
+        super().__init__(name, network, shape)
         self.heldout_accuracy = heldout_accuracy
 
     def classify(self, images: Tensor) -> Tensor:
         _check_images(images, self._shape)
-        return _apply(self._network, images, _BATCH, self._device).argmax(1)
+        return _apply(self._network, images, _BATCH).argmax(1)
 
 
 class RandomConvExtractor(_Convolutions):
@@ -113,13 +110,10 @@ class RandomConvExtractor(_Convolutions):
     2020 use random embeddings so). Values depend on the shape (C, H, W) and the seed alone.
     """
 
-    def __init__(self, shape: tuple[int, int, int], seed: int = 0, device: Device = "cpu") -> None:
+    def __init__(self, shape: tuple[int, int, int], seed: int = 0) -> None:
         channels, height, width = shape
         name = f"random-conv-{channels}x{height}x{width}-v{_RECIPE}-seed{seed}"
-        super().__init__(name, _build(shape, 1, seed), shape, device)
-
-    def classify(self, images: Tensor) -> Tensor:
-        raise UnsupportedError(f"{self.name} has random weights and knows no classes")
+        super().__init__(name, _build(shape, 1, seed), shape)
 
 
 class IdentityExtractor(Extractor):
@@ -130,11 +124,7 @@ class IdentityExtractor(Extractor):
         self._shape = shape
 
     def features(self, images: Tensor) -> Tensor:
-        _check_images(images, self._shape)
-        return images.detach().flatten(1).double().cpu()
-
-    def classify(self, images: Tensor) -> Tensor:
-        raise UnsupportedError(f"{self.name} are a sample's own numbers, which name no class")
+        return self.perceive(images.detach()).double().cpu()
 
     def perceive(self, images: Tensor) -> Tensor:
         """The numbers themselves: plain L2."""
@@ -151,14 +141,13 @@ class InceptionExtractor(Extractor):
     the extra [eval] or where its torchvision does not fit torch.
     """
 
-    def __init__(self, weights: Path, device: Device = "cpu") -> None:
+    def __init__(self, weights: Path) -> None:
         if not weights.is_file():
             raise DataError(
                 f"no Inception weights at {weights}: fetch weights-inception-2015-12-05-6726825d.pth from the "
                 f"v0.2.0 release of github.com/toshas/torch-fidelity and give its path"
             )
-        self._network = _load_inception(weights).to(device)
-        self._device = device
+        self._network = _load_inception(weights)
         self.name = f"inception-v3-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}"
 
     def features(self, images: Tensor) -> Tensor:
@@ -168,25 +157,7 @@ class InceptionExtractor(Extractor):
         if not bool(torch.isfinite(images).all()):
             raise ShapeError("the images hold NaN or infinity, which rounding to 8 bits would hide")
         pixels = (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        return _apply(self._network, pixels, _INCEPTION_BATCH, self._device).double()
-
-    def classify(self, images: Tensor) -> Tensor:
-        raise UnsupportedError("the classes of Inception are not those of the data: measure accuracy by a classifier")
-
-    def perceive(self, images: Tensor) -> Tensor:
-        raise UnsupportedError("Inception sees images rounded to 8 bits, which stops the gradient: take a classifier")
-
-
-class _First(nn.Module):
-    """The first of a network's several outputs."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs: tuple[Tensor, ...] = self.network(x)
-        return outputs[0]
+        return _apply(lambda part: self._network(part)[0], pixels, _INCEPTION_BATCH).double()
 
 
 def _load_inception(weights: Path) -> nn.Module:
@@ -202,11 +173,27 @@ def _load_inception(weights: Path) -> nn.Module:
         network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(weights))
     except _UNREADABLE as error:
         raise DataError(f"{weights} does not hold torch-fidelity's Inception weights: {error}") from error
-    return _First(network).eval()
+    found: nn.Module = network.eval()
+    return found
+
+
+class DecodedExtractor(Extractor):
+    """Latents, decoded, as another extractor sees images; it keeps that one's name, for the features are its own.
+
+    Where an Extractor speaks of images, this one takes samples (n, c, h, w) of latents. They are decoded a few at a
+    time, so that the images never lie in memory together.
+    """
+
+    def __init__(self, extractor: Extractor, decoder: Decoder) -> None:
+        self.name, self._extractor, self._decoder = extractor.name, extractor, decoder
+
+    def features(self, images: Tensor) -> Tensor:
+        parts = torch.split(images, _DECODED_AT_ONCE)
+        return torch.cat([self._extractor.features(self._decoder.images(part)) for part in parts])
 
 
 def default_extractor(
-    dataset: Dataset, seed: int = 0, cache: Path | None = None, device: Device = "cpu"
+    dataset: Dataset, seed: int = 0, cache: Path | None = None
 ) -> ClassifierExtractor | IdentityExtractor | RandomConvExtractor:
     """A classifier trained on the data where it has at least two classes.
 
@@ -215,39 +202,37 @@ def default_extractor(
     if dataset.num_classes == 0 and math.prod(dataset.image_shape) <= _FEW_VALUES:
         return IdentityExtractor(dataset.image_shape)
     if dataset.num_classes < 2:
-        return RandomConvExtractor(dataset.image_shape, seed, device)
-    return train_extractor(dataset, seed, cache, device)
+        return RandomConvExtractor(dataset.image_shape, seed)
+    return train_extractor(dataset, seed, cache)
 
 
-def train_extractor(
-    dataset: Dataset, seed: int = 0, cache: Path | None = None, device: Device = "cpu"
-) -> ClassifierExtractor:
+def train_extractor(dataset: Dataset, seed: int = 0, cache: Path | None = None) -> ClassifierExtractor:
     """Train the data set's own classifier on its training split, or load it from the folder `cache`.
 
-    Training runs on the CPU whatever `device` the features are computed on, and is a function of (data, seed): it
-    neither reads nor moves torch's global random state. 360,000 images seen at most. A file in the cache that cannot
-    be used is replaced, with a FewstepWarning. Raises DataError for data with fewer than two classes.
+    Training runs on the CPU and is a function of (data, seed): it neither reads nor moves torch's global random state.
+    360,000 images seen at most. A file in the cache that cannot be used is replaced, with a FewstepWarning. Raises
+    DataError for data with fewer than two classes.
     """
     if dataset.num_classes < 2:
         raise DataError(
             f"'{dataset.name}' has {dataset.num_classes} classes, and a classifier needs two: measure with "
             f"InceptionExtractor and its weights, or with RandomConvExtractor"
         )
-    identity = _identity(dataset, seed)
-    path = None if cache is None else cache / f"{identity['name']}.safetensors"
-    network = _build(dataset.image_shape, dataset.num_classes, seed)
+    identity, shape = _identity(dataset, seed), dataset.image_shape
+    name = str(identity["name"])
+    path = None if cache is None else cache / f"{name}.safetensors"
     if path is not None and path.exists():
+        network = _build(shape, dataset.num_classes, seed)
         try:
-            accuracy = _load(path, network, identity)
-            return ClassifierExtractor(str(identity["name"]), network, dataset.image_shape, accuracy, device)
+            return ClassifierExtractor(name, network, shape, _load(path, network, identity))
         except DataError as error:
             warnings.warn(f"{error}; training it again", FewstepWarning, stacklevel=2)
-            network = _build(dataset.image_shape, dataset.num_classes, seed)
+    network = _build(shape, dataset.num_classes, seed)
     _train(network, dataset.train, seed)
     accuracy = _accuracy(network, dataset.heldout)
     if path is not None:
         _save(path, network, {**identity, "heldout_accuracy": accuracy})
-    return ClassifierExtractor(str(identity["name"]), network, dataset.image_shape, accuracy, device)
+    return ClassifierExtractor(name, network, shape, accuracy)
 
 
 def _identity(dataset: Dataset, seed: int) -> dict[str, object]:
@@ -339,13 +324,14 @@ def _accuracy(network: nn.Sequential, samples: SampleSet) -> float:
     correct = 0
     for indices in torch.split(torch.arange(len(samples)), _BATCH):
         images, labels = _fetch(samples, indices)
-        correct += int((_apply(network, images, _BATCH, "cpu").argmax(1) == labels).sum())
+        correct += int((_apply(network, images, _BATCH).argmax(1) == labels).sum())
     return correct / len(samples)
 
 
 @torch.no_grad()
-def _apply(network: nn.Module, images: Tensor, batch: int, device: Device) -> Tensor:
+def _apply(network: Callable[[Tensor], Tensor], images: Tensor, batch: int) -> Tensor:
     """The network's outputs (n, ...) in batches, on the CPU."""
+    device = next(network.parameters()).device if isinstance(network, nn.Module) else images.device
     images = images.float() if images.is_floating_point() else images
     return torch.cat([network(part.to(device)).cpu() for part in torch.split(images, batch)])
 

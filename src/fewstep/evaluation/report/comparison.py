@@ -1,4 +1,4 @@
-"""Runs of one study side by side: a figure of their learning curves, and the page that holds it with the tables."""
+"""Learning curves of the runs of one study, side by side, as a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from fewstep.evaluation.report.canvas import (
     styled,
     to_png,
 )
-from fewstep.evaluation.report.html import Pairs, page, plot
 from fewstep.utils.errors import DataError
 
 
@@ -39,49 +38,6 @@ class Panel:
     title: str
     courses: tuple[Course, ...]
     levels: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as they are shown, as many in each row as heads: the first names a method, the others are figures."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def aligned(tables: Sequence[Table]) -> str:
-    """Tables of as many columns each as text, aligned throughout: the first column to the left, the others right."""
-    lines = [line for table in tables for line in (table.heads, *table.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-
-    def shown(line: tuple[str, ...]) -> str:
-        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        return "  ".join([line[0].ljust(widths[0]), *rest]).rstrip()
-
-    return "\n\n".join("\n".join(shown(line) for line in (table.heads, *table.rows)) for table in tables)
-
-
-@dataclass(frozen=True)
-class RunEntry:
-    """A run as the page lists it: its name, the address of its report or nothing, its seed and differing settings."""
-
-    name: str
-    address: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ComparisonPage:
-    """What the page shows: facts are headline figures, note explains the tables, settings head the runs' values."""
-
-    title: str
-    summary: str
-    facts: Pairs
-    panels: tuple[Panel, ...]
-    tables: tuple[Table, ...]
-    note: str
-    settings: tuple[str, ...]
-    runs: tuple[RunEntry, ...]
 
 
 def comparison_curves(panels: Sequence[Panel], *, columns: int = 3, dark: bool = False) -> bytes:
@@ -120,11 +76,3 @@ def _draw(axis: Axes, panel: Panel, methods: Sequence[str], palette: Palette) ->
     axis.set_title(shorten(panel.title, 44))
     scale_images(axis)
     scale_values(axis, values, logarithmic=spreads(values))
-
-
-def render(comparison: ComparisonPage) -> str:
-    """The page as HTML: no scripts, no addresses to load from, all text escaped."""
-    panels = comparison.panels
-    alt = f"Learning curves: {', '.join(panel.title for panel in panels)}"
-    curves = plot(lambda wide, dark: comparison_curves(panels, columns=wide, dark=dark), 3, alt)
-    return page("comparison.html", **vars(comparison), curves=curves)

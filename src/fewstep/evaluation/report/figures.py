@@ -30,16 +30,14 @@ Style = Literal["-", "--", ":", "-."]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES: tuple[Style, ...] = ("-", "--", ":", "-.")
 _NORMS = {"grad_norm": "mean", "grad_norm_max": "largest", "grad_norm_q50": "median", "grad_norm_q99": "99 % quantile"}
-_GRADIENT, _RUNNING = "grad_norm", ("grad_norm_q90",)
-_NORM_TITLE, _TERM_TITLE, _SIZE_TITLE = "Gradient norm", "Gradient norm of each term", "Root mean square"
-_LOGARITHMIC = (_NORM_TITLE, _TERM_TITLE, _SIZE_TITLE)
+_LOGARITHMIC = ("Gradient norm", "Gradient norm of each term", "Root mean square")
 _SIZES = {"prediction_rms": "prediction", "target_rms": "target", "derivative_rms": "derivative"}
 _QUALITY = {
     "Fréchet distance": ("frechet",),
     "Class accuracy": ("accuracy",),
     "Precision, recall": ("precision", "recall"),
 }
-_LEFT_OUT = frozenset({"step", "images", "seconds", "loss", "clipped", "lr", "images_per_second", *_SIZES})
+_LEFT_OUT = {"step", "images", "seconds", "loss", "clipped", "lr", "images_per_second", "grad_norm_q90", *_SIZES}
 
 
 def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark: bool = False) -> bytes:
@@ -50,22 +48,19 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     Raises DataError when nothing is left.
     """
     logged = sorted({key for log in logs.values() for record in log for key in record} - _LEFT_OUT)
-    terms = [key for key in logged if not key.startswith(_GRADIENT)]
-    of_terms = {key: key.removeprefix(f"{_GRADIENT}_") for key in logged if key.startswith(_GRADIENT)}
-    panels = [
-        ("Loss", {"loss": "loss"}),
-        ("Terms of the loss", {key: key for key in terms}),
-        (_NORM_TITLE, _NORMS),
-        (_TERM_TITLE, {key: name for key, name in of_terms.items() if key not in _NORMS and key not in _RUNNING}),
-        (_SIZE_TITLE, _SIZES),
-        ("Share of clipped steps", {"clipped": "clipped"}),
-        ("Learning rate", {"lr": "learning rate"}),
-    ]
-    present = [
-        (title, {key: keys[key] for key in keys if any(_points(log, "images", key)[0] for log in logs.values())})
-        for title, keys in panels
-    ]
-    drawn = [(title, keys) for title, keys in present if keys]
+    norms = {key: key.removeprefix("grad_norm_") for key in logged if key.startswith("grad_norm")}
+    panels = {
+        "Loss": {"loss": "loss"},
+        "Terms of the loss": {key: key for key in logged if key not in norms},
+        "Gradient norm": _NORMS,
+        "Gradient norm of each term": {key: name for key, name in norms.items() if key not in _NORMS},
+        "Root mean square": _SIZES,
+        "Share of clipped steps": {"clipped": "clipped"},
+        "Learning rate": {"lr": "learning rate"},
+    }
+    seen = {key for log in logs.values() for record in log for key in record if _points([record], "images", key)[0]}
+    present = {title: {key: name for key, name in keys.items() if key in seen} for title, keys in panels.items()}
+    drawn = [(title, keys) for title, keys in present.items() if keys]
     if not drawn:
         raise DataError("there is no training log to draw: no record has a finite value")
     with styled(dark) as palette:
@@ -81,7 +76,7 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
 def quality_curves(rows: Sequence[Record], *, columns: int = 3, dark: bool = False) -> bytes:
     """Fréchet distance, class accuracy, precision and recall against network calls, one line per method.
 
-    rows: of `Measurement.row()`; those with nfe 0 are real data, drawn as dashed levels. Panels without a finite value
+    rows: of `Evaluator.measure`; those with nfe 0 are real data, drawn as dashed levels. Panels without a finite value
     are left out. Raises ShapeError on rows of several extractors, whose distances do not compare, and DataError when
     nothing is left.
     """

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import cast
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullLocator
@@ -26,29 +25,6 @@ _LABELLED = 14
 _GAP = 0.03
 
 
-@dataclass(frozen=True)
-class _Shades:
-    """A logarithmic scale of colour from low to high."""
-
-    low: float
-    high: float
-    ramp: Colormap
-
-    @staticmethod
-    def over(values: Sequence[float], stops: Sequence[str]) -> "_Shades":
-        """The range of positive values: at least a factor of three wide, so that like values look alike, and at most of
-        1e4, so that an exact zero lost to rounding does not take the colours from the rest.
-        """
-        high = max(values)
-        low = max(min(values), high / 1e4)
-        room = max(1.0, math.sqrt(3 * low / high))
-        return _Shades(low / room, high * room, LinearSegmentedColormap.from_list("alignment", list(stops)))
-
-    def colour(self, value: float) -> tuple[float, float, float, float]:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.ramp(min(max(share, 0.0), 1.0))
-
-
 def alignment_heatmap(records: Sequence[Record], *, columns: int = 2, dark: bool = False) -> bytes:
     """The error of jumps from t (down the side, noise on top) to s (along the foot), one panel for each student.
 
@@ -60,7 +36,7 @@ def alignment_heatmap(records: Sequence[Record], *, columns: int = 2, dark: bool
     values = [value for _, cells in grids for value in chain.from_iterable(cells) if value is not None]
     if not values:
         raise DataError("there is no alignment to draw: no jump has a positive, finite error")
-    shades = _Shades.over(values, _RAMP_DARK if dark else _RAMP_LIGHT)
+    shades = _shades(values, _RAMP_DARK if dark else _RAMP_LIGHT)
     with styled(dark):
         figure, axes = make_panels(len(grids), columns, height=3.9)
         if len(grids) == 1 < columns:
@@ -70,6 +46,19 @@ def alignment_heatmap(records: Sequence[Record], *, columns: int = 2, dark: bool
             axis.set_title(shorten(str(record["method"]), 44))
         _colour_bar(figure, axes, shades)
         return to_png(figure, shades=True)
+
+
+def _shades(values: Sequence[float], stops: Sequence[str]) -> ScalarMappable:
+    """A logarithmic scale of colour over positive values.
+
+    At least a factor of three wide, so that like values look alike, and at most of 1e4, so that an exact zero lost to
+    rounding does not take the colours from the rest.
+    """
+    high = max(values)
+    low = max(min(values), high / 1e4)
+    room = max(1.0, math.sqrt(3 * low / high))
+    ramp = LinearSegmentedColormap.from_list("alignment", list(stops))
+    return ScalarMappable(LogNorm(low / room, high * room, clip=True), ramp)
 
 
 def _times(record: Record) -> list[float]:
@@ -85,12 +74,12 @@ def _cells(record: Record) -> Cells:
     return [[x if x is not None and 0 < x < math.inf else None for x in row[1:]] for row in matrix[:-1]]
 
 
-def _draw_cells(axis: Axes, times: Sequence[float], cells: Cells, shades: _Shades) -> None:
+def _draw_cells(axis: Axes, times: Sequence[float], cells: Cells, shades: ScalarMappable) -> None:
     count = len(cells)
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
             if value is not None:
-                face = shades.colour(value)
+                face = shades.to_rgba(value)
                 axis.add_patch(Rectangle((j + _GAP, i + _GAP), 1 - 2 * _GAP, 1 - 2 * _GAP, facecolor=face, linewidth=0))
                 if len(times) <= _NUMBERED:
                     _write(axis, j + 0.5, i + 0.5, value, face, count)
@@ -125,11 +114,10 @@ def _level(time: float) -> str:
     return tick(float(f"{time:.2g}"))
 
 
-def _colour_bar(figure: Figure, axes: Sequence[Axes], shades: _Shades) -> None:
-    ratio = shades.high / shades.low
-    subs = (1.0, 2.0, 5.0) if ratio < 30 else (1.0, 3.0) if ratio < 3000 else (1.0,)
-    mappable = ScalarMappable(LogNorm(shades.low, shades.high), shades.ramp)
-    bar = figure.colorbar(mappable, ax=list(axes), aspect=30, pad=0.02, fraction=0.05)
+def _colour_bar(figure: Figure, axes: Sequence[Axes], shades: ScalarMappable) -> None:
+    low, high = shades.get_clim()
+    subs = (1.0, 2.0, 5.0) if high < 30 * low else (1.0, 3.0) if high < 3000 * low else (1.0,)
+    bar = figure.colorbar(shades, ax=list(axes), aspect=30, pad=0.02, fraction=0.05)
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
     bar.ax.yaxis.set_minor_locator(NullLocator())

@@ -1,5 +1,6 @@
 """Numbers as a reader wants them: few digits, true minus signs, nothing where there is no value."""
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -41,6 +42,11 @@ def with_error(value: float | None, error: float | None) -> str:
     if decimals > 6:
         return f"{number(value)} ± {number(error, 2)}"
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}".replace("-", "−")
+
+
+def setting(value: object) -> str:
+    """A setting: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def tick(value: float, position: float | None = None) -> str:

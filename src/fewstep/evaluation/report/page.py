@@ -1,8 +1,7 @@
 """One run as one HTML file: samples, figures, measurements, cost and settings, with nothing to load from elsewhere."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.report.episodes import episode_tables
 from fewstep.evaluation.report.figures import loss_curves
 from fewstep.evaluation.report.heatmap import alignment_heatmap
 from fewstep.evaluation.report.html import Pairs, Plot, embed, page, plot
-from fewstep.evaluation.report.numbers import finite, tick, with_error
-from fewstep.evaluation.report.quality import quality_parts
+from fewstep.evaluation.report.numbers import finite, setting, tick, with_error
+from fewstep.evaluation.report.quality import episode_tables, quality_parts
 from fewstep.sampling.images import Range, image_grid, picture, png_bytes, to_uint8, visible_scale
 from fewstep.utils.files import write_atomically
+from fewstep.utils.serialization import JSON, leaves
 
 Row = Mapping[str, object]
 
@@ -38,7 +37,7 @@ class RunReport:
     """What the page of one run shows; whatever is empty is left out.
 
     summary: plain text, paragraphs apart by an empty line. facts: headline figures, (label, value). grids: samples from
-    the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Measurement.row()`,
+    the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Evaluator.measure`,
     nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
     data_range: the values that black and white stand for; None for each grid's own minimum and maximum. alignments: of
     `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`. episodes:
@@ -142,17 +141,10 @@ def _losses(given: Mapping[str, list[dict[str, Any]]]) -> Plot | None:
     return plot(lambda columns, dark: loss_curves(logs, columns=columns, dark=dark), 2, alt) if logs else None
 
 
-def _settings(settings: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
-    """The configuration as (dotted key, value), in groups by the first two parts of the key."""
-    groups = groupby(_dotted(dict(settings)), key=lambda line: tuple(line[0].split(".")[:2]))
-    return [list(group) for _, group in groups]
+def _settings(settings: dict[str, JSON]) -> list[list[tuple[str, str]]]:
+    """The configuration as (dotted key, value), in groups by the first two parts of the key.
 
-
-def _dotted(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of a nested configuration as (dotted key, JSON value); the `type` of a part stands under its own key."""
-    if not isinstance(value, dict):
-        yield key, value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-        return
-    for name, item in value.items():
-        path = key if name == "type" and key else f"{key}.{name}" if key else str(name)
-        yield from _dotted(item, path)
+    The `type` of a part stands under the part's own key.
+    """
+    lines = [(key.removesuffix(".type"), setting(value)) for key, value in leaves(settings)]
+    return [list(group) for _, group in groupby(lines, key=lambda line: line[0].split(".")[:2])]

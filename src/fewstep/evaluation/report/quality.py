@@ -1,14 +1,17 @@
-"""The quality section of a run's page: a figure and a table for each extractor of features."""
+"""Figures of merit on a run's page: a figure and a table for each extractor of features, and of a policy's rollouts who
+reached the goal, how often, how fast, by which way.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.evaluation.report.figures import quality_curves
 from fewstep.evaluation.report.html import Plot, plot
 from fewstep.evaluation.report.numbers import NOTHING, count, finite, number, with_error
 
-Row = Mapping[str, object]
+Row = Mapping[str, Any]
 
 
 def quality_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -87,3 +90,39 @@ def _best_at_equal_calls(rows: Sequence[Row]) -> frozenset[int]:
         if len(rivals) > 1:
             best.add(min(rivals)[1])
     return frozenset(best)
+
+
+def episode_tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Values of a table for each task and set of starts, a line for each row of rollouts.json."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["first_seed"], row["episodes"]), []).append(row)
+    return [_episode_table(group) for group in groups.values()]
+
+
+def _episode_table(rows: Sequence[Row]) -> dict[str, Any]:
+    routes = sorted({name for row in rows for name in row["routes"]})
+    scored = any(abs(row["score"] - row["success"]) > 1e-9 for row in rows)
+    first, ordered = rows[0], sorted(rows, key=lambda row: (row["method"], row["steps"]))
+    return {
+        "heads": ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"],
+        "rows": [_episode_line(row, routes, scored) for row in ordered],
+        **{key: first[key] for key in ("task", "episodes", "first_seed")},
+        "unseen": first["first_seed"] >= FIRST_TEST_SEED,
+        "scored": scored,
+        "routes": routes,
+        "errors": [f"{row['method']}: {error}" for row in rows for error in row["errors"]],
+    }
+
+
+def _episode_line(row: Row, routes: Sequence[str], scored: bool) -> list[str]:
+    return [
+        str(row["method"]),
+        str(row["steps"] or NOTHING),
+        f"{row['successes']} of {row['episodes']}",
+        f"{row['low']:.2f} to {row['high']:.2f}",
+        number(finite(row, "mean_steps")),
+        *([number(finite(row, "score"))] if scored else []),
+        *(str(row["routes"].get(name, 0)) for name in routes),
+        number(finite(row, "latency_ms")),
+    ]
