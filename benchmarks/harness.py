@@ -8,13 +8,12 @@ whether that is still today's.
 import contextlib
 import hashlib
 import json
-import math
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -24,11 +23,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fewstep.data.base import Dataset
-from fewstep.data.sources import load_dataset
+import fewstep as fs
 from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
-from fewstep.recipes.config import RunConfig
-from fewstep.training import Callbacks, RunFolder, Runtime
+from fewstep.training import Callbacks
 from fewstep.training.loop import Trainer
 from fewstep.utils.files import write_atomically
 from fewstep.utils.serialization import to_json
@@ -38,6 +35,7 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 FIGURES = DOCS / "figures"
 MARK = re.compile(r"(<!-- table: (\w+)(?:: ([^>]+?))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, Any]
+Label = tuple[Any, ...]
 C = TypeVar("C")
 Key = TypeVar("Key")
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="training seeds")]
@@ -54,91 +52,73 @@ def digest(*parts: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Store:
-    """Rows in a file of JSON lines. label: the fields that name a cell; absent: what a row without one means."""
+class Grid(Generic[C]):
+    """The cells of a study, their rows in a file of JSON lines.
+
+    label: the fields of a cell that its rows are known by; plan: all cells, in order; settings: the digest of what a
+    cell trains and how it is measured; absent: what a row without a field means.
+    """
 
     file: Path
     label: tuple[str, ...]
-    absent: Mapping[str, Any] = field(default_factory=dict)
+    plan: Callable[[], Iterable[C]]
+    settings: Callable[[C], str]
+    absent: Row = field(default_factory=dict)
 
-    def rows(self) -> list[Row]:
-        """In the order they were stored; a line that was cut off, or that has no label, is left out."""
-        found: list[Row] = []
+    def name(self, row: Row) -> Label:
+        """The label of a row."""
+        return tuple((self.absent | row)[key] for key in self.label)
+
+    def cells(self) -> dict[Label, C]:
+        """Label -> cell of the whole plan."""
+        return {self.name(asdict(cell)): cell for cell in self.plan()}  # type: ignore[call-overload]
+
+    def stored(self) -> dict[Label, list[Row]]:
+        """Label -> rows, in the order they were stored; a line that was cut off, or has no label, is left out."""
+        found: dict[Label, list[Row]] = {}
         for line in self.file.read_text().splitlines() if self.file.is_file() else []:
             with contextlib.suppress(ValueError, KeyError):
                 row = json.loads(line)
-                self.name(row)
-                found.append(row)
+                found.setdefault(self.name(row), []).append(row)
         return found
-
-    def name(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The label of a row."""
-        return tuple((self.absent | row)[name] for name in self.label)  # type: ignore[operator]
-
-    def names(self) -> set[tuple[Any, ...]]:
-        return {self.name(row) for row in self.rows()}
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """All rows of a cell at once, so that it is stored whole or not at all."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(lines(rows))
-
-    def rewrite(self, rows: Iterable[Row]) -> None:
-        write_atomically(self.file, lines(rows))
-
-
-@dataclass(frozen=True)
-class Grid(Generic[C]):
-    """The cells of a study. plan: all of them, in order; label: the fields of a cell that its rows are known by;
-    settings: the digest of what it trains and how it is measured.
-    """
-
-    store: Store
-    plan: Callable[[], Iterable[C]]
-    label: Callable[[C], Row]
-    settings: Callable[[C], str]
-
-    def cells(self) -> dict[tuple[Any, ...], C]:
-        """Label -> cell of the whole plan."""
-        return {self.store.name(self.label(cell)): cell for cell in self.plan()}
 
     def rows(self) -> list[Row]:
         """Stored rows of the plan's cells."""
         planned = self.cells()
-        return [row for row in self.store.rows() if self.store.name(row) in planned]
+        return [row for name, rows in self.stored().items() if name in planned for row in rows]
 
     def missing(self) -> int:
-        return len(self.cells().keys() - self.store.names())
+        return len(self.cells().keys() - self.stored().keys())
 
     def run(self, cells: Iterable[C], measure: Callable[[C], list[Row]], worker: str = "0/1") -> None:
         """Measure the cells that have no row yet; worker: "i/n" takes every n-th from the i-th."""
         part, workers = (int(number) for number in worker.split("/"))
         for cell in list(cells)[part::workers]:
-            if self.store.name(self.label(cell)) in self.store.names():
+            label = asdict(cell)  # type: ignore[call-overload]
+            if self.name(label) in self.stored():
                 continue
-            rows = measure(cell)
-            self.store.add(self.label(cell) | {"settings": self.settings(cell)} | row for row in rows)
-            for row in rows:
-                shown = {key: value for key, value in row.items() if isinstance(value, int | float)}
-                print(f"{', '.join(map(str, self.label(cell).values()))}: {shown}", flush=True)
+            rows = [label | {"settings": self.settings(cell)} | row for row in measure(cell)]
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:  # all rows of a cell at once: it is stored whole or not at all
+                file.write(lines(rows))
+            show({key: value for key, value in row.items() if not isinstance(value, list | dict)} for row in rows)
 
-    def changed(self) -> dict[tuple[Any, ...], str]:
+    def changed(self) -> dict[Label, str]:
         """Label -> today's digest of the cells that were stored with another."""
-        cells = self.cells()
-        stored = {self.store.name(row): row.get("settings", "") for row in self.rows()}
-        today = {name: self.settings(cells[name]) for name in stored}
-        return {name: own for name, own in today.items() if own != stored[name]}
+        cells, stored = self.cells(), self.stored()
+        today = {name: self.settings(cells[name]) for name in cells.keys() & stored.keys()}
+        return {name: own for name, own in today.items() if own != stored[name][-1].get("settings", "")}
 
     def rekey(self) -> int:
         """Give stored cells the digests of today's settings; how many had others."""
         changed = self.changed()
         rows = [
-            row | ({"settings": changed[self.store.name(row)]} if self.store.name(row) in changed else {})
-            for row in self.store.rows()
+            row | ({"settings": changed[name]} if name in changed else {})
+            for name, own in self.stored().items()
+            for row in own
         ]
         if changed:
-            self.store.rewrite(rows)
+            write_atomically(self.file, lines(rows))
         return len(changed)
 
 
@@ -151,19 +131,17 @@ class Study:
     write: Callable[[], None] = lambda: None
     grid: Grid[Any] | None = None
 
-    def text(self, title: str | None = None) -> str:
-        """The table of that title, or all under their titles."""
-        tables = self.tables()
-        if title is not None:
-            return tables[title]
-        return "\n\n".join(f"### {name}\n\n{table}" for name, table in tables.items() if table)
+    def text(self, words: str = "") -> str:
+        """The tables that have these words in their titles, under those."""
+        shown = {name: table for name, table in self.tables().items() if table and words.lower() in name.lower()}
+        return "\n\n".join(f"### {name}\n\n{table}" for name, table in shown.items())
 
     def main(self, **commands: Callable[..., None]) -> None:
         """The command line. commands: what measures and stores."""
 
         def table(title: Annotated[str, tyro.conf.Positional] = "") -> None:
             """Print the stored tables, all or those with TITLE in their title."""
-            print("\n\n".join(f"### {k}\n\n{v}" for k, v in self.tables().items() if v and title.lower() in k.lower()))
+            print(self.text(title))
 
         def page() -> None:
             """Print the stored tables, write them into docs/, and draw the study's figure."""
@@ -198,7 +176,8 @@ class Study:
     def _filled(self, found: re.Match[str]) -> str:
         if found[2] != self.name:
             return found[0]
-        return f"{found[1]}\n{self.text(found[3])}\n\n{found[4]}"
+        text = self.tables()[found[3]] if found[3] else self.text()
+        return f"{found[1]}\n{text}\n\n{found[4]}"
 
 
 def lines(rows: Iterable[Row]) -> str:
@@ -224,14 +203,9 @@ def show(rows: Iterable[Row]) -> None:
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """Floats to so many digits, in lists and dicts too; JSON knows no NaN: None."""
-    if isinstance(value, dict):
-        return {key: rounded(each, digits) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(each, digits) for each in value]
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    """Floats to so many digits, in lists and dicts too; what is not finite is None, as JSON has no word for it."""
+    text = json.dumps(value)
+    return json.loads(text, parse_float=lambda x: float(f"{float(x):.{digits}g}"), parse_constant=lambda _: None)
 
 
 def grouped(rows: Iterable[C], key: Callable[[C], Key]) -> dict[Key, list[C]]:
@@ -255,10 +229,11 @@ def interval(values: Sequence[float], digits: int = 2, between: str = "-") -> st
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}{between}{max(values):.{digits}f})"
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; empty without rows."""
     body = [*rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *body)) if body else ""
+    shown = [" | ".join(map(str, line)) for line in (heads, ["---"] * len(heads), *body)]
+    return "\n".join(f"| {line} |" for line in shown) if body else ""
 
 
 @contextlib.contextmanager
@@ -278,14 +253,14 @@ def ticks(axis: Axis, values: Sequence[float]) -> None:
 
 
 @contextlib.contextmanager
-def trainer_of(config: RunConfig, dataset: Dataset | None = None, folder: Path | None = None) -> Iterator[Trainer]:
+def trainer_of(
+    config: fs.RunConfig, dataset: fs.Dataset | None = None, folder: Path | None = None
+) -> Iterator[Trainer]:
     """A quiet trainer on the CPU before its first step, in a folder that goes away unless one is given."""
+    data = fs.load_dataset(config.data) if dataset is None else dataset
     with tempfile.TemporaryDirectory() as temporary:
-        run, data = (
-            RunFolder(folder or Path(temporary) / "run"),
-            load_dataset(config.data) if dataset is None else dataset,
-        )
-        with Trainer(config, data, run, Runtime(cpu=True, quiet=True), Callbacks()) as trainer:
+        run, runtime = fs.RunFolder(folder or Path(temporary) / "run"), fs.Runtime(cpu=True, quiet=True)
+        with Trainer(config, data, run, runtime, Callbacks()) as trainer:
             trainer.learner.flow_map.train()
             yield trainer
 

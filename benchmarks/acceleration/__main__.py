@@ -6,20 +6,26 @@ method differs.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
 from benchmarks.acceleration import anatomy as parts
-from benchmarks.acceleration.students import GRID, PLANS, TEACHERS, Cell, Truth, chosen, train_cell
-from benchmarks.acceleration.tables import figures, tables
+from benchmarks.acceleration.students import GRID, PLANS, Cell, Truth, chosen, train_cell
+from benchmarks.acceleration.tables import draw, tables
 from benchmarks.harness import Cache, Seeds, Study, Worker
-from fewstep.data.sources import load_dataset
+from fewstep import load, load_dataset
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.recipes import recipe
-from fewstep.training import load
 
-STUDY = Study("acceleration", tables, figures, GRID)
+STUDY = Study("acceleration", tables, draw, GRID)
+
+
+def measured_against(recipe_name: str, teacher: Path, cache: Path | None) -> tuple[Any, ...]:
+    """The teacher, the data, and the features of a classifier of the same data with their classes."""
+    data = recipe(recipe_name).data
+    extractor = default_extractor(load_dataset(replace(data, labels=True)), cache=cache)
+    return load(teacher).flow_map, load_dataset(data), extractor
 
 
 def run(
@@ -37,37 +43,25 @@ def run(
         teacher: run folder of the trained teacher
         methods: names of methods
     """
-    unknown = sorted(set(methods) - set(chosen(dataset)))
-    if unknown:
+    if unknown := sorted(set(methods) - set(chosen(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(chosen(dataset))}")
-    plan, data = PLANS[dataset], recipe(PLANS[dataset].recipe).data
-    extractor = default_extractor(load_dataset(replace(data, labels=True)), cache=cache)
-    truth = Truth(plan, load_dataset(data), load(teacher).flow_map, extractor)
-    if (dataset,) not in TEACHERS.names():
-        floor = {"frechet": truth.frechet(truth.samples, 1), "samples": len(truth.samples)}
-        TEACHERS.add([{"dataset": dataset, **floor, "extractor": extractor.name}])
+    truth = Truth(PLANS[dataset], *measured_against(PLANS[dataset].recipe, teacher, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in methods]
     GRID.run(cells, lambda cell: [train_cell(cell, teacher, truth)], worker)
-    figures()
 
 
 def anatomy(
-    dataset: Annotated[str, Positional],
-    teacher: Path,
-    models: Path,
-    seeds: Seeds = (0,),
-    cache: Cache = None,
+    dataset: Annotated[str, Positional], teacher: Path, models: Path, seeds: Seeds = (0,), cache: Cache = None
 ) -> None:
     """Why is the Frechet distance of two calls worse with the computed preconditioning? Take two-call samples apart.
 
     Args:
-        dataset: digits, mixture or fashion
+        dataset: digits or mixture
         teacher: run folder of the trained teacher
         models: folder for the students' weights; one that is there is not trained again
     """
-    data = recipe(parts.SUBJECTS[dataset].recipe).data
-    extractor = default_extractor(load_dataset(replace(data, labels=True)), cache=cache)
-    scene = parts.Scene(parts.SUBJECTS[dataset], load(teacher).flow_map, load_dataset(data), extractor)
+    subject = parts.SUBJECTS[dataset]
+    scene = parts.Scene(subject, *measured_against(subject.recipe, teacher, cache))
     for seed in seeds:
         parts.store(dataset, seed, parts.take_apart(scene, teacher, seed, models / dataset / f"seed-{seed}"))
 

@@ -3,8 +3,6 @@
 Measured with the averaged weights, on data and noise that training does not see:
   jump T -> S     RMSE per element of the student's jump against the teacher's ODE, from held-out data with noise
   sample, k calls the same along k steps from noise
-  the same with one of two jumps taken by the teacher's ODE: what the other costs alone, at the times that the search
-                   chose and, for the first, at a fixed one
   frechet, k calls Frechet distance of k-step samples to held-out data
 The times between of 2- and 4-step sampling are searched for each method, seed and moment on one half of the held-out
 data and noise, and the figure is taken on the other half.
@@ -12,14 +10,14 @@ data and noise, and the figure is taken on the other half.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, Grid, Row, Store, digest, train_to, trainer_of
+from benchmarks.harness import RESULTS, Grid, Row, digest, train_to, trainer_of
 from fewstep import CD, CTM, Condition, Dataset, FlowMap, Pipeline, PreconditioningConfig, RunConfig, TeacherSteps
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
@@ -34,8 +32,6 @@ from fewstep.utils.random import Draws
 
 LEVELS = (80.0, 12.9, 1.9, 0.59, 0.002)
 HIGHEST, LOWEST = LEVELS[0], LEVELS[-1]
-MIDDLE = 1.9
-FIRST_JUMP = f"sample, 80 -> {MIDDLE:g} alone"
 MIDDLES = (0.25, 0.4, 0.6, 0.9, 1.3, 1.9, 2.8, 4.2, 6.3, 9.5)
 RHOS = (2.0, 3.0, 5.0, 7.0)
 NOISE_SEED = 77_000
@@ -93,8 +89,8 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
 class Judge:
     """Held-out data in an extractor's features, and the teacher's ODE."""
 
-    def __init__(self, dataset: Dataset, teacher: FlowMap, extractor: Extractor) -> None:
-        self.dataset, self.teacher, self.extractor = dataset, teacher, extractor
+    def __init__(self, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+        self.teacher, self.dataset, self.extractor = teacher, dataset, extractor
 
     def draw_noise(self, count: int) -> Tensor:
         """The starts of samples, other than any of training."""
@@ -120,8 +116,8 @@ class Truth(Judge):
     """The teacher's solutions that students are measured against, and the halves that times are searched on."""
 
     @torch.no_grad()
-    def __init__(self, plan: Plan, dataset: Dataset, teacher: FlowMap, extractor: Extractor) -> None:
-        super().__init__(dataset, teacher, extractor)
+    def __init__(self, plan: Plan, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+        super().__init__(teacher, dataset, extractor)
         self.plan = plan
         indices = torch.arange(min(plan.jumps, len(dataset.heldout)))
         x0, labels = dataset.heldout.fetch(indices)
@@ -179,21 +175,7 @@ def measure(model: FlowMap, truth: Truth, gamma: float) -> list[Row]:
             x = truth.starts[high]
             error = rmse(model.jump(x, at(high, x), at(low, x), truth.cond), end)
             rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
-    if not gamma:
-        rows.append({"measure": FIRST_JUMP, "nfe": 2, "value": alone(model, truth, MIDDLE, 0)})
-    for steps in (1, 2, 4):
-        rows += sampled(model, truth, steps, gamma)
-    return rows
-
-
-def alone(model: FlowMap, truth: Truth, middle: float, which: int) -> float:
-    """What a 2-step sampler that stops at `middle` loses by one jump alone (0: the first): the ODE takes the other."""
-    few = len(truth.samples) // 2
-    rows = slice(few, 2 * few)
-    x, cond = truth.start[rows], truth.asked(rows)
-    for i, (t, s) in enumerate(((HIGHEST, middle), (middle, LOWEST))):
-        x = model.jump(x, at(t, x), at(s, x), cond) if i == which else truth.solution(x, (t, s), 16, cond)[0]
-    return rmse(x, truth.samples[rows])
+    return rows + [row for steps in (1, 2, 4) for row in sampled(model, truth, steps, gamma)]
 
 
 def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float) -> list[Row]:
@@ -213,13 +195,7 @@ def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float) -> list[Row]
         return rmse(walk(model, truth, rows, times, gamma), truth.samples[rows])
 
     rows = [figure("frechet", len(truth.start) // 2, distance)]
-    if not gamma:
-        rows.append(figure("sample", len(truth.samples) // 2, error))
-    if steps == 2 and not gamma:
-        for which, name in enumerate(("first", "last")):
-            value = alone(model, truth, rows[1]["times"][1], which)
-            rows.append({"measure": f"sample, {name} jump alone", "nfe": 2, "value": value})
-    return rows
+    return rows if gamma else [*rows, figure("sample", len(truth.samples) // 2, error)]
 
 
 @dataclass(frozen=True)
@@ -249,7 +225,7 @@ def settings(dataset: str, method: str) -> str:
     training = replace(config.training, seed=0)
     return digest(
         config.data, config.model, config.network, config.objective, config.optimizer, config.statistics, training,
-        PLANS[dataset], LEVELS, MIDDLE, RHOS, NOISE_SEED,
+        PLANS[dataset], LEVELS, RHOS, NOISE_SEED,
     )  # fmt: skip
 
 
@@ -260,9 +236,8 @@ def plan() -> Iterator[Cell]:
         yield from (Cell(dataset, name, seed) for name in names for seed in (0, 1, 2))
 
 
-STORE = Store(RESULTS / "acceleration" / "cells.jsonl", ("dataset", "method", "seed"))
-TEACHERS = Store(RESULTS / "acceleration" / "teachers.jsonl", ("dataset",))
-GRID = Grid(STORE, plan, asdict, lambda cell: settings(cell.dataset, cell.method))
+LABEL = ("dataset", "method", "seed")
+GRID = Grid(RESULTS / "acceleration" / "cells.jsonl", LABEL, plan, lambda cell: settings(cell.dataset, cell.method))
 
 
 def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:

@@ -10,104 +10,91 @@ batch cost more. Peak memory is that of a process of its own per row, above what
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import fewstep as fs
 from benchmarks.cost.setting import take_step, warm
 from benchmarks.harness import ROOT, Row, markdown, take_turns, time_ratio
-from fewstep import (
-    ISD,
-    Batch,
-    Condition,
-    DiagonalMatching,
-    DiTConfig,
-    FixedGuidance,
-    FlowMap,
-    MLPConfig,
-    NetworkConfig,
-    NoGuidance,
-    Objective,
-    UNetConfig,
-)  # fmt: skip
 from fewstep.flow.derivatives import Derivative, exact_derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import Pairs
 
-UNET = UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), patch=2)
-CASES: dict[str, tuple[NetworkConfig, tuple[int, ...], int]] = {
-    "mlp": (MLPConfig(), (1, 8, 8), 256),
-    "unet": (UNET, (1, 28, 28), 64),
-    "dit": (DiTConfig(width=192, depth=6, heads=6, patch=4), (1, 28, 28), 64),
+CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
+    "mlp": (fs.MLPConfig(), (1, 8, 8), 256),
+    "unet": (fs.UNetConfig(width=48, multipliers=(1, 2), blocks=1, attention=(7,), patch=2), (1, 28, 28), 64),
+    "dit": (fs.DiTConfig(width=192, depth=6, heads=6, patch=4), (1, 28, 28), 64),
 }
 """A network, the shape of a sample, the batch."""
-DIFFERENCE, GUIDED, MOST = Derivative("finite-difference"), FixedGuidance(1.5), Pairs(BetaTimes(), 0.75)
-BASE = ("flow matching", "none")
-OBJECTIVES: dict[tuple[str, str], Objective] = {
-    BASE: DiagonalMatching(),
-    ("iSD", "exact"): ISD(guidance=NoGuidance()),
-    ("iSD", "finite-difference"): ISD(guidance=NoGuidance(), derivative=DIFFERENCE),
-    ("iSD-T", "exact"): ISD(guidance=GUIDED),
-    ("iSD-T", "finite-difference"): ISD(guidance=GUIDED, derivative=DIFFERENCE),
-    ("iSD-T, 3/4 diagonal", "exact"): ISD(guidance=GUIDED, pairs=MOST),
+DIFFERENCE, GUIDED, MOST = Derivative("finite-difference"), fs.FixedGuidance(1.5), Pairs(BetaTimes(), 0.75)
+Key = tuple[str, str]
+BASE: Key = ("flow matching", "none")
+OBJECTIVES: dict[Key, fs.Objective] = {
+    BASE: fs.DiagonalMatching(),
+    ("iSD", "exact"): fs.ISD(guidance=fs.NoGuidance()),
+    ("iSD", "finite-difference"): fs.ISD(guidance=fs.NoGuidance(), derivative=DIFFERENCE),
+    ("iSD-T", "exact"): fs.ISD(guidance=GUIDED),
+    ("iSD-T", "finite-difference"): fs.ISD(guidance=GUIDED, derivative=DIFFERENCE),
+    ("iSD-T, 3/4 diagonal", "exact"): fs.ISD(guidance=GUIDED, pairs=MOST),
 }
 
 
-def evaluations(objective: Objective, flow_map: FlowMap, batch: Batch) -> float:
+def evaluations(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch) -> float:
     """Cost of one step in forward passes of the whole batch."""
     total = 0.0
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal total
-        passes = 1 + carries_tangent(*inputs[:3]) + 2 * torch.is_grad_enabled()
-        total += passes * len(inputs[0])
+        total += (1 + carries_tangent(*inputs[:3]) + 2 * torch.is_grad_enabled()) * len(inputs[0])
 
-    handle = flow_map.network.register_forward_pre_hook(count)
-    take_step(objective, flow_map, batch)
-    handle.remove()
+    with flow_map.network.register_forward_pre_hook(count):
+        take_step(objective, flow_map, batch)
     return total / len(batch.x0)
 
 
-@dataclass(frozen=True)
-class Prices:
-    """What one pass of the whole batch costs: without gradient; with it and back; the same carrying tangents."""
+class Prices(NamedTuple):
+    """What one pass of the whole batch costs: without gradient; with it and back; the same carrying tangents.
 
-    forward: float
-    train: float
-    tangent: float
+    By default in forward passes: backward is 2, a tangent 1.
+    """
 
-    def of(self, objective: Objective) -> float:
+    forward: float = 1.0
+    train: float = 3.0
+    tangent: float = 4.0
+
+    def of(self, objective: fs.Objective) -> float:
         """What the passes cost that the objective's definition needs.
 
         The anchor's pass gives the velocity too, and the second term's pass the value of N: neither is paid twice. A
         derivative is a tangent of that pass, or a difference of two more; guidance one for the labels that are kept.
         """
-        if not isinstance(objective, ISD):
+        if not isinstance(objective, fs.ISD):
             return self.train
         null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
         second = self.tangent if objective.derivative.kind == "exact" else self.train + 2 * self.forward
         return self.train + null * self.forward + (1 - objective.pairs.flow_matching_ratio) * second
 
 
-def floor_passes(objective: Objective) -> float:
-    """The operations that the objective's definition needs, in forward passes: backward is 2, a tangent 1."""
-    return Prices(forward=1.0, train=3.0, tangent=4.0).of(objective)
+def floor_passes(objective: fs.Objective) -> float:
+    """The operations that the objective's definition needs, in forward passes."""
+    return Prices().of(objective)
 
 
-def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:
-    """The network's passes by themselves, at times as an objective draws them; as in `Prices`."""
+def passes(flow_map: fs.FlowMap, batch: fs.Batch) -> list[Callable[[], None]]:
+    """The network's passes by themselves, at times as an objective draws them; in the order of `Prices`."""
     t = batch.draws.uniform(1)
-    s, cond, v = t * batch.draws.uniform(2), Condition(batch.labels), batch.noise()
+    s, cond, v = t * batch.draws.uniform(2), fs.Condition(batch.labels), batch.noise()
 
-    def output(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def output(x: Tensor, t: Tensor) -> Tensor:
         return flow_map.output(x, t, s, cond)
 
-    def back(output: torch.Tensor) -> None:
+    def back(output: Tensor) -> None:
         flow_map.zero_grad(set_to_none=True)
         output.square().mean().backward()
 
@@ -115,49 +102,27 @@ def passes(flow_map: FlowMap, batch: Batch) -> dict[str, Callable[[], None]]:
         with torch.no_grad():
             output(batch.x0, t)
 
-    def train() -> None:
-        back(output(batch.x0, t))
-
-    def tangent() -> None:
-        back(exact_derivative(output, batch.x0, t, v)[0])
-
-    return {"forward": forward, "train": train, "tangent": tangent}
+    return [
+        forward,
+        lambda: back(output(batch.x0, t)),
+        lambda: back(exact_derivative(output, batch.x0, t, v)[0]),
+    ]
 
 
-def seconds(flow_map: FlowMap, batch: Batch, rounds: int) -> tuple[dict[tuple[str, str], list[float]], Prices]:
-    """Of a step of every objective in every turn, and the passes' medians."""
-
-    def finished(job: Callable[[], None]) -> None:
-        job()
-        if batch.x0.is_cuda:
-            torch.cuda.synchronize()
-
-    single = passes(flow_map, batch)
-    work: dict[tuple[str, str], Callable[[], None]] = {("pass", name): job for name, job in single.items()}
-    work |= {key: partial(take_step, objective, flow_map, batch) for key, objective in OBJECTIVES.items()}
-    spent = take_turns({key: partial(finished, job) for key, job in work.items()}, rounds)
-    return spent, Prices(**{name: statistics.median(spent.pop(("pass", name))) for name in single})
-
-
-def peak_mib(name: str, key: tuple[str, str], device: str) -> float:
+def peak_mib(name: str, key: Key, device: str) -> float:
     """Memory that a step adds at its peak, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.cost", "peak", name, *key, device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
-def print_peak(name: str, key: tuple[str, str], device: str) -> None:
+def print_peak(name: str, key: Key, device: str) -> None:
     """Body of the process that `peak_mib` starts."""
-    torch.set_num_threads(1)
     flow_map, batch = warm(*CASES[name], device)
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        take_step(OBJECTIVES[key], flow_map, batch)
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
-    before = resident("VmRSS")
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else resident("VmRSS")
     take_step(OBJECTIVES[key], flow_map, batch)
-    print(resident("VmHWM") - before)
+    print((torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM")) - before)
 
 
 def resident(field: str) -> float:
@@ -166,23 +131,30 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
-def measured(name: str, rounds: int, threads: int, device: str) -> list[Row]:
-    """A row for every objective on one network."""
+def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]:
+    """A row for every objective on one network, once all have taken their turns."""
     flow_map, batch = warm(*CASES[name], device)
-    spent, prices = seconds(flow_map, batch, rounds)
-    return [
-        {
+
+    def finished(job: Callable[[], None]) -> None:
+        job()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    work: dict[Key, Callable[[], None]] = {("pass", str(i)): job for i, job in enumerate(passes(flow_map, batch))}
+    work |= {key: partial(take_step, objective, flow_map, batch) for key, objective in OBJECTIVES.items()}
+    spent = take_turns({key: partial(finished, job) for key, job in work.items()}, rounds)
+    seconds = {key: statistics.median(times) for key, times in spent.items()}
+    prices = Prices(*(seconds["pass", str(i)] for i in range(3)))
+    for key, objective in OBJECTIVES.items():
+        yield {
             "objective": key[0], "derivative": key[1], "network": name, "batch": len(batch.x0),
             **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak_mib(name, key, device), 1),
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
-            "priced": round(prices.of(objective) / statistics.median(spent[BASE]), 3),
-            "seconds": round(statistics.median(spent[key]), 5), "forward_seconds": round(prices.forward, 5),
-            "train_seconds": round(prices.train, 5), "tangent_seconds": round(prices.tangent, 5),
+            "priced": round(prices.of(objective) / seconds[BASE], 3), "seconds": round(seconds[key], 5),
+            **{f"{kind}_seconds": round(price, 5) for kind, price in prices._asdict().items()},
             "device": device, "threads": threads,
-        }
-        for key, objective in OBJECTIVES.items()
-    ]  # fmt: skip
+        }  # fmt: skip
 
 
 def step_table(rows: list[Row]) -> str:
@@ -198,9 +170,11 @@ def step_table(rows: list[Row]) -> str:
 def derivative_table(rows: list[Row]) -> str:
     """Exact derivative beside finite difference: steps of flow matching, and the most memory held."""
     found = {(row["network"], row["objective"], row["derivative"]): row for row in rows}
-    kinds = ("exact", "finite-difference")
-    pairs = [key[:2] for key in found if key[2] == kinds[0] and (*key[:2], kinds[1]) in found]
-    columns = [(kind, key, form) for key, form in (("ratio", ".2f"), ("peak_mib", ".0f")) for kind in kinds]
     heads = ("network", "objective", "exact: steps", "finite difference: steps", "exact: MiB", "finite difference: MiB")
-    shown = [(*pair, *(format(found[(*pair, kind)][key], form) for kind, key, form in columns)) for pair in pairs]
-    return markdown(heads, shown)
+    lines = []
+    for (network, objective, kind), exact in found.items():
+        other = found.get((network, objective, "finite-difference"), {})
+        if kind == "exact" and other:
+            ratios, peaks = ([row[key] for row in (exact, other)] for key in ("ratio", "peak_mib"))
+            lines.append((network, objective, *(f"{x:.2f}" for x in ratios), *(f"{x:.0f}" for x in peaks)))
+    return markdown(heads, lines)

@@ -6,10 +6,10 @@ with both of their terms, with the distillation alone, and with each term normal
 """
 
 from benchmarks.degeneracy.expected import fixed_points, slopes, thresholds
-from benchmarks.degeneracy.figure import Maps, draw
-from benchmarks.degeneracy.networks import DIGITS, LOSSES, OBJECTIVES, PLAN, SEEDS, Truth, on_digits, train
-from benchmarks.degeneracy.tables import STORED, matrices, tables
-from benchmarks.harness import FIGURES, Row, Study, chosen, read, write
+from benchmarks.degeneracy.figure import draw
+from benchmarks.degeneracy.networks import DIGITS, PLAN, Truth, on_digits, train
+from benchmarks.degeneracy.tables import STORED, tables
+from benchmarks.harness import FIGURES, Study, chosen, read, write
 
 STUDY = Study("degeneracy", tables)
 
@@ -20,30 +20,14 @@ def run(digits: bool = False) -> None:
     Args:
         digits: train on digits too, a minute more; without it the rows of an earlier run are kept
     """
-    expected = [*fixed_points(), *thresholds(), *slopes()]
-    truth = Truth.draw()
-    trained, maps = networks(truth)
-    draw([*expected, *trained], maps, truth, FIGURES / "degeneracy.png")
-    seen = chosen(read(STORED), kind="digits")
-    if digits:
-        seen = [{"kind": "digits", "loss": loss, "lr": lr} | on_digits(loss, lr) for loss, lr in DIGITS]
-    write(STORED, [{k: v for k, v in row.items() if k != "curve"} for row in (*expected, *trained, *seen)])
-    print(matrices(), STUDY.text(), sep="\n\n")
-
-
-def networks(truth: Truth) -> tuple[list[Row], Maps]:
-    """Every run of the plan: a row for each seed, and the maps."""
-    rows, maps = [], {}
-    for name, loss, start in PLAN:
-        flow_map, before = train(OBJECTIVES[name], LOSSES[loss], start, truth)
-        maps[name, loss, start] = flow_map
-        after = truth.measure(flow_map)
-        for seed in range(SEEDS):
-            found = {key: values[seed] for key, values in after.items()}
-            first = {f"{key}_before": values[seed] for key, values in before.items()}
-            row = {"kind": "network", "objective": name, "loss": loss, "start": start, "seed": seed}
-            rows.append(row | found | first)
-    return rows, maps
+    rows, maps, truth = [*fixed_points(), *thresholds(), *slopes()], {}, Truth.draw()
+    for cell in PLAN:
+        maps[cell], found = train(*cell, truth)
+        rows += found
+    draw(rows, maps, truth, FIGURES / "degeneracy.png")
+    rows += [on_digits(*cell) for cell in DIGITS] if digits else chosen(read(STORED), kind="digits")
+    write(STORED, [{key: value for key, value in row.items() if key != "curve"} for row in rows])
+    print(STUDY.text())
 
 
 if __name__ == "__main__":

@@ -6,25 +6,20 @@ seed.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.degeneracy.gaussian import F64, OFFSET
-from fewstep.data.sources import DataConfig, load_dataset
-from fewstep.flow.closed_form import MixtureData
-from fewstep.flow.flow_map import FlowMap, at
+import fewstep as fs
+from benchmarks.harness import Row
+from fewstep.flow.flow_map import at
 from fewstep.flow.ode import reference_solution
-from fewstep.flow.paths import Linear
-from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.flow.times import UniformTimes
-from fewstep.networks.condition import Condition
-from fewstep.networks.mlp import MLPConfig
-from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, MeanFlow, Objective, Pairs, Shortcut, Weighting
+from fewstep.objectives import Pairs, Weighting
 from fewstep.utils.random import Draws
+from tests.support.gaussian_updates import F64, OFFSET
 
 SEEDS = 3
 ROWS = 192
@@ -36,25 +31,25 @@ DAMPING = 1e-2
 START = 1_000_000
 TOWARDS = (-1.0, 1.5)
 STRENGTH = 4.0
-PATH = Linear()
+PATH = fs.Linear()
 STREAM_COMPONENT, STREAM_DATA, STREAM_PRIOR = 60, 61, 62
 _SETTINGS: dict[str, Any] = {"pairs": Pairs(UniformTimes(), 0.5), "label_dropout": 0.0, "weighting": Weighting()}
-OBJECTIVES: dict[str, Objective] = {
-    "iSD": ISD(**_SETTINGS),
-    "ESD": ESD(**_SETTINGS),
-    "LSD": LSD(**_SETTINGS),
-    "PSD": PSD(**_SETTINGS),
-    "shortcut": Shortcut(steps=32, bootstrap=0.5, target_decay=None, label_dropout=0.0),
-    "MeanFlow": MeanFlow(**_SETTINGS),
+OBJECTIVES: dict[str, fs.Objective] = {
+    "iSD": fs.ISD(**_SETTINGS),
+    "ESD": fs.ESD(**_SETTINGS),
+    "LSD": fs.LSD(**_SETTINGS),
+    "PSD": fs.PSD(**_SETTINGS),
+    "shortcut": fs.Shortcut(steps=32, bootstrap=0.5, target_decay=None, label_dropout=0.0),
+    "MeanFlow": fs.MeanFlow(**_SETTINGS),
 }
 
 
-def mixture() -> MixtureData:
+def mixture() -> fs.MixtureData:
     """Three components about (1, 0.5)."""
     angles = math.pi * (0.25 + 2 * torch.arange(3, dtype=F64) / 3)
     means = torch.tensor([1.0, 0.5], dtype=F64) + 1.2 * torch.stack([angles.cos(), angles.sin()], 1)
     weights, sds = ([0.4, 0.35, 0.25], [0.25, 0.35, 0.3])
-    return MixtureData(torch.tensor(weights, dtype=F64), means, torch.tensor(sds, dtype=F64))
+    return fs.MixtureData(torch.tensor(weights, dtype=F64), means, torch.tensor(sds, dtype=F64))
 
 
 class Networks(nn.Module):
@@ -74,29 +69,29 @@ class Networks(nn.Module):
         return h.flatten(0, 1)
 
 
-def batch_of(step: int, rows: int = ROWS) -> Batch:
+def batch_of(step: int, rows: int = ROWS) -> fs.Batch:
     """Fresh data for every seed."""
     draws = Draws(7, step, torch.arange(SEEDS * rows))
     x0 = mixture().sample(draws.uniform(STREAM_COMPONENT), draws.normal(STREAM_DATA, (2,), F64))
-    return Batch(x0, None, draws)
+    return fs.Batch(x0, None, draws)
+
+
+def apart(anchor: Tensor, distill: Tensor, size: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor:
+    """Each term over its own size, a function of its losses, and the offset."""
+    return anchor / (size(anchor.detach()) + OFFSET) + distill / (size(distill.detach()) + OFFSET)
 
 
 def per_seed(values: Tensor) -> Tensor:
     """The mean over a seed's samples, broadcast over them: (SEEDS * B,) -> (SEEDS * B,)."""
-    groups = values.unflatten(0, (SEEDS, -1))
-    return groups.mean(1, keepdim=True).expand_as(groups).flatten()
+    return by_seed(values).mean(1).repeat_interleave(len(values) // SEEDS)
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Loss] = {
     "both terms": lambda anchor, distill: anchor + distill,
     "no anchor": lambda anchor, distill: distill,
-    "apart, by sample": lambda anchor, distill: (
-        anchor / (anchor.detach() + OFFSET) + distill / (distill.detach() + OFFSET)
-    ),
-    "apart, by batch": lambda anchor, distill: (
-        anchor / (per_seed(anchor.detach()) + OFFSET) + distill / (per_seed(distill.detach()) + OFFSET)
-    ),
+    "apart, by sample": apart,
+    "apart, by batch": lambda anchor, distill: apart(anchor, distill, per_seed),
     "together, by sample": lambda anchor, distill: (anchor + distill) / ((anchor + distill).detach() + OFFSET),
 }
 """Per sample, of the anchor and the distillation, each zero where the objective does not take it."""
@@ -109,8 +104,7 @@ PLAN = (
 )
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(NamedTuple):
     """Held-out points with their exact jumps, and noise with the samples that the ODE makes of it."""
 
     x: Tensor
@@ -123,13 +117,12 @@ class Truth:
     @staticmethod
     def draw() -> "Truth":
         """By the Runge-Kutta method on the mixture's denoiser."""
-        batch, data = batch_of(START - 1, HELDOUT), mixture()
+        batch = batch_of(START - 1, HELDOUT)
         t, s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)
         x, noise = PATH.interpolate(batch.x0, batch.noise(), t), batch.draws.normal(STREAM_PRIOR, (2,), F64)
-        jumped = exact_jump(data, x, t, s)
-        return Truth(x, t, s, jumped, noise, exact_jump(data, noise, at(1.0, noise), at(0.0, noise)))
+        return Truth(x, t, s, exact_jump(x, t, s), noise, exact_jump(noise, at(1.0, noise), at(0.0, noise)))
 
-    def measure(self, flow_map: FlowMap) -> dict[str, list[float]]:
+    def measure(self, flow_map: fs.FlowMap) -> dict[str, list[float]]:
         """A value a seed, root mean squares over samples in units of x.
 
         inconsistency: X(x, t, s) - X(X(x, t, u), u, s), u in the middle. error: X - the data's flow map. variance: of
@@ -140,34 +133,25 @@ class Truth:
             jumped = flow_map.jump(self.x, self.t, self.s)
             twice = flow_map.jump(flow_map.jump(self.x, self.t, u), u, self.s)
             samples = flow_map.jump(self.noise, at(1.0, self.noise), at(0.0, self.noise))
-        found = {
-            "inconsistency": rms(jumped - twice),
-            "error": rms(jumped - self.jumped),
-            "variance": variance(samples) / variance(self.samples),
-        }
+        inconsistency, error = (
+            by_seed(off).square().mean((1, 2)).sqrt() for off in (jumped - twice, jumped - self.jumped)
+        )
+        variance, exact = (by_seed(own).var(1).sum(1) for own in (samples, self.samples))
+        found = {"inconsistency": inconsistency, "error": error, "variance": variance / exact}
         return {key: value.tolist() for key, value in found.items()}
 
 
-def exact_jump(data: MixtureData, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def by_seed(values: Tensor) -> Tensor:
+    """(SEEDS * B, ...) -> (SEEDS, B, ...)."""
+    return values.unflatten(0, (SEEDS, -1))
+
+
+def exact_jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """The mixture's flow map by its ODE."""
-
-    def denoise(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return data.denoise(PATH, x, t)
-
-    return reference_solution(denoise, PATH, x, t, s)
+    return reference_solution(lambda x, t, cond: mixture().denoise(PATH, x, t), PATH, x, t, s)
 
 
-def rms(error: Tensor) -> Tensor:
-    """Of each seed's samples, per element: (SEEDS * B, 2) -> (SEEDS,)."""
-    return error.unflatten(0, (SEEDS, -1)).square().mean((1, 2)).sqrt()
-
-
-def variance(samples: Tensor) -> Tensor:
-    """Total variance of each seed's samples: (SEEDS * B, 2) -> (SEEDS,)."""
-    return samples.unflatten(0, (SEEDS, -1)).var(1).sum(1)
-
-
-def collapse(flow_map: FlowMap) -> None:
+def collapse(flow_map: fs.FlowMap) -> None:
     """Regress the networks on N = k (x - c)/(1 + k t), the flow map that contracts to c (why-an-anchor.md)."""
     optimizer, towards = torch.optim.Adam(flow_map.parameters(), 1e-2), torch.tensor(TOWARDS, dtype=F64)
     for step in range(300):
@@ -185,22 +169,25 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-def train(objective: Objective, loss: Loss, start: str, truth: Truth) -> tuple[FlowMap, dict[str, list[float]]]:
-    """The trained networks, and what they measured at the start."""
-    flow_map = FlowMap(PATH, LinearPreconditioning(), Networks())
+def train(name: str, loss: str, start: str, truth: Truth) -> tuple[fs.FlowMap, list[Row]]:
+    """The trained networks, and a row a seed of what they measure, before too."""
+    flow_map = fs.FlowMap(PATH, fs.LinearPreconditioning(), Networks())
     if start == "collapsed":
         collapse(flow_map)
-    before = truth.measure(flow_map)
+    before = {f"{key}_before": values for key, values in truth.measure(flow_map).items()}
     optimizer = torch.optim.Adam(flow_map.parameters(), LEARNING_RATE, eps=DAMPING)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        terms = objective(flow_map, batch_of(step)).terms
-        descend(optimizer, loss(terms["anchor"], terms["distill"]).mean())
-    return flow_map, before
+        terms = OBJECTIVES[name](flow_map, batch_of(step)).terms
+        descend(optimizer, LOSSES[loss](terms["anchor"], terms["distill"]).mean())
+    cell, found = {"kind": "network", "objective": name, "loss": loss, "start": start}, truth.measure(flow_map) | before
+    return flow_map, [
+        cell | {"seed": seed} | {key: values[seed] for key, values in found.items()} for seed in range(SEEDS)
+    ]
 
 
-def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> dict[str, float]:
+def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> Row:
     """iSD on scikit-learn's digits with their classes by an MLP, one seed: its losses, and what one call samples.
 
     anchor, distill: means over the last 50 steps. variance: total, of samples over that of the data. mean: root mean
@@ -208,17 +195,17 @@ def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> dict[s
     For x + m, m the data's mean, `variance` would be noise_variance, `classes` by chance noise_classes, and the loss of
     the anchor translation.
     """
-    dataset = load_dataset(DataConfig(source="digits"))
+    dataset = fs.load_dataset(fs.DataConfig(source="digits"))
     x0, labels = dataset.train.fetch(torch.arange(len(dataset.train)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = MLPConfig(width=256, depth=3, embedding_width=64, max_frequency=16.0).build((1, 8, 8), 10, False)
-    flow_map, losses = FlowMap(PATH, LinearPreconditioning(), network), []
-    optimizer, objective = torch.optim.Adam(flow_map.parameters(), lr), ISD(weighting=Weighting())
+        network = fs.MLPConfig(width=256, depth=3, embedding_width=64, max_frequency=16.0).build((1, 8, 8), 10, False)
+    flow_map, losses = fs.FlowMap(PATH, fs.LinearPreconditioning(), network), []
+    optimizer, objective = torch.optim.Adam(flow_map.parameters(), lr), fs.ISD(weighting=Weighting())
     for step in range(steps):
         draws = Draws(0, step, torch.arange(rows))
         chosen = draws.integers(STREAM_DATA, len(x0))
-        terms = objective(flow_map, Batch(x0[chosen], labels[chosen], draws)).terms
+        terms = objective(flow_map, fs.Batch(x0[chosen], labels[chosen], draws)).terms
         optimizer.zero_grad()
         LOSSES[loss](terms["anchor"], terms["distill"]).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow_map.parameters(), 1.0)
@@ -226,16 +213,16 @@ def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> dict[s
         losses.append([float(terms[key].detach().mean()) for key in ("anchor", "distill")])
     noise, asked = Draws(9, 0, torch.arange(1000)).normal(STREAM_PRIOR, (1, 8, 8)), torch.arange(1000) % 10
     with torch.no_grad():
-        samples = flow_map.jump(noise, at(1.0, noise), at(0.0, noise), Condition(asked))
+        samples = flow_map.jump(noise, at(1.0, noise), at(0.0, noise), fs.Condition(asked))
     means, own = (torch.stack([v[k == c].mean(0) for c in range(10)]) for v, k in ((samples, asked), (x0, labels)))
-    last = torch.tensor(losses[-50:]).mean(0)
-    return {
-        "anchor": float(last[0]),
-        "distill": float(last[1]),
-        "variance": float(samples.var(0).sum() / x0.var(0).sum()),
-        "mean": float((samples.mean(0) - x0.mean(0)).square().mean().sqrt()),
-        "noise_variance": float(x0[0].numel() / x0.var(0).sum()),
-        "noise_classes": float(x0[0].numel() / 100 / own.var(0).sum()),
-        "translation": float(1 + x0.var(0).mean()),
-        "classes": float(means.var(0).sum() / own.var(0).sum()),
+    anchor, distill = torch.tensor(losses[-50:]).mean(0).tolist()
+    figures = {
+        "variance": samples.var(0).sum() / x0.var(0).sum(),
+        "mean": (samples.mean(0) - x0.mean(0)).square().mean().sqrt(),
+        "noise_variance": x0[0].numel() / x0.var(0).sum(),
+        "noise_classes": x0[0].numel() / 100 / own.var(0).sum(),
+        "translation": 1 + x0.var(0).mean(),
+        "classes": means.var(0).sum() / own.var(0).sum(),
     }
+    row = {"kind": "digits", "loss": loss, "lr": lr, "anchor": anchor, "distill": distill}
+    return row | {key: float(value) for key, value in figures.items()}

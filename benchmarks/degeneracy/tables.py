@@ -1,16 +1,15 @@
 """The tables of the degeneracy study, from stored rows."""
 
-import statistics
+from statistics import fmean
 
-from benchmarks.degeneracy.expected import ZERO, gaussian
-from benchmarks.degeneracy.gaussian import ERRORS, Tangent, anchor_error, exact, jacobian, spectrum
+from benchmarks.degeneracy.expected import ZERO, matrices
 from benchmarks.harness import RESULTS, Row, chosen, grouped, interval, markdown, read
 from fewstep.evaluation.report.numbers import NOTHING, number
 
 STORED = RESULTS / "degeneracy.json"
 AT = {"exact": "data's map", "identity": "identity", "contraction, k = 9": "contraction to -1, `k = 9`"}
-APART = "apart's weight"
 CRITICAL = ("iSD", "LSD", "PSD", "ESD", "MeanFlow")
+LOSSES_OF_ALL = ("both terms", "no anchor")
 LOSSES = {
     "both terms": "no weights", "together, by sample": "normalised together", "apart, by sample": "normalised apart",
 }  # fmt: skip
@@ -19,74 +18,54 @@ LOSSES = {
 def tables() -> dict[str, str]:
     """The page's tables."""
     found = grouped(read(STORED), lambda row: str(row["kind"]))
-    networks = found["network"]
-    others = [row for row in networks if row["loss"] not in ("both terms", "no anchor")]
+    fixed, networks = found["fixed point"], found["network"]
+    others = grouped((row for row in networks if row["loss"] not in LOSSES_OF_ALL), lambda row: str(row["loss"]))
     return {
-        "Zeros and eigenvalues, linear path": fixed_point_table(found["fixed point"], "linear"),
-        "Zeros and eigenvalues, trigonometric path": fixed_point_table(found["fixed point"], "trig"),
+        "Jacobians of iSD": matrices(),
+        "Zeros and eigenvalues, linear path": fixed_point_table(chosen(fixed, path="linear"), "linear"),
+        "Zeros and eigenvalues, trigonometric path": fixed_point_table(chosen(fixed, path="trig"), "trigonometric"),
         "The least weight of the anchor": threshold_table(found["threshold"]),
         "Where one slope settles": slope_table(found["slope"]),
         "iSD on digits": digit_table(found["digits"]),
         "Networks, with anchor and without": network_table(networks),
         "Networks, other weights": markdown(
-            ("iSD", "inconsistency", "error", "variance"),
-            [(loss, *measured(others, loss=loss)) for loss in dict.fromkeys(row["loss"] for row in others)],
+            ("iSD", "inconsistency", "error", "variance"), [(loss, *measured(own)) for loss, own in others.items()]
         ),
     }
-
-
-def matrices() -> str:
-    """Without an anchor and with one of weight 1, in the smallest family; order theta, c, mu, d."""
-    case = gaussian()
-    family = Tangent(case, exact(case))
-    alone, anchor = jacobian(family, ERRORS["iSD"], case), jacobian(family, anchor_error, case)
-    lines = []
-    for title, matrix in (("no anchor", alone), ("anchor of weight 1", alone + anchor)):
-        cells = (" ".join(f"{round(value, 5) + 0.0:9.5f}" for value in row) for row in matrix.tolist())
-        values = ", ".join(f"{round(value, 5) + 0.0:.5f}" for value in spectrum(matrix).tolist())
-        lines += [title, *cells, f"eigenvalues {values}"]
-    return "\n".join(["```", *lines, "```"])
 
 
 def fixed_point_table(rows: list[Row], path: str) -> str:
     """A line for each map and objective of a path."""
     heads = ("update", "null eigenvalues", "largest other", "update with anchor", "largest with anchor")
     lines = []
-    for row in chosen(rows, path=path):
+    for row in rows:
         still, anchored = row["update"] < ZERO, row["update_anchored"] < ZERO
-        alone = (str(row["null"]), f"{row['largest']:.4f}") if still else (NOTHING, NOTHING)
-        lines.append(
-            (
-                f"{AT[row['map']]}: {row['objective']}", "0" if still else f"{row['update']:.1f}", *alone,
-                "0" if anchored else f"{row['update_anchored']:.1f}",
-                f"{row['largest_anchored']:.4f}" if anchored else "no fixed point",
-            )
-        )  # fmt: skip
-    return markdown((f"map, {'trigonometric' if path == 'trig' else path} path", *heads), lines)
+        alone = (0, row["null"], f"{row['largest']:.4f}") if still else (f"{row['update']:.1f}", NOTHING, NOTHING)
+        moved = f"{row['update_anchored']:.1f}"
+        held = (0, f"{row['largest_anchored']:.4f}") if anchored else (moved, "no fixed point")
+        lines.append((f"{AT[row['map']]}: {row['objective']}", *alone, *held))
+    return markdown((f"map, {path} path", *heads), lines)
 
 
 def threshold_table(rows: list[Row]) -> str:
     """Critical weights, a line for each width of the data and degree; 0: none down to 1e-4."""
     heads = ("sd of data, degree", *CRITICAL, "enough for iSD, `C^2/2`", "weight if normalised apart")
     lines = []
-    for sd, degree in dict.fromkeys((row["sd"], row["degree"]) for row in rows):
-        own = {row["objective"]: row for row in chosen(rows, sd=sd, degree=degree)}
-        weights = (own[name]["critical"] for name in CRITICAL)
-        shown = (f"{weight:.3f}" if weight else "0" for weight in weights)
-        first = own["iSD"]
-        lines.append((f"{sd:g}, {degree}", *shown, f"{first['sufficient']:.3f}", f"{first['apart']:.4f}"))
+    for (sd, degree), group in grouped(rows, lambda row: (row["sd"], row["degree"])).items():
+        weights = {row["objective"]: row["critical"] for row in group}
+        shown = (f"{weights[name]:.3f}" if weights[name] else "0" for name in CRITICAL)
+        lines.append((f"{sd:g}, {degree}", *shown, f"{group[0]['sufficient']:.3f}", f"{group[0]['apart']:.4f}"))
     return markdown(heads, lines)
 
 
 def slope_table(rows: list[Row]) -> str:
     """A line for each width of the data."""
     keys = ("anchor alone", "weight 1", "weight 0.1", "weight 0.01")
-    heads = ("sd", *keys[:2], "0.1", "0.01", "normalised apart (weight there)")
-    lines = [
-        (f"{row['sd']:g}", *(number(row[key]) for key in keys), f"{row['apart']:.3f} ({number(row[APART], 2)})")
-        for row in rows
-    ]
-    return markdown(heads, lines)
+    lines = []
+    for row in rows:
+        apart, weight = row["apart"], number(row["apart's weight"], 2)
+        lines.append((f"{row['sd']:g}", *(number(row[key]) for key in keys), f"{apart:.3f} ({weight})"))
+    return markdown(("sd", *keys[:2], "0.1", "0.01", "normalised apart (weight there)"), lines)
 
 
 def digit_table(rows: list[Row]) -> str:
@@ -95,29 +74,24 @@ def digit_table(rows: list[Row]) -> str:
         "digits, iSD", "learning rate", "anchor", "distill", "variance of samples / data", "distance of means",
         "variance between classes / data",
     )  # fmt: skip
-    keys = ("anchor", "distill", "variance", "mean", "classes")
-    lines = [
-        (LOSSES[row["loss"]], f"{row['lr']:.0e}".replace("e-0", "e-"), *(number(row[key]) for key in keys))
-        for row in rows
-    ]
-    known = (rows[0]["translation"], 0.0, rows[0]["noise_variance"], 0.0)
-    by_chance = f"{number(rows[0]['noise_classes'])} by chance"
-    return markdown(heads, [*lines, ("the map `x + m`", NOTHING, *map(number, known), by_chance)])
+    keys, first = ("anchor", "distill", "variance", "mean", "classes"), rows[0]
+    lines = [(LOSSES[row["loss"]], f"{row['lr']:g}", *(number(row[key]) for key in keys)) for row in rows]
+    known = map(number, (first["translation"], 0.0, first["noise_variance"], 0.0))
+    by_chance = f"{number(first['noise_classes'])} by chance"
+    return markdown(heads, [*lines, ("the map `x + m`", NOTHING, *known, by_chance)])
 
 
 def network_table(rows: list[Row]) -> str:
     """A line for each objective and start."""
     lines = []
-    for name, start in dict.fromkeys((row["objective"], row["start"]) for row in rows):
-        own = chosen(rows, objective=name, start=start)
+    for (name, start), own in grouped(rows, lambda row: (row["objective"], row["start"])).items():
         title = name if start == "random" else f"{name}, from a collapsed start"
-        lines.append((title, *measured(own, loss="both terms"), *measured(own, loss="no anchor")))
+        lines.append((title, *(figure for loss in LOSSES_OF_ALL for figure in measured(chosen(own, loss=loss)))))
     heads = ("with anchor: inconsistency", "error", "variance", "without: inconsistency", "error", "variance")
     return markdown(("", *heads), lines)
 
 
-def measured(rows: list[Row], loss: str) -> tuple[str, str, str]:
+def measured(rows: list[Row]) -> tuple[str, str, str]:
     """Means over seeds of inconsistency, error (lowest to highest) and variance."""
-    own = chosen(rows, loss=loss)
-    inconsistency, error, variance = ([row[key] for row in own] for key in ("inconsistency", "error", "variance"))
-    return (f"{statistics.fmean(inconsistency):.3f}", interval(error, 3, "–"), f"{statistics.fmean(variance):.2f}")
+    inconsistency, error, variance = ([row[key] for row in rows] for key in ("inconsistency", "error", "variance"))
+    return (f"{fmean(inconsistency):.3f}", interval(error, 3, "–"), f"{fmean(variance):.2f}")

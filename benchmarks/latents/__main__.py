@@ -7,34 +7,54 @@ Four classes of Debian's public-domain drawings, 256x256. A small autoencoder is
 one), then latents are encoded, a small DiT trained on them, samples drawn and measured.
 """
 
+import json
+import math
+import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
 from tyro.conf import Positional
 
-from benchmarks.harness import FIGURES, RESULTS, Study, markdown, read, write
+import fewstep as fs
+from benchmarks.harness import FIGURES, RESULTS, Row, Study, markdown, read, show, write
+from fewstep.data.folder import list_images
+from fewstep.data.latents.autoencoders import load_decoder
+from fewstep.data.latents.encode import EncodingWork, encode_folder, read_image
+from fewstep.data.latents.shards import EncodingSettings
+from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.times import BetaTimes
+from fewstep.objectives import Pairs
+from fewstep.recipes import recipe
+from fewstep.recipes.config import EvaluationConfig, OptimizerConfig
+from fewstep.sampling.images import save_grid
 
 STORED = RESULTS / "latents.json"
+SIDE, CROP, COLUMNS, SHOWN = 256, 64, 8, 128
+KEPT = ("method", "nfe", "frechet", "samples", "extractor", "reference")
+LARGEST = 16_000_000
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def tables() -> dict[str, str]:
     """What is stored."""
-    found = read(STORED)
-    assert isinstance(found, dict)
-    images, autoencoder, encoding, training = (found[k] for k in ("images", "autoencoder", "encoding", "training"))
+    found = dict(read(STORED))
+    images, coder, encoding, training = (found[k] for k in ("images", "autoencoder", "encoding", "training"))
+    seen, weights = f"{training['images']:,} images", f"{training['parameters']:,} weights"
     road = (
         ("images", f"{images['count']:,} of {images['side']}x{images['side']}"),
-        ("autoencoder", f"{autoencoder['steps']} steps in {autoencoder['seconds']:.0f} s: {autoencoder['psnr_db']} dB"),
+        ("autoencoder", f"{coder['steps']} steps in {coder['seconds']:.0f} s: {coder['psnr_db']} dB"),
         ("encoding", f"{encoding['images_per_second']} images a second, {encoding['megabytes']} MB"),
-        (
-            "training",
-            f"{training['images']:,} images in {training['seconds']:.0f} s, {training['parameters']:,} weights",
-        ),
+        ("training", f"{seen} in {training['seconds']:.0f} s, {weights}"),
     )
-    rows = [
-        (row["method"], str(row["nfe"] or "–"), f"{row['frechet']:.2f}", str(row["samples"])) for row in found["rows"]
-    ]
+    rows = [(row["method"], row["nfe"] or "–", f"{row['frechet']:.2f}", row["samples"]) for row in found["rows"]]
     return {
         "The road": markdown(("part", ""), road),
         "Quality": markdown(("method", "network calls", "Fréchet distance", "samples"), rows),
@@ -44,13 +64,128 @@ def tables() -> dict[str, str]:
 STUDY = Study("latents", tables)
 
 
+def gather(source: Path, classes: tuple[str, ...], folder: Path) -> Path:
+    """Links to the readable images of each class, or of all; those beyond 16 million pixels take too long to read."""
+    for name in classes or sorted(path.name for path in source.iterdir() if path.is_dir()):
+        files = sorted(file for file in (source / name).rglob("*") if file.suffix.lower() in SUFFIXES)
+        for number, file in enumerate(filter(small_enough, files)):
+            link = folder / name / f"{number:04d}{file.suffix.lower()}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(file)
+    return folder
+
+
+def small_enough(file: Path) -> bool:
+    """Whether an image is whole and of a size that reads quickly."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            return math.prod(image.size) <= LARGEST
+    except (OSError, Image.DecompressionBombError):
+        return False
+
+
+def train_autoencoder(images: Path, folder: Path, seconds: float, batch: int) -> Row:
+    """An AutoencoderKL of 0.9 M weights, trained on crops of 64x64 by L1 with a little KL; saved to `folder`.
+
+    From drawings at two scales, their squares of side 128 and 256.
+    """
+    if (file := folder / "training.json").is_file():
+        return dict(read(file))
+    found = [read_image(file, SIDE if i % 2 else SIDE // 2, 3) for i, file in enumerate(list_images(str(images)).files)]
+    pixels = [image for image in found if not isinstance(image, str)]
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    begin, steps = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, steps / 50 + 0.02) * math.cos(0.5 * math.pi * spent / seconds)
+        x = crops(pixels, batch, CROP)
+        posterior = model.encode(x).latent_dist
+        error = (model.decode(posterior.sample()).sample - x).abs().mean()
+        optimizer.zero_grad()
+        (error + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        steps += 1
+        if steps % 50 == 0:
+            show([{"autoencoder": f"{spent:.0f} s", "step": steps, "error": float(error.detach())}])
+    model.eval().save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    write(file, {"parameters": parameters, "steps": steps, "batch": batch, "crop": CROP, "seconds": round(spent, 1)})
+    return dict(read(file))
+
+
+def crops(pixels: list[Tensor], batch: int, side: int) -> Tensor:
+    """Random squares of random images in [-1, 1], half of them mirrored."""
+    parts = []
+    for row in torch.randint(len(pixels), (batch,)).tolist():
+        top, left = (int(torch.randint(size - side + 1, ())) for size in pixels[row].shape[1:])
+        part = pixels[row][:, top : top + side, left : left + side]
+        parts.append(part.flip(-1) if torch.rand(()) < 0.5 else part)
+    return torch.stack(parts).float() / 127.5 - 1
+
+
+def encode(images: Path, autoencoder: Path, out: Path) -> Row:
+    """Encode the latents; what it took, at an earlier start where they were there. Mirror images count too."""
+    settings = EncodingSettings(image_size=SIDE, shard_size=512, heldout=0.1)
+    begin = time.perf_counter()
+    manifest = encode_folder(images, autoencoder, out / "latents", settings, work=EncodingWork(4, cpu=True))
+    if not (timing := out / "encoding.json").is_file():
+        timing.write_text(json.dumps(time.perf_counter() - begin))
+    seconds = float(timing.read_text())
+    return {
+        "seconds": round(seconds, 1), "images_per_second": round(2 * manifest.count / seconds, 2),
+        "megabytes": round(sum(shard.size for shard in manifest.shards) / 1e6, 1),
+        "mean": manifest.mean, "std": manifest.std, "posterior_std": manifest.posterior_std,
+    }  # fmt: skip
+
+
+def configuration(latents: Path, seconds: float) -> fs.RunConfig:
+    """iSD-T on a small DiT: the method of `imagenet256-dit-b4` with what a core can do in minutes."""
+    base, pairs = recipe("imagenet256-dit-b4"), Pairs(BetaTimes(), flow_matching_ratio=0.75)
+    length = {"images": 10_000_000, "seconds": seconds, "batch_size": 32, "precision": "no"}
+    written = {"log_images": 640, "sample_images": 0, "checkpoint_images": 6_400}
+    return replace(
+        base,
+        data=fs.DataConfig(source="latents", root=str(latents)),
+        network=fs.DiTConfig(width=128, depth=4, heads=4, patch=4),
+        objective=fs.ISD(pairs=pairs, guidance=fs.FixedGuidance(1.5), derivative=Derivative("finite-difference")),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_images=640, decay="cosine"),
+        training=replace(base.training, ema_power=(0.1,), ema_decay=(), **length, **written),
+        evaluation=EvaluationConfig(samples=64, steps=(2,), reference_steps=16),
+    )
+
+
+def draw(dataset: fs.Dataset, images: Path, pipeline: fs.Pipeline, figure: Path) -> float:
+    """A row of held-out drawings, one of what they decode to, and samples in two steps; the PSNR of decoding in dB."""
+    assert dataset.latents is not None
+    rows = torch.arange(len(dataset.heldout))[:: max(1, len(dataset.heldout) // (2 * COLUMNS))][: 2 * COLUMNS]
+    files = list_images(str(images)).files
+    originals = [read_image(files[i], SIDE, 3) for i in dataset.heldout.rows[rows].tolist()]  # type: ignore[attr-defined]
+    truth = torch.stack(originals).float() / 127.5 - 1  # type: ignore[arg-type]
+    found = load_decoder(dataset.latents, None, torch.device("cpu")).images(dataset.heldout.fetch(rows)[0])
+    samples = pipeline.images(pipeline.generate(4 * COLUMNS, fs.SamplingSettings(steps=2)).samples)
+    shown = functional.interpolate(torch.cat([truth[:COLUMNS], found[:COLUMNS], samples]), (SHOWN, SHOWN), mode="area")
+    save_grid(shown, figure, columns=COLUMNS, data_range=(-1.0, 1.0))
+    return 10 * math.log10(4.0 / float((found - truth).square().mean()))
+
+
 def run(
     images: Annotated[Path, Positional],
     classes: tuple[str, ...] = (),
-    limit: int = 0,
     out: Path = Path("runs/latents"),
     autoencoder_seconds: float = 200.0,
-    autoencoder_batch: int = 8,
     train_seconds: float = 150.0,
     results: Path = STORED,
     figure: Path = FIGURES / "latents.png",
@@ -60,19 +195,30 @@ def run(
     Args:
         images: a folder with a subfolder of images for every class
         classes: subfolders to take; all when not given
-        limit: images of a class at most; 0 for all
         out: where everything is kept
         autoencoder_seconds: training of the autoencoder; both limits make the figures depend on the machine
-        autoencoder_batch: crops a step
         train_seconds: training of the DiT
         results: JSON file to write
         figure: picture to write
     """
-    from benchmarks.latents.road import Road
-
     torch.set_num_threads(1)
-    road = Road(images, classes, limit, out, autoencoder_seconds, autoencoder_batch, train_seconds)
-    write(results, road.walk(figure))
+    images, autoencoder = gather(images.resolve(), classes, out / "images"), out / "autoencoder"
+    trained = train_autoencoder(images, autoencoder, autoencoder_seconds, batch=8)
+    encoding, config = encode(images, autoencoder, out), configuration(out / "latents", train_seconds)
+    folder, dataset = fs.RunFolder(out / "run"), fs.load_dataset(config.data)
+    result = fs.train(config, dataset, folder, fs.Runtime(cpu=True, threads=1))
+    evaluator, pipeline = build_evaluator(dataset, None), fs.load(folder.root)
+    rows = [*measure_run(folder, evaluator), measure_real(dataset, config.evaluation.samples, evaluator)]
+    psnr, parameters = draw(dataset, images, pipeline, figure), sum(p.numel() for p in pipeline.flow_map.parameters())
+    count = len(dataset.train) + len(dataset.heldout)
+    found = {
+        "images": {"count": count, "classes": list(dataset.class_names), "side": SIDE},
+        "autoencoder": trained | {"psnr_db": round(psnr, 2), "latents": list(dataset.shape)},
+        "encoding": encoding,
+        "training": {"images": result.images, "seconds": round(result.seconds, 1), "parameters": parameters},
+        "rows": [{key: row[key] for key in KEPT} for row in rows],
+    }
+    write(results, found)
     print(f"Written: {results} and {figure}")
 
 

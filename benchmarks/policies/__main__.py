@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.harness import Seeds, Study, Worker
 from benchmarks.policies.run import GRID, METHODS, TASKS, measure, plan
-from benchmarks.policies.tables import figures, tables
+from benchmarks.policies.tables import draw, tables
 
-STUDY = Study("policies", tables, figures, GRID)
+STUDY = Study("policies", tables, draw, GRID)
 
 
 def run(
@@ -23,7 +23,6 @@ def run(
     seeds: Seeds = (0, 1, 2),
     worker: Worker = "0/1",
     work: Path = Path("runs/policies-study"),
-    models: Path | None = None,
 ) -> None:
     """Train the cells that have no result yet, and let each act from 50 starts that no demonstration had.
 
@@ -32,13 +31,11 @@ def run(
     Args:
         tasks: names of tasks
         methods: names of methods
-        work: where demonstrations are kept
-        models: where trained policies are kept; WORK/models when not given
+        work: where demonstrations and trained policies are kept
     """
     torch.set_num_threads(1)  # faster than two for networks this small
-    work.mkdir(parents=True, exist_ok=True)
     chosen = [cell for cell in plan(tasks, seeds) if cell.method in ("expert", *methods)]
-    GRID.run(chosen, lambda cell: measure(cell, work, models or work / "models"), worker)
+    GRID.run(chosen, lambda cell: measure(cell, work), worker)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,18 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, Grid, Row, Store, digest
-from fewstep.data.demonstrations.episodes import load_demonstrations, save_demonstrations
+import fewstep as fs
+from benchmarks.harness import RESULTS, Grid, Row, digest
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
-from fewstep.data.sources import load_dataset
 from fewstep.evaluation.evaluate import training_seconds
 from fewstep.policies.figures import rollout_row
-from fewstep.policies.policy import load_policy
-from fewstep.policies.rollout import Rollout, expert_rollout, record, roll_out
+from fewstep.policies.rollout import Rollout, expert_rollout, record
 from fewstep.policies.tasks.registry import find_task
 from fewstep.recipes import recipe
-from fewstep.recipes.config import RunConfig
-from fewstep.training import RunFolder, Runtime, train
 
 TASKS = (
     "metaworld-pick-place", "pointmaze-ring", "pusht", "metaworld-peg-insert-side", "fetch-pick-and-place",
@@ -45,35 +41,25 @@ class Cell:
     seed: int
 
 
-def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> RunConfig:
+def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> fs.RunConfig:
     """The recipe, as long as the study's."""
     config = recipe(METHODS[method][0])
     images = STEPS.get(task, 1000) * config.training.batch_size
     training = replace(config.training, seed=seed, images=images, checkpoint_images=images)
-    data = replace(config.data, root=str(demonstrations))
-    return replace(config, data=data, training=training, initial=initial)
+    return replace(config, data=replace(config.data, root=str(demonstrations)), training=training, initial=initial)
 
 
 def demonstrations_of(task: str, work: Path) -> Path:
     """The task's demonstrations, recorded now if they are not there; others in their place are refused."""
     file, count = work / f"{task}.safetensors", DEMONSTRATIONS.get(task, 100)
-    if file.is_file() and len(load_demonstrations(file)) != count:
+    if file.is_file() and len(fs.load_demonstrations(file)) != count:
         raise SystemExit(f"{file} does not hold the study's {count} episodes: give another folder with --work")
     if not file.is_file():
         found = record(find_task(task), count)
+        work.mkdir(parents=True, exist_ok=True)
         (work / f"{task}.json").write_text(json.dumps({"tried": found.tried, "expert_errors": len(found.errors)}))
-        save_demonstrations(found.demonstrations, file)
+        fs.save_demonstrations(found.demonstrations, file)
     return file
-
-
-def expert_cell(task: str, work: Path) -> Row:
-    """The expert at the same starts, and which routes its demonstrations took from them."""
-    demonstrations = load_demonstrations(demonstrations_of(task, work))
-    recorded = json.loads((work / f"{task}.json").read_text())
-    found = expert_rollout(find_task(task), EPISODES)
-    row = rollout_row(found, find_task(task), "expert", FIRST_TEST_SEED) | {"seconds": 0.0}
-    shown = {"demonstrations": len(demonstrations), "steps_shown": len(demonstrations.actions)}
-    return row | shown | recorded | by_start(found)
 
 
 def by_start(found: Rollout) -> Row:
@@ -82,28 +68,30 @@ def by_start(found: Rollout) -> Row:
     return {"route_of_start": routes} if any(routes) else {}
 
 
-def measure(cell: Cell, work: Path, models: Path) -> list[Row]:
-    """Train, and a row for each number of calls."""
+def measure(cell: Cell, work: Path) -> list[Row]:
+    """Train, and a row for each number of calls; the expert's has what its demonstrations are."""
+    task = find_task(cell.task)
     if cell.method == "expert":
-        return [expert_cell(cell.task, work)]
+        shown, found = fs.load_demonstrations(demonstrations_of(cell.task, work)), expert_rollout(task, EPISODES)
+        counts = {"seconds": 0.0, "demonstrations": len(shown), "steps_shown": len(shown.actions)}
+        recorded = json.loads((work / f"{cell.task}.json").read_text())
+        return [rollout_row(found, task, "expert", FIRST_TEST_SEED) | counts | recorded | by_start(found)]
     starts = cell.method == "iSD from flow matching"
-    initial = trained(replace(cell, method="flow matching"), work, models) if starts else None
-    folder = trained(cell, work, models, initial)
-    seconds, rows = training_seconds(RunFolder(folder)), []
+    folder = trained(cell, work, str(trained(replace(cell, method="flow matching"), work)) if starts else "")
+    seconds, rows = round(training_seconds(fs.RunFolder(folder)), 1), []
     for steps in METHODS[cell.method][1]:
-        policy = load_policy(folder, steps, cell.seed)
-        found = roll_out(policy, find_task(cell.task), EPISODES)
-        row = rollout_row(found, find_task(cell.task), cell.method, FIRST_TEST_SEED, policy)
-        rows.append(row | {"seconds": round(seconds, 1)} | by_start(found))
+        policy = fs.load_policy(folder, steps, cell.seed)
+        found = fs.roll_out(policy, task, EPISODES)
+        row = rollout_row(found, task, cell.method, FIRST_TEST_SEED, policy)
+        rows.append(row | {"seconds": seconds} | by_start(found))
     return rows
 
 
-def trained(cell: Cell, work: Path, models: Path, initial: Path | None = None) -> Path:
+def trained(cell: Cell, work: Path, initial: str = "") -> Path:
     """The run of a cell, trained to its end, or taken as it is where it was before."""
-    start = "" if initial is None else str(initial)
-    config = configuration(cell.task, cell.method, demonstrations_of(cell.task, work), cell.seed, start)
-    run = RunFolder(models / f"{cell.task}-{cell.method}-{cell.seed}")
-    train(config, load_dataset(config.data), run, Runtime(cpu=True, quiet=True, threads=1))
+    config = configuration(cell.task, cell.method, demonstrations_of(cell.task, work), cell.seed, initial)
+    run = fs.RunFolder(work / "models" / f"{cell.task}-{cell.method}-{cell.seed}")
+    fs.train(config, fs.load_dataset(config.data), run, fs.Runtime(cpu=True, quiet=True, threads=1))
     return run.root
 
 
@@ -129,5 +117,5 @@ def plan(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (0, 1, 2)) -> 
             yield from (Cell(task, method, seed) for method in METHODS)
 
 
-STORE = Store(RESULTS / "policies" / "cells.jsonl", ("task", "method", "seed"))
-GRID = Grid(STORE, plan, asdict, lambda cell: settings(cell.task, cell.method))
+LABEL = ("task", "method", "seed")
+GRID = Grid(RESULTS / "policies" / "cells.jsonl", LABEL, plan, lambda cell: settings(cell.task, cell.method))

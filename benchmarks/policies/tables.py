@@ -1,27 +1,17 @@
-"""What the cells of the study of policies say: tables, figure, and results/policies.json."""
+"""What the cells of the study of policies say: tables and figure."""
 
 from pathlib import Path
+from statistics import fmean, median
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.harness import FIGURES, RESULTS, Row, figure, grouped, markdown, ticks, write
+from benchmarks.harness import FIGURES, Row, chosen, figure, grouped, markdown, ticks
 from benchmarks.policies.run import GRID
 from fewstep.evaluation.report.canvas import LIGHT
 from fewstep.policies.rollout import wilson
 
-COLUMNS = (
-    "task", "method", "steps", "seed", "success", "episodes", "latency_ms", "mean_steps", "score", "routes", "errors",
-    "seconds",
-)  # fmt: skip
 ORDER = ("expert", "regression", "flow matching", "iSD", "iSD from flow matching")
-
-
-def figures() -> None:
-    """Write policies.json and the figure."""
-    rows = GRID.rows()
-    write(RESULTS / "policies.json", [{name: row[name] for name in COLUMNS} for row in rows])
-    draw(rows, FIGURES / "policies.png")
 
 
 def tables() -> dict[str, str]:
@@ -35,39 +25,43 @@ def groups(rows: list[Row]) -> list[list[Row]]:
     return [sorted(own, key=lambda row: int(row["seed"])) for _, own in sorted(found.items())]
 
 
+def pooled(group: list[Row]) -> tuple[int, int, tuple[float, float]]:
+    """Successes and episodes of all seeds, and Wilson's interval of them."""
+    successes, episodes = (sum(row[key] for row in group) for key in ("successes", "episodes"))
+    return successes, episodes, wilson(successes, episodes)
+
+
 def section(rows: list[Row]) -> str:
     """A task's table: success by seed and over all, with Wilson's interval of all episodes."""
     routes = sorted({name for row in rows for name in row["routes"]})
     heads = ("method", "calls", "success by seed", "all", "95 %", "mean length", "score", *routes, "ms a decision")
-    first = next((row for row in rows if row["method"] == "expert"), None)
-    note = ""
-    if first is not None:
-        shown, tried = f"{first['demonstrations']} demonstrations of {first['steps_shown']:,} steps", first["tried"]
-        note = f"{shown}, from {tried} episodes of the expert.\n\n"
+    note = "".join(
+        f"{row['demonstrations']} demonstrations of {row['steps_shown']:,} steps, "
+        f"from {row['tried']} episodes of the expert.\n\n"
+        for row in chosen(rows, method="expert")
+    )
     return note + markdown(heads, [line(group, routes) for group in groups(rows)])
 
 
-def line(group: list[Row], routes: list[str]) -> list[str]:
+def line(group: list[Row], routes: list[str]) -> list[object]:
     """One method with one number of calls."""
-    first, episodes = group[0], sum(row["episodes"] for row in group)
-    successes = sum(row["successes"] for row in group)
-    low, high = wilson(successes, episodes)
+    successes, episodes, (low, high) = pooled(group)
     latencies = [row["latency_ms"] for row in group if row["latency_ms"] is not None]
-    lengths, scores = (float(np.mean([row[key] for row in group])) for key in ("mean_steps", "score"))
+    length, score = (fmean(row[key] for row in group) for key in ("mean_steps", "score"))
     return [
-        first["method"], str(first["steps"] or "–"), ", ".join(str(row["successes"]) for row in group),
-        f"{successes} / {episodes}", f"{low:.2f}–{high:.2f}", f"{lengths:.0f}", f"{scores:.2f}",
+        group[0]["method"], group[0]["steps"] or "–", ", ".join(str(row["successes"]) for row in group),
+        f"{successes} / {episodes}", f"{low:.2f}–{high:.2f}", f"{length:.0f}", f"{score:.2f}",
         *(", ".join(str(row["routes"].get(name, 0)) for row in group) for name in routes),
-        f"{np.median(latencies):.1f}" if latencies else "–",
+        f"{median(latencies):.1f}" if latencies else "–",
     ]  # fmt: skip
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def draw(file: Path = FIGURES / "policies.png") -> None:
     """Success against network calls, a panel for each task."""
-    tasks = grouped(rows, lambda row: str(row["task"]))
+    tasks = grouped(GRID.rows(), lambda row: str(row["task"]))
     with figure(file, len(tasks), 2, 3.2) as axes:
-        for axis, (task, own) in zip(axes, tasks.items(), strict=True):
-            draw_task(axis, own)
+        for axis, (task, rows) in zip(axes, tasks.items(), strict=True):
+            draw_task(axis, rows)
             axis.set_title(task)
         axes[0].legend()
 
@@ -76,15 +70,14 @@ def draw_task(axis: Axes, rows: list[Row]) -> None:
     """Mean over seeds with Wilson's interval of all episodes."""
     for place, method in enumerate(ORDER[1:]):
         points = []
-        for group in groups([row for row in rows if row["method"] == method]):
-            episodes, successes = (sum(row[key] for row in group) for key in ("episodes", "successes"))
-            points.append((group[0]["steps"], successes / episodes, *wilson(successes, episodes)))
-        if not points:
-            continue
-        calls, mean, low, high = (np.array(values) for values in zip(*sorted(points), strict=True))
-        moved = calls * 1.04 ** (place - 1.5)  # so that intervals at equal calls stand side by side
-        errors = np.stack([mean - low, high - mean]).clip(0)
-        axis.errorbar(moved, mean, errors, color=LIGHT.colour(place), marker="o", markersize=4, label=method)
+        for group in groups(chosen(rows, method=method)):
+            successes, episodes, (low, high) = pooled(group)
+            points.append((group[0]["steps"], mean := successes / episodes, mean - low, high - mean))
+        if points:
+            calls, means, *errors = np.array(sorted(points)).T
+            moved = calls * 1.04 ** (place - 1.5)  # so that intervals at equal calls stand side by side
+            colour = LIGHT.colour(place)
+            axis.errorbar(moved, means, np.clip(errors, 0, None), color=colour, marker="o", markersize=4, label=method)
     axis.set_xscale("log")
     ticks(axis.xaxis, [1, 2, 4, 16])
     axis.set_ylim(-0.03, 1.03)

@@ -9,14 +9,15 @@ from benchmarks.harness import Study, read, write
 from benchmarks.preconditioning import gap as gaps
 from benchmarks.preconditioning import statistics as check
 
+SHOWN = {"mixture, closed form": "mixture", "edm-digits": "digits"}
+OTHERS = {name: name for name in ("edm-mixture", "edm-digits, class-conditional")}
+
 
 def tables() -> dict[str, str]:
-    shown = {"mixture, closed form": "mixture", "edm-digits": "digits"}
-    others = {name: name for name in ("edm-mixture", "edm-digits, class-conditional")}
     return {
         "Are l and s right": check.table(read(check.CHECKED)),
-        "How far N must move": gaps.table(read(gaps.GAP), shown),
-        "How far N must move, other teachers": gaps.table(read(gaps.GAP), others),
+        "How far N must move": gaps.table(read(gaps.GAP), SHOWN),
+        "How far N must move, other teachers": gaps.table(read(gaps.GAP), OTHERS),
     }
 
 
@@ -31,8 +32,10 @@ def gap(teachers: Annotated[tuple[Path, ...], Positional] = (), closed_form: boo
         closed_form: of the mixture's exact denoiser too
         samples: training samples behind the statistics
     """
-    for folder in (*teachers, *([None] if closed_form else [])):
-        rows = gaps.of_closed_form(samples) if folder is None else gaps.of_run(folder, samples)
+    for rows in (
+        *(gaps.of_run(folder, samples) for folder in teachers),
+        *([gaps.of_closed_form(samples)] if closed_form else []),
+    ):
         gaps.store(rows)
         print(gaps.table(rows, {rows[0]["teacher"]: rows[0]["teacher"]}))
 

@@ -11,23 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import fewstep as fs
 from benchmarks.harness import RESULTS, Row, markdown, read, write
-from fewstep import (
-    EDM,
-    AnalyticPreconditioning,
-    Condition,
-    DataConfig,
-    EstimationSettings,
-    EulerPreconditioning,
-    GapSettings,
-    Preconditioning,
-    RunFolder,
-    TrajectoryStatistics,
-    consistency_gap,
-    estimate_statistics,
-    load,
-    load_dataset,
-)  # fmt: skip
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training.statistics import data_mean, kept_statistics, prepared
@@ -40,73 +25,64 @@ COLUMNS = {
     "backward, s only": "s only", "forward": "forward",
 }  # fmt: skip
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-Estimate = Callable[[bool], TrajectoryStatistics]
+Estimate = Callable[[bool], fs.TrajectoryStatistics]
 
 
-def candidates(estimate: Estimate, conditional: bool) -> dict[str, Preconditioning]:
-    """The preconditionings compared; `estimate(centred)` gives statistics that are not shrunk."""
+def rows_of(name: str, denoiser: Denoiser, data: Tensor, estimate: Estimate, conditional: bool) -> list[Row]:
+    """The gap of every preconditioning at every jump; `estimate(centred)` gives statistics that are not shrunk."""
     centred, raw = estimate(True), estimate(False)
-    found: dict[str, Preconditioning] = {
-        "euler": EulerPreconditioning(),
-        "backward, not shrunk": AnalyticPreconditioning(centred),
-        "backward, raw": AnalyticPreconditioning(raw),
-        "backward, l only": AnalyticPreconditioning(centred.without("s")),
-        "backward, s only": AnalyticPreconditioning(centred.without("l")),
-        "forward": AnalyticPreconditioning(centred, "forward"),
+    found: dict[str, fs.Preconditioning] = {
+        "euler": fs.EulerPreconditioning(),
+        "backward, shrunk": fs.AnalyticPreconditioning(centred if conditional else centred.shrunk()),
+        "backward, raw": fs.AnalyticPreconditioning(raw),
+        "backward, l only": fs.AnalyticPreconditioning(centred.without("s")),
+        "backward, s only": fs.AnalyticPreconditioning(centred.without("l")),
+        "forward": fs.AnalyticPreconditioning(centred, "forward"),
     }
-    return found if conditional else found | {"backward, shrunk": AnalyticPreconditioning(centred.shrunk())}
-
-
-def rows_of(name: str, denoiser: Denoiser, data: Tensor, found: dict[str, Preconditioning]) -> list[Row]:
-    """The gap of every preconditioning at every jump."""
     t, s = torch.tensor(JUMPS, dtype=torch.float64).T
     rows = []
     for method, preconditioning in found.items():
         ends = ("t", "s") if method == "euler" else (preconditioning.frozen_at,)
-        kinds = [GapSettings(samples=COUNT, seed=1, solver_steps=64, end=end) for end in ends]  # type: ignore[arg-type]
-        gaps = [consistency_gap(preconditioning, denoiser, data, t, s, settings=kind) for kind in kinds]
-        best = torch.stack([gap.rms for gap in gaps]).argmin(0)
-        g = preconditioning.coefficients(t, s)[1]
+        kinds = [fs.GapSettings(samples=COUNT, seed=1, solver_steps=64, end=end) for end in ends]  # type: ignore[arg-type]
+        gaps = [fs.consistency_gap(preconditioning, denoiser, data, t, s, settings=kind) for kind in kinds]
         for i, (high, low) in enumerate(JUMPS):
-            gap = gaps[int(best[i])]
-            rows.append(
-                {
-                    "teacher": name, "method": method, "from": high, "to": low, "gap": float(gap.rms[i]),
-                    "stderr": float(gap.stderr[i]), "g": float(g[i]), "end": ends[int(best[i])],
-                }
-            )  # fmt: skip
+            gap = min(gaps, key=lambda each: float(each.rms[i]))
+            figures = {"gap": float(gap.rms[i]), "stderr": float(gap.stderr[i])}
+            rows.append({"teacher": name, "method": method, "from": high, "to": low, **figures})
     return rows
 
 
 def of_run(folder: Path, samples: int) -> list[Row]:
-    """Rows of a trained teacher; with classes it is asked at each sample's own."""
-    dataset = load_dataset(RunFolder(folder).config().data)
-    teacher = load(folder).flow_map.requires_grad_(False)
+    """Rows of a trained teacher; with classes it is asked at each sample's own, and the statistics are not shrunk."""
+    config = fs.RunFolder(folder).config()
+    dataset, teacher = fs.load_dataset(config.data), fs.load(folder).flow_map.requires_grad_(False)
     x0, labels = dataset.heldout.fetch(torch.arange(COUNT))
 
-    def estimate(centred: bool) -> TrajectoryStatistics:
+    def estimate(centred: bool) -> fs.TrajectoryStatistics:
         settings = StatisticsConfig(samples=samples, centred=centred, shrink=False)
         return prepared(kept_statistics(folder, teacher, dataset, settings), settings, dataset)
 
-    name = f"{RunFolder(folder).config().recipe}{', class-conditional' if dataset.num_classes else ''}"
-    found = candidates(estimate, dataset.num_classes > 0)
-    return rows_of(name, lambda x, t: teacher.denoise(x, t, Condition(labels)), x0, found)
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return teacher.denoise(x, t, fs.Condition(labels))
+
+    conditional = dataset.num_classes > 0
+    return rows_of(config.recipe + ", class-conditional" * conditional, denoiser, x0, estimate, conditional)
 
 
 def of_closed_form(samples: int) -> list[Row]:
     """Rows of the mixture's exact denoiser."""
-    dataset, exact = load_dataset(DataConfig(source="mixture")), toy_mixture()
-    x0 = dataset.heldout.fetch(torch.arange(COUNT))[0].double()
+    dataset, exact = fs.load_dataset(fs.DataConfig(source="mixture")), toy_mixture()
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        return exact.denoise(EDM(), x, t)
+        return exact.denoise(fs.EDM(), x, t)
 
-    def estimate(centred: bool) -> TrajectoryStatistics:
+    def estimate(centred: bool) -> fs.TrajectoryStatistics:
         train = dataset.train.fetch(torch.arange(samples))[0].double()
-        settings = EstimationSettings(samples=samples, centred=centred, shrink=False)
-        return estimate_statistics(denoiser, train, settings=settings, mean=data_mean(dataset))
+        settings = fs.EstimationSettings(samples=samples, centred=centred, shrink=False)
+        return fs.estimate_statistics(denoiser, train, settings=settings, mean=data_mean(dataset))
 
-    return rows_of("mixture, closed form", denoiser, x0, candidates(estimate, conditional=False))
+    x0 = dataset.heldout.fetch(torch.arange(COUNT))[0].double()
+    return rows_of("mixture, closed form", denoiser, x0, estimate, False)
 
 
 def store(rows: list[Row]) -> None:
@@ -118,9 +94,6 @@ def store(rows: list[Row]) -> None:
 def table(rows: list[Row], teachers: dict[str, str]) -> str:
     """A line for each of `teachers` (name -> as shown) and jump, a column for each preconditioning."""
     gaps = {(row["teacher"], row["method"], row["from"], row["to"]): f"{row['gap']:.4f}" for row in rows}
-    for name, kind, *jump in list(gaps):  # a teacher with classes is not shrunk
-        if kind == "backward, not shrunk":
-            gaps.setdefault((name, "backward, shrunk", *jump), gaps[name, kind, *jump])
     lines = [
         (shown if jump == JUMPS[0] else "", "{:g} → {:g}".format(*jump), *(gaps[name, kind, *jump] for kind in COLUMNS))
         for name, shown in teachers.items()

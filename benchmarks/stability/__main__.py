@@ -15,11 +15,11 @@ from benchmarks.cost.setting import take_step, warm
 from benchmarks.harness import Cache, Row, Seeds, Study, Worker, show, take_turns, time_ratio, write
 from benchmarks.stability.measure import Reference, flow_matching_model, train_cell
 from benchmarks.stability.plan import GRID, STUDIES, Cell, configuration, objectives
-from benchmarks.stability.tables import COSTS, figures, tables
+from benchmarks.stability.tables import COSTS, draw, tables
 from fewstep import Companions, load_dataset
 
 SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28)}
-STUDY = Study("stability", tables, figures, GRID)
+STUDY = Study("stability", tables, draw, GRID)
 
 
 def run(

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fewstep as fs
-from benchmarks.harness import RESULTS, Grid, Store, digest
-from benchmarks.stability.variants import ISDApart, ISDTimeUnit
+from benchmarks.harness import RESULTS, Grid, digest
+from benchmarks.stability.variants import ISDApart, TimeUnitError
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.objectives import Distance, Pairs, Tangent, Weighting
@@ -100,8 +100,8 @@ def objectives(study: Study, derivative: str) -> dict[str, fs.Objective]:
         "iSD, offset 1, diagonal 3/4": replace(isd, weighting=wide, pairs=most),
         "iSD, terms apart": ISDApart(isd),
         "iSD, no weight": replace(isd, weighting=Weighting()),
-        "iSD, time unit": ISDTimeUnit(isd),
-        "iSD, diagonal 3/4, time unit": ISDTimeUnit(replace(isd, pairs=most)),
+        "iSD, time unit": replace(isd, derivative=TimeUnitError()),  # type: ignore[arg-type]
+        "iSD, diagonal 3/4, time unit": replace(isd, pairs=most, derivative=TimeUnitError()),  # type: ignore[arg-type]
         "iSD-T, recipe": fs.ISD(pairs=most, guidance=guided, weighting=wide, **d),
     }
 
@@ -193,4 +193,4 @@ def plan() -> Iterator[Cell]:
 
 LABEL = tuple(name for name in Cell.__dataclass_fields__ if name != "group")
 """What makes it another run; the group only says what it is for."""
-GRID = Grid(Store(RESULTS / "stability" / "cells.jsonl", LABEL, {"scaling": ""}), plan, asdict, settings)
+GRID = Grid(RESULTS / "stability" / "cells.jsonl", LABEL, plan, settings, {"scaling": ""})

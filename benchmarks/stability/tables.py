@@ -1,6 +1,5 @@
-"""What the stored cells of the stability study say: tables, figure, and results/stability.json."""
+"""What the stored cells of the stability study say: tables and figure."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -13,16 +12,23 @@ from benchmarks.harness import FIGURES, RESULTS, Row, figure, grouped, interval,
 from benchmarks.stability.plan import GRID, MIXED, OWN_PATH, Cell
 from fewstep.evaluation.metrics.curves import time_to
 from fewstep.evaluation.report.canvas import LIGHT
-from fewstep.utils.files import write_atomically
 
 COSTS = RESULTS / "stability" / "cost.json"
-COLUMNS = (
-    "objective", "network", "path", "preconditioning", "derivative", "optimizer", "initial", "lr", "seed", "dataset",
-    "scaling", "diverged", "degenerate", "narrow", "classless", "frechet_1", "frechet_2", "frechet_4", "accuracy_1",
-    "spread_1", "within_1", "frechet_ode", "grad_q50", "grad_q99", "steps", "batch", "samples", "sample_seed",
-    "extractor", "group",
-)  # fmt: skip
 USUAL = {name: value for name, value in asdict(Cell("", "")).items() if name not in ("group", "objective", "seed")}
+CHANGES: dict[str, dict[str, object]] = {
+    "path: trig, against linear": {"path": "trig", "preconditioning": "trig"},
+    "derivative: finite-difference, against exact": {"derivative": "finite-difference"},
+    "initial: flow matching (after a flow-matching run of the same length), against random": {
+        "initial": "flow matching"
+    },
+    **{f"optimizer: {name}, against adamw": {"optimizer": name} for name in ("no clip", "beta2 0.999", "muon")},
+    **{
+        f"{own} preconditioning, {path} path, against linear on linear": {"path": path, "preconditioning": own}
+        for path, own in MIXED
+    },
+    "Inner scaling of the trigonometric path on the linear one, against none": {"scaling": "unit"},
+}
+"""Tables of one setting changed against the usual one."""
 CLASSES, RATES = 10, 4
 POWERS = [2.0**k for k in range(1, 7)]
 FAILURES = ("diverged", "degenerate", "narrow", "classless")
@@ -62,47 +68,33 @@ def step_ratio(cell: Row) -> float | None:
     return costs().get((*key, cell["derivative"]), costs().get((*key, "exact")))
 
 
-def figures() -> None:
-    """Write results/stability.json and the figure."""
-    cells = [judged(row) for row in GRID.rows()]
-    rows = [{name: cell.get(name) for name in COLUMNS} | {"step_ratio": step_ratio(cell)} for cell in cells]
-    write_atomically(RESULTS / "stability.json", "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    draw(cells)
+def cells() -> list[Row]:
+    """Stored cells, judged by today's rules."""
+    return [judged(row) for row in GRID.rows()]
 
 
 def tables() -> dict[str, str]:
     """All tables, in the page's order."""
-    cells = [judged(row) for row in GRID.rows()]
-    found = {
-        "Runs": f"{len(cells)} runs; {GRID.missing()} of the plan are not there yet.",
-        "All objectives, digits, MLP, learning rate 0.003": quality_table(at(cells)),
-        "The diagonal's own ODE, digits, MLP, learning rate 0.003": ode_table(at(cells)),
-        "Learning rates over a factor of 30": rates_table(at(cells, lr=None)),
-        "Digits, unet": quality_table(at(cells, network="unet")),
-        "Digits, dit": quality_table(at(cells, network="dit")),
-        "Fashion-MNIST, unet": quality_table(at(cells, dataset="fashion", network="unet")),
+    found = cells()
+    usual, wrong = at(found), ", time unit"
+    trig = at(found, path="trig", preconditioning="trig")
+    mistaken = [row | {"objective": row["objective"].removesuffix(wrong)} for row in trig if wrong in row["objective"]]
+    right = [row for row in trig if row["objective"] in {each["objective"] for each in mistaken}]
+    return {
+        "Runs": f"{len(found)} runs; {GRID.missing()} of the plan are not there yet.",
+        "All objectives, digits, MLP, learning rate 0.003": quality_table(usual),
+        "The diagonal's own ODE, digits, MLP, learning rate 0.003": ode_table(usual),
+        "Learning rates over a factor of 30": rates_table(at(found, lr=None)),
+        "Digits, unet": quality_table(at(found, network="unet")),
+        "Digits, dit": quality_table(at(found, network="dit")),
+        "Fashion-MNIST, unet": quality_table(at(found, dataset="fashion", network="unet")),
+        **{title: paired_table(usual, at(found, **changed)) for title, changed in CHANGES.items()},
+        "Trig: the published code's time unit, against the right one": paired_table(right, mistaken),
+        "Runs that fail, over the settings tried (not the same for all rows)": markdown(
+            ("objective", "runs", *FAILURES),
+            [(name, len(own), *(count(own, kind, ".0%") for kind in FAILURES)) for name, own in by_objective(found)],
+        ),
     }
-    for name, value in (
-        ("path", "trig"), ("derivative", "finite-difference"), ("initial", "flow matching"),
-        ("optimizer", "no clip"), ("optimizer", "beta2 0.999"), ("optimizer", "muon"),
-    ):  # fmt: skip
-        changed = {name: value} | ({"preconditioning": "trig"} if name == "path" else {})
-        note = " (after a flow-matching run of the same length)" if name == "initial" else ""
-        found[f"{name}: {value}{note}, against {USUAL[name]}"] = paired_table(cells, changed)
-    for path, own in MIXED:
-        changed = {"path": path, "preconditioning": own}
-        found[f"{own} preconditioning, {path} path, against linear on linear"] = paired_table(cells, changed)
-    unit = paired_table(cells, {"scaling": "unit"})
-    found["Inner scaling of the trigonometric path on the linear one, against none"] = unit
-    found["Trig: the published code's time unit, against the right one"] = time_unit_table(cells)
-    found["Runs that fail, over the settings tried (not the same for all rows)"] = failures_table(cells)
-    return found
-
-
-def time_unit_table(cells: list[Row]) -> str:
-    trig, wrong = at(cells, path="trig", preconditioning="trig"), ", time unit"
-    after = [cell | {"objective": cell["objective"].removesuffix(wrong)} for cell in trig if wrong in cell["objective"]]
-    return pairs_table([cell for cell in trig if cell["objective"] in {each["objective"] for each in after}], after)
 
 
 def at(cells: Iterable[Row], **settings: object) -> list[Row]:
@@ -131,17 +123,18 @@ def quality_table(cells: list[Row]) -> str:
     rows = []
     for name, own in by_objective(cells, "frechet_2"):
         q50, q99, cost = typical(own, "grad_q50"), typical(own, "grad_q99"), step_ratio(own[0])
-        quality = (spread(own, f"frechet_{n}") for n in (1, 2, 4))
-        rows.append(
-            (
-                name, str(len(own)), *(count(own, kind) for kind in FAILURES), *quality, spread(own, "accuracy_1", 3),
-                spread(own, "within_1", 2), f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}",
-                "" if cost is None else f"{cost:.2f}", cost_to(own, cost),
-            )
-        )  # fmt: skip
+        failures, norms = [count(own, kind) for kind in FAILURES], (f"{q50:.2g}", f"{q99:.2g}", f"{q99 / q50:.1f}")
+        spreads = spread(own, "accuracy_1", 3), spread(own, "within_1", 2)
+        price = "" if cost is None else f"{cost:.2f}"
+        rows.append((name, len(own), *failures, *quality(own, 1, 2, 4), *spreads, *norms, price, cost_to(own, cost)))
     last = [row for cell in cells for row in cell["curve"] if (row["step"], row["nfe"]) == (cell["steps"], 32)]
     long = f"\n\nFlow matching in 32 calls: {interval([row['frechet'] for row in last], 1)}." if last else ""
     return markdown(heads, rows) + long
+
+
+def quality(cells: list[Row], *calls: int | str) -> list[str]:
+    """Frechet distances in so many calls."""
+    return [spread(cells, f"frechet_{count}") for count in calls]
 
 
 def count(cells: list[Row], kind: str, form: str = "") -> str:
@@ -156,7 +149,7 @@ def count(cells: list[Row], kind: str, form: str = "") -> str:
 def ode_table(cells: list[Row]) -> str:
     """What few calls cost over the diagonal's own ODE, where that was measured."""
     groups = by_objective((cell for cell in cells if cell.get("frechet_ode") is not None), "frechet_ode")
-    rows = [(name, str(len(own)), *(spread(own, f"frechet_{n}") for n in (1, 2, 4, "ode"))) for name, own in groups]
+    rows = [(name, len(own), *quality(own, 1, 2, 4, "ode")) for name, own in groups]
     return markdown(("objective", "runs", "1 call", "2 calls", "4 calls", "its ODE, 16 steps of Heun"), rows)
 
 
@@ -180,12 +173,7 @@ def failed(cells: list[Row]) -> str:
     return f"{sum(any(cell[kind] for kind in FAILURES) for cell in cells)} / {len(cells)}"
 
 
-def paired_table(cells: list[Row], changed: dict[str, str]) -> str:
-    """Cells with one setting changed against those of the same objective and seed without."""
-    return pairs_table(at(cells), at(cells, **changed))
-
-
-def pairs_table(before: list[Row], after: list[Row]) -> str:
+def paired_table(before: list[Row], after: list[Row]) -> str:
     """A row for each objective: `after`, and its distances over those of the same objective and seed `before`, where
     there are any.
     """
@@ -193,18 +181,10 @@ def pairs_table(before: list[Row], after: list[Row]) -> str:
     for name, own in by_objective(after):
         usual = {cell["seed"]: cell for cell in before if cell["objective"] == name}
         pairs = [(usual[cell["seed"]], cell) for cell in own if cell["seed"] in usual]
-        factors = (
-            interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]])
-            for key in ("frechet_1", "frechet_2", "frechet_4")
-        )
-        rows.append((name, spread(own, "frechet_1"), spread(own, "frechet_2"), *factors, failed(own)))
+        keys = ("frechet_1", "frechet_2", "frechet_4")
+        factors = (interval([b[key] / a[key] for a, b in pairs if a[key] and b[key]]) for key in keys)
+        rows.append((name, *quality(own, 1, 2), *factors, failed(own)))
     return markdown(("objective", "1 call", "2 calls", "factor at 1 call", "at 2", "at 4", "failed"), rows)
-
-
-def failures_table(cells: list[Row]) -> str:
-    """Over every cell of an objective, whatever its setting."""
-    rows = [(name, str(len(own)), *(count(own, kind, ".0%") for kind in FAILURES)) for name, own in by_objective(cells)]
-    return markdown(("objective", "runs", *FAILURES), rows)
 
 
 def typical(cells: list[Row], key: str) -> float:
@@ -231,18 +211,19 @@ def cost_to(cells: list[Row], cost: float | None) -> str:
     return f"{statistics.fmean(found):,.0f}" if len(found) == len(cells) else f"not in {len(cells) - len(found)} runs"
 
 
-def draw(cells: list[Row]) -> None:
+def draw() -> None:
     """Quality by objective and calls, gradient norms, and sensitivity to the learning rate."""
-    ranked = by_objective(at(cells), "frechet_2")
+    found = cells()
+    ranked = by_objective(at(found), "frechet_2")
     with figure(FIGURES / "stability.png", 3, 3, height=4.2) as axes:
-        for i, nfe in enumerate((1, 2, 4)):
-            points = [(cell[f"frechet_{nfe}"], y) for y, (_, own) in enumerate(ranked) for cell in own]
-            shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
-            axes[0].plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
         for y, (_, own) in enumerate(ranked):
             for cell in own:
                 norms = cell["grad_q50"], cell["grad_q99"]
                 axes[1].plot(norms, [y, y], color=LIGHT.colour(0), alpha=0.6, marker="|")
+        for i, nfe in enumerate((1, 2, 4)):
+            points = [(cell[f"frechet_{nfe}"], y) for y, (_, own) in enumerate(ranked) for cell in own]
+            shown = [(value, y + 0.22 * (i - 1)) for value, y in points if value is not None]
+            axes[0].plot(*zip(*shown, strict=True), "o", color=LIGHT.colour(i), markersize=4, label=f"{nfe} calls")
         for axis, title in zip(axes, ("Frechet distance", "Gradient norm, q50 to q99"), strict=False):
             axis.set_xscale("log")
             axis.set_title(title)
@@ -250,7 +231,7 @@ def draw(cells: list[Row]) -> None:
             axis.invert_yaxis()
         ticks(axes[0].xaxis, POWERS)
         axes[0].legend(fontsize=7)
-        draw_rates(axes[2], at(cells, lr=None))
+        draw_rates(axes[2], at(found, lr=None))
 
 
 def draw_rates(axis: Axes, cells: list[Row]) -> None:

@@ -1,29 +1,15 @@
-"""Objectives that only the stability study knows: a mistake and an alternative, kept out of the library."""
+"""What only the stability study knows of iSD: a mistake and an alternative, kept out of the library."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from fewstep import ISD, Batch, Companions, FlowMap, Losses, Objective
-from fewstep.networks.condition import Condition
+from fewstep import ISD, Batch, Companions, Condition, FlowMap, Losses, Objective
 from fewstep.objectives import ALONE
-from fewstep.objectives.eulerian import distillation_error
 from fewstep.utils.forward_ad import jvp
-
-Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Condition]
-
-
-def on_the_diagonal(base: ISD, flow_map: FlowMap, batch: Batch) -> tuple[Drawn, Tensor, Tensor]:
-    """(x_t, v, t, s, condition) and the anchor's loss of iSD, before anything is weighted; rows of the second term."""
-    t, s = base.pairs.draw(flow_map.path, batch)
-    x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-    cond = base.condition(flow_map, batch, t)
-    target = base.guide(flow_map, batch, x, t, cond, conditional)
-    v = flow_map.velocity(x, t, cond)
-    return (x, v, t, s, cond), base.weighting.measure(v - target), batch.split(base.pairs.flow_matching_ratio)[1]
 
 
 @final
@@ -34,36 +20,26 @@ class ISDApart(Objective):
     base: ISD = ISD()
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        weighting, (drawn, anchor, rows) = self.base.weighting, on_the_diagonal(self.base, flow_map, batch)
-        x, _, t, s, _ = drawn
-        part = [each[rows] for each in drawn]
-        distill = weighting.measure(self.base.off_diagonal(flow_map, *part).error if len(rows) else x[rows])
-        loss = weighting.weight(flow_map.path, anchor, t, x[0].numel()) * anchor
-        loss = loss.index_add(0, rows, weighting.weight(flow_map.path, distill, t[rows], x[0].numel()) * distill)
-        return Losses(loss, t, s, {"anchor": anchor.detach(), "distill": distill.detach()})
+        weighting, numbers = self.base.weighting, batch.x0[0].numel()
+        found = replace(self.base, weighting=replace(weighting, weight_power=0.0))(flow_map, batch, companions)
+        weights = {key: weighting.weight(flow_map.path, term, found.t, numbers) for key, term in found.terms.items()}
+        terms = {key: weights[key] * term for key, term in found.terms.items()}
+        return replace(found, loss=terms["anchor"] + terms["distill"], terms=terms)
 
 
 @final
 @dataclass(frozen=True)
-class ISDTimeUnit(Objective):
-    """iSD with the time-unit error of the published code: dN/dt = J_N v + factor d_t N.
+class TimeUnitError:
+    """The derivative of the published code, dN/dt = J_N v + factor d_t N, in place of `Derivative`.
 
     On the trig path a network clocked in t/(pi/2) whose time tangent is passed as 1 has factor pi/2.
     """
 
-    base: ISD = ISD()
     factor: float = math.pi / 2
 
-    def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
-        weighting, (drawn, anchor, rows) = self.base.weighting, on_the_diagonal(self.base, flow_map, batch)
-        x, _, t, s, _ = drawn
-        error = self.error(flow_map, *(each[rows] for each in drawn)) if len(rows) else x[rows]
-        total = anchor.index_add(0, rows, weighting.measure(error))
-        weight = weighting.weight(flow_map.path, total, t, x[0].numel())
-        return Losses(weight * total, t, s, {"anchor": anchor.detach()})
-
-    def error(self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-        """N - N_target with the wrong derivative, (B, ...)."""
-        v, dt = v.detach(), torch.full_like(t, self.factor)
-        value, tangent = jvp(lambda x, t: flow_map.output(x, t, s, cond), (x, t), (v, dt))
-        return distillation_error(flow_map, x, v, value, tangent.detach(), t, s)
+    def along(
+        self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """(N, dN/dt) at (x, t, s) along v, dN/dt without its graph."""
+        tangents = (v, torch.full_like(t, self.factor))
+        return jvp(lambda x, t: flow_map.output(x, t, s, cond), (x, t), tangents, attached=False)

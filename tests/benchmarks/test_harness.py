@@ -1,26 +1,32 @@
 """The grid of all studies: cells are known by their labels, settings are checked by digest, pages hold the tables."""
 
 import json
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import ROOT, Grid, Row, Store, Study, interval, markdown, rounded, take_turns
+from benchmarks.harness import ROOT, Grid, Row, Study, interval, markdown, rounded, take_turns
 
-Cell = tuple[str, int]
-PLAN: list[Cell] = [("a", 0), ("a", 1), ("b", 0)]
+
+@dataclass(frozen=True)
+class Cell:
+    method: str
+    seed: int
+
+
+PLAN = [Cell("a", 0), Cell("a", 1), Cell("b", 0)]
 STUDIES = sorted(file.parent.name for file in (ROOT / "benchmarks").glob("*/__main__.py"))
 
 
 def grid(folder: Path, settings: str = "s") -> Grid[Cell]:
-    store = Store(folder / "cells.jsonl", ("method", "seed"), {"seed": 0})
-    return Grid(store, lambda: PLAN, lambda cell: {"method": cell[0], "seed": cell[1]}, lambda cell: settings)
+    return Grid(folder / "cells.jsonl", ("method", "seed"), lambda: PLAN, lambda cell: settings, {"seed": 0})
 
 
 def measure(cell: Cell) -> list[Row]:
-    return [{"calls": 1, "value": 0.5}, {"calls": 2, "value": cell[1]}]
+    return [{"calls": 1, "value": 0.5}, {"calls": 2, "value": cell.seed}]
 
 
 def test_a_cell_is_measured_once_whatever_its_settings_are_called(tmp_path: Path) -> None:
@@ -28,7 +34,7 @@ def test_a_cell_is_measured_once_whatever_its_settings_are_called(tmp_path: Path
     seen: list[Cell] = []
     renamed = grid(tmp_path, "another")
     renamed.run(PLAN, lambda cell: seen.append(cell) or measure(cell))  # type: ignore[func-returns-value]
-    assert seen == [("b", 0)]
+    assert seen == [Cell("b", 0)]
     assert renamed.missing() == 0
     assert len(renamed.rows()) == 6
     assert renamed.changed() == {("a", 0): "another", ("a", 1): "another"}
@@ -46,7 +52,7 @@ def test_workers_share_a_plan(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_and_a_cell_of_no_plan_are_left_out(tmp_path: Path) -> None:
     found = grid(tmp_path)
     rows = [{"method": "b", "value": 1}, {"method": "gone", "seed": 0}, {"seed": 0}]
-    found.store.file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"method": "a", "se')
+    found.file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"method": "a", "se')
     assert found.rows() == rows[:1]
     assert found.missing() == 2
 

@@ -19,9 +19,11 @@ from fewstep.objectives import ISD, Batch, MeanFlow, Objective, Shortcut, euleri
 from fewstep.objectives.base import STREAM_NOISE, STREAM_S, STREAM_T
 from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws
+from tests.support import gaussian_updates as G
 from tests.support.batches import draws
 from tests.support.cases import F64, Callback, close, noise
-from tests.support.degeneracy import SELF_DISTILLED, SETTINGS, G, case
+from tests.support.degeneracy import SELF_DISTILLED, SETTINGS
+from tests.support.gaussian_updates import case
 from tests.support.objectives import made
 
 OBJECTIVES = SELF_DISTILLED | {"MeanFlow": made(MeanFlow, **SETTINGS)}

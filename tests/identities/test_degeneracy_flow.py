@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import gaussian_updates as G
 from tests.support.cases import F64
-from tests.support.degeneracy import SELF_DISTILLED, G, case
+from tests.support.degeneracy import SELF_DISTILLED
+from tests.support.gaussian_updates import case
 
 START = (0.4, 0.5, -0.3, 0.5)
 """theta, c, mu, d, all zero at the data's own map."""

@@ -1,6 +1,6 @@
-"""Statistics against an estimate of another kind (benchmarks/preconditioning), at every level of the default grid.
+"""Statistics against an estimate of another kind, at every level of the default grid.
 
-The benchmark is the heavy version: more samples and seeds. Here is what shows a bias in a few seconds.
+benchmarks/preconditioning is the heavy version: more samples and seeds. Here is what shows a bias in a few seconds.
 """
 
 import json
@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.preconditioning import statistics as CHECK
+from benchmarks.preconditioning.statistics import CHECKED
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics, noise_grid
 from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from tests.support import statistics_reference as CHECK
 from tests.support.cases import F64, SD, close, gaussian, noise
 
 MIXTURE = toy_mixture()
@@ -78,7 +79,7 @@ def sample_curve() -> tuple[Tensor, Tensor, Tensor]:
 def test_differences_over_the_grid_move_s_by_less_than_4096_samples_do() -> None:
     """Beside the errors that the benchmark stored; differences over close neighbours exceed them."""
     l, exact, weight = sample_curve()  # noqa: E741
-    stored = [row for row in json.loads(CHECK.CHECKED.read_text()) if row["seed"] == 0]
+    stored = [row for row in json.loads(CHECKED.read_text()) if row["seed"] == 0]
     stated = torch.tensor([row["s_stderr"] for row in stored], dtype=F64)
 
     def moved(estimate: Tensor) -> Tensor:

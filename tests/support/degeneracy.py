@@ -1,16 +1,9 @@
-"""The Gaussian case of benchmarks/degeneracy/gaussian.py, and the objectives that distil the map from itself."""
+"""The objectives that distil the map from itself, with every term on all samples and no weights."""
 
 from typing import Any
 
-import torch
-
-from benchmarks.degeneracy import gaussian as G
-from fewstep.flow.closed_form import GaussianData
-from fewstep.flow.paths import Linear, Trig
-from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
 from fewstep.flow.times import UniformTimes
 from fewstep.objectives import ESD, ISD, LSD, PSD, Objective
-from tests.support.cases import F64
 from tests.support.objectives import made
 
 SETTINGS: dict[str, Any] = {
@@ -25,11 +18,3 @@ SELF_DISTILLED: dict[str, Objective] = {
     "LSD": made(LSD, **SETTINGS),
     "PSD": made(PSD, u="midpoint", **SETTINGS),
 }
-
-
-def case(sd: float = 0.5, mean: float = 1.0, path: str = "linear") -> Any:
-    """One-dimensional Gaussian data on a path with its own preconditioning."""
-    data = GaussianData(torch.tensor(mean, dtype=F64), sd)
-    if path == "linear":
-        return G.Case(Linear(), LinearPreconditioning(), data)
-    return G.Case(Trig(), TrigPreconditioning(), data)

@@ -1,8 +1,8 @@
 """Self-distillation on Gaussian data with maps affine in x: expected updates, and their Jacobians as small matrices.
 
-What the study proves is computed here: expected updates of the objectives by quadrature that is exact in x, their
- Jacobians with detached parts included, at the data's flow map and at flow maps of other velocities, for two
-families of maps. All in float64; tests/identities/test_degeneracy.py checks it.
+What docs/explanation/why-an-anchor.md proves, for its tests and the tables of its study: expected updates of the
+objectives by quadrature that is exact in x, their Jacobians with detached parts included, at the data's flow map and at
+flow maps of other velocities, for two families of maps. All in float64.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fewstep.flow.closed_form import GaussianData
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.paths import Path
+from fewstep.flow.paths import Linear, Path, Trig
 from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.jumps import TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
 from fewstep.objectives import eulerian_residual
 from fewstep.utils.forward_ad import jvp
 
@@ -37,6 +37,14 @@ class Case:
     def stretch(self, gap: Tensor) -> Tensor:
         """w(t - s) with -g dw/dt = w, the variable in which departures are powers: t - s, or 2 tan((t - s)/2)."""
         return 2 * torch.tan(gap / 2) if isinstance(self.preconditioning, TrigPreconditioning) else gap
+
+
+def case(sd: float = 0.5, mean: float = 1.0, path: str = "linear") -> Case:
+    """Data N(mean, sd^2) on a path with its own preconditioning."""
+    data = GaussianData(torch.tensor(mean, dtype=F64), sd)
+    return (
+        Case(Linear(), LinearPreconditioning(), data) if path == "linear" else Case(Trig(), TrigPreconditioning(), data)
+    )
 
 
 @dataclass(frozen=True)
