@@ -1,26 +1,47 @@
 """Settings shared by all tests: hypothesis draws the same examples in every run, and few of them; one thread."""
 
+import functools
+import gc
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import settings
 
-from tests.support.zero_tangents import shapes_by_broadcasting
 
-settings.register_profile("fewstep", deadline=None, max_examples=15, derandomize=True)
-settings.load_profile("fewstep")
+def pytest_configure(config: pytest.Config) -> None:
+    """Where tests run; the process that hands them out to others imports nothing for them."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from hypothesis import settings
 
-# Networks of this size lose more by sharing work than they win.
-torch.set_num_threads(1)
+    settings.register_profile("fewstep", deadline=None, max_examples=15, derandomize=True)
+    settings.load_profile("fewstep")
+    torch.set_num_threads(1)  # networks of this size lose more by sharing work than they win
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look through half a million objects anew."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_zero_tangents() -> Iterator[None]:
     """Forward mode at a fraction of its cost, where nothing is compiled."""
+    from tests.support.zero_tangents import shapes_by_broadcasting
+
     with shapes_by_broadcasting():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources_read_once() -> Iterator[None]:
+    """The command line reads the words of every option from the source of its class, a third of a command's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
         yield
 
 

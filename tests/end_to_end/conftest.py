@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from fewstep.cli.main import main
+from fewstep.evaluation.report import comparison, page, quality
 from tests.support.commands import SMALL, STEPS, Command, Finished
+from tests.support.figures import draw_once
+from tests.support.processes import Forking, forking
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,8 +23,11 @@ def cache(classifiers: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of few pixels: drawing them is most of a report's time. The page of test_report.py has whole ones."""
+    """Figures of few pixels, drawn once for all widths and grounds: they are most of a report's time. The page of
+    test_report.py has whole ones.
+    """
     monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
+    draw_once(monkeypatch, comparison, page, quality)
 
 
 @pytest.fixture
@@ -36,6 +42,13 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
         return Finished(code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forking]:
+    """What starts real processes."""
+    with forking(tmp_path_factory.mktemp("processes")) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ Nothing but the user's own words imports code.
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from fewstep.training.loop import Trainer
 from fewstep.utils.errors import ConfigError, FewstepError
 from fewstep.utils.parts import import_file
 from fewstep.utils.serialization import from_json, to_json
-from tests.support.commands import ENVIRONMENT, SMALL, STEPS, Command, Finished
+from tests.support.commands import SMALL, STEPS, Command, Finished
+from tests.support.processes import Forking
 from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
@@ -109,16 +109,14 @@ def test_a_teacher_must_be_one(command: Command) -> None:
     refused(command("train", "cd-digits", "--teacher=gone.py:Mine"), r"gone\.py: no such file")
 
 
-def test_another_process_loads_the_run_where_its_file_is_named(outside_run: Path, tmp_path: Path) -> None:
-    def sample(*words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "fewstep", "sample", outside_run, "--out", tmp_path / "a.png", *words]
-        return subprocess.run([*map(str, line)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-
+def test_another_process_loads_the_run_where_its_file_is_named(
+    outside_run: Path, tmp_path: Path, forked: Forking
+) -> None:
+    sample = ("-m", "fewstep", "sample", outside_run, "--out", tmp_path / "a.png")
     shutil.copy(OUTSIDE, outside_run)  # beside its config.json, where nothing looks for it
-    unnamed = sample()
-    refused(Finished(unnamed.returncode, unnamed.stdout, unnamed.stderr), r"outside\.py:\w+ .*--import outside\.py")
-    named = sample("--import", OUTSIDE)
-    assert (named.returncode, named.stderr) == (0, "")
+    refused(forked.start(*sample).wait(), r"outside\.py:\w+ .*--import outside\.py")
+    named = forked.start(*sample, "--import", OUTSIDE).wait()
+    assert (named.code, named.err) == (0, "")
 
 
 def hostile(folder: Path, name: object) -> Path:

@@ -9,9 +9,10 @@ from tests.support.commands import SMALL, Command
 from tests.support.pointtask import point_task
 
 TRAIN = (
-    *SMALL, "--training.batch-size", "64", "--training.images", "6400", "--training.checkpoint-images", "6400",
-    "--optimizer.warmup-images", "640",
+    *SMALL, "--training.batch-size", "64", "--training.images", "640", "--training.checkpoint-images", "640",
+    "--optimizer.warmup-images", "64",
 )  # fmt: skip
+"""Ten steps: what a policy learns in them is not looked at."""
 
 
 @pytest.fixture(autouse=True)

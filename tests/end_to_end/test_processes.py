@@ -3,8 +3,7 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.training import RunFolder
-from tests.support.commands import ENVIRONMENT, SMALL, Command
+from tests.support.commands import SMALL, Command
+from tests.support.processes import Forking
 
 
 def stored(run: Path) -> dict[str, Tensor]:
@@ -25,32 +25,31 @@ def stored(run: Path) -> dict[str, Tensor]:
     return {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
-def kill_when(reached: Callable[[], bool], words: list[str]) -> None:
+def kill_when(reached: Callable[[], bool], forked: Forking, words: list[str]) -> None:
     """Start `fewstep` as its own process and send SIGKILL once `reached`."""
-    process = subprocess.Popen([sys.executable, "-m", "fewstep", *words], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = forked.start("-m", "fewstep", *words)
     deadline = time.monotonic() + 120
     try:
         while not reached():
-            assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.003)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        ended = process.wait()
+    assert ended.code == -signal.SIGKILL, "the run ended before it could be killed"
 
 
-def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, tmp_path: Path) -> None:
+def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, forked: Forking, tmp_path: Path) -> None:
     words = [
-        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "5120",
+        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "3200",
         "--training.checkpoint-images", "480", "--training.log-images", "320", "--training.sample-images", "0",
         "--training.ema-power", "0.1", "0.05", "--training.ema-decay", "0.9",
     ]  # fmt: skip
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    kill_when(lambda: len(RunFolder(run).checkpoints()) > 0, [*words, "--out", str(run)])
+    kill_when(lambda: len(RunFolder(run).checkpoints()) > 0, forked, [*words, "--out", str(run)])
     first = RunFolder(run).last_checkpoint().name
-    kill_when(lambda: any(r["step"] > 60 for r in RunFolder(run).read_log()), [*words, "--out", str(run)])
-    assert first < RunFolder(run).last_checkpoint().name < "step-00000160"
+    kill_when(lambda: any(r["step"] > 40 for r in RunFolder(run).read_log()), forked, [*words, "--out", str(run)])
+    assert first < RunFolder(run).last_checkpoint().name < "step-00000100"
     assert command(*words, "--out", run).code == 0
     assert command(*words, "--out", unbroken).code == 0
     broken, whole = stored(run), stored(unbroken)
@@ -59,7 +58,7 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, tmp_path: 
         "model", "ema-power-0.05", "ema-constant-0.9", "weights", "optimizer",
     }  # fmt: skip
     assert [key for key in whole if not torch.equal(whole[key], broken[key])] == []
-    assert [record["step"] for record in RunFolder(run).read_log()] == list(range(10, 161, 10))
+    assert [record["step"] for record in RunFolder(run).read_log()] == list(range(10, 101, 10))
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 
 
@@ -107,21 +106,23 @@ STUDENT = [
 ESTIMATE = ["--points", "8", "--samples", "200"]
 
 
-# --multi_gpu is what makes accelerate start processes by torchrun; --runtime.cpu then joins them by gloo.
-PAIR = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+def printed_by_two(forked: Forking, folder: Path, commands: list[list[str]]) -> str:
+    """What two processes print that run commands together, and then what two_processes.py adds.
+
+    They find in their environment what torchrun tells each of its processes.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+    words = (Path(__file__).with_name("two_processes.py"), folder, json.dumps(commands))
+    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2} for rank in (0, 1)]
+    pair = [forked.start(*words, **place, **each) for each in places]
+    ended = [process.wait() for process in pair]
+    assert [each.code for each in ended] == [0, 0], "".join(each.err for each in ended)
+    return "".join(each.out for each in ended)
 
 
-def printed_by_two(folder: Path, commands: list[list[str]]) -> str:
-    """What two processes print that run commands together, and then what two_processes.py adds."""
-    script = Path(__file__).with_name("two_processes.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *PAIR, str(script)]
-    both = [*launch, str(folder), json.dumps(commands)]
-    done = subprocess.run(both, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
+def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
     statistics, balanced losses, a discriminator; ten of a policy, whose padded steps are masked; a teacher's
     statistics, by their command. Then, in the same pair, a NaN in one process and a time limit.
@@ -138,7 +139,7 @@ def test_two_processes_equal_one(command: Command, tmp_path: Path) -> None:
         [*STUDENT, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
         ["statistics", str(tmp_path / "its-second-copy"), *ESTIMATE],
     ]
-    printed = printed_by_two(tmp_path, commands)
+    printed = printed_by_two(forked, tmp_path, commands)
     assert printed.count("two: 640 images in 20 steps") == 1
     assert command(*SCRATCH, "--out", tmp_path / "one").code == 0
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5

@@ -2,8 +2,14 @@
 
 import pytest
 
+from fewstep.evaluation.report import page, quality
+from tests.support.figures import draw_once
+
 
 @pytest.fixture(autouse=True)
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of few pixels but for those of the page in test_report.py, which is rendered once for its module."""
+    """Figures of few pixels, drawn once for all widths and grounds, but for those of the page in test_report.py, which
+    is rendered once for its module, and those of comparisons.
+    """
     monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
+    draw_once(monkeypatch, page, quality)

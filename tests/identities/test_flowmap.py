@@ -38,17 +38,16 @@ every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 
 
 @every_pair
-@pytest.mark.parametrize("scaling", ["identity", "unit", "edm", "edm-input"])
 @settings(max_examples=6)
 @given(u=st.floats(0, 1), shape=sample_shapes)
-def test_a_jump_of_no_length_changes_nothing(
-    path_name: str, name: str, scaling: str, u: float, shape: tuple[int, ...]
-) -> None:
-    path, preconditioning = pair(path_name, name)
-    flow_map = FlowMap(path, preconditioning, random_network(shape), scalings(path)[scaling])
+def test_a_jump_of_no_length_changes_nothing(path_name: str, name: str, u: float, shape: tuple[int, ...]) -> None:
+    """With every scaling."""
+    (path, preconditioning), network = pair(path_name, name), random_network(shape)
     t, x = clock(path, u)[0].repeat(2), noise(2, *shape)
-    close(flow_map.jump(x, t, t), x, rtol=1e-12, atol=1e-12)
-    assert float(flow_map.output(x, t, t).detach().abs().min()) > 0
+    for scaling in scalings(path).values():
+        flow_map = FlowMap(path, preconditioning, network, scaling)
+        close(flow_map.jump(x, t, t), x, rtol=1e-12, atol=1e-12)
+        assert float(flow_map.output(x, t, t).detach().abs().min()) > 0
 
 
 @every_pair
@@ -165,8 +164,8 @@ def test_mixture_jumps_compose_with_order_four(path: Path) -> None:
     data = mixture()
     s, middle, t = (time.repeat(4) for time in clock(path, 0.4, 0.6, 0.85))
     x = path.interpolate(noise(4, 2), noise(4, 2, seed=1), t)
-    exact = data.jump(path, x, t, s, steps=80)
-    composed = data.jump(path, data.jump(path, x, t, middle, 40), middle, s, 40)
+    exact = data.jump(path, x, t, s, steps=60)
+    composed = data.jump(path, data.jump(path, x, t, middle, 30), middle, s, 30)
     close(composed, exact, rtol=1e-5, atol=1e-5)
     steps = [5, 10, 20]
     errors = [float((data.jump(path, x, t, s, steps=n) - exact).abs().max()) for n in steps]

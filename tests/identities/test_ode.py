@@ -48,9 +48,10 @@ def starts(path: Path, t: Tensor, count: int = 6) -> Tensor:
 
 @cache
 def solution(case: str, path: Path, high: float, low: float) -> Tensor:
-    """The exact jump of a case from its starts."""
+    """The exact jump of a case from its starts, a mixture's to 1e-7."""
     x = starts(path, torch.tensor([high], dtype=F64))
-    return CASES[case].jump(path, x, at(high, x), at(low, x))
+    data, ends = CASES[case], (at(high, x), at(low, x))
+    return data.jump(path, x, *ends, 100) if isinstance(data, MixtureData) else data.jump(path, x, *ends)
 
 
 def ladder(path: Path, high: Tensor, low: Tensor, steps: int) -> Tensor:

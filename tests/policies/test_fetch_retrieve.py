@@ -8,7 +8,11 @@ from fewstep.policies.simulation import Simulation, Vector
 from fewstep.policies.tasks.fetch import push
 from fewstep.policies.tasks.fetch_retrieve import RETRIEVE, retrieve
 
-pytest.importorskip("gymnasium_robotics")
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("gymnasium_robotics")
+
 
 STARTS = range(FIRST_TEST_SEED, FIRST_TEST_SEED + 20)
 
@@ -54,7 +58,7 @@ def mean_of_both(observation: Vector) -> Vector:
 
 def test_the_mean_of_both_ways_does_not_arrive(simulation: Simulation) -> None:
     solved = 0
-    for start in STARTS:
+    for start in STARTS[:10]:
         observation = simulation.reset(start)
         for _ in range(RETRIEVE.max_steps):
             outcome = simulation.step(mean_of_both(observation))
@@ -62,7 +66,7 @@ def test_the_mean_of_both_ways_does_not_arrive(simulation: Simulation) -> None:
             if outcome.success:
                 break
         solved += outcome.success
-    assert solved <= 4
+    assert solved <= 2
 
 
 @pytest.mark.parametrize(("sense", "name"), [(1.0, "counterclockwise"), (-1.0, "clockwise")])

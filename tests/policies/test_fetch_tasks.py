@@ -10,7 +10,10 @@ from fewstep.policies.simulation import Simulation, Task, Vector
 from fewstep.policies.tasks.fetch import FETCH_TASKS, pick_and_place, push
 from fewstep.policies.tasks.registry import find_task
 
-pytest.importorskip("gymnasium_robotics")
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("gymnasium_robotics")
 
 
 def solve(simulation: Simulation, observation: Vector, rule: Callable[[Vector], Vector], steps: int) -> int:

@@ -13,7 +13,10 @@ from fewstep.policies.tasks.pusht_table import make_table, place
 from fewstep.policies.tasks.registry import find_task
 from fewstep.utils.errors import MissingExtraError
 
-pytest.importorskip("gym_pusht")
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("gym_pusht")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,10 @@ from fewstep.policies.tasks.pusht_expert import (
 )
 from fewstep.policies.tasks.pusht_table import GOAL_POSE, make_table, place
 
-pytest.importorskip("gym_pusht")
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("gym_pusht")
 
 
 @pytest.fixture(scope="module")

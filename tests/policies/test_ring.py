@@ -14,7 +14,10 @@ from fewstep.policies.tasks.registry import find_task
 from fewstep.policies.tasks.ring import RING, RingExpert, RingMaze
 from fewstep.utils.errors import MissingExtraError
 
-pytest.importorskip("gymnasium_robotics")
+
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    pytest.importorskip("gymnasium_robotics")
 
 
 @pytest.fixture(scope="module")

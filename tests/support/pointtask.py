@@ -90,7 +90,7 @@ def point_task(
     return Made(task, made)
 
 
-def run_config(root: str, objective: object = None, images: int = 38_400) -> RunConfig:
+def run_config(root: str, objective: object = None, images: int = 25_600) -> RunConfig:
     """A policy for the point, small enough for seconds."""
     return RunConfig(
         recipe="policy-mlp",

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import EDMPathConfig, LinearPathConfig
@@ -28,7 +29,8 @@ from fewstep.recipes.config import (
     StatisticsConfig,
     TrainingConfig,
 )
-from fewstep.training import RunFolder, Runtime
+from fewstep.training import RunFolder, Runtime, train
+from fewstep.training.loop import Trainer
 from tests.support.objectives import made
 
 RUNTIME = Runtime(cpu=True, threads=1, quiet=True)
@@ -134,6 +136,14 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call
         return original(*args, **options)
 
     monkeypatch.setattr(owner, name, stopping)
+
+
+def killed_after(steps: int, config: RunConfig, data: Dataset, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in a folder, from what is there, and be stopped in the middle after so many steps more."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, Trainer, "take_step", steps)
+        with pytest.raises(Killed):
+            train(config, data, RunFolder(root), RUNTIME)
 
 
 def noise_and_times(flow_map: FlowMap) -> tuple[Tensor, Tensor, Tensor]:

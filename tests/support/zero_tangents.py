@@ -7,9 +7,18 @@ of what a test of a derivative takes. Shapes by broadcasting alone say the same 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
+
+
+def common(one: torch.Size, other: torch.Size) -> torch.Size:
+    """As torch.broadcast_shapes, of shapes that are known to fit."""
+    if one == other:
+        return one
+    sizes = zip_longest(reversed(one), reversed(other), fillvalue=1)
+    return torch.Size([second if first == 1 else first for first, second in sizes][::-1])
 
 
 def broadcast(one: Tensor | float, other: Tensor | float, alpha: float = 1) -> Tensor:
@@ -20,8 +29,7 @@ def broadcast(one: Tensor | float, other: Tensor | float, alpha: float = 1) -> T
     if not isinstance(other, Tensor):
         return torch.empty(one.shape, dtype=torch.result_type(one, other), device="meta")
     dtype = one.dtype if one.dtype == other.dtype else torch.result_type(one, other)
-    shape = one.shape if one.shape == other.shape else torch.broadcast_shapes(one.shape, other.shape)
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(common(one.shape, other.shape), dtype=dtype, device="meta")
 
 
 def quotient(one: Tensor | float, other: Tensor | float) -> Tensor:

@@ -37,24 +37,14 @@ from tests.support.tiny import (
     stored_tensors,
 )
 
-LONGER = replace(TINY, training=replace(TINY.training, images=640))
-
-
-@pytest.fixture(scope="module")
-def whole(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What a run of whole batches stores."""
-    root = tmp_path_factory.mktemp("whole")
-    train(LONGER, digits, RunFolder(root), RUNTIME)
-    return stored_tensors(root)
-
 
 @pytest.mark.parametrize("micro_batch", [8, 5, 31])
 def test_accumulation_gives_the_weights_of_the_whole_batch(
-    micro_batch: int, whole: dict[str, Tensor], digits: Dataset, tmp_path: Path
+    micro_batch: int, unbroken: Callable[[str], Path], digits: Dataset, tmp_path: Path
 ) -> None:
     """5 and 31 do not divide the share of 32: smaller parts of equal size are taken."""
-    train(LONGER, digits, RunFolder(tmp_path), replace(RUNTIME, micro_batch=micro_batch))
-    parts = stored_tensors(tmp_path)
+    train(TINY, digits, RunFolder(tmp_path), replace(RUNTIME, micro_batch=micro_batch))
+    whole, parts = stored_tensors(unbroken("adamw")), stored_tensors(tmp_path)
     weights = [key for key in whole if not key.startswith("optimizer")]
     assert max(float((whole[key] - parts[key]).abs().max()) for key in weights) < 1e-5
     assert split_batch(32, 1, micro_batch)[1] * micro_batch >= 32

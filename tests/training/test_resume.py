@@ -30,28 +30,28 @@ from tests.support.tiny import (
     Killed,
     assert_same_run,
     interrupt_after,
+    killed_after,
     noise_and_times,
     snapshot,
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("steps", [2, 4, 9])
 def test_a_stopped_run_goes_on_exactly(
     kind: str,
-    steps: int,
     digits: Dataset,
     unbroken: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, Trainer, "take_step", steps)
-        with pytest.raises(Killed):
-            train(KINDS[kind], digits, RunFolder(tmp_path / "run"), RUNTIME)
-    torch.manual_seed(99)  # what else the process draws must not matter
-    train(KINDS[kind], digits, RunFolder(tmp_path / "run"), RUNTIME)
-    assert_same_run(tmp_path / "run", unbroken(kind))
+    """Killed before the first checkpoint, a step after it, and at the third."""
+    run = RunFolder(tmp_path / "run")
+    for steps, newest in ((2, []), (4, ["step-00000003"]), (6, ["step-00000009"])):
+        killed_after(steps, KINDS[kind], digits, run.root, monkeypatch)
+        assert [path.name for path in run.checkpoints()][-1:] == newest
+        torch.manual_seed(99)  # what else the process draws must not matter
+    train(KINDS[kind], digits, run, RUNTIME)
+    assert_same_run(run.root, unbroken(kind))
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,7 @@ def test_leftovers_of_a_kill_do_not_disturb(
     root = tmp_path / "run"
     root.mkdir()
     (root / ".config.json.0123abcd").write_text("half")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, Trainer, "take_step", 4)
-        with pytest.raises(Killed):
-            train(TINY, digits, RunFolder(root), RUNTIME)
+    killed_after(4, TINY, digits, root, monkeypatch)
     half = root / "checkpoints" / ".step-00000006.0123abcd"
     half.mkdir()
     (half / "weights.safetensors").write_bytes(b"half")
@@ -178,10 +175,7 @@ def test_a_full_disk_stops_with_the_older_checkpoint_intact(
     size: int, digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, Trainer, "take_step", 4)
-        with pytest.raises(Killed):
-            train(TINY, digits, run, RUNTIME)
+    killed_after(4, TINY, digits, run.root, monkeypatch)
     before = snapshot(run.root)
     with largest_file(size), pytest.raises(CheckpointError, match=r"cannot write .*; free some space or give another"):
         train(TINY, digits, run, RUNTIME)

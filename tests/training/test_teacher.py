@@ -31,9 +31,8 @@ from tests.support.tiny import (
     TEACHER,
     TEACHERLESS,
     TINY,
-    Killed,
     assert_same_run,
-    interrupt_after,
+    killed_after,
     noise_and_times,
     snapshot,
     student,
@@ -233,23 +232,19 @@ def test_training_leaves_the_teacher_alone(
 
 
 @pytest.mark.parametrize("kind", [*STUDENTS, *TEACHERLESS])
-@pytest.mark.parametrize("steps", [4, 8])
 def test_a_stopped_student_goes_on_exactly(
     kind: str,
-    steps: int,
     digits: Dataset,
     teacher: Path,
     unbroken_student: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed after checkpoints 3 and 6: by then statistics are newer, and a discriminator has begun."""
+    """Killed a step after checkpoint 3 and two after checkpoint 6: statistics are newer, a discriminator has begun."""
     config = student(kind, teacher)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, Trainer, "take_step", steps)
-        with pytest.raises(Killed):
-            train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
-    torch.manual_seed(99)  # what else the process draws must not matter
+    for steps in (4, 5):
+        killed_after(steps, config, digits, tmp_path / "run", monkeypatch)
+        torch.manual_seed(99)  # what else the process draws must not matter
     train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert_same_run(tmp_path / "run", unbroken_student(kind))
     first, second = (fewstep.load(root).flow_map.config for root in (tmp_path / "run", unbroken_student(kind)))
@@ -306,10 +301,7 @@ def moved_run(
 ) -> tuple[RunFolder, Path]:
     """A run stopped after six steps, and a copy of its teacher elsewhere."""
     run = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, Trainer, "take_step", 6)
-        with pytest.raises(Killed):
-            train(student(kind, teacher), digits, run, RUNTIME)
+    killed_after(6, student(kind, teacher), digits, run.root, monkeypatch)
     shutil.copytree(teacher, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("statistics"))
     return run, tmp_path / "elsewhere"
 
