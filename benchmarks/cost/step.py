@@ -21,10 +21,11 @@ from torch import Tensor, nn
 import fewstep as fs
 from benchmarks.cost.setting import take_step, warm
 from benchmarks.harness import ROOT, Row, markdown, take_turns, time_ratio
-from fewstep.flow.derivatives import Derivative, exact_derivative
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import Pairs
+from fewstep.utils.forward_ad import jvp
 
 CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
     "mlp": (fs.MLPConfig(), (1, 8, 8), 256),
@@ -105,7 +106,7 @@ def passes(flow_map: fs.FlowMap, batch: fs.Batch) -> list[Callable[[], None]]:
     return [
         forward,
         lambda: back(output(batch.x0, t)),
-        lambda: back(exact_derivative(output, batch.x0, t, v)[0]),
+        lambda: back(jvp(output, (batch.x0, t), (v, torch.ones_like(t)), attached=False)[0]),
     ]
 
 

@@ -20,7 +20,7 @@ from fewstep.flow.preconditioning.estimation import (
     estimate_statistics,
     noise_grid,
 )
-from fewstep.flow.preconditioning.interpolation import Curve, locate, slopes
+from fewstep.flow.preconditioning.interpolation import HermiteCurve, slopes
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
@@ -78,9 +78,9 @@ def agree(one: Tensor, other: Tensor, *errors: Tensor, slack: float = 1e-9) -> N
 
 def test_the_curve_is_exact_for_parabolas_and_integrates_exactly() -> None:
     knots = torch.linspace(-1, 2, 7, dtype=F64)
-    curve = Curve.through(0.3 - knots + 2 * knots**2, 0.5)
+    curve = HermiteCurve.through(0.3 - knots + 2 * knots**2, -1.0, 0.5)
     points = torch.linspace(-1, 2, 50, dtype=F64)
-    place = locate(points, -1.0, 0.5, 6)
+    place = curve.locate(points)
     close(curve.value(place), 0.3 - points + 2 * points**2)
     antiderivative = 0.3 * points - points**2 / 2 + 2 * points**3 / 3
     close(curve.integral(place), antiderivative - antiderivative[0])
@@ -205,7 +205,7 @@ def test_an_interrupted_and_a_shared_estimation_equal_one_pass() -> None:
     assert resumed.seen == 37
     resumed.update(37, 33)
     other.update(70, 30)
-    resumed.merge(other)
+    resumed.restore({"sums": resumed.sums + other.sums})
     assert (whole.seen, resumed.seen) == (100, 100)
     for one, two in zip(vars_of(whole.statistics()), vars_of(resumed.statistics()), strict=True):
         close(one, two, rtol=1e-8, atol=1e-9)

@@ -2,7 +2,7 @@
 
 Forward-mode AD cannot cross every layer: fewstep's own networks are written so that it can (networks/layers.py);
 a foreign network with fused attention or nn.GroupNorm on non-contiguous input needs the finite difference. Both
-assume a deterministic network: no dropout between the evaluations. Networks are called as fn(x, t) -> N.
+assume a deterministic network: no dropout between the evaluations.
 """
 
 from collections.abc import Callable
@@ -17,20 +17,11 @@ from fewstep.networks.condition import Condition
 from fewstep.utils.forward_ad import jvp
 from fewstep.utils.tensors import check_choice, check_positive, expand
 
-OutputFunction = Callable[[Tensor, Tensor], Tensor]
+RowsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""N at (x, t), of the samples of the batch that `rows` (int64) names."""
 DerivativeKind = Literal["exact", "finite-difference"]
 
 MIN_STEP = 1e-4
-
-
-def exact_derivative(
-    fn: OutputFunction, x: Tensor, t: Tensor, v: Tensor, attached: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(N, dN/dt) by one forward-mode JVP with tangent (v, 1); N keeps its graph, dN/dt keeps its own if `attached`.
-
-    x, v (B, ...), t (B,). One evaluation with tangents replaces the evaluation that the loss needs anyway.
-    """
-    return jvp(fn, (x, t), (v, torch.ones_like(t)), attached)
 
 
 def finite_difference_nodes(
@@ -50,28 +41,22 @@ def finite_difference_nodes(
 
 
 def finite_derivative(
-    fn: OutputFunction,
-    pair_fn: OutputFunction,
-    x: Tensor,
-    t: Tensor,
-    v: Tensor,
-    nodes: tuple[Tensor, Tensor],
-    attached: bool = False,
+    fn: RowsFunction, x: Tensor, t: Tensor, v: Tensor, nodes: tuple[Tensor, Tensor], attached: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(N, dN/dt) with dN/dt by the parabola through offsets 0, a, b: error O(h^2) inside and at both ends.
 
-    fn evaluates one batch and keeps its graph; pair_fn evaluates two batches stacked, (2B, ...), without a graph
-    unless `attached`.
+    N keeps its graph. Both offsets are evaluated in one batch, (2B, ...), without a graph unless `attached`.
     d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
     """
-    output = fn(x, t)
+    rows = torch.arange(len(x), device=x.device)
+    output = fn(x, t, rows)
     rounded = torch.is_autocast_enabled(x.device.type)
     # A difference over h amplifies rounding by 1/h: under bf16 its three points are taken in full precision.
     with torch.set_grad_enabled(attached and torch.is_grad_enabled()), torch.autocast(x.device.type, enabled=False):
-        centre = fn(x, t) if rounded else output
+        centre = fn(x, t, rows) if rounded else output
         a, b = nodes
         shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
-        at_a, at_b = pair_fn(shifted_x, torch.cat([t + a, t + b])).chunk(2)
+        at_a, at_b = fn(shifted_x, torch.cat([t + a, t + b]), rows.repeat(2)).chunk(2)
         scale = a * b * (b - a)
         weight_a, weight_b = (expand(w, x).to(x.dtype) for w in (b * b / scale, -(a * a) / scale))
         return output, weight_a * (at_a - centre) + weight_b * (at_b - centre)
@@ -96,37 +81,26 @@ class Derivative:
     ) -> tuple[Tensor, Tensor]:
         """(N, dN/dt) at (x, t, s) along v; N keeps its graph, dN/dt keeps its own if `attached`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
-
-        def output(x: Tensor, t: Tensor) -> Tensor:
-            return flow_map.output(x, t, s, cond)
-
         if self.kind == "exact":
-            return exact_derivative(output, x, t, v, attached)
-
-        def pair(x: Tensor, t: Tensor) -> Tensor:
-            return flow_map.output(x, t, torch.cat([s, s]), Condition.cat(cond, cond))
-
+            one = torch.ones_like(t)
+            return jvp(lambda x, t: flow_map.output(x, t, s, cond), (x, t), (v, one), attached)
         nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, _time_scale(flow_map, t))
-        return finite_derivative(output, pair, x, t, v, nodes, attached)
+        return finite_derivative(
+            lambda x, t, rows: flow_map.output(x, t, s[rows], cond[rows]), x, t, v, nodes, attached
+        )
 
     def at_end(
         self, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, attached: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(N, dN/ds) at (x, t, s), s the time where the jump ends; graphs as in `along`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
-
-        def output(x: Tensor, s: Tensor) -> Tensor:
-            return flow_map.output(x, t, s, cond)
-
         if self.kind == "exact":
-            return jvp(lambda s: output(x, s), (s,), (torch.ones_like(s),), attached)
-
-        def pair(x: Tensor, s: Tensor) -> Tensor:
-            return flow_map.output(x, torch.cat([t, t]), s, Condition.cat(cond, cond))
-
+            return jvp(lambda s: flow_map.output(x, t, s, cond), (s,), (torch.ones_like(s),), attached)
         low = torch.full_like(s, flow_map.path.t_min)
-        nodes = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s))
-        return finite_derivative(output, pair, x, s, torch.zeros_like(x), nodes, attached)
+        nodes, still = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s)), torch.zeros_like(x)
+        return finite_derivative(
+            lambda x, s, rows: flow_map.output(x, t[rows], s, cond[rows]), x, s, still, nodes, attached
+        )
 
 
 def _time_scale(flow_map: FlowMap, t: Tensor) -> Tensor:

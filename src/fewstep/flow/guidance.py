@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -30,6 +31,8 @@ class TrainingGuidance(ABC):
 
     turned_off_by: ClassVar[str] = ""
     """The option that turns it off; empty where there is none."""
+    null_rows: bool = False
+    """Whether samples whose label was dropped are guided too."""
 
     @property
     def active(self) -> bool:
@@ -42,11 +45,11 @@ class TrainingGuidance(ABC):
 
     def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
         """omega (B,) of targets at times t: 1 outside the interval and where no label is kept."""
-        return omega_at(path, self.draw(draws), t, labels)
+        return omega_at(path, self.draw(draws), t, torch.zeros_like(labels) if self.null_rows else labels)
 
     def share(self, label_dropout: float) -> float:
-        """Share of samples whose targets are guided, at most: those that keep their label."""
-        return 1 - label_dropout if self.active else 0.0
+        """Share of samples whose targets are guided, at most: those that keep their label, or all with `null_rows`."""
+        return (1.0 if self.null_rows else 1 - label_dropout) if self.active else 0.0
 
     def fed(self, path: Path, draws: Draws, t: Tensor) -> Tensor:
         """What a network that takes guidance is given at times t: (B, 3), as `draw`."""
@@ -63,7 +66,8 @@ class NoGuidance(TrainingGuidance):
         return False
 
     def draw(self, draws: Draws) -> Tensor:
-        return unguided(len(draws.indices)).to(draws.indices.device)
+        row = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=draws.indices.device)
+        return row.expand(len(draws.indices), 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +76,6 @@ class ActiveGuidance(TrainingGuidance):
 
     null_rows: bool = later(bool)
     """Guide samples whose label was dropped too, as the published code of iSD-T does."""
-
-    def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
-        return super().strength(path, draws, t, torch.zeros_like(labels) if self.null_rows else labels)
-
-    def share(self, label_dropout: float) -> float:
-        return super().share(0.0 if self.null_rows else label_dropout)
 
 
 @final
@@ -143,11 +141,6 @@ class DrawnGuidance(ActiveGuidance):
         return torch.cat([omega.log()[:, None], drawn[:, 1:]], dim=1)
 
 
-def unguided(count: int) -> Tensor:
-    """omega = 1 on the whole range: (count, 3) float64."""
-    return torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(count, 3)
-
-
 def omega_at(path: Path, guidance: Tensor, t: Tensor, labels: Tensor) -> Tensor:
     """Strength at time t: omega inside the interval; 1 outside it and for samples without a label. (B,) float64."""
     t, low, high = path.clock(t), path.time_from_unit(guidance[:, 1]), path.time_from_unit(guidance[:, 2])
@@ -196,25 +189,21 @@ class ClassifierFreeGuidance:
 
     def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
         """Guided X(x, t, s)."""
-        doubled = self.flow_map.jump(torch.cat([x, x]), torch.cat([t, t]), torch.cat([s, s]), _with_null(cond))
-        return self._guide(doubled, t, cond)
+        return self._guided(self.flow_map.jump, cond, x, t, s)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """Guided v(x, t)."""
-        doubled = self.flow_map.velocity(torch.cat([x, x]), torch.cat([t, t]), _with_null(cond))
-        return self._guide(doubled, t, cond)
+        return self._guided(self.flow_map.velocity, cond, x, t)
 
-    def _guide(self, doubled: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        conditional, null = doubled.chunk(2)
+    def _guided(self, value: Callable[..., Tensor], cond: Condition, x: Tensor, t: Tensor, *end: Tensor) -> Tensor:
+        """A value with its label and without, evaluated as one batch of twice the size."""
         labels = torch.full_like(t, NULL_LABEL).long() if cond.labels is None else cond.labels
-        row = self.row.to(t.device).expand(len(t), 3)
-        return guide(null, conditional, omega_at(self.path, row, t, labels))
+        rows = torch.arange(len(t), device=t.device).repeat(2)
+        twice = replace(cond[rows], labels=torch.cat([labels, torch.full_like(labels, NULL_LABEL)]))
+        conditional, null = value(*(each[rows] for each in (x, t, *end)), twice).chunk(2)
+        return guide(null, conditional, omega_at(self.path, self.row.to(t.device).expand(len(t), 3), t, labels))
 
 
 def _check_strength(omega: float, interval: tuple[float, float]) -> None:
     if not (0 < omega <= _MOST and 0 <= interval[0] <= interval[1] <= 1):
         raise ShapeError(f"guidance {omega} on {interval}: needs a finite omega > 0 and an interval in [0, 1]")
-
-
-def _with_null(cond: Condition) -> Condition:
-    return Condition.cat(cond, cond.without_labels())

@@ -11,7 +11,6 @@ in the dtype of x; gradients are the caller's affair.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -74,28 +73,8 @@ _SINGLE_STEPS = {"euler": euler_step, "heun": heun_step}
 """Those that remember nothing of the step before."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What DPM-Solver++(2M) keeps of each sample's last step: its D (B, ...) and its length in lambda, h (B,).
-
-    h is infinite for a sample that has taken no step.
-    """
-
-    denoised: Tensor
-    h: Tensor
-
-    @staticmethod
-    def empty(x: Tensor) -> "Memory":
-        """Of samples that have taken no step; x (B, ...)."""
-        return Memory(x, torch.full(x.shape[:1], torch.inf, dtype=torch.float64, device=x.device))
-
-    def __getitem__(self, rows: Tensor) -> "Memory":
-        return Memory(self.denoised[rows], self.h[rows])
-
-    def replaced(self, rows: Tensor, own: "Memory") -> "Memory":
-        """The same memory with that of the samples `rows` replaced by their own."""
-        denoised = self.denoised.index_copy(0, rows, own.denoised.to(self.denoised.dtype))
-        return Memory(denoised, self.h.index_copy(0, rows, own.h))
+Memory = tuple[Tensor, Tensor]
+"""(D, h) of each sample's last step, (B, ...) and (B,): h, its length in lambda, is infinite where none was taken."""
 
 
 def dpm_solver_step(
@@ -109,9 +88,9 @@ def dpm_solver_step(
     t, s = path.clock(t), path.clock(s)
     denoised = denoise(x, t, cond)
     h = path.tau(t).log() - path.tau(s).log()
-    weight = expand(torch.where(torch.isfinite(h), h, 0.0) / (2 * memory.h), x).to(x.dtype)
-    ahead = denoised + weight * (denoised - memory.denoised)
-    return ddim(path, x, ahead, t, s), Memory(denoised, h)
+    before, h_before = memory
+    weight = expand(torch.where(torch.isfinite(h), h, 0.0) / (2 * h_before), x).to(x.dtype)
+    return ddim(path, x, denoised + weight * (denoised - before), t, s), (denoised, h)
 
 
 def solve(
@@ -126,7 +105,7 @@ def solve(
     """
     check_choice("solver", solver, get_args(SolverName))
     times = _per_sample(path, x, times)
-    memory = Memory.empty(x)
+    before, lengths = x, torch.full(x.shape[:1], torch.inf, dtype=torch.float64, device=x.device)
     for t, s in zip(times.T[:-1], times.T[1:], strict=True):
         rows = torch.nonzero(s < t).squeeze(1)
         if len(rows) == 0:
@@ -135,8 +114,9 @@ def solve(
         if solver in _SINGLE_STEPS:
             moved = _SINGLE_STEPS[solver](denoise, path, now, t, s, own)
         else:
-            moved, last = dpm_solver_step(denoise, path, now, t, s, memory[rows], own)
-            memory = memory.replaced(rows, last)
+            moved, (denoised, h) = dpm_solver_step(denoise, path, now, t, s, (before[rows], lengths[rows]), own)
+            before = before.index_copy(0, rows, denoised.to(before.dtype))
+            lengths = lengths.index_copy(0, rows, h)
         x = x.index_copy(0, rows, moved)
     return x
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import expand, in_float64, nonzero
+from fewstep.utils.tensors import check_positive, expand, in_float64, nonzero
 
 
 class PathValues(NamedTuple):
@@ -206,8 +206,7 @@ class Trig(Path):
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0:
-            raise ConfigError(f"Trig: sigma_data is {self.sigma_data}; it must be positive")
+        check_positive(sigma_data=self.sigma_data)
 
     def values(self, t: Tensor) -> PathValues:
         t = self.clock(t)

@@ -95,18 +95,9 @@ def _check_normal(mean: float, std: float) -> None:
         raise ConfigError(f"times of mean {mean} and std {std}: both must be finite, std positive")
 
 
-def ordered_pair(distribution: TimeDistribution, path: Path, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, s) with s <= t from two independent draws."""
-    first, second = distribution.quantile(path, u), distribution.quantile(path, w)
-    return torch.maximum(first, second), torch.minimum(first, second)
-
-
 def uniform_grid(path: Path, steps: int) -> Tensor:
     """steps + 1 times from t_max down to t_min, evenly spaced on the unit clock; float64."""
-    _check_steps(steps)
-    grid = path.time_from_unit(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
-    grid[0], grid[-1] = path.t_max, path.t_min
-    return grid
+    return _from_end_to_end(path, path.time_from_unit(_even(1, 0, steps)))
 
 
 def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
@@ -114,13 +105,10 @@ def edm_grid(path: Path, steps: int, rho: float = 7.0) -> Tensor:
 
     From the path's own ends, its tau held within EDM's [0.002, 80]; the first and last are exactly t_max and t_min.
     """
-    _check_steps(steps)
     ends = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
     high, low = (path.tau(ends).clamp(0.002, 80.0) ** (1 / rho)).tolist()
-    tau = (high + torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (low - high)) ** rho
-    grid = path.time_from_tau(tau).clamp(path.t_min, path.t_max)
-    grid[0], grid[-1] = path.t_max, path.t_min
-    return grid
+    tau = (high + _even(0, 1, steps) * (low - high)) ** rho
+    return _from_end_to_end(path, path.time_from_tau(tau).clamp(path.t_min, path.t_max))
 
 
 def default_grid(path: Path, steps: int) -> Tensor:
@@ -142,6 +130,12 @@ def check_grid(path: Path, times: Tensor) -> Tensor:
     return times
 
 
-def _check_steps(steps: int) -> None:
+def _even(first: float, last: float, steps: int) -> Tensor:
     if steps < 1:
         raise ShapeError(f"{steps} steps asked for: a sampler needs at least 1")
+    return torch.linspace(first, last, steps + 1, dtype=torch.float64)
+
+
+def _from_end_to_end(path: Path, grid: Tensor) -> Tensor:
+    grid[0], grid[-1] = path.t_max, path.t_min
+    return grid

@@ -27,21 +27,5 @@ class Condition:
         return replace(self, labels=None if self.labels is None else torch.full_like(self.labels, NULL_LABEL))
 
     def __getitem__(self, index: Tensor | slice) -> "Condition":
-        return Condition(
-            None if self.labels is None else self.labels[index],
-            None if self.guidance is None else self.guidance[index],
-            None if self.observation is None else self.observation[index],
-        )
-
-    @staticmethod
-    def cat(first: "Condition", second: "Condition") -> "Condition":
-        """Concatenate two batches of conditions of the same kind."""
-        return Condition(
-            _cat(first.labels, second.labels),
-            _cat(first.guidance, second.guidance),
-            _cat(first.observation, second.observation),
-        )
-
-
-def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
+        parts = (self.labels, self.guidance, self.observation)
+        return Condition(*(None if part is None else part[index] for part in parts))

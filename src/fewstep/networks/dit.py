@@ -12,7 +12,7 @@ from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import (
     ConditionEmbedding,
-    Linear,
+    LinearLayer,
     RMSNorm,
     RotaryEmbedding2d,
     attention,
@@ -85,13 +85,13 @@ class DiT(EmbeddingNetwork):
         self.checkpoint = config.checkpoint
         size = channels * config.patch**2
         self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency, observation)
-        self.input = Linear(size, config.width)
+        self.input = LinearLayer(size, config.width)
         self.position = nn.Parameter(0.02 * torch.randn(self.grid[0] * self.grid[1], config.width))
         self.rotary = RotaryEmbedding2d(config.width // config.heads, self.grid)
         self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.depth)])
         self.norm = RMSNorm(config.width)
-        self.modulation = zeroed(Linear(config.width, 2 * config.width))
-        self.output = zeroed(Linear(config.width, size))
+        self.modulation = zeroed(LinearLayer(config.width, 2 * config.width))
+        self.output = zeroed(LinearLayer(config.width, size))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
@@ -127,7 +127,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.modulation = zeroed(Linear(config.width, 6 * config.width))
+        self.modulation = zeroed(LinearLayer(config.width, 6 * config.width))
         self.attention_norm = RMSNorm(config.width)
         self.attention = SelfAttention(config.width, config.heads)
         self.mlp_norm = RMSNorm(config.width)
@@ -151,10 +151,10 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = LinearLayer(width, 3 * width)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.project = Linear(width, width)
+        self.project = LinearLayer(width, width)
 
     def forward(self, h: Tensor, rotary: RotaryEmbedding2d) -> Tensor:
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -168,8 +168,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.first = Linear(width, 2 * hidden)
-        self.last = Linear(hidden, width)
+        self.first = LinearLayer(width, 2 * hidden)
+        self.last = LinearLayer(hidden, width)
 
     def forward(self, h: Tensor) -> Tensor:
         gate, value = self.first(h).chunk(2, -1)

@@ -3,7 +3,7 @@
 PyTorch's fused attention has no forward-mode formula outside the math backend, its GroupNorm has none for
 non-contiguous input, and compiling a Jacobian-vector product (JVP) fails on its affine norms. Everything here is
 made of elementary operations instead, so one code path serves training, exact derivatives and sampling. Its products
-with a weight count the weight's tangent too, a matrix of zeros, at full price: Linear and the convolutions here do not.
+with a weight count the weight's tangent too, a matrix of zeros, at full price: LinearLayer and the convolutions do not.
 """
 
 import math
@@ -22,6 +22,8 @@ from fewstep.utils.forward_ad import tangents_recorded
 from fewstep.utils.tensors import check_batch, expand
 
 Layer = TypeVar("Layer", bound=nn.Module)
+_LOWEST_FREQUENCY, _FREQUENCIES = 0.5, 32
+"""Of the features of a time, in radians per unit, and how many they are."""
 
 
 def check_inputs(x: Tensor, t: Tensor, s: Tensor, shape: tuple[int, ...]) -> None:
@@ -60,7 +62,7 @@ def vectorised(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_batchedtensor(x))
 
 
-class Linear(nn.Linear):
+class LinearLayer(nn.Linear):
     """x W^T + b over the last axis, (..., in) -> (..., out): torch.nn.Linear with a cheaper tangent."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,25 +114,14 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.scale
 
 
-class LayerNorm(nn.Module):
+def layer_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last axis, (..., width) -> (..., width) (1607.06450).
 
-    affine: multiply by a learned scale and add a learned shift. A linear layer that follows can do both itself.
+    Without the learned scale and shift: a linear layer that follows does both itself.
     """
-
-    def __init__(self, width: int, affine: bool = True, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.ones(width)) if affine else None
-        self.shift = nn.Parameter(torch.zeros(width)) if affine else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = _at_least_float32(x)
-        centred = wide - wide.mean(-1, keepdim=True)
-        normed = (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-        if self.scale is None or self.shift is None:
-            return normed
-        return normed * self.scale + self.shift
+    wide = _at_least_float32(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -140,18 +131,13 @@ class GroupNorm(nn.Module):
     norm(x) * (1 + scale) + shift; folding the modulation in costs no further pass over x.
     """
 
-    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.groups = default_groups(channels) if groups is None else groups
-        if self.groups < 1 or channels % self.groups:
-            raise ConfigError(f"{channels} channels do not split into {self.groups} groups")
-        self.eps = eps
+        self.groups, self.eps = default_groups(channels), 1e-5
         self.scale = nn.Parameter(torch.ones(channels))
         self.shift = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        if x.ndim < 3:
-            raise ShapeError(f"GroupNorm takes (B, C, *positions), not {tuple(x.shape)}")
         wide = _at_least_float32(x)
         centred = wide - expand(self._group_mean(wide), wide)
         inverse = torch.rsqrt(self._group_mean(centred.square()) + self.eps)
@@ -187,7 +173,7 @@ class RotaryEmbedding2d(nn.Module):
 
     Tokens lie on a grid (rows, columns) in row-major order. Half of the pairs turn with the row, half with the
     column, at frequencies base^(-i / (head_width / 4)), i = 0, 1, ...: dot products of rotated queries and keys
-    depend on the tokens' displacement only. (..., N, head_width) -> the same shape.
+    depend on the tokens' displacement only. (..., N, head_width) -> the same shape, head_width a multiple of 4.
     """
 
     cosine: Tensor
@@ -195,8 +181,6 @@ class RotaryEmbedding2d(nn.Module):
 
     def __init__(self, head_width: int, grid: tuple[int, int], base: float = 100.0) -> None:
         super().__init__()
-        if head_width % 4:
-            raise ConfigError(f"rotary embedding on two axes needs a head width divisible by 4, not {head_width}")
         count = head_width // 4
         frequencies = base ** (-torch.arange(count, dtype=torch.float32) / count)
         rows, columns = (torch.arange(size, dtype=torch.float32)[:, None] * frequencies for size in grid)
@@ -212,51 +196,39 @@ class RotaryEmbedding2d(nn.Module):
         return torch.cat(turned, -1).to(x.dtype)
 
 
-class TimeEmbedding(nn.Module):
-    """Linear-SiLU-Linear of [cos(w t), sin(w t)], t (B,) -> (B, width).
+class Embedding(nn.Module):
+    """Linear-SiLU-Linear of features, (B, F) -> (B, width); zero_init makes it start at zero, whatever they are."""
 
-    The `features / 2` frequencies w are geometric from min_frequency to max_frequency, in radians per unit of t.
-    A feature's derivative grows as w: a high max_frequency resolves short times but inflates d/dt, and with it the
-    variance of every objective that differentiates the network in time. zero_init makes the output start at zero
-    whatever t is.
-    """
-
-    frequencies: Tensor
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        features: int = 64,
-        min_frequency: float = 0.5,
-        max_frequency: float = 64.0,
-        zero_init: bool = False,
-    ) -> None:
+    def __init__(self, features: int, width: int, zero_init: bool = False) -> None:
         super().__init__()
-        if not 0 < min_frequency <= max_frequency or features < 2 or features % 2:
-            raise ConfigError(
-                "a time embedding needs 0 < min_frequency <= max_frequency and an even number of features, not "
-                f"{min_frequency}, {max_frequency} and {features}"
-            )
-        span = torch.linspace(math.log(min_frequency), math.log(max_frequency), features // 2)
-        self.register_buffer("frequencies", span.exp(), persistent=False)
-        self.first = Linear(features, width)
-        self.last = zeroed(Linear(width, width)) if zero_init else Linear(width, width)
+        self.first = LinearLayer(features, width)
+        self.last = zeroed(LinearLayer(width, width)) if zero_init else LinearLayer(width, width)
 
-    def forward(self, t: Tensor) -> Tensor:
-        angles = _at_least_float32(t).unsqueeze(-1) * self.frequencies
-        features = torch.cat([angles.cos(), angles.sin()], -1).to(self.first.weight.dtype)
-        embedded: Tensor = self.last(silu(self.first(features)))
+    def forward(self, features: Tensor) -> Tensor:
+        embedded: Tensor = self.last(silu(self.first(features.to(self.first.weight.dtype))))
         return embedded
+
+
+def time_features(t: Tensor, frequencies: Tensor) -> Tensor:
+    """[cos(w t), sin(w t)] for each of the frequencies w (F,), in radians per unit of t: (B,) -> (B, 2 F).
+
+    A feature's derivative grows as w: a high frequency resolves short times but inflates d/dt, and with it the
+    variance of every objective that differentiates the network in time.
+    """
+    angles = _at_least_float32(t).unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 class ConditionEmbedding(nn.Module):
     """The sum of the embeddings of t, s, the label, the guidance and the observation: (B,), (B,), cond -> (B, width).
 
     The branches of s and of the guidance end in a zero layer. A network therefore starts independent of both, and
-    one that takes over the other weights of a teacher, which knows t alone, starts as that teacher.
-    Labels have a table of num_classes + 1 rows; the last one stands for "no class".
+    one that takes over the other weights of a teacher, which knows t alone, starts as that teacher. Both times have 32
+    geometric frequencies from 0.5 to max_frequency. Labels have a table of num_classes + 1 rows; the last one stands
+    for "no class".
     """
+
+    frequencies: Tensor
 
     def __init__(
         self, width: int, num_classes: int, guided: bool, max_frequency: float = 64.0, observation: tuple[int, ...] = ()
@@ -264,18 +236,23 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         if width < 1 or num_classes < 0:
             raise ConfigError(f"embedding width {width} must be at least 1 and num_classes {num_classes} at least 0")
-        self.num_classes = num_classes
-        self.t_branch = TimeEmbedding(width, max_frequency=max_frequency)
-        self.s_branch = TimeEmbedding(width, max_frequency=max_frequency, zero_init=True)
+        if not max_frequency >= _LOWEST_FREQUENCY:
+            raise ConfigError(f"max_frequency is {max_frequency}; it must be at least {_LOWEST_FREQUENCY}")
+        span = torch.linspace(math.log(_LOWEST_FREQUENCY), math.log(max_frequency), _FREQUENCIES)
+        self.register_buffer("frequencies", span.exp(), persistent=False)
+        self.num_classes, self.seen = num_classes, tuple(observation)
+        self.t_branch = Embedding(2 * _FREQUENCIES, width)
+        self.s_branch = Embedding(2 * _FREQUENCIES, width, zero_init=True)
         self.labels = nn.Embedding(num_classes + 1, width) if num_classes else None
-        self.guidance = GuidanceEmbedding(width) if guided else None
-        self.observation = ObservationEmbedding(width, observation) if observation else None
+        self.guidance = Embedding(3, width, zero_init=True) if guided else None
+        self.observation = Embedding(math.prod(observation), width) if observation else None
         if self.labels is not None:
             nn.init.normal_(self.labels.weight, std=0.02)
 
     def forward(self, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         cond = Condition() if cond is None else cond
-        embedded: Tensor = self.t_branch(t) + self.s_branch(s)
+        of_t, of_s = (time_features(time, self.frequencies) for time in (t, s))
+        embedded: Tensor = self.t_branch(of_t) + self.s_branch(of_s)
         if self.labels is not None:
             embedded = embedded + self.labels(self._rows(cond.labels, t))
         elif cond.labels is not None:
@@ -285,7 +262,7 @@ class ConditionEmbedding(nn.Module):
         elif cond.guidance is not None:
             raise ConfigError("guidance was given to a network that was built with guided=False")
         if self.observation is not None:
-            embedded = embedded + self.observation(cond.observation)
+            embedded = embedded + self.observation(self._flat(cond.observation))
         elif cond.observation is not None:
             raise ConfigError("an observation was given to a network that was built without")
         return embedded
@@ -298,39 +275,16 @@ class ConditionEmbedding(nn.Module):
             raise ShapeError(f"labels of shape {tuple(labels.shape)} for times of shape {tuple(t.shape)}: pass (B,)")
         return torch.where(labels < 0, self.num_classes, labels.long())
 
-
-class ObservationEmbedding(nn.Module):
-    """Linear-SiLU-Linear of the last observations, flat: (B, To, Do) -> (B, width)."""
-
-    def __init__(self, width: int, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape = tuple(shape)
-        self.first = Linear(math.prod(shape), width)
-        self.last = Linear(width, width)
-
-    def forward(self, observation: Tensor | None) -> Tensor:
-        if observation is None or tuple(observation.shape[1:]) != self.shape:
+    def _flat(self, observation: Tensor | None) -> Tensor:
+        """The last observations, (B, To, Do) -> (B, To * Do)."""
+        if observation is None or tuple(observation.shape[1:]) != self.seen:
             found = "none" if observation is None else f"shape {tuple(observation.shape)}"
-            raise ShapeError(f"observations of shape (B, {', '.join(map(str, self.shape))}) are needed, not {found}")
-        embedded: Tensor = self.last(silu(self.first(observation.flatten(1).to(self.first.weight.dtype))))
-        return embedded
-
-
-class GuidanceEmbedding(nn.Module):
-    """Linear-SiLU-Linear of (log omega, t_lo, t_hi), (B, 3) -> (B, width), zero at first."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first = Linear(3, width)
-        self.last = zeroed(Linear(width, width))
-
-    def forward(self, guidance: Tensor) -> Tensor:
-        embedded: Tensor = self.last(silu(self.first(guidance.to(self.first.weight.dtype))))
-        return embedded
+            raise ShapeError(f"observations of shape (B, {', '.join(map(str, self.seen))}) are needed, not {found}")
+        return observation.flatten(1)
 
 
 def _guidance(guidance: Tensor | None, t: Tensor) -> Tensor:
-    """The numbers (B, 3); none given means log omega = 0 on the interval [0, 1]."""
+    """(log omega, t_lo, t_hi), (B, 3); none given means log omega = 0 on the interval [0, 1]."""
     if guidance is None:
         return torch.tensor([0.0, 0.0, 1.0], device=t.device).expand(len(t), 3)
     if guidance.shape != (len(t), 3):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
-from fewstep.networks.layers import ConditionEmbedding, LayerNorm, Linear, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, LinearLayer, check_inputs, layer_norm, silu, zeroed
 from fewstep.utils.errors import ConfigError
 
 
@@ -43,13 +43,12 @@ class MLP(EmbeddingNetwork):
         width = config.embedding_width
         self.embedding = ConditionEmbedding(width, num_classes, guided, config.max_frequency, observation)
         # One product yields the modulations of all blocks: many narrow ones would cost more in overhead than in work.
-        self.modulation = Linear(width, config.depth * 2 * hidden)
+        self.modulation = LinearLayer(width, config.depth * 2 * hidden)
         # Observations enter beside the sample too: the embedding, which holds them, is narrower than many of them.
         seen = math.prod(observation) if observation else 0
-        self.input = Linear(size + seen, config.width)
-        self.blocks = nn.ModuleList([ResidualBlock(config.width, hidden) for _ in range(config.depth)])
-        self.norm = LayerNorm(config.width, affine=False)
-        self.output = zeroed(Linear(config.width, size))
+        self.input = LinearLayer(size + seen, config.width)
+        self.blocks = nn.ModuleList([MLPBlock(config.width, hidden) for _ in range(config.depth)])
+        self.output = zeroed(LinearLayer(config.width, size))
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
@@ -58,7 +57,7 @@ class MLP(EmbeddingNetwork):
         h = self.input(torch.cat([x.reshape(len(x), -1), *self._seen(x, cond)], 1))
         for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
             h = block(h, scale, shift)
-        out: Tensor = self.output(self.norm(h))
+        out: Tensor = self.output(layer_norm(h))
         return out.reshape(x.shape)
 
     def _seen(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
@@ -66,7 +65,7 @@ class MLP(EmbeddingNetwork):
         return [] if cond is None or cond.observation is None else [cond.observation.flatten(1).to(x.dtype)]
 
 
-class ResidualBlock(nn.Module):
+class MLPBlock(nn.Module):
     """h + W2 silu(W1 norm(h) * (1 + scale) + shift), W2 zero at first; h (B, width), scale and shift (B, hidden).
 
     The times set the slope and the bias of every hidden unit, as in the residual blocks of ADM (2105.05233).
@@ -74,11 +73,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm = LayerNorm(width, affine=False)
-        self.first = Linear(width, hidden)
-        self.last = zeroed(Linear(hidden, width))
+        self.first = LinearLayer(width, hidden)
+        self.last = zeroed(LinearLayer(hidden, width))
 
     def forward(self, h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        hidden = self.first(self.norm(h)) * (1 + scale) + shift
+        hidden = self.first(layer_norm(h)) * (1 + scale) + shift
         out: Tensor = h + self.last(silu(hidden))
         return out

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.networks.base import EmbeddingNetwork
-from fewstep.networks.layers import Conv1d, Conv2d, GroupNorm, Linear, attention, silu, zeroed
+from fewstep.networks.layers import Conv1d, Conv2d, GroupNorm, LinearLayer, attention, silu, zeroed
 from fewstep.utils.errors import ConfigError
 
 Convolution = type[Conv1d] | type[Conv2d]
@@ -44,20 +44,14 @@ class Pyramid(EmbeddingNetwork):
 
 def widths_down(channels: list[int], blocks: int) -> list[list[tuple[int, int]]]:
     """(channels in, out) of the blocks of every stage down, from full resolution."""
-    befores = [channels[0], *channels]
-    return [
-        [(before if index == 0 else own, own) for index in range(blocks)]
-        for before, own in zip(befores, channels, strict=False)
-    ]
+    befores = [channels[0], *channels[:-1]]
+    return [[(before, own), *[(own, own)] * (blocks - 1)] for before, own in zip(befores, channels, strict=True)]
 
 
 def widths_up(channels: list[int], blocks: int) -> list[list[tuple[int, int]]]:
     """(channels in, out) of the blocks of every stage up, from the lowest resolution; a skip adds to those in."""
-    belows = [*channels[1:], channels[-1]]
-    return [
-        [((below if index == 0 else own) + own, own) for index in range(blocks)]
-        for below, own in reversed(list(zip(belows, channels, strict=True)))
-    ]
+    rising = zip([channels[-1], *channels[:0:-1]], reversed(channels), strict=True)
+    return [[(below + own, own), *[(2 * own, own)] * (blocks - 1)] for below, own in rising]
 
 
 def same_size(convolution: Convolution, wide_in: int, wide_out: int, kernel: int) -> Conv1d | Conv2d:
@@ -88,11 +82,11 @@ class ResidualBlock(nn.Module):
         self.dropout = dropout
         self.first_norm = GroupNorm(wide_in)
         self.first = same_size(convolution, wide_in, wide_out, kernel)
-        self.modulation = Linear(embedding_width, 2 * wide_out)
+        self.modulation = LinearLayer(embedding_width, 2 * wide_out)
         self.last_norm = GroupNorm(wide_out)
         self.last = zeroed(same_size(convolution, wide_out, wide_out, kernel))
         self.skip = nn.Identity() if wide_in == wide_out else convolution(wide_in, wide_out, 1)
-        self.attend = nn.Identity() if head_width is None else SelfAttention(wide_out, head_width)
+        self.attend = nn.Identity() if head_width is None else AttentionBlock(wide_out, head_width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.modulation(embedding).chunk(2, 1)
@@ -103,7 +97,7 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class SelfAttention(nn.Module):
+class AttentionBlock(nn.Module):
     """x + project(attention(norm(x))) over all positions, the projection zero at first; x (B, C, *positions)."""
 
     def __init__(self, channels: int, head_width: int) -> None:
@@ -114,8 +108,8 @@ class SelfAttention(nn.Module):
             )
         self.heads = channels // head_width
         self.norm = GroupNorm(channels)
-        self.qkv = Linear(channels, 3 * channels)
-        self.project = zeroed(Linear(channels, channels))
+        self.qkv = LinearLayer(channels, 3 * channels)
+        self.project = zeroed(LinearLayer(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning.base import origin_weight_derivative
 from fewstep.objectives.losses import Comparison
 from fewstep.utils.tensors import expand
 
@@ -17,14 +16,13 @@ def eulerian_residual(
     x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map. A preconditioning with an
     origin m adds (-alpha_t' f - alpha_t f_t - g_t) m (math.md section 3.6).
     """
-    derivatives = flow_map.preconditioning.derivatives(t, s)
-    f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in derivatives)
+    d, p = flow_map.preconditioning.derivatives(t, s), flow_map.path.values(t)
+    f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in d)
     residual = f_t * x + f * v + g_t * output + g * d_output
     origin = flow_map.preconditioning.origin
     if origin is None:
         return residual
-    weight = origin_weight_derivative(flow_map.path, derivatives, t)
-    return residual + expand(weight, x).to(x.dtype) * origin.to(x)
+    return residual + expand(-p.d_alpha * d.f - p.alpha * d.f_t - d.g_t, x).to(x.dtype) * origin.to(x)
 
 
 def distillation_error(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
-from fewstep.flow.preconditioning.interpolation import Curve, Place, locate
+from fewstep.flow.preconditioning.interpolation import HermiteCurve, Place
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_choice
 
 # Nodes and weights of the five-point Gauss-Legendre rule on [0, 1]: (x, w) of [-1, 1] halved.
 _INNER, _OUTER = (0.5384693101056831, 0.47862867049936647), (0.906179845938664, 0.23692688505618908)
@@ -32,34 +33,27 @@ class Tables(NamedTuple):
     by many powers of e; differences of one cumulative table would lose them.
     """
 
-    start: float
     end: float
-    step: float
-    l: Curve  # noqa: E741  (math.md §3.1)
-    s: Curve
+    l: HermiteCurve  # noqa: E741  (math.md §3.1)
+    s: HermiteCurve
     rule: Tensor
     runs: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> "Tables":
         """The same tables on another device."""
-        l_curve, s_curve = (Curve(c.cells.to(device), c.area.to(device), c.step) for c in (self.l, self.s))
-        runs = tuple(each.to(device) for each in self.runs)
-        return self._replace(l=l_curve, s=s_curve, rule=self.rule.to(device), runs=runs)
-
-    def place(self, lam: Tensor) -> Place:
-        """Where a lambda lies in the tables."""
-        return locate(lam, self.start, self.step, len(self.l.cells))
+        l_curve, s_curve = (c._replace(cells=c.cells.to(device), area=c.area.to(device)) for c in (self.l, self.s))
+        return Tables(self.end, l_curve, s_curve, self.rule.to(device), tuple(run.to(device) for run in self.runs))
 
     def a(self, place: Place) -> Tensor:
         """A = lambda - int l."""
-        return self.start + self.step * (place.cell + place.fraction) - self.l.integral(place)
+        return self.l.start + self.l.step * (place.cell + place.fraction) - self.l.integral(place)
 
     def within(self, cell: Tensor, low: Tensor, high: Tensor, reference: Tensor) -> Tensor:
         """The integral of exp(A + S - reference) over the fractions low..high of a cell, by Gauss-Legendre."""
         node = low[..., None] + (high - low)[..., None] * self.rule[0]
         place = Place(cell[..., None].expand(node.shape), node)
         height = torch.exp(self.a(place) + self.s.integral(place) - reference[..., None])
-        return self.step * (high - low) * (height * self.rule[1]).sum(-1)
+        return self.l.step * (high - low) * (height * self.rule[1]).sum(-1)
 
     def whole(self, first: Tensor, stop: Tensor, reference: Tensor) -> Tensor:
         """The integral of exp(A + S - reference) over the cells first .. stop - 1; 0 where there are none."""
@@ -74,25 +68,24 @@ class Tables(NamedTuple):
     def between(self, t: Place, s: Place, reference: Tensor) -> Tensor:
         """The integral of exp(A + S - reference) from t to s, relatively as exact as the curves are."""
         rising = (s.cell < t.cell) | ((s.cell == t.cell) & (s.fraction < t.fraction))
-        first = Place(torch.where(rising, s.cell, t.cell), torch.where(rising, s.fraction, t.fraction))
-        last = Place(torch.where(rising, t.cell, s.cell), torch.where(rising, t.fraction, s.fraction))
-        return torch.where(rising, -1.0, 1.0) * self._along(first, last, reference)
-
-    def _along(self, t: Place, s: Place, reference: Tensor) -> Tensor:
-        """`between` for t before s."""
-        same, one = t.cell == s.cell, torch.ones_like(t.fraction)
-        head = self.within(t.cell, t.fraction, torch.where(same, s.fraction, one), reference)
-        tail = self.within(s.cell, torch.where(same, s.fraction, 0 * one), s.fraction, reference)
-        return head + tail + self.whole(t.cell + 1, s.cell, reference)
+        first, last = (
+            Place(torch.where(rising, two.cell, one.cell), torch.where(rising, two.fraction, one.fraction))
+            for one, two in ((t, s), (s, t))
+        )
+        same, one = first.cell == last.cell, torch.ones_like(first.fraction)
+        head = self.within(first.cell, first.fraction, torch.where(same, last.fraction, one), reference)
+        tail = self.within(last.cell, torch.where(same, last.fraction, 0 * one), last.fraction, reference)
+        total = head + tail + self.whole(first.cell + 1, last.cell, reference)
+        return torch.where(rising, -total, total)
 
 
 def build_tables(statistics: TrajectoryStatistics) -> Tables:
     """The tables of one set of statistics; float64, on the CPU."""
     start, points = float(statistics.lam[0]), len(statistics.lam)
     step = (float(statistics.lam[-1]) - start) / (points - 1)
-    curve_l, curve_s = (Curve.through(values.cpu(), step) for values in (statistics.l, statistics.s))
+    curve_l, curve_s = (HermiteCurve.through(values.cpu(), start, step) for values in (statistics.l, statistics.s))
     rule = torch.tensor([[(1 + x) / 2, w / 2] for x, w in _NODES], dtype=torch.float64).T
-    bare = Tables(start, float(statistics.lam[-1]), step, curve_l, curve_s, rule)
+    bare = Tables(float(statistics.lam[-1]), curve_l, curve_s, rule)
     cell, left = torch.arange(points - 1), torch.zeros(points - 1, dtype=torch.float64)
     middle = Place(cell, left + 0.5)
     height = bare.a(middle) + curve_s.integral(middle)
@@ -121,8 +114,7 @@ class AnalyticPreconditioning(Preconditioning):
     _tables: ClassVar[dict[torch.device, Tables]]
 
     def __post_init__(self) -> None:
-        if self.form not in ("backward", "forward"):
-            raise ConfigError(f"analytic preconditioning: form is {self.form!r}; it must be 'backward' or 'forward'")
+        check_choice("form", self.form, ("backward", "forward"))
         if not isinstance(self.statistics, TrajectoryStatistics):
             raise ConfigError(
                 f"analytic preconditioning takes TrajectoryStatistics, not {type(self.statistics).__name__}: "
@@ -189,7 +181,7 @@ class AnalyticPreconditioning(Preconditioning):
         is not small against sigma, so that values and derivatives stay finite where tau is 0 or infinite.
         """
         p = self.path.values(t)
-        highest, lowest = math.exp(-tables.start), math.exp(-tables.end)
+        highest, lowest = math.exp(-tables.l.start), math.exp(-tables.end)
         above, below = p.sigma > highest * p.alpha, p.sigma < lowest * p.alpha
         beyond = above | below
         held = torch.where(above, torch.full_like(t, highest), lowest)
@@ -199,7 +191,7 @@ class AnalyticPreconditioning(Preconditioning):
 
     def _between(self, lam_t: Tensor, lam_s: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """(f, g) between two places of the table on the EDM path."""
-        t, s = tables.place(lam_t), tables.place(lam_s)
+        t, s = tables.l.locate(lam_t), tables.l.locate(lam_s)
         a_t, a_s = tables.a(t), tables.a(s)
         e = torch.exp(a_t - a_s)
         if self.form == "forward":

@@ -99,9 +99,3 @@ class PreconditioningConfig(ABC):
 def origin_weight(path: Path, f: Tensor, g: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """alpha_s - alpha_t f - g, the weight of the origin in a jump of coefficients (f, g); 0 at t = s (math.md §3.6)."""
     return path.values(s).alpha - path.values(t).alpha * f - g
-
-
-def origin_weight_derivative(path: Path, d: JumpDerivatives, t: Tensor) -> Tensor:
-    """The derivative of `origin_weight` in t: -alpha_t' f - alpha_t f_t - g_t."""
-    p = path.values(t)
-    return -p.d_alpha * d.f - p.alpha * d.f_t - d.g_t

@@ -9,7 +9,8 @@ number of samples. Every noise level sees the same (x0, eps), so that estimates 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -34,51 +35,28 @@ EXACT_DIMENSION = 64
 BLOCKS = 32
 
 
-class Moments(NamedTuple):
-    """Means over the samples, per element of a sample: products of c, d, k, u, w, and what the trace needs.
+Moments = namedtuple("Moments", "number trace a p q ap aq pp pq qq dd dc cc dw cw du cu ww wu uu kd kc")
+"""Means over the samples, per element of a sample: products of c, d, k, u, w, and what the trace needs.
 
-    number: 1, so that its sum counts. trace: tr J_D by probes. a = <eps, d>/tau, and its companions of mean zero
-    p = <eps, k>/tau, q = |eps|^2 - 1. kd, kc: <k, d> and <k, c>, at high noise by a difference of the same mean.
-    """
-
-    number: Tensor
-    trace: Tensor
-    a: Tensor
-    p: Tensor
-    q: Tensor
-    ap: Tensor
-    aq: Tensor
-    pp: Tensor
-    pq: Tensor
-    qq: Tensor
-    dd: Tensor
-    dc: Tensor
-    cc: Tensor
-    dw: Tensor
-    cw: Tensor
-    du: Tensor
-    cu: Tensor
-    ww: Tensor
-    wu: Tensor
-    uu: Tensor
-    kd: Tensor
-    kc: Tensor
-
-
-class RateEstimate(NamedTuple):
-    """s for one l; credit = <x0 - m - l c, r>/|r|^2; drift = |dr/dlambda - limit r|^2/|r|^2; each (..., points)."""
-
-    s: Tensor
-    credit: Tensor
-    drift: Tensor
+number: 1, so that its sum counts. trace: tr J_D by probes. a = <eps, d>/tau, and its companions of mean zero
+p = <eps, k>/tau, q = |eps|^2 - 1. kd, kc: <k, d> and <k, c>, at high noise by a difference of the same mean.
+"""
 
 
 class Estimate(NamedTuple):
-    """Everything that is solved for from the moments; coarse: s with an l' of lower order."""
+    """Everything that is solved for from the moments, (..., points) each.
+
+    credit = <x0 - m - l c, r>/|r|^2; drift = |dr/dlambda - limit r|^2/|r|^2. plain: for l = 0. coarse: s with an l' of
+    lower order.
+    """
 
     l: Tensor  # noqa: E741  (math.md §3.1)
-    rate: RateEstimate
-    plain: RateEstimate
+    s: Tensor
+    credit: Tensor
+    drift: Tensor
+    plain_s: Tensor
+    plain_credit: Tensor
+    plain_drift: Tensor
     coarse: Tensor
 
 
@@ -97,11 +75,21 @@ def stein_trace(m: Moments) -> Tensor:
     over = torch.where(sound, determinant, 1.0)
     of_p = torch.where(sound, (ap * qq - aq * pq) / over, 0.0)
     of_q = torch.where(sound, (aq * pp - ap * pq) / over, 0.0)
-    return m.a - of_p * m.p - of_q * m.q
+    trace: Tensor = m.a - of_p * m.p - of_q * m.q
+    return trace
 
 
-def rate_estimate(m: Moments, l: Tensor | float, l_slope: Tensor | float, limit: float, floor: float) -> RateEstimate:  # noqa: E741
-    """s = E<r, dr/dlambda>/E|r|^2 for r = d - l c; 0 where E|r|^2 is below `floor` of its parts, which is rounding."""
+def rate_estimate(
+    m: Moments,
+    l: Tensor | float,  # noqa: E741
+    l_slope: Tensor | float,
+    limit: float,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, credit, drift): s = E<r, dr/dlambda>/E|r|^2 for r = d - l c.
+
+    Where E|r|^2 is below `floor` of its parts, which is rounding, s is 0.
+    """
     rr = m.dd - 2 * l * m.dc + l * l * m.cc
     null = rr <= floor * (m.dd + l * l * m.cc)
     over = torch.where(null, 1.0, rr)
@@ -110,7 +98,7 @@ def rate_estimate(m: Moments, l: Tensor | float, l_slope: Tensor | float, limit:
     s = torch.where(null, 0.0, forward / over)
     credit = torch.where(null, 1.0, (m.kd - l * (m.kc + m.dc) + l * l * m.cc) / over)
     drift = torch.where(null, 0.0, square / over - 2 * limit * s + limit**2)
-    return RateEstimate(s, credit, drift.clamp(min=0))
+    return s, credit, drift.clamp(min=0)
 
 
 @final
@@ -163,7 +151,7 @@ class StatisticsEstimator:
         device: torch.device | None = None,
     ) -> None:
         self.denoiser, self.data, self.path = denoiser, data, path
-        self.samples, self.seed, self.centred = settings.samples, settings.seed, settings.centred
+        self.samples, self.seed = settings.samples, settings.seed
         self.device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         first = self._rows(torch.zeros(1, dtype=torch.int64))
         self.shape, self.dtype, self.dimension = tuple(first.shape[1:]), first.dtype, first[0].numel()
@@ -174,8 +162,8 @@ class StatisticsEstimator:
         self.data_mean = (measured if mean is None else mean).to(self.device, torch.float64)
         if self.data_mean.shape != self.shape:
             raise ShapeError(f"mean has shape {tuple(self.data_mean.shape)}, samples have {self.shape}")
-        self.origin = self.data_mean if self.centred else torch.zeros_like(self.data_mean)
-        self.limit = 1.0 if self.centred or float(measured.square().mean()) <= 0.01 * self.sigma_data**2 else 0.0
+        self.origin = self.data_mean if settings.centred else torch.zeros_like(self.data_mean)
+        self.limit = 1.0 if settings.centred or float(measured.square().mean()) <= 0.01 * self.sigma_data**2 else 0.0
         self.lam = noise_grid(path, settings.points)
         self.sums = torch.zeros(settings.points, min(BLOCKS, self.samples), len(Moments._fields), dtype=torch.float64)
         self.sums = self.sums.to(self.device)
@@ -192,7 +180,7 @@ class StatisticsEstimator:
         x0, eps = self._rows(numbers), draws.normal(STREAM_NOISE, self.shape, self.dtype)
         block = numbers % self.sums.shape[1]
         with torch.no_grad():
-            probes = list(self._probes(draws, eps))
+            probes = self._probes(draws, eps)
             for i, lam in enumerate(self.lam.tolist()):
                 tau = torch.full((count,), math.exp(-lam), dtype=torch.float64, device=self.device)
                 self.sums[i].index_add_(0, block, self._moments(x0, eps, tau, probes))
@@ -206,10 +194,6 @@ class StatisticsEstimator:
         if state.get("sums") is None or state["sums"].shape != self.sums.shape:
             raise ConfigError("this state of the estimation belongs to other settings: points or samples differ")
         self.sums = state["sums"].to(self.sums)
-
-    def merge(self, other: "StatisticsEstimator") -> None:
-        """Add the samples that another estimator of the same settings was fed."""
-        self.sums = self.sums + other.sums.to(self.sums)
 
     def statistics(self, seconds: float = 0.0) -> TrajectoryStatistics:
         """l and s with standard errors by leaving out one block at a time, not shrunk; raises ConfigError when fewer
@@ -237,13 +221,13 @@ class StatisticsEstimator:
         return TrajectoryStatistics(
             lam=self.lam,
             l=best.l,
-            s=best.rate.s,
+            s=best.s,
             l_stderr=error.l,
-            s_stderr=torch.hypot(error.rate.s, best.rate.s - best.coarse),
-            s_bias=_bias(best.rate, error.rate.credit, high),
-            s_without_l=best.plain.s,
-            s_without_l_stderr=error.plain.s,
-            s_without_l_bias=_bias(best.plain, error.plain.credit, high),
+            s_stderr=torch.hypot(error.s, best.s - best.coarse),
+            s_bias=_bias(best.credit, best.drift, error.credit, high),
+            s_without_l=best.plain_s,
+            s_without_l_stderr=error.plain_s,
+            s_without_l_bias=_bias(best.plain_credit, best.plain_drift, error.plain_credit, high),
             mean=self.origin.cpu(),
             sigma_data=self.sigma_data,
             limit=self.limit,
@@ -259,10 +243,10 @@ class StatisticsEstimator:
         step = float(self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
         floor = max((10 * torch.finfo(self.dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
         l = stein_trace(moments) if self.probes == 0 else moments.trace  # noqa: E741
-        rate, coarse = (
+        fine, coarse = (
             rate_estimate(moments, l, derivative(l, step, width), self.limit, floor) for width in widths(step)
         )
-        return Estimate(l, rate, rate_estimate(moments, 0.0, 0.0, self.limit, floor), coarse.s)
+        return Estimate(l, *fine, *rate_estimate(moments, 0.0, 0.0, self.limit, floor), coarse[0])
 
     def _moments(self, x0: Tensor, eps: Tensor, tau: Tensor, probes: list[Tensor]) -> Tensor:
         """Moments of every sample at its noise level, (B, moments) float64."""
@@ -294,23 +278,20 @@ class StatisticsEstimator:
     def _trace(self, y: Tensor, tau: Tensor, probes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(tr J_D/dim (B,), D) at y and tau; the trace is 0 where no probe is used."""
         trace = torch.zeros_like(tau)
-        if self.probes == 0:
+        if not probes:
             return trace, self._denoise(y, tau)
-        for probe in probes or self._basis(y):
+        for probe in probes:
             denoised, along = jvp(lambda y: self._denoise(y, tau), (y,), (probe,))
-            trace = trace + _dot(probe.double(), along.double()) / max(len(probes), 1)
+            trace = trace + _dot(probe.double(), along.double()) / (self.probes or 1)
         return trace, denoised
 
-    def _basis(self, y: Tensor) -> Iterator[Tensor]:
-        """The unit vectors of a sample's space, over the batch."""
-        for i in range(self.dimension):
-            unit = torch.zeros_like(y)
-            unit.flatten(1)[:, i] = 1
-            yield unit
-
-    def _probes(self, draws: Draws, like: Tensor) -> Iterator[Tensor]:
-        for i in range(self.probes or 0):
-            yield torch.where(draws.uniform(STREAM_PROBES + i, self.shape) < 0.5, -1.0, 1.0).to(like)
+    def _probes(self, draws: Draws, like: Tensor) -> list[Tensor]:
+        """Rademacher vectors, or the unit vectors of a sample's space for the exact trace, over the batch."""
+        if self.probes is None:
+            units = torch.eye(self.dimension).to(like).reshape(-1, *self.shape)
+            return [unit.expand_as(like).contiguous() for unit in units]
+        signs = (draws.uniform(STREAM_PROBES + i, self.shape) < 0.5 for i in range(self.probes))
+        return [torch.where(sign, -1.0, 1.0).to(like) for sign in signs]
 
     def _denoise(self, y: Tensor, tau: Tensor) -> Tensor:
         """The denoiser on the EDM coordinate: D(alpha y, t) at the time t of noise level tau."""
@@ -370,8 +351,8 @@ def estimate_statistics(
 
 def noise_grid(path: Path, points: int) -> Tensor:
     """lambda = -log tau at evenly spaced points over the path's range held within [0.002, 80]; float64, increasing."""
-    p = path.values(torch.tensor([path.t_max, path.t_min], dtype=torch.float64))
-    high, low = (p.sigma / p.alpha).clamp(LOWEST_TAU, HIGHEST_TAU).tolist()
+    ends = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    high, low = path.tau(ends).clamp(LOWEST_TAU, HIGHEST_TAU).tolist()
     return torch.linspace(-math.log(high), -math.log(low), points, dtype=torch.float64)
 
 
@@ -382,17 +363,13 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _jackknife(left_out: Estimate) -> Estimate:
     """Standard errors from the estimates (blocks, points) that leave out one block each."""
-
-    def error(values: Tensor) -> Tensor:
-        return math.sqrt((len(values) - 1) ** 2 / len(values)) * values.std(0)
-
-    rate, plain = (RateEstimate(*(error(each) for each in part)) for part in (left_out.rate, left_out.plain))
-    return Estimate(error(left_out.l), rate, plain, error(left_out.coarse))
+    blocks = len(left_out.l)
+    return Estimate(*(math.sqrt((blocks - 1) ** 2 / blocks) * each.std(0) for each in left_out))
 
 
-def _bias(rate: RateEstimate, credit_stderr: Tensor, high: Tensor) -> Tensor:
+def _bias(credit: Tensor, drift: Tensor, credit_stderr: Tensor, high: Tensor) -> Tensor:
     """The bound on what the denoiser's error does to s, sqrt(deficit drift), at the levels of high noise; 0 below."""
-    lack = torch.where(high, 1 - rate.credit, 0.0).clamp(min=0)
+    lack = torch.where(high, 1 - credit, 0.0).clamp(min=0)
     deficit = (lack - 4 * credit_stderr.square() / torch.where(lack > 0, lack, 1.0)).clamp(0, 1)
     rising = deficit.flip(0).cummax(0).values.flip(0)
-    return torch.where(high, torch.sqrt(rising * rate.drift), 0.0)
+    return torch.where(high, torch.sqrt(rising * drift), 0.0)

@@ -2,23 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from fewstep.flow.ode import reference_solution
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
 from fewstep.flow.preconditioning.estimation import STREAM_NOISE, PlainDenoiser
+from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
-from fewstep.utils.runge_kutta import runge_kutta_step
 from fewstep.utils.tensors import expand
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class ConsistencyGap:
+class ConsistencyGap(NamedTuple):
     """The gap at K jumps t -> s: rms and its standard error, each (K,) float64."""
 
     t: Tensor
@@ -69,73 +68,33 @@ def consistency_gap(
     """
     if not len(data):
         raise ShapeError("the gap needs data (n, ...), n at least 1")
-    t, s = (_times(path, given, data.device) for given in (t, s))
-    _check(path, t, s)
+    t, s = (time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64) for time in (t, s))
+    t, s = (path.clock(time.to(data.device)).reshape(-1) for time in (t, s))
+    if t.shape != s.shape or not bool((s < t).all()):
+        raise ShapeError(f"jumps must be times t and s (K,) with s < t, got shapes {tuple(t.shape)}, {tuple(s.shape)}")
+    if not bool((path.values(t).alpha > 1e-9).all() and (path.values(s).sigma > 0).all()):
+        raise ShapeError("the consistency gap needs a finite, positive noise level sigma/alpha at t and at s")
     numbers = torch.arange(settings.samples, device=data.device)
     x0 = data[numbers % len(data)]
     eps = Draws(settings.seed, 0, numbers).normal(STREAM_NOISE, tuple(x0.shape[1:]), x0.dtype)
-    side = settings.end or preconditioning.frozen_at
-    rows = []
+
+    def denoise(x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
+        return denoiser(x.to(x0.dtype), time).double()
+
+    def error(t: Tensor, s: Tensor) -> Tensor:
+        """N* - D of every sample (B, ...), float64."""
+        x = path.interpolate(x0.double(), eps.double(), t)
+        landed = reference_solution(denoise, path, x, t, s, settings.solver_steps)
+        f, g = preconditioning.coefficients(t, s)
+        student = landed - expand(f, x) * x
+        if preconditioning.origin is not None:
+            student = student - expand(origin_weight(path, f, g, t, s), x) * preconditioning.origin.to(x)
+        at_start = (settings.end or preconditioning.frozen_at) == "t"
+        return student / expand(g, x) - (denoise(x, t) if at_start else denoise(landed, s))
+
     with torch.no_grad():
-        for time_t, time_s in zip(t, s, strict=True):
-            pair = time_t.expand(len(x0)), time_s.expand(len(x0))
-            error = _error(preconditioning, denoiser, path, x0, eps, pair, settings.solver_steps, side)
-            rows.append(error.square().flatten(1).mean(1))
-    square = torch.stack(rows)
+        errors = [error(*(time.expand(len(x0)) for time in pair)) for pair in zip(t, s, strict=True)]
+    square = torch.stack([each.square().flatten(1).mean(1) for each in errors])
     rms = square.mean(1).sqrt()
     stderr = square.std(1) / math.sqrt(len(x0)) / (2 * rms.clamp_min(torch.finfo(torch.float64).tiny))
     return ConsistencyGap(t, s, rms, stderr)
-
-
-def _error(
-    preconditioning: Preconditioning,
-    denoiser: PlainDenoiser,
-    path: Path,
-    x0: Tensor,
-    eps: Tensor,
-    pair: tuple[Tensor, Tensor],
-    steps: int,
-    side: Literal["t", "s"],
-) -> Tensor:
-    """N* - D of every sample (B, ...), float64."""
-    t, s = pair
-
-    def denoise(x: Tensor, time: Tensor) -> Tensor:
-        return denoiser(x.to(x0.dtype), time).double()
-
-    x = path.interpolate(x0.double(), eps.double(), t)
-    landed = _solution(denoise, path, x, t, s, steps)
-    f, g = preconditioning.coefficients(t, s)
-    student = landed - expand(f, x) * x
-    if preconditioning.origin is not None:
-        student = student - expand(origin_weight(path, f, g, t, s), x) * preconditioning.origin.to(x)
-    frozen = denoise(x, t) if side == "t" else denoise(landed, s)
-    return student / expand(g, x) - frozen
-
-
-def _solution(denoise: PlainDenoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, steps: int) -> Tensor:
-    """X(x, t, s) from dz/dlambda = D/tau for z = x/sigma, lambda = -log tau, by classical Runge-Kutta."""
-    lam, end = -torch.log(path.tau(t)), -torch.log(path.tau(s))
-    z, h = x / expand(path.values(t).sigma, x), (end - lam) / steps
-
-    def rate(lam: Tensor, z: Tensor) -> Tensor:
-        time = path.time_from_tau(torch.exp(-lam))
-        return expand(torch.exp(lam), z) * denoise(expand(path.values(time).sigma, z) * z, time)
-
-    for i in range(steps):
-        z = runge_kutta_step(rate, z, lam + i * h, h)
-    return expand(path.values(s).sigma, z) * z
-
-
-def _times(path: Path, given: Tensor | float, device: torch.device) -> Tensor:
-    """(K,) float64."""
-    times = given if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
-    return path.clock(times.to(device)).reshape(-1)
-
-
-def _check(path: Path, t: Tensor, s: Tensor) -> None:
-    if t.ndim != 1 or t.shape != s.shape or not bool((s < t).all()):
-        raise ShapeError(f"jumps must be times t and s (K,) with s < t, got shapes {tuple(t.shape)}, {tuple(s.shape)}")
-    p_t, p_s = path.values(t), path.values(s)
-    if not bool((p_t.alpha > 1e-9).all() and (p_s.sigma > 0).all()):
-        raise ShapeError("the consistency gap needs a finite, positive noise level sigma/alpha at t and at s")

@@ -73,24 +73,30 @@ def _differences(width: int) -> Tensor:
     return off_diagonal - torch.diag(off_diagonal.sum(1))
 
 
-class Curve(NamedTuple):
+class HermiteCurve(NamedTuple):
     """A cubic Hermite interpolant in powers of the fraction u of a cell: p(u) = sum_k cells[:, k] u^k.
 
-    cells (points - 1, 4); area (points,): the exact integral from the first knot to each; step: between knots.
+    cells (points - 1, 4); area (points,): the exact integral from the first knot to each; knots lie at start + i step.
     """
 
     cells: Tensor
     area: Tensor
+    start: float
     step: float
 
     @staticmethod
-    def through(values: Tensor, step: float) -> "Curve":
+    def through(values: Tensor, start: float, step: float) -> "HermiteCurve":
         """The curve through `values` (points,) with the slopes of `slopes`."""
         rise, run = values[1:] - values[:-1], step * slopes(values, step)
         left, right = run[:-1], run[1:]
         cells = torch.stack([values[:-1], left, 3 * rise - 2 * left - right, left + right - 2 * rise], dim=1)
         whole = step * (cells / torch.arange(1, 5, dtype=values.dtype, device=values.device)).sum(1)
-        return Curve(cells, torch.cat([whole.new_zeros(1), whole.cumsum(0)]), step)
+        return HermiteCurve(cells, torch.cat([whole.new_zeros(1), whole.cumsum(0)]), start, step)
+
+    def locate(self, points: Tensor) -> Place:
+        """The cell of every point; points beyond the knots belong to the end cells."""
+        cell = torch.floor((points - self.start) / self.step).long().clamp(0, len(self.cells) - 1)
+        return Place(cell, (points - (self.start + self.step * cell.to(points.dtype))) / self.step)
 
     def value(self, place: Place) -> Tensor:
         """p at the places."""
@@ -103,9 +109,3 @@ class Curve(NamedTuple):
         a, b, c, d = self.cells[place.cell].unbind(-1)
         u = place.fraction
         return self.area[place.cell] + self.step * u * (a + u * (b / 2 + u * (c / 3 + u * d / 4)))
-
-
-def locate(points: Tensor, start: float, step: float, cells: int) -> Place:
-    """The cell of every point on the grid start + i step; points beyond it belong to the end cells."""
-    cell = torch.floor((points - start) / step).long().clamp(0, cells - 1)
-    return Place(cell, (points - (start + step * cell.to(points.dtype))) / step)

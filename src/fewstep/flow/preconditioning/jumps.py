@@ -12,12 +12,12 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from fewstep.flow.paths import EDM, Path, Trig
+from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
-from fewstep.utils.tensors import in_float64, nonzero
+from fewstep.utils.tensors import check_positive, in_float64, nonzero
 
 
 class VelocityPreconditioning(Preconditioning):
@@ -59,7 +59,7 @@ class TrigPreconditioning(VelocityPreconditioning):
 
     def check_end(self, path: Path) -> None:
         if path.t_max - path.t_min > math.pi / 2 + 1e-9:
-            raise ConfigError("trig preconditioning needs a clock of at most pi/2: use Euler or BCM on this path")
+            raise ConfigError("trig preconditioning needs a clock of at most pi/2: take the path trig, linear or vp")
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         gap = in_float64(t) - in_float64(s)
@@ -72,9 +72,9 @@ class TrigPreconditioningConfig(PreconditioningConfig):
     """A rotation, for clocks of at most pi/2 (sCM)."""
 
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
-        if path.t_max > Trig().t_max + 1e-9:
-            raise ConfigError("trig preconditioning needs a clock of at most pi/2: take the path trig, linear or vp")
-        return TrigPreconditioning()
+        own = TrigPreconditioning()
+        own.check_end(path)
+        return own
 
 
 @final
@@ -123,7 +123,7 @@ class CMPreconditioning(Preconditioning):
     t_min: float = 0.002
 
     def __post_init__(self) -> None:
-        _check_sigma_data("CM", self.sigma_data)
+        check_positive(sigma_data=self.sigma_data)
 
     def check_end(self, path: Path) -> None:
         if not (path.noise_clock and math.isclose(path.t_min, self.t_min, abs_tol=1e-6)):
@@ -180,7 +180,7 @@ class BCMPreconditioning(Preconditioning):
     path: Path = EDM()
 
     def __post_init__(self) -> None:
-        _check_sigma_data("BCM", self.sigma_data)
+        check_positive(sigma_data=self.sigma_data)
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         at_t, at_s = self.path.values(t), self.path.values(s)
@@ -209,11 +209,6 @@ class BCMPreconditioningConfig(PreconditioningConfig):
 
     def check_scaling(self, scaling: ScalingConfig) -> None:
         _check_output("bcm", scaling)
-
-
-def _check_sigma_data(name: str, sigma_data: float) -> None:
-    if not sigma_data > 0:
-        raise ConfigError(f"{name}: sigma_data is {sigma_data}; it must be positive")
 
 
 def _check_output(name: str, scaling: ScalingConfig) -> None:

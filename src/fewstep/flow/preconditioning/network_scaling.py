@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_positive
 
 _LOG_TAU_LIMIT = 8.0
 
@@ -82,7 +82,7 @@ class UnitScaling(Scaling):
     sigma_data: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self.sigma_data)
+        check_positive(sigma_data=self.sigma_data)
 
     def values(self, t: Tensor) -> ScalingValues:
         one = torch.ones_like(t)
@@ -109,7 +109,7 @@ class LogNoiseScaling(Scaling):
     path: Path = EDM()
 
     def __post_init__(self) -> None:
-        _check(self.sigma_data)
+        check_positive(sigma_data=self.sigma_data)
 
     def c_noise(self, t: Tensor) -> Tensor:
         p = self.path.values(t)
@@ -169,8 +169,3 @@ class EDMInputScalingConfig(ScalingConfig):
 
     def build(self, path: Path, sigma_data: float) -> Scaling:
         return EDMInputScaling(sigma_data, path)
-
-
-def _check(sigma_data: float) -> None:
-    if not sigma_data > 0:
-        raise ConfigError(f"inner scaling: sigma_data is {sigma_data}; it must be positive")
