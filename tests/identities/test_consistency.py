@@ -27,7 +27,6 @@ from fewstep.flow.times import LogNormalTimes, edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.networks.unet import UNetConfig
 from fewstep.objectives import CT, ECT, SCD, SCT, Batch, Companions, Tangent, eulerian_residual
-from fewstep.objectives.curricula import doubling_cells, falling_ratio, warm_up
 from fewstep.objectives.losses import normalised
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, OneTime, draws, small_batch
@@ -209,7 +208,8 @@ def test_both_points_see_the_same_dropout() -> None:
 @given(images=st.integers(0, 10**9), more=st.integers(0, 10**9), first=st.integers(1, 50), factor=st.integers(1, 200))
 def test_doubling_is_monotone_and_ends_at_the_last(images: int, more: int, first: int, factor: int) -> None:
     last, duration = first * factor, 10**8
-    cells = [doubling_cells(n, first, last, duration) for n in (0, images, images + more, duration, 10**10)]
+    grid = CT(first=first, last=last, duration=duration)
+    cells = [grid.cells(n) for n in (0, images, images + more, duration, 10**10)]
     assert cells[0] == first
     assert cells[1] <= cells[2]
     assert cells[3] == cells[4] == last
@@ -217,23 +217,25 @@ def test_doubling_is_monotone_and_ends_at_the_last(images: int, more: int, first
 
 def test_doubling_is_the_published_schedule() -> None:
     """10 to 1280: eight equal stages (iCT)."""
-    stages = [doubling_cells(n, 10, 1280, 800) for n in (0, 99, 100, 399, 400, 699, 700, 800, 5000)]
+    stages = [CT(first=10, last=1280, duration=800).cells(n) for n in (0, 99, 100, 399, 400, 699, 700, 800, 5000)]
     assert stages == [10, 10, 20, 80, 160, 640, 1280, 1280, 1280]
 
 
 def test_doubling_between_numbers_that_are_no_powers_of_two_apart() -> None:
     """10 to 1500: log2 of 150 and 1 more are 8.23 stages, of which eight are 97.2 of 100 images."""
+    grid = CT(first=10, last=1500, duration=100)
     for images in range(101):
         stage = 0
         while images * (math.log2(150) + 1) / 100 >= stage + 1:
             stage += 1
-        assert doubling_cells(images, 10, 1500, 100) == min(10 * 2**stage, 1500)
-    assert [doubling_cells(n, 10, 1500, 100) for n in (87, 97, 98)] == [1280, 1280, 1500]
+        assert grid.cells(images) == min(10 * 2**stage, 1500)
+    assert [grid.cells(n) for n in (87, 97, 98)] == [1280, 1280, 1500]
 
 
 def test_the_ratio_of_easy_consistency_is_the_published_one() -> None:
     tau = torch.tensor([0.0, 0.5, 3.0, math.inf], dtype=F64)
-    ratios = [falling_ratio(tau, n, 2, 100, 4, 8.0, 1.0) for n in (0, 99, 100, 250, 300, 10_000)]
+    objective = ECT(q=2, stage_images=100, stages=4, k=8.0, b=1.0)
+    ratios = [objective.ratio(tau, n) for n in (0, 99, 100, 250, 300, 10_000)]
     for ratio, a in zip(ratios, (1, 1, 2, 3, 4, 4), strict=True):
         close(ratio, (1 - (1 + 8 / (1 + torch.exp(tau))) / 2**a).clamp(min=0))
     assert all(bool((after >= before).all()) for before, after in pairwise(ratios))
@@ -242,8 +244,8 @@ def test_the_ratio_of_easy_consistency_is_the_published_one() -> None:
 
 
 def test_warm_up_rises_from_zero_to_one() -> None:
-    assert [warm_up(n, 200) for n in (0, 50, 100, 200, 900)] == [0, 0.25, 0.5, 1, 1]
-    assert warm_up(0, 0) == 1
+    assert [Tangent(warm_up_images=200).warmed_up(n) for n in (0, 50, 100, 200, 900)] == [0, 0.25, 0.5, 1, 1]
+    assert Tangent().warmed_up(0) == 1
 
 
 def test_normalised_tangents_have_a_size_below_one() -> None:

@@ -35,7 +35,7 @@ from fewstep.objectives import (
     Tangent,
 )
 from fewstep.objectives.base import STREAM_S, STREAM_T, is_diagonal
-from fewstep.objectives.losses import adaptive_weight, error_norm
+from fewstep.objectives.losses import Weighting, error_norm
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import LATE, draws, labelled_batch, part
@@ -237,8 +237,9 @@ def test_the_adaptive_weight_has_no_gradient() -> None:
     for one, other in zip(grads, torch.autograd.grad((weight * plain).sum(), weights), strict=True):
         close(one, other)
     loss = torch.tensor([0.0, 0.99], requires_grad=True)
-    assert not adaptive_weight(loss, 1.0, 0.01).requires_grad
-    close(adaptive_weight(loss, 1.0, 0.01), torch.tensor([100.0, 1.0]), rtol=1e-6)
+    adaptive = Weighting(weight_power=1.0, weight_eps=0.01).weight(Linear(), loss, loss, 1)
+    assert not adaptive.requires_grad
+    close(adaptive, torch.tensor([100.0, 1.0]), rtol=1e-6)
 
 
 @given(size=st.integers(1, 6), scale=st.floats(0.1, 10))

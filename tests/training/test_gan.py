@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.data.base import Dataset
 from fewstep.networks.condition import NULL_LABEL
 from fewstep.networks.discriminator import DiscriminatorConfig
-from fewstep.objectives.gan import discriminator_loss, generator_loss
+from fewstep.objectives.losses import discriminator_loss, generator_loss
 from fewstep.recipes.config import GANConfig
 from fewstep.training import Callbacks, RunFolder, train
 from fewstep.training.checkpoint import discriminator_state

@@ -1,6 +1,6 @@
 """Training objectives: functions of a flow map and a batch."""
 
-from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses, Objective
+from fewstep.objectives.base import ALONE, Batch, Companions, FakeSamples, Losses, Objective
 from fewstep.objectives.consistency import CT, ECT
 from fewstep.objectives.ctm import CTM
 from fewstep.objectives.distillation import CD, TeacherSteps
@@ -34,7 +34,7 @@ __all__ = [
     "DiagonalMatching",
     "Distance",
     "Entry",
-    "Generated",
+    "FakeSamples",
     "Losses",
     "MeanFlow",
     "Objective",

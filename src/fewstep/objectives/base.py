@@ -19,6 +19,9 @@ from fewstep.utils.tensors import expand
 Acting = Literal["map", "gamma", "euler", "mean"]
 """How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
 
+DiscriminatorFunction = Callable[[Tensor, Tensor | None], Tensor]
+"""Samples (B, ...) and labels (B,) or None to scores (B,): high for what looks real."""
+
 STREAM_NOISE, STREAM_T, STREAM_S, STREAM_U = 10, 11, 12, 13
 
 T = TypeVar("T")
@@ -81,7 +84,7 @@ class Batch:
         return error * mask * expand(share.clamp(min=1e-12).rsqrt(), error)
 
 
-class Generated(NamedTuple):
+class FakeSamples(NamedTuple):
     """Samples (B, ...) at the data end that a discriminator may learn from, without gradient.
 
     labels: (B,) of the classes that they were asked for, NULL_LABEL where the label was dropped; None without classes.
@@ -105,22 +108,17 @@ class Losses:
     s: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
-    generated: Generated | None = None
+    generated: FakeSamples | None = None
 
     def mean(self) -> Tensor:
         """The batch's loss."""
         return self.loss.mean()
 
 
-def _own(value: Tensor) -> Tensor:
-    return value
-
-
 class Companions:
     """What an objective may consult beside the flow map in training; none of it is trained by the objective.
 
-    discriminator: samples and labels to scores (B,), for an adversarial loss; None while it is off. average: the mean
-    of a tensor over processes.
+    discriminator: for an adversarial loss; None while it is off. average: the mean of a tensor over processes.
     """
 
     def __init__(
@@ -128,8 +126,8 @@ class Companions:
         teacher: FlowMap | None = None,
         ema_target: FlowMap | None = None,
         perceptual_features: Callable[[Tensor], Tensor] | None = None,
-        discriminator: Callable[[Tensor, Tensor | None], Tensor] | None = None,
-        average: Callable[[Tensor], Tensor] = _own,
+        discriminator: DiscriminatorFunction | None = None,
+        average: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         self._teacher, self._ema_target, self._features = teacher, ema_target, perceptual_features
         self.discriminator, self.average = discriminator, average
@@ -164,9 +162,11 @@ class Velocities(Protocol):
     """What has a velocity on a path: a flow map, or a teacher carried over to the flow map's path."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Whose clock the times are in."""
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """v(x, t), (B, ...); x (B, ...), t (B,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +236,8 @@ class Objective(ABC):
     on_diagonal: ClassVar[bool] = False
     """Whether the network is only ever asked at s = t."""
 
-    @property
-    def endpoint_only(self) -> bool:
-        """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
-        return False
-
+    endpoint_only = False
+    """Whether only jumps to s = t_min are trained: such a map has no velocity, and re-noises between steps."""
     needs_teacher: ClassVar[bool] = False
     """Whether a teacher must be given."""
 

@@ -12,7 +12,6 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses
-from fewstep.objectives.curricula import doubling_cells, falling_ratio
 from fewstep.objectives.losses import Comparison, Distance, DistanceObjective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_positive
@@ -27,10 +26,7 @@ class AdjacentObjective(DistanceObjective):
     """Decay per step, in [0, 1), of the slow average that gives the target; None is the model itself (iCT, ECT)."""
     distance: Distance = Distance("pseudo-huber")
 
-    @property
-    def endpoint_only(self) -> bool:
-        return True
-
+    endpoint_only = True
     needs_velocity: ClassVar[bool] = False
 
     @abstractmethod
@@ -80,11 +76,19 @@ class CT(AdjacentObjective):
             raise ConfigError(f"the grid grows from {self.first} cells to {self.last}: last must be at least first")
 
     def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
-        cells = doubling_cells(batch.images, self.first, self.last, self.duration)
+        cells = self.cells(batch.images)
         rising = edm_grid(path, cells).flip(0).to(batch.x0.device)
         drawn = self.times.quantile(path, batch.draws.uniform(STREAM_T))
         n = torch.searchsorted(rising, drawn, right=True).clamp(1, cells)
         return rising[n], rising[n - 1]
+
+    def cells(self, images: int) -> int:
+        """Cells of the grid, min(first 2^k, last) with k = floor(images / (duration / (log2 floor(last / first) + 1))).
+
+        The stages are equally long, but for a shorter last one where the logarithm is not whole.
+        """
+        stages = math.log2(self.last // self.first) + 1
+        return min(self.first << math.floor(min(images * stages / self.duration, stages) + 1e-9), self.last)
 
 
 @final
@@ -119,5 +123,10 @@ class ECT(AdjacentObjective):
     def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
         t = self.times.quantile(path, batch.draws.uniform(STREAM_T))
         tau = path.tau(t)
-        ratio = falling_ratio(tau, batch.images, self.q, self.stage_images, self.stages, self.k, self.b)
-        return t, path.time_from_tau(tau * ratio).clamp(min=path.t_min)
+        return t, path.time_from_tau(tau * self.ratio(tau, batch.images)).clamp(min=path.t_min)
+
+    def ratio(self, tau: Tensor, images: int) -> Tensor:
+        """tau_u/tau_t = 1 - n(tau)/q^a, at least 0, a = 1 + floor(images / stage_images), at most `stages`; (B,)."""
+        a = min(1 + images // self.stage_images, self.stages)
+        ratio: Tensor = 1 - (1 + self.k * torch.sigmoid(-self.b * tau)) / self.q**a
+        return ratio.clamp(min=0)

@@ -11,11 +11,10 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, Batch, Companions, Generated, Losses
+from fewstep.objectives.base import ALONE, Batch, Companions, FakeSamples, Losses
 from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
-from fewstep.objectives.gan import generator_loss
-from fewstep.objectives.losses import DistanceObjective, gradient_balance
+from fewstep.objectives.losses import DistanceObjective, generator_loss, gradient_balance
 from fewstep.utils.errors import ConfigError
 
 STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
@@ -91,7 +90,7 @@ class CTM(DistanceObjective):
             terms["gan"] = scale * adversarial
             logs |= {"gan": adversarial.detach()}
         total = torch.stack(list(terms.values())).sum(0)
-        judged = Generated(reached.detach(), cond.labels) if self.gan else None
+        judged = FakeSamples(reached.detach(), cond.labels) if self.gan else None
         return Losses(total, t, s, logs, terms, judged)
 
     def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:

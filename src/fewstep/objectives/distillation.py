@@ -76,10 +76,7 @@ class CD(DistanceObjective):
     def method(self, preconditioning: str, labelled: bool) -> str:
         return f"CD, {preconditioning}"
 
-    @property
-    def endpoint_only(self) -> bool:
-        return True
-
+    endpoint_only = True
     needs_velocity: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
 

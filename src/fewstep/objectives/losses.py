@@ -7,12 +7,13 @@ from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import relu
 
 from fewstep.flow.paths import Path
-from fewstep.objectives.base import Batch, Companions, Objective
+from fewstep.objectives.base import Batch, Companions, DiscriminatorFunction, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_choice, check_positive
+from fewstep.utils.tensors import check_choice, check_positive, expand
 
 LossNorm = Literal["l2", "pseudo-huber", "pseudo-huber-mean"]
 TimeWeight = Literal["none", "cosine"]
@@ -79,7 +80,7 @@ class Weighting:
 
     def weight(self, path: Path, loss: Tensor, t: Tensor, numbers: int) -> Tensor:
         """w (B,) of a loss (B,) at times t (B,) of samples of so many numbers, without gradient."""
-        weight = adaptive_weight(loss, self.weight_power, self.weight_eps / (numbers if self.eps_of_sum else 1))
+        weight = (loss.detach() + self.weight_eps / (numbers if self.eps_of_sum else 1)) ** -self.weight_power
         if self.time_weight == "none":
             return weight
         share = (t - path.t_min) / (path.t_max - path.t_min)
@@ -139,13 +140,19 @@ def normalised(tangent: Tensor, constant: float, masked: Tensor | None = None) -
 
     masked: g as a loss counts it, whose rms is taken instead (Batch.masked).
     """
-    size = (tangent if masked is None else masked).flatten(1).square().mean(1).sqrt()
-    return tangent / (size + constant).reshape(-1, *[1] * (tangent.ndim - 1))
+    return tangent / expand(rms(tangent if masked is None else masked) + constant, tangent)
 
 
-def adaptive_weight(loss: Tensor, power: float, eps: float) -> Tensor:
-    """sg (loss + eps)^-power, per sample; power 0 is no weight."""
-    return torch.pow(loss.detach() + eps, -power)
+def generator_loss(discriminator: DiscriminatorFunction, generated: Tensor, labels: Tensor | None) -> Tensor:
+    """-D(x), (B,), of a hinge loss (1705.02894): falls as the discriminator D takes x for real."""
+    return -discriminator(generated, labels)
+
+
+def discriminator_loss(
+    discriminator: DiscriminatorFunction, real: Tensor, generated: Tensor, labels: Tensor | None
+) -> Tensor:
+    """relu(1 - D(x0)) + relu(1 + D(x)), (B,), with D the discriminator; x without gradient (hinge loss, 1705.02894)."""
+    return relu(1 - discriminator(real, labels)) + relu(1 + discriminator(generated.detach(), labels))
 
 
 def gradient_balance(

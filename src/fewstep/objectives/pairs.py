@@ -1,6 +1,7 @@
 """Objectives of pairs of times: how (t, s) are drawn, and how the anchor and a method's own error become one loss."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
-from fewstep.flow.times import TimeDistribution, UniformTimes, ordered_pair
+from fewstep.flow.times import TimeDistribution, UniformTimes
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.losses import Comparison, Weighting
@@ -18,6 +19,7 @@ from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_share
 
 STREAM_END = 17
+Times = tuple[Tensor, Tensor]
 
 
 @final
@@ -40,24 +42,21 @@ class Pairs:
 
     def draw(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
         """(t, s), each (B,) float64; t is one draw where s = t or s is the data end, the larger of two elsewhere."""
-        u, w = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
-        t, s = ordered_pair(self.times, path, u, w)
-        on_diagonal = batch.matched(self.flow_matching_ratio)
-        if self.endpoint_share > 0:
-            ending = self._ending(batch)
-            t = torch.where(ending, self.times.quantile(path, u), t)
-            s = torch.where(ending, path.t_min, s)
-        t = torch.where(on_diagonal, self.times.quantile(path, u), t)
+        one, other = (self.times.quantile(path, batch.draws.uniform(stream)) for stream in (STREAM_T, STREAM_S))
+        on_diagonal, ending = batch.matched(self.flow_matching_ratio), self._ending(batch)
+        t = torch.where(on_diagonal | ending, one, torch.maximum(one, other))
+        s = torch.where(ending, path.t_min, torch.minimum(one, other))
         return t, torch.where(on_diagonal, t, s)
 
     def between(self, path: Path, batch: Batch, share: Tensor | float) -> Tensor:
         """The time at that share of the way from one quantile to the other, of samples with s < t; (B,) float64."""
         first, second = batch.draws.uniform(STREAM_T), batch.draws.uniform(STREAM_S)
-        if self.endpoint_share > 0:
-            second = torch.where(self._ending(batch), 0.0, second)
+        second = torch.where(self._ending(batch), 0.0, second)
         return self.times.quantile(path, first + share * (second - first))
 
     def _ending(self, batch: Batch) -> Tensor:
+        if self.endpoint_share == 0:
+            return torch.zeros_like(batch.draws.indices, dtype=torch.bool)
         return batch.draws.uniform(STREAM_END) < self.endpoint_share
 
 
@@ -70,22 +69,72 @@ class AnchoredObjective(Objective):
     """
 
     label_dropout: float = 0.1
-    pairs: Pairs = Pairs()
     weighting: Weighting = Weighting()
     guidance: TrainingGuidance = NoGuidance()
+
+    def on_path(self, flow_map: FlowMap, batch: Batch, t: Tensor) -> tuple[Tensor, Condition, Tensor, Tensor]:
+        """(x_t, its condition, v(x_t, t) with its graph, v*)."""
+        x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
+        cond = self.condition(flow_map, batch, t)
+        target = self.guide(flow_map, batch, x, t, cond, conditional)
+        return x, cond, flow_map.velocity(x, t, cond), target
+
+    def split(
+        self,
+        flow_map: FlowMap,
+        batch: Batch,
+        times: Times,
+        share: float,
+        compare: Callable[[Batch, Tensor], Comparison],
+    ) -> Losses:
+        """The anchor on a `share` of the samples, those with s = t, the method's own error on the others alone.
+
+        compare: those others and their rows (k,) to what they give.
+        """
+        on, off = rows = batch.split(share)
+        anchor, own = batch.x0[on], batch[off]
+        if len(on):
+            _, _, v, target = self.on_path(flow_map, batch[on], times[0][on])
+            anchor = v - target
+        compared = compare(own, off) if len(off) else self.nothing(own.x0)
+        errors = zip((anchor, compared.error), rows, strict=True)
+        terms = [self.weighting.measure(batch.masked(error, each)) for error, each in errors]
+        return self.weighted(flow_map, batch, times, rows, terms, compared)
+
+    def nothing(self, x: Tensor) -> Comparison:
+        """The comparison of no samples; x (0, ...)."""
+        return Comparison(x, x, x if self.differentiates else None)
+
+    def weighted(
+        self,
+        flow_map: FlowMap,
+        batch: Batch,
+        times: Times,
+        rows: Sequence[Tensor],
+        values: Sequence[Tensor],
+        compared: Comparison,
+    ) -> Losses:
+        """w (anchor + distill); the values (k,) of either are of its own rows (k,), and zero elsewhere."""
+        (t, s), pairs, count = times, zip(rows, values, strict=True), len(batch.x0)
+        anchor, distill = (own.new_zeros(count).index_copy(0, each, own) for each, own in pairs)
+        weight = self.weighting.weight(flow_map.path, anchor + distill, t, batch.x0[0].numel())
+        parts = {"anchor": weight * anchor, "distill": weight * distill}
+        logs = {key: own.detach() for key, own in zip(parts, values, strict=True)}
+        return Losses(parts["anchor"] + parts["distill"], t, s, compared.sizes() | logs, parts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairObjective(AnchoredObjective):
     """The anchor on the samples with s = t alone, the method's own error on the others alone."""
 
+    pairs: Pairs = Pairs()
+
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = self.pairs.draw(flow_map.path, batch)
-        rows = on, off = batch.split(self.pairs.flow_matching_ratio)
-        anchor = anchor_error(self, flow_map, batch[on], t[on])
-        own = batch[off]
-        compared = self.off_diagonal(flow_map, own, t[off], s[off]) if len(off) else nothing(self, own.x0)
-        return split_losses(batch, flow_map.path, (t, s), rows, anchor, compared, self.weighting)
+        ratio = self.pairs.flow_matching_ratio
+        return self.split(
+            flow_map, batch, (t, s), ratio, lambda own, rows: self.off_diagonal(flow_map, own, t[rows], s[rows])
+        )
 
     @abstractmethod
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
@@ -99,19 +148,19 @@ class JointObjective(AnchoredObjective):
     Both read the model's own velocity v = v(x_t, t), which is evaluated once.
     """
 
+    pairs: Pairs = Pairs()
+
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         t, s = self.pairs.draw(flow_map.path, batch)
         off = batch.split(self.pairs.flow_matching_ratio)[1]
-        x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-        cond = self.condition(flow_map, batch, t)
-        target = self.guide(flow_map, batch, x, t, cond, conditional)
-        v = flow_map.velocity(x, t, cond)
-        own = x[off]
-        compared = (
-            self.off_diagonal(flow_map, own, v[off], t[off], s[off], cond[off]) if len(off) else nothing(self, own)
-        )
+        x, cond, v, target = self.on_path(flow_map, batch, t)
+        compared = self.nothing(x[off])
+        if len(off):
+            compared = self.off_diagonal(flow_map, x[off], v[off], t[off], s[off], cond[off])
         anchor = self.anchor_loss(batch.masked(v - target), v, target)
-        return joint_losses(batch, flow_map.path, (t, s), off, anchor, compared, self.weighting, self.share)
+        own = self.share * self.weighting.measure(batch.masked(compared.error, off))
+        rows = torch.arange(len(t), device=off.device), off
+        return self.weighted(flow_map, batch, (t, s), rows, (anchor, own), compared)
 
     def anchor_loss(self, error: Tensor, v: Tensor, target: Tensor) -> Tensor:
         """|v - v*|^2 (B,) of the error between them, (B, ...) with zeros for what does not count."""
@@ -129,75 +178,3 @@ class JointObjective(AnchoredObjective):
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
     ) -> Comparison:
         """The error of samples with s < t; v has its graph."""
-
-
-def anchor_error(objective: Objective, flow_map: FlowMap, batch: Batch, t: Tensor) -> Tensor:
-    """v(x_t, t) - v*, (B, ...)."""
-    if len(t) == 0:
-        return batch.x0
-    x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
-    cond = objective.condition(flow_map, batch, t)
-    target = objective.guide(flow_map, batch, x, t, cond, conditional)
-    return flow_map.velocity(x, t, cond) - target
-
-
-def nothing(objective: Objective, x: Tensor) -> Comparison:
-    """The comparison of no samples; x (0, ...)."""
-    return Comparison(x, x, x if objective.differentiates else None)
-
-
-def split_losses(
-    batch: Batch,
-    path: Path,
-    times: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    anchor: Tensor,
-    compared: Comparison,
-    weighting: Weighting,
-) -> Losses:
-    """The anchor's errors of the rows with s = t and the comparison of the others, weighted."""
-    terms = [
-        _spread(weighting.measure(batch.masked(error, own)), own, len(batch.x0))
-        for error, own in zip((anchor, compared.error), rows, strict=True)
-    ]
-    return _weighted(batch, path, times, (terms[0], terms[1]), rows, compared, weighting)
-
-
-def joint_losses(
-    batch: Batch,
-    path: Path,
-    times: tuple[Tensor, Tensor],
-    off: Tensor,
-    anchor: Tensor,
-    compared: Comparison,
-    weighting: Weighting,
-    share: float,
-) -> Losses:
-    """The anchor's losses (B,) and, added with weight `share`, the comparison of the rows `off`, weighted."""
-    every = torch.arange(len(anchor), device=off.device)
-    own = share * weighting.measure(batch.masked(compared.error, off))
-    terms = anchor, _spread(own, off, len(anchor))
-    return _weighted(batch, path, times, terms, (every, off), compared, weighting)
-
-
-def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Values of some samples as values of all, (count,); zero where there is none."""
-    return values.new_zeros(count).index_copy(0, rows, values)
-
-
-def _weighted(
-    batch: Batch,
-    path: Path,
-    times: tuple[Tensor, Tensor],
-    terms: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    compared: Comparison,
-    weighting: Weighting,
-) -> Losses:
-    """w (anchor + distill); terms (B,), zero outside their rows."""
-    (t, s), numbers = times, batch.x0[0].numel()
-    weight = weighting.weight(path, terms[0] + terms[1], t, numbers)
-    named = dict(zip(("anchor", "distill"), terms, strict=True))
-    logs = {key: term.detach()[own] for (key, term), own in zip(named.items(), rows, strict=True)}
-    parts = {key: weight * term for key, term in named.items()}
-    return Losses(parts["anchor"] + parts["distill"], t, s, compared.sizes() | logs, parts)

@@ -22,9 +22,7 @@ class Regression(Objective):
     def method(self, preconditioning: str, labelled: bool) -> str:
         return "regression"
 
-    @property
-    def endpoint_only(self) -> bool:
-        return True
+    endpoint_only = True
 
     @property
     def acting(self) -> Acting:

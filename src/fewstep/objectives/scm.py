@@ -17,7 +17,6 @@ from fewstep.flow.paths import Path
 from fewstep.flow.times import LogNormalTimes, TimeDistribution
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
-from fewstep.objectives.curricula import warm_up
 from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
 from fewstep.teachers import denoiser_on
@@ -51,6 +50,10 @@ class Tangent:
         if self.warm_up_images < 0:
             raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
 
+    def warmed_up(self, images: int) -> float:
+        """r, which rises from 0 to 1 over the images seen."""
+        return min(images / self.warm_up_images, 1.0) if self.warm_up_images else 1.0
+
     def compare(self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, t: Tensor, cond: Condition) -> Comparison:
         """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
         own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
@@ -60,7 +63,7 @@ class Tangent:
         f, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
         share = f + g * expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
         straight = share * (v - flow_map.velocity_from_output(x, frozen, t))
-        residual = straight + warm_up(batch.images, self.warm_up_images) * (residual - straight)
+        residual = straight + self.warmed_up(batch.images) * (residual - straight)
         scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
         step = scale * residual
         step = normalised(step, self.constant, batch.masked(step)) if self.normalise else step
@@ -77,10 +80,7 @@ class ContinuousObjective(Objective):
     times: TimeDistribution = LogNormalTimes(-1.0, 1.4)
     tangent: Tangent = Tangent()
 
-    @property
-    def endpoint_only(self) -> bool:
-        return True
-
+    endpoint_only = True
     differentiates: ClassVar[bool] = True
 
     @abstractmethod

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import TimeDistribution, UniformTimes
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
-from fewstep.objectives.losses import Comparison, Weighting
-from fewstep.objectives.pairs import anchor_error, nothing, split_losses
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses
+from fewstep.objectives.losses import Comparison
+from fewstep.objectives.pairs import AnchoredObjective
 from fewstep.objectives.self_distillation import semigroup
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_share
@@ -23,7 +22,7 @@ STREAM_SIZE = 16
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Shortcut(Objective):
+class Shortcut(AnchoredObjective):
     """|X(x_t, t, s) - sg X(X(x_t, t, u), u, s)|^2/(t - s)^2, t - u = u - s = d, d = 1/2, 1/4, ... 1/steps of the clock.
 
     This is of the share `bootstrap` of the batch, with t a multiple of 2 d and every d equally often; the rest is flow
@@ -34,7 +33,6 @@ class Shortcut(Objective):
     Deviations: for any path and preconditioning; w of `weighting`, 1 by default, is not of the paper.
     """
 
-    label_dropout: float = 0.1
     steps: int = 128
     """Jumps of the smallest size that make up the clock: a power of 2, at least 2; 128 in the paper."""
     bootstrap: float = 0.25
@@ -42,8 +40,6 @@ class Shortcut(Objective):
     target_decay: float | None = 0.999
     """Decay per step, in [0, 1), of the slow average that takes the short jumps; None takes the model itself."""
     times: TimeDistribution = UniformTimes()
-    weighting: Weighting = Weighting()
-    guidance: TrainingGuidance = NoGuidance()
 
     def method(self, preconditioning: str, labelled: bool) -> str:
         return "shortcut"
@@ -61,13 +57,13 @@ class Shortcut(Objective):
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         short = flow_map if self.target_decay is None else companions.ema_target
         t, u, s = self.draw_times(flow_map.path, batch)
-        rows = on, off = batch.split(1 - self.bootstrap)
-        anchor = anchor_error(self, flow_map, batch[on], t[on])
-        own = batch[off]
-        compared = (
-            self.off_diagonal(flow_map, own, (t[off], u[off], s[off]), short) if len(off) else nothing(self, own.x0)
+        return self.split(
+            flow_map,
+            batch,
+            (t, s),
+            1 - self.bootstrap,
+            lambda own, rows: self.off_diagonal(flow_map, own, (t[rows], u[rows], s[rows]), short),
         )
-        return split_losses(batch, flow_map.path, (t, s), rows, anchor, compared, self.weighting)
 
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""

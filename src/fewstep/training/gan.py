@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fewstep.objectives.gan import discriminator_loss
+from fewstep.objectives.losses import discriminator_loss
 from fewstep.recipes.config import GANConfig
 from fewstep.training.optimizers import State, load_state
 from fewstep.utils.errors import CheckpointError
@@ -46,7 +46,7 @@ class GAN:
     def learn(self, gradients: list[Tensor], real: Tensor, generated: Tensor, labels: Tensor | None) -> Tensor:
         """Add the gradients of the discriminator's loss on a part of the batch to `gradients`; returns the loss (B,).
 
-        labels: what the generated samples were asked for (Generated.labels); the real ones are judged under the same.
+        labels: what the generated samples were asked for (FakeSamples.labels); the real ones are judged under the same.
         They are kept apart from the parameters', where the flow map's own backward pass leaves what is not wanted.
         """
         loss = discriminator_loss(self.score, real, generated, labels)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.objectives import ALONE, Batch, Companions, Generated, Objective
+from fewstep.objectives import ALONE, Batch, Companions, FakeSamples, Objective
 
 
 class TrainStep(nn.Module):
@@ -18,7 +18,7 @@ class TrainStep(nn.Module):
 
     def forward(
         self, batch: Batch, companions: Companions = ALONE
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], Generated | None]:
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], FakeSamples | None]:
         """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
         # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
         with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
