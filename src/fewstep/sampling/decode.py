@@ -1,6 +1,5 @@
 """How samples are looked at and written: as they are, or decoded where they are latents."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fewstep.data.latents.autoencoders import Decoder, LatentSpec, load_decoder
+from fewstep.data.latents.autoencoders import Decoder, LatentSpec
 from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_uint8
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
+from fewstep.utils.errors import ConfigError
 
 _DECODED_AT_ONCE = 64
 _THUMBNAIL = 128
@@ -54,26 +53,6 @@ class Viewer:
     def _parts(self, samples: Tensor) -> Iterator[Tensor]:
         for part in torch.split(samples, _DECODED_AT_ONCE):
             yield self.images(part)
-
-
-def latents_viewer(
-    latents: LatentSpec | None, data_range: Range | None, device: torch.device, autoencoder: Path | None = None
-) -> Viewer:
-    """How samples are viewed (`Pipeline.viewer`): images in data_range, unless they are latents."""
-    if latents is not None:
-        return Viewer(load_decoder(latents, autoencoder, device), (-1.0, 1.0))
-    if autoencoder is not None:
-        raise ConfigError("this model's samples are no latents: leave out --autoencoder")
-    return Viewer(None, data_range)
-
-
-def latents_preview(latents: LatentSpec | None, data_range: Range | None, device: torch.device) -> Viewer:
-    """The same without failing (`Pipeline.preview`)."""
-    try:
-        return latents_viewer(latents, data_range, device)
-    except (CheckpointError, MissingExtraError) as error:
-        warnings.warn(f"samples are shown as latents: {error}", FewstepWarning, stacklevel=3)
-        return Viewer(None, None)
 
 
 def save_latents(latents: LatentSpec | None, samples: Tensor, labels: Tensor | None, file: Path) -> Path:

@@ -54,13 +54,11 @@ class SamplingSettings:
         own = self.times if tuned is None else tuned.times
         if own:
             times = check_grid(path, torch.tensor(own, dtype=torch.float64))
-            if abs(float(times[0]) - path.t_max) > 1e-6 * path.t_max:
+            first, last, slack = float(times[0]), float(times[-1]), 1e-6 * path.t_max
+            if abs(first - path.t_max) > slack or last - path.t_min > slack:
                 raise ShapeError(
-                    f"times start at {float(times[0]):g}, but noise lives at t_max = {path.t_max:g}: start there"
-                )
-            if float(times[-1]) - path.t_min > 1e-6 * path.t_max:
-                raise ShapeError(
-                    f"times end at {float(times[-1]):g}, where samples are noisy: end at t_min = {path.t_min:g}"
+                    f"times end at {last:g}, from {first:g}: start at t_max = {path.t_max:g}, where noise lives, and "
+                    f"end at t_min = {path.t_min:g}"
                 )
             return times
         return GRIDS[self.spacing](path, self.steps)
@@ -102,11 +100,6 @@ class Generated:
             )
 
 
-def default_labels(indices: Tensor, num_classes: int) -> Tensor | None:
-    """Sample k gets class k mod num_classes."""
-    return indices % num_classes if num_classes else None
-
-
 def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
     """x at t_max: sample k of a seed is the same whatever the batch; (n, *shape) float32."""
     return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
@@ -116,10 +109,12 @@ class Timed(Protocol):
     """A flow map with the step times found for it: a Pipeline."""
 
     @property
-    def flow_map(self) -> FlowMap: ...
+    def flow_map(self) -> FlowMap:
+        """What is sampled."""
 
     @property
-    def step_times(self) -> tuple[StepTimes, ...]: ...
+    def step_times(self) -> tuple[StepTimes, ...]:
+        """Where, as far as times were tuned."""
 
 
 @torch.no_grad()
@@ -142,10 +137,12 @@ def generate(
     check_memory(4 * count * math.prod(flow_map.sample_shape), f"drawing {count} samples", "draw fewer")
     labels = _check_labels(labels, count, first, flow_map.num_classes)
     times, sampler = settings.grid(flow_map.path, known), settings.function()
-    guided = _guided(flow_map, settings)
+    guided: Model = flow_map
+    if settings.guidance_scale != 1.0 and not flow_map.guided:
+        guided = ClassifierFreeGuidance(flow_map, settings.guidance_scale, settings.interval)
     device = next(flow_map.parameters()).device
     batches = []
-    with counting(flow_map.network) as counter, evaluating(flow_map):
+    with counting(flow_map.network) as rows, evaluating(flow_map):
         start = time.perf_counter()
         for low in range(0, count, settings.batch_size):
             part = slice(low, min(low + settings.batch_size, count))
@@ -154,18 +151,12 @@ def generate(
             cond = sampling_condition(own, flow_map.guided, settings.guidance_scale, settings.interval)
             batches.append(sampler(guided, prior_noise(flow_map, draws), times, cond, draws).cpu())
         seconds = time.perf_counter() - start
-    return Generated(torch.cat(batches), labels, counter.rows / count, seconds)
-
-
-def _guided(flow_map: FlowMap, settings: SamplingSettings) -> Model:
-    if settings.guidance_scale == 1.0 or flow_map.guided:
-        return flow_map
-    return ClassifierFreeGuidance(flow_map, settings.guidance_scale, settings.interval)
+    return Generated(torch.cat(batches), labels, sum(rows) / count, seconds)
 
 
 def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:
     if labels is None:
-        return default_labels(torch.arange(first, first + count), num_classes)
+        return torch.arange(first, first + count) % num_classes if num_classes else None
     if num_classes == 0:
         raise ShapeError("class labels given, but this model was trained without classes: leave them out")
     labels = _whole_numbers(labels)
@@ -201,21 +192,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-@dataclass
-class _Counter:
-    rows: int = 0
-
-
 @contextmanager
-def counting(network: nn.Module) -> Iterator[_Counter]:
-    """Count the rows that pass through the network: evaluations times samples."""
-    counter = _Counter()
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        counter.rows += len(inputs[0])
-
-    handle = network.register_forward_pre_hook(count)
+def counting(network: nn.Module) -> Iterator[list[int]]:
+    """The number of rows in every evaluation of the network: together, evaluations times samples."""
+    rows: list[int] = []
+    handle = network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
-        yield counter
+        yield rows
     finally:
         handle.remove()

@@ -5,22 +5,23 @@ FOLDER/model.safetensors  the network's weights
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor
 
 from fewstep.data.demonstrations.normaliser import PolicySpec
-from fewstep.data.latents.autoencoders import LatentSpec
+from fewstep.data.latents.autoencoders import LatentSpec, load_decoder
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
-from fewstep.sampling.decode import Viewer, latents_preview, latents_viewer
+from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import Generated, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
-from fewstep.utils.errors import CheckpointError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
 from fewstep.utils.weights import fit_weights, read_weights, save_weights
@@ -92,11 +93,19 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         Raises CheckpointError for an autoencoder that is missing or another than the latents were encoded with,
         MissingExtraError without diffusers, ConfigError for an autoencoder of samples that are no latents.
         """
-        return latents_viewer(self.config.latents, self.config.data_range, self.device, autoencoder)
+        if self.config.latents is not None:
+            return Viewer(load_decoder(self.config.latents, autoencoder, self.device), (-1.0, 1.0))
+        if autoencoder is not None:
+            raise ConfigError("this model's samples are no latents: leave out --autoencoder")
+        return Viewer(None, self.config.data_range)
 
     def preview(self) -> Viewer:
         """The same where nothing hangs on it: without their decoder, latents are shown as they are, with a warning."""
-        return latents_preview(self.config.latents, self.config.data_range, self.device)
+        try:
+            return self.viewer()
+        except (CheckpointError, MissingExtraError) as error:
+            warnings.warn(f"samples are shown as latents: {error}", FewstepWarning, stacklevel=2)
+            return Viewer(None, None)
 
     def images(self, samples: Tensor, autoencoder: Path | None = None) -> Tensor:
         """Samples (n, ...) as images (n, C, H, W), in `viewer().data_range`; raises what `viewer` raises."""
@@ -151,27 +160,22 @@ def load_pipeline(folder: Path | str) -> Pipeline:
 
 def read_flow_map_config(folder: Path | str) -> FlowMapConfig:
     """The flow map's configuration of a saved pipeline; raises CheckpointError when it is missing or is none."""
-    return _read_config(Path(folder) / CONFIG_FILE).flow_map
+    return _read_config(Path(folder) / CONFIG_FILE)[0]
 
 
-class _Stored(NamedTuple):
-    flow_map: FlowMapConfig
-    pipeline: PipelineConfig
-
-
-def _read_config(file: Path) -> _Stored:
+def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; is {file.parent} a saved model?")
     record = in_this_format(read_record(file, _ADVICE), str(file))
     if "flow_map" not in record:
         raise CheckpointError(f"{file} is not a fewstep model configuration: it lacks 'flow_map'")
     pipeline = from_json(PipelineConfig, record.get("pipeline", {}), f"{file}: pipeline")
-    return _Stored(from_json(FlowMapConfig, record["flow_map"], str(file)), pipeline)
+    return from_json(FlowMapConfig, record["flow_map"], str(file)), pipeline
 
 
 def _load(config_file: Path, weights_file: Path) -> Pipeline:
-    stored = _read_config(config_file)
+    config, pipeline = _read_config(config_file)
     with reading(config_file, _ADVICE):
-        flow_map = stored.flow_map.build()
+        flow_map = config.build()
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
-    return Pipeline(flow_map.eval(), stored.pipeline)
+    return Pipeline(flow_map.eval(), pipeline)

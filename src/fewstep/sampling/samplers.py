@@ -26,9 +26,11 @@ class Model(Protocol):
 
     path: Path
 
-    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor: ...
+    def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
+        """X(x, t, s), (B, ...); x (B, ...), t, s (B,) in the clock of `path`."""
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """v(x, t), (B, ...)."""
 
 
 Sampler = Callable[[Model, Tensor, Tensor, Condition, Draws], Tensor]

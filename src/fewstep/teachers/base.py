@@ -16,7 +16,8 @@ class Teacher(Protocol):
 
     path: Path
 
-    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor: ...
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """D(x, t) = E[x0 | x_t], (B, ...); x (B, ...), t (B,) in the clock of `path`."""
 
 
 def denoiser_on(path: Path, teacher: Teacher) -> Denoiser:
