@@ -355,7 +355,7 @@ def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command
         assert command(*words, *SMALL, *STEPS).code == 0
     assert command("report", "plain").code == 0
     assert "iSD-T" not in Path("plain/report.html").read_text()
-    unguided = ("--objective.guidance.omega", 1, "--out", "off")
+    unguided = ("--objective.guidance.omega", 1, "--training.images", 32, "--out", "off")
     assert command(*words, *SMALL, *STEPS, *unguided).code == 0
 
 

@@ -84,12 +84,12 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
 
 @pytest.mark.parametrize("kind", ["ctm-digits", "cd-digits", "digits-scd"])
 def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_path: Path) -> None:
-    """CTM with statistics of it, CD and sCD; stopped after three steps, resumed, and aligned with it."""
+    """CTM with statistics of it, CD and sCD; a copy resumed after six steps, and aligned with it."""
     teacher = ("--teacher", f"{OUTSIDE}:MeanTeacher", "--initial=")
     data = ("--data.source", f"{OUTSIDE}:BandsSource", "--data.source.width", 6, "--data.labels")
     words = ("train", kind, *data, *SMALL, *STEPS, "--statistics.samples", 64, "--statistics.points", 8, *teacher)
     assert command(*words, "--out", "whole").code == 0
-    assert command(*words, "--out", "run").code == 0
+    shutil.copytree("whole", "run")
     for step in (9, 10):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
     assert command(*words, "--out", "run").code == 0

@@ -58,13 +58,12 @@ from tests.support.objectives import changed, made
 ANCHOR = made(ISD, times=UniformTimes(), flow_matching_ratio=1.0, weight_power=0.0, label_dropout=0.0)
 
 
-@pytest.mark.parametrize(
-    "objective", [changed(ANCHOR, times=LATE), DiagonalMatching(times=LATE, label_dropout=0.0)], ids=["isd", "matching"]
-)
 @pytest.mark.parametrize(("path_name", "name"), PAIRS)
-def test_the_anchors_expected_gradient_is_zero_at_the_oracle(objective: Objective, path_name: str, name: str) -> None:
-    """And not zero when the data move by half a unit."""
-    assert_anchored(objective, path_name, name, moved=0.5)
+def test_the_anchors_expected_gradient_is_zero_at_the_oracle(path_name: str, name: str) -> None:
+    """And not zero when the data move by half a unit; of iSD's anchor, and at one pair a path of flow matching."""
+    assert_anchored(changed(ANCHOR, times=LATE), path_name, name, moved=0.5)
+    if (path_name, name) in (("edm", "bcm"), ("linear", "linear"), ("trig", "trig"), ("vp", "euler")):
+        assert_anchored(DiagonalMatching(times=LATE, label_dropout=0.0), path_name, name, moved=0.5)
 
 
 @pytest.mark.parametrize(

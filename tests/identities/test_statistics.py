@@ -57,7 +57,7 @@ ZERO = torch.zeros(DIMENSION, dtype=F64)
 
 @cache
 def estimate(
-    seed: int = 0, samples: int = 1024, probes: int | None = None, shrink: bool = False
+    seed: int = 0, samples: int = 512, probes: int | None = None, shrink: bool = False
 ) -> TrajectoryStatistics:
     """With the exact mean, so that the denoiser is exact for the data's law."""
     return estimate_statistics(
