@@ -126,7 +126,7 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
         shape, classes = shape_and_classes(config)
         data = DataConfig(source="random", random_shape=shape, random_classes=classes, labels=data.labels)
     data = replace(data, random_count=8, root=demonstrations if data.source.of_actions else "")
-    statistics = replace(config.statistics, points=16, samples=8)
+    statistics = replace(config.statistics, points=8, samples=8)
     return replace(config, network=network, training=training, data=data, statistics=statistics)
 
 
