@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 from fewstep.cli.main import main
-from fewstep.evaluation import compare
-from fewstep.evaluation.report import page, quality
 from tests.support.commands import SMALL, STEPS, Command, Finished
 from tests.support.figures import draw_once
 from tests.support.processes import Forking, forking
@@ -28,7 +26,7 @@ def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     test_report.py has whole ones.
     """
     monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
-    draw_once(monkeypatch, compare, page, quality)
+    draw_once(monkeypatch)
 
 
 @pytest.fixture

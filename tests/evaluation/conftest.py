@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.evaluation.report import page, quality
+from fewstep.evaluation import compare
 from tests.support.figures import draw_once
 
 
@@ -12,4 +12,4 @@ def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     is rendered once for its module, and those of comparisons.
     """
     monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
-    draw_once(monkeypatch, page, quality)
+    draw_once(monkeypatch, but=compare)
