@@ -216,6 +216,13 @@ class Objective(ABC):
         """What figures call it; preconditioning: that of its map. labelled: whether the data have classes."""
         return type(self).__name__
 
+    def forward_passes(self, bf16: bool = False) -> tuple[float, float]:
+        """Evaluations of a sample in a step's forward passes, and how many of these bf16 leaves in float32.
+
+        One with a tangent is 2, one backward 2. Raises ConfigError for an objective whose evaluations are not counted.
+        """
+        raise ConfigError(f"the evaluations of {type(self).__name__} are not counted: see fewstep objectives")
+
     @property
     def anchored(self) -> bool:
         """Whether anything in it ties the map to the data, or to a teacher, with these settings."""

@@ -35,6 +35,9 @@ class DiagonalMatching(Objective):
     def method(self, preconditioning: str, labelled: bool) -> str:
         return "flow matching" if self.measure == "velocity" else "denoising"
 
+    def forward_passes(self, bf16: bool = False) -> tuple[float, float]:
+        return 3.0, 0.0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sigma_data is not None:

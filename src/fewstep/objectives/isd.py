@@ -44,6 +44,17 @@ class ISD(JointObjective):
     def method(self, preconditioning: str, labelled: bool) -> str:
         return "iSD-T" if self.guidance.active and labelled else "iSD"
 
+    def forward_passes(self, bf16: bool = False) -> tuple[float, float]:
+        """Guidance evaluates without a label where one is kept; samples with s = t are spared the second term.
+
+        A finite difference takes two points more; under bf16 all three, in float32 (flow/derivatives.py).
+        """
+        null, off = self.guidance.share(self.label_dropout), 1 - self.pairs.flow_matching_ratio
+        exact = self.derivative.kind == "exact"
+        tangent = 1 if exact else 3 if bf16 else 2
+        wide = 3 * off if bf16 and not exact else 0.0
+        return null + 3 * (1 - off) + (6 + tangent) * off, wide
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(distill=self.distill)

@@ -1,15 +1,16 @@
-"""What training a diffusion transformer takes: parameters and FLOPs, counted from its settings without building it.
+"""What training takes: parameters and FLOPs, counted on the network built without memory.
 
 A multiply-add is 2 FLOPs. Left out are what is no matrix product, the optimiser's own work, and encoding the images.
 """
 
-import math
 from dataclasses import dataclass
 
-from fewstep.networks.dit import DiTConfig, gated_width
-from fewstep.objectives import ISD, TABLE, DiagonalMatching, Objective
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fewstep.networks.base import NetworkConfig
+from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig
-from fewstep.utils.errors import ConfigError
 
 UTILISATION = 0.4
 """Assumed share of a device's peak that training reaches."""
@@ -25,8 +26,6 @@ class Peak:
 
 PEAKS = {"H100": Peak(989e12, 67e12), "A100": Peak(312e12, 19.5e12)}
 """Of the SXM modules."""
-
-_TIME_FEATURES = 64
 
 
 @dataclass(frozen=True)
@@ -52,69 +51,22 @@ class Cost:
         return self.images * self.forward * seconds / utilisation / 3600
 
 
-def training_cost(config: RunConfig, shape: tuple[int, int, int], num_classes: int) -> Cost:
-    """The cost of a run on samples of that shape; raises ConfigError for another network than a DiT."""
-    if not isinstance(config.network, DiTConfig):
-        raise ConfigError(f"the cost of {type(config.network).__name__} is not counted, only a DiT's")
-    guided, bf16 = config.objective.guided, config.training.precision == "bf16"
-    total = passes(config.objective, bf16)
-    return Cost(
-        parameters(config.network, shape, num_classes, guided),
-        forward_flops(config.network, shape, guided),
-        total,
-        config.training.images,
-        difference_passes(config.objective) if bf16 else total,
-    )
+def training_cost(config: RunConfig, shape: tuple[int, ...], num_classes: int) -> Cost:
+    """The cost of a run on samples of that shape; raises ConfigError for objectives whose passes are not counted."""
+    bf16 = config.training.precision == "bf16"
+    passes, wide = config.objective.forward_passes(bf16)
+    parameters, forward = count(config.network, shape, num_classes, config.objective.guided)
+    return Cost(parameters, forward, passes, config.training.images, wide if bf16 else passes)
 
 
-def difference_passes(objective: Objective) -> float:
-    """Of `passes` under bf16, those of a finite difference: its three points are taken in float32 (derivatives.py)."""
-    if not isinstance(objective, ISD) or objective.derivative.kind == "exact":
-        return 0.0
-    return 3 * (1 - objective.pairs.flow_matching_ratio)
-
-
-def passes(objective: Objective, bf16: bool = False) -> float:
-    """Evaluations of a sample in forward passes, from the table: one with a tangent is 2, one backward 2.
-
-    Guidance asks for a null evaluation where the label is kept; samples with s = t are spared the second term. A finite
-    difference takes two more, under bf16 three: its middle too, once more in float32. Raises ConfigError for objectives
-    other than iSD and matching on the diagonal: their shares and teachers are not counted.
-    """
-    if isinstance(objective, DiagonalMatching):
-        return 3.0
-    if not isinstance(objective, ISD):
-        raise ConfigError(f"the evaluations of {type(objective).__name__} are not counted: see fewstep objectives")
-    passes = next(each.passes for each in TABLE if each.name == "iSD")
-    null = objective.guidance.share(objective.label_dropout)
-    derivative = passes.tangents if objective.derivative.kind == "exact" else 3 if bf16 else 2
-    off = passes.forward + passes.frozen + derivative + 2 * passes.backward
-    on = 1 + 2
-    return null + objective.pairs.flow_matching_ratio * on + (1 - objective.pairs.flow_matching_ratio) * off
-
-
-def forward_flops(config: DiTConfig, shape: tuple[int, int, int], guided: bool) -> int:
-    """FLOPs of the matrix products in one evaluation of one sample."""
-    width, hidden = config.width, gated_width(config.width, config.mlp_ratio)
-    tokens, size = _tokens(config, shape)
-    block = tokens * width * (4 * width + 3 * hidden) + 2 * tokens**2 * width + 6 * width**2
-    embedding = 2 * (_TIME_FEATURES * width + width**2)
-    embedding += 3 * width + width**2 if guided else 0
-    return 2 * (config.depth * block + 2 * tokens * size * width + 2 * width**2 + embedding)
-
-
-def parameters(config: DiTConfig, shape: tuple[int, int, int], num_classes: int, guided: bool) -> int:
-    """Trainable numbers of the network."""
-    width, hidden = config.width, gated_width(config.width, config.mlp_ratio)
-    tokens, size = _tokens(config, shape)
-    attention = _linear(width, 3 * width) + _linear(width, width) + 2 * (width // config.heads)
-    mlp = _linear(width, 2 * hidden) + _linear(hidden, width)
-    block = attention + mlp + _linear(width, 6 * width) + 2 * width
-    embedding = 2 * (_linear(_TIME_FEATURES, width) + _linear(width, width))
-    embedding += (num_classes + 1) * width if num_classes else 0
-    embedding += _linear(3, width) + _linear(width, width) if guided else 0
-    ends = _linear(size, width) + tokens * width + width + _linear(width, 2 * width) + _linear(width, size)
-    return config.depth * block + embedding + ends
+def count(network: NetworkConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> tuple[int, int]:
+    """Trainable numbers of a network, and FLOPs of the matrix products in one evaluation of one sample."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        built = network.build(shape, num_classes, guided)
+        labels = torch.zeros(1, dtype=torch.long) if num_classes else None
+        cond = Condition(labels, torch.empty(1, 3) if guided else None)
+        built(torch.empty(1, *shape), torch.empty(1), torch.empty(1), cond)
+    return sum(parameter.numel() for parameter in built.parameters()), counter.get_total_flops()
 
 
 def cost_lines(cost: Cost) -> list[str]:
@@ -126,14 +78,3 @@ def cost_lines(cost: Cost) -> list[str]:
         f"samples: {cost.flops:.1e} FLOP.",
         f"{hours}, if {UTILISATION:.0%} of the peaks is reached (an assumption); encoding is not in it.",
     ]
-
-
-def _tokens(config: DiTConfig, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Tokens of a sample, and numbers in a token."""
-    size = shape[0] * config.patch**2
-    return math.prod(shape) // size, size
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    """Weights and biases of a linear layer."""
-    return (inputs + 1) * outputs

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fewstep.recipes.config import RunConfig
@@ -44,18 +45,21 @@ def configuration_of(file: Path) -> RunConfig:
     return from_json(RunConfig, record["run"], str(file))
 
 
-def _only_recipe(file: str) -> Callable[[], Any]:
-    module = import_file(file)
-    own = {
-        key: each
-        for key, each in vars(module).items()
-        if inspect.isfunction(each) and each.__module__ == module.__name__
+def public_functions(module: ModuleType) -> dict[str, Callable[[], Any]]:
+    """The functions that a module defines, but those with an underscore, in its order."""
+    functions = {name: each for name, each in vars(module).items() if inspect.isfunction(each)}
+    return {
+        name: each
+        for name, each in functions.items()
+        if each.__module__ == module.__name__ and not name.startswith("_")
     }
-    public = [key for key in own if not key.startswith("_")]
+
+
+def _only_recipe(file: str) -> Callable[[], Any]:
+    public = public_functions(import_file(file))
     if "recipe" not in public and len(public) != 1:
         raise ConfigError(
             f"{file} has {', '.join(public) or 'no public function'}: a recipe is its only public function, the one "
             "called recipe, or FILE.py:FUNCTION"
         )
-    found: Callable[[], Any] = own["recipe" if "recipe" in public else public[0]]
-    return found
+    return public.get("recipe") or next(iter(public.values()))

@@ -35,6 +35,14 @@ def policy_mlp() -> RunConfig:
     )
 
 
+def policy_unet() -> RunConfig:
+    """iSD with a U-Net along time, conditioned by FiLM, in place of the MLP of `policy-mlp`: slower on a CPU.
+
+    No figure measured yet.
+    """
+    return replace(policy_mlp(), recipe="policy-unet", network=UNet1dConfig())
+
+
 def policy_flow_matching() -> RunConfig:
     """Flow matching with the network and settings of `policy-mlp`, sampled by Euler's method: the baseline.
 
@@ -63,11 +71,3 @@ def policy_regression() -> RunConfig:
         objective=Regression(),
         evaluation=replace(base.evaluation, steps=(1,)),
     )
-
-
-def policy_unet() -> RunConfig:
-    """iSD with a U-Net along time, conditioned by FiLM, in place of the MLP of `policy-mlp`: slower on a CPU.
-
-    No figure measured yet.
-    """
-    return replace(policy_mlp(), recipe="policy-unet", network=UNet1dConfig())
