@@ -186,7 +186,7 @@ def test_the_schedule_reaches_every_optimizer(digits: Dataset, tmp_path: Path) -
     trainer = Trainer(config, digits, RunFolder(tmp_path), RUNTIME, Callbacks())
     for _ in range(5):
         trainer.take_step()
-    rates = [group["lr"] for optimizer in trainer.learner.optimizers.optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for part in trainer.learner.optimizers.parts for group in part.optimizer.param_groups]
     assert rates == pytest.approx([1e-3 / 4, 4e-3 / 4])
     trainer.write_log()
     assert RunFolder(tmp_path).read_log()[-1]["lr"] == pytest.approx(1e-3 / 4)

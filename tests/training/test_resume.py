@@ -240,7 +240,7 @@ def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) 
         parameter.grad = torch.ones_like(parameter)
     optimizers.step(1, 0.0)
     tensors = {key: value for key, value in optimizers.tensors().items() if not key.startswith("0.0.")}
-    with pytest.raises(CheckpointError, match="does not fit a model"):
+    with pytest.raises(CheckpointError, match=r"here is of another architecture or optimizer: 0\.0\."):
         Optimizers(flow_map.network, TINY.optimizer).load(tensors, "here")
 
 

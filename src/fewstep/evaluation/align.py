@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
@@ -200,13 +199,7 @@ def teacher_statistics(
     group, teacher = ProcessGroup.of(accelerator), run.pipeline().flow_map.requires_grad_(False).to(accelerator.device)
     file = cache_file(run.root, teacher, dataset, settings)
     was_kept = file.is_file()
-    quiet = was_kept or group.count > 1
-    with tqdm(total=settings.samples, desc="statistics", unit="sample", disable=quiet, leave=False) as bar:
-
-        def progress(done: int, samples: int) -> None:
-            bar.update(done - bar.n)
-
-        kept_statistics(run.root, teacher, dataset, settings, progress, group)
+    kept_statistics(run.root, teacher, dataset, settings, group, quiet=was_kept or group.count > 1)
     accelerator.wait_for_everyone()
     return file, "kept from an earlier estimate, as its seconds are" if was_kept else "estimated now"
 

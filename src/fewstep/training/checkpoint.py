@@ -9,41 +9,22 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.flow.flow_map import FlowMap
-from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline
-from fewstep.training.ema import EMA
-from fewstep.training.gan import GAN
-from fewstep.training.optimizers import Optimizers
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.files import guarded, parse_json, reading
 from fewstep.utils.serialization import JSON
-from fewstep.utils.weights import fit_weights, read_weights, save_weights
+from fewstep.utils.weights import read_weights, save_weights
 
 STATE_FILE = "state.json"
+LAST_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 DISCRIMINATOR_FILE = "discriminator.safetensors"
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder aside and rename it into place; nothing is left behind when it fails."""
-    with guarded(folder):
-        aside = _aside(folder)
-        aside.mkdir(parents=True)
-        try:
-            fill(aside)
-            for file in aside.iterdir():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-            os.replace(aside, folder)
-        except SafetensorError as error:  # its form of "disk full"
-            raise OSError(str(error)) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -61,49 +42,45 @@ def _aside(folder: Path) -> Path:
 def save_checkpoint(
     folder: Path,
     pipeline: Pipeline,
-    optimizers: Optimizers,
-    emas: list[EMA],
+    average: Mapping[str, Tensor],
+    files: Mapping[str, Mapping[str, Tensor]],
     state: dict[str, JSON],
-    gan: GAN | None = None,
 ) -> None:
-    """Write a checkpoint, unless it is there; the saved pipeline has the weights of the first average."""
+    """Write a checkpoint aside and rename it into place, unless it is there; nothing is left behind when it fails.
+
+    The saved pipeline has the weights `average`; files: tensors by the file's name. Raises CheckpointError when the
+    disk refuses.
+    """
     if folder.exists():
         return
-
-    def fill(aside: Path) -> None:
-        pipeline.save(aside, emas[0].weights)
-        save_weights(pipeline.flow_map.network.state_dict(), aside / "weights.safetensors")
-        save_weights(optimizers.tensors(), aside / "optimizer.safetensors")
-        for ema in emas[1:]:
-            save_weights(ema.weights, aside / f"ema-{ema.name}.safetensors")
-        if gan is not None:
-            save_weights(gan.tensors(), aside / DISCRIMINATOR_FILE)
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-
-    write_folder(folder, fill)
-
-
-def load_checkpoint(
-    folder: Path, flow_map: FlowMap, optimizers: Optimizers, emas: list[EMA], gan: GAN | None = None
-) -> dict[str, Any]:
-    """Restore weights, optimiser and averages; returns the state. Raises CheckpointError when files do not fit."""
-    weights = folder / "weights.safetensors"
-    fit_weights(flow_map.network, read_weights(weights), str(weights))
-    states = folder / "optimizer.safetensors"
-    optimizers.load(read_weights(states), str(states))
-    for i, ema in enumerate(emas):
-        average = folder / (WEIGHTS_FILE if i == 0 else f"ema-{ema.name}.safetensors")
-        ema.load(read_weights(average), str(average))
-    if gan is not None:
-        gan.load(*discriminator_state(folder))
-    return read_state(folder)
+    with guarded(folder):
+        aside = _aside(folder)
+        aside.mkdir(parents=True)
+        try:
+            pipeline.save(aside, average)
+            for name, tensors in files.items():
+                save_weights(tensors, aside / name)
+            (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            for file in aside.iterdir():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            os.replace(aside, folder)
+        except SafetensorError as error:  # its form of "disk full"
+            raise OSError(str(error)) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def discriminator_state(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The discriminator's tensors in a checkpoint, and where they lie; format 1 called it a critic."""
+def stored(file: Path) -> tuple[dict[str, Tensor], str]:
+    """A file's tensors, and its name for messages; raises CheckpointError when it cannot be read."""
+    return read_weights(file), str(file)
+
+
+def stored_discriminator(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """`stored` of the discriminator in a checkpoint; format 1 called it a critic."""
     file, old = folder / DISCRIMINATOR_FILE, folder / "critic.safetensors"
     if file.exists() or not old.exists():
-        return read_weights(file), str(file)
+        return stored(file)
     return {key.replace("critic.", "discriminator.", 1): value for key, value in read_weights(old).items()}, str(old)
 
 

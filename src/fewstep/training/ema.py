@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.weights import check_shapes
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -61,14 +62,9 @@ class EMA:
 
     def load(self, weights: dict[str, Tensor], source: str) -> None:
         """Take over stored averages; raises CheckpointError, naming `source`, for other names or shapes."""
-        if _shapes(weights) != _shapes(self.weights):
-            raise CheckpointError(f"{source}: the average {self.name} is of another architecture than this model")
+        check_shapes({key: value.shape for key, value in self.weights.items()}, weights, source)
         for key, value in self.weights.items():
             value.copy_(weights[key])
-
-
-def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in weights.items()}
 
 
 def ema_names(powers: tuple[float, ...], decays: tuple[float, ...]) -> list[str]:

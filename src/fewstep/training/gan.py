@@ -1,6 +1,5 @@
 """The discriminator's side of an adversarial loss: its network, its optimiser, its state in checkpoints."""
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -8,12 +7,10 @@ from torch import Tensor
 
 from fewstep.objectives.losses import discriminator_loss
 from fewstep.recipes.config import GANConfig
-from fewstep.training.optimizers import State, load_state
-from fewstep.utils.errors import CheckpointError
-from fewstep.utils.weights import fit_weights
+from fewstep.training.optimizers import FlatOptimizer
+from fewstep.utils.weights import check_shapes
 
-_PREFIX = "discriminator."
-_NAME = re.compile(r"optimizer\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
+_WEIGHTS, _STATE = "discriminator.", "optimizer."
 
 
 class GAN:
@@ -36,7 +33,8 @@ class GAN:
             torch.manual_seed(seed + 1)
             self.discriminator = config.discriminator.build(shape, num_classes).to(device)
         parameters = self.discriminator.parameters()
-        self.optimizer = torch.optim.AdamW(parameters, config.lr, betas=(0.5, 0.99), weight_decay=0.0)
+        adamw = torch.optim.AdamW(parameters, config.lr, betas=(0.5, 0.99), weight_decay=0.0)
+        self.optimizer = FlatOptimizer(adamw, config.lr)
 
     def score(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """The discriminator's scores (B,), for the flow map's loss."""
@@ -62,24 +60,21 @@ class GAN:
         """One update from the batch's gradients."""
         for parameter, gradient in zip(self.discriminator.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.optimizer.step()
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimiser state, flat."""
-        state = self.optimizer.state_dict()["state"]
-        moments = {f"optimizer.{i}.{key}": torch.as_tensor(v) for i, each in state.items() for key, v in each.items()}
-        return {_PREFIX + key: value for key, value in self.discriminator.state_dict().items()} | moments
+        weights = {_WEIGHTS + key: value for key, value in self.discriminator.state_dict().items()}
+        return weights | {_STATE + key: value for key, value in self.optimizer.tensors().items()}
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Take over what `tensors` gave; raises CheckpointError when it belongs to another discriminator."""
-        weights = {key.removeprefix(_PREFIX): value for key, value in tensors.items() if key.startswith(_PREFIX)}
-        fit_weights(self.discriminator, weights, source)
-        state: dict[int, State] = {}
-        for name in tensors.keys() - {_PREFIX + key for key in weights}:
-            match = _NAME.fullmatch(name)
-            if match is None:
-                raise CheckpointError(f"{source} is no discriminator's state: it holds {name!r}")
-            state.setdefault(int(match["parameter"]), {})[match["key"]] = tensors[name]
-        if state:  # none before its first update
-            load_state(self.optimizer, state, source)
+        shapes = {_WEIGHTS + key: tuple(value.shape) for key, value in self.discriminator.state_dict().items()}
+        stepped = any(key.startswith(_STATE) for key in tensors)  # it has no state before its first update
+        shapes |= {_STATE + key: shape for key, shape in self.optimizer.shapes().items() if stepped}
+        check_shapes(shapes, tensors, source)
+        weights = {key: tensors[_WEIGHTS + key] for key in self.discriminator.state_dict()}
+        self.discriminator.load_state_dict(weights)
+        if stepped:
+            self.optimizer.load({key: tensors[_STATE + key] for key in self.optimizer.shapes()})

@@ -1,6 +1,6 @@
 """What a run learns: weights, their averages and a discriminator, with all that a checkpoint holds of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,23 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import Pipeline
-from fewstep.training.checkpoint import load_checkpoint, save_checkpoint
+from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline
+from fewstep.training.checkpoint import (
+    DISCRIMINATOR_FILE,
+    LAST_FILE,
+    OPTIMIZER_FILE,
+    read_state,
+    save_checkpoint,
+    stored,
+    stored_discriminator,
+)
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.teacher import SlowAverage
+from fewstep.utils.errors import CheckpointError
 from fewstep.utils.serialization import JSON
+from fewstep.utils.weights import fit_weights
 
 
 class Learner:
@@ -73,10 +83,28 @@ class Learner:
             network.load_state_dict(own)
             self.flow_map.train()
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Go back to a checkpoint; returns its state. Raises CheckpointError when it does not fit."""
-        return load_checkpoint(folder, self.flow_map, self.optimizers, self.averages, self.gan)
+    def files(self) -> dict[str, Mapping[str, Tensor]]:
+        """What a checkpoint holds beside the model with the first average's weights, by the file's name."""
+        files: dict[str, Mapping[str, Tensor]] = {
+            LAST_FILE: self.flow_map.network.state_dict(),
+            OPTIMIZER_FILE: self.optimizers.tensors(),
+        }
+        files |= {f"ema-{ema.name}.safetensors": ema.weights for ema in self.averages[1:]}
+        return files if self.gan is None else files | {DISCRIMINATOR_FILE: self.gan.tensors()}
 
     def save(self, folder: Path, state: dict[str, JSON]) -> None:
         """Write a checkpoint; raises CheckpointError when the disk refuses."""
-        save_checkpoint(folder, self.pipeline, self.optimizers, self.averages, state, self.gan)
+        save_checkpoint(folder, self.pipeline, self.emas[0].weights, self.files(), state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go back to a checkpoint; returns its state. Raises CheckpointError when it does not fit."""
+        try:
+            fit_weights(self.flow_map.network, *stored(folder / LAST_FILE))
+            self.optimizers.load(*stored(folder / OPTIMIZER_FILE))
+            for i, ema in enumerate(self.averages):
+                ema.load(*stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE)))
+            if self.gan is not None:
+                self.gan.load(*stored_discriminator(folder))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; delete its checkpoint to go on from the one before") from error
+        return read_state(folder)

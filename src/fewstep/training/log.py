@@ -14,7 +14,7 @@ from fewstep.utils.errors import TrainingDivergedError
 class Window:
     """Means since the last line of the log, and what the gradient was made of.
 
-    clip: the norm above which a step is clipped; infinite where none is.
+    clip: the norm above which a step is clipped; infinite where none is. steps: loss, gradient norm and learning rate.
     """
 
     def __init__(self, clip: float) -> None:
@@ -43,10 +43,6 @@ class Window:
                 self.terms.setdefault(name, []).append(mean)
         self.recent.add(step, means | {"loss": loss, "grad_norm": norm})
         self.parts = []
-
-    def add_step(self, loss: float, norm: float, lr: float) -> None:
-        """Count a step."""
-        self.steps.append((loss, norm, lr))
 
     def flush(self, batch_size: int, step: int, images: int, seconds: float) -> dict[str, float]:
         """The line of the log that ends here; the next begins empty."""

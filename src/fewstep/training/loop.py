@@ -15,26 +15,29 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from fewstep.data.augment import random_flips
 from fewstep.data.base import Dataset
+from fewstep.data.order import batch_indices
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
-from fewstep.training.loader import fetch_batch
 from fewstep.training.log import Window, diverged
-from fewstep.training.memory import check_run
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
-from fewstep.training.progress import ProgressBar
+from fewstep.training.progress import progress_bar, show_progress
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_guidance, data_record
+from fewstep.training.setup import build, check_guidance, check_run, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.teacher import fingerprint, load_teacher
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
+from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
+
+STREAM_FLIP = 30
 
 
 def train(
@@ -70,6 +73,9 @@ class Trainer:
             log_with=list(runtime.track) or None,
             project_dir=str(run.root / "tensorboard"),
         )
+        self.group = ProcessGroup.of(self.accelerator)
+        self.hidden = runtime.quiet or not self.accelerator.is_main_process
+        self.clip = config.optimizer.clip or math.inf
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
@@ -100,7 +106,11 @@ class Trainer:
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
-        self.learner = Learner(config, pipeline, statistics, self.make_gan())
+        gan = None
+        if config.objective.needs_discriminator:
+            shape, classes, seed = dataset.shape, dataset.num_classes, config.training.seed
+            gan = GAN(config.gan, shape, classes, seed, device, self.mean_over_processes)
+        self.learner = Learner(config, pipeline, statistics, gan)
         self.loss = TrainStep(pipeline.flow_map, config.objective, config.training.precision == "bf16")
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
@@ -146,11 +156,6 @@ class Trainer:
         """The mean of a tensor that every process has."""
         return cast(Tensor, self.accelerator.reduce(value, "mean"))
 
-    @property
-    def group(self) -> ProcessGroup:
-        """The processes of the run."""
-        return ProcessGroup.of(self.accelerator)
-
     def refresh_statistics(self) -> None:
         """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7).
 
@@ -165,13 +170,6 @@ class Trainer:
             self.learner.use_statistics(fresh)
         except ConfigError as error:
             warnings.warn(f"statistics not refreshed after {self.step} steps: {error}", FewstepWarning, stacklevel=2)
-
-    def make_gan(self) -> GAN | None:
-        """The discriminator's side, where the objective has an adversarial loss."""
-        if not self.config.objective.needs_discriminator:
-            return None
-        shape, classes, seed = self.dataset.shape, self.dataset.num_classes, self.config.training.seed
-        return GAN(self.config.gan, shape, classes, seed, self.accelerator.device, self.mean_over_processes)
 
     @property
     def images(self) -> int:
@@ -194,7 +192,7 @@ class Trainer:
         """Take steps until finished; the last one is always saved."""
         settings = self.config.training
         self.learner.flow_map.train()
-        with ProgressBar(self.config, self.hidden) as bar:
+        with progress_bar(settings, self.config.recipe, self.hidden) as bar:
             while not self.finished:
                 start = time.perf_counter()
                 try:
@@ -203,15 +201,14 @@ class Trainer:
                     self.write_log()
                     raise
                 self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
-                bar.show(self.progress, self.images, self.seconds, self.window.last_loss)
-                if self.due(settings.log_images) or self.finished:
+                show_progress(bar, self.progress, self.images, self.seconds, self.window.last_loss)
+                if self.due(settings.log_images):
                     self.write_log()
-                if self.due(settings.checkpoint_images) or self.finished:
+                if self.due(settings.checkpoint_images):
                     self.save()
-                if settings.sample_images and (self.due(settings.sample_images) or self.finished):
+                if self.due(settings.sample_images):
                     self.show(self.callbacks.watch)
-                curve_images = self.config.evaluation.curve_images
-                if curve_images and (self.due(curve_images) or self.finished):
+                if self.due(self.config.evaluation.curve_images):
                     self.show(self.callbacks.curve)
         return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
 
@@ -223,8 +220,9 @@ class Trainer:
         return float(broadcast(clock))
 
     def due(self, every: int) -> bool:
-        """Whether the last step crossed a multiple of `every` images."""
-        return self.images // every > (self.images - self.config.training.batch_size) // every
+        """Whether the last step crossed a multiple of `every` images, or was the run's last; never where it is 0."""
+        before = self.images - self.config.training.batch_size
+        return every > 0 and (self.finished or self.images // every > before // every)
 
     @property
     def ends_line(self) -> bool:
@@ -235,25 +233,31 @@ class Trainer:
     def take_step(self) -> None:
         """One update from the global batch of this step."""
         found = self.accumulate()
-        loss, norm = float(self.accelerator.reduce(found.loss, "mean")), self.gradient_norm()
-        discriminator_norm = self.average_discriminator(found)
+        loss = float(self.accelerator.reduce(found.loss, "mean"))
+        norm = float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
+        discriminator_norm, gan = 0.0, self.learner.gan
+        if gan is not None and found.discriminator:
+            found.discriminator = gan.averaged(found.discriminator, self.accumulation)
+            discriminator_norm = float(nn.utils.get_total_norm(found.discriminator))
         self.window.observe(self.step + 1, loss, norm)
         if not all(math.isfinite(value) for value in (loss, norm, discriminator_norm)):
             times, recent = torch.cat(found.times, dim=1), self.window.recent
             raise diverged(self.run, self.step + 1, loss, norm, discriminator_norm, times, recent)
         self.step += 1
         factor = self.learner.update(self.step, self.images, self.progress, found.discriminator)
-        refresh = self.config.statistics.refresh_images
-        if self.config.model.preconditioning.needs_statistics and refresh and self.due(refresh) and not self.finished:
+        refresh = self.due(self.config.statistics.refresh_images) and not self.finished
+        if self.config.model.preconditioning.needs_statistics and refresh:
             self.refresh_statistics()
-        self.window.add_step(loss, norm, factor * self.config.optimizer.lr)
+        self.window.steps.append((loss, norm, factor * self.config.optimizer.lr))
 
     def accumulate(self) -> Gradients:
         """The gradients of this process's share of the batch, part by part; processes meet at the last."""
         self.learner.optimizers.zero_grad()
         companions = self.companions()
-        torch.manual_seed(self.layer_seed())
-        micro, first = self.share // self.accumulation, self.accelerator.process_index * self.share
+        # What layers draw by themselves (dropout): another for every step and process, the same on resume.
+        index = int(self.accelerator.process_index)
+        torch.manual_seed(((self.config.training.seed << 44) + (self.step << 12) + index) % 2**63)
+        micro, first = self.share // self.accumulation, index * self.share
         found = Gradients(torch.zeros((), device=self.accelerator.device))
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
@@ -271,30 +275,19 @@ class Trainer:
             self.window.add_terms(logs)
         return found
 
-    def average_discriminator(self, found: Gradients) -> float:
-        """Take the mean over processes of the discriminator's gradients; returns their norm, 0 where there are none."""
-        if self.learner.gan is None or not found.discriminator:
-            return 0.0
-        found.discriminator = self.learner.gan.averaged(found.discriminator, self.accumulation)
-        return float(nn.utils.get_total_norm(found.discriminator))
-
     def batch(self, first: int, count: int) -> Batch:
-        """Samples first .. first + count - 1 of this step's global batch."""
-        return fetch_batch(self.dataset, self.config.training, self.step, first, count, self.accelerator.device)
-
-    def layer_seed(self) -> int:
-        """Seeds what layers draw by themselves (dropout): another for every step and process, the same on resume."""
-        index = int(self.accelerator.process_index)
-        return ((self.config.training.seed << 44) + (self.step << 12) + index) % 2**63
-
-    def gradient_norm(self) -> float:
-        """Norm before clipping; clips when the recipe says so."""
-        return float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
-
-    @property
-    def clip(self) -> float:
-        """The largest gradient norm of a step; infinite where the recipe never clips."""
-        return self.config.optimizer.clip or math.inf
+        """Samples first .. first + count - 1 of this step's global batch: seed, step and index decide which."""
+        settings, train, device = self.config.training, self.dataset.train, self.accelerator.device
+        places = torch.arange(first, first + count)
+        draws = Draws(settings.seed, self.step, places.to(device))
+        mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
+        rows = batch_indices(len(train), settings.seed, self.images + first, count)
+        x0, labels = train.fetch(rows, mirror)
+        context = train.context(rows)
+        labels, observation, loss_mask = (
+            None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
+        )
+        return Batch(x0.to(device), labels, draws, self.images, observation, loss_mask, places)
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last, if there were any."""
@@ -318,8 +311,3 @@ class Trainer:
         if watch is not None and self.accelerator.is_main_process:
             with self.learner.averaged() as model:
                 watch(model, self.step)
-
-    @property
-    def hidden(self) -> bool:
-        """Whether this process shows no progress."""
-        return self.runtime.quiet or not self.accelerator.is_main_process

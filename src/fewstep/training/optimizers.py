@@ -1,19 +1,44 @@
 """Optimisers with a state that goes to safetensors, and the learning-rate schedule as a function of images seen."""
 
 import math
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.recipes.config import OptimizerConfig
-from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.weights import check_shapes
 
-State = dict[str, Tensor]
+_ADAMW, _MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
-_NAME = re.compile(r"(?P<optimizer>[0-9]{1,9})\.(?P<parameter>[0-9]{1,9})\.(?P<key>\w+)")
-_ADAMW, _MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
-_ADVICE = "delete its checkpoint to go on from the one before"
+
+@dataclass(frozen=True)
+class FlatOptimizer:
+    """An optimizer whose state is flat tensors, 'PARAMETER.KEY' for each parameter's number and each of the keys."""
+
+    optimizer: torch.optim.Optimizer
+    lr: float
+    keys: tuple[str, ...] = _ADAMW
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state; empty before the first step."""
+        state = self.optimizer.state_dict()["state"]
+        return {f"{i}.{key}": torch.as_tensor(value) for i, each in state.items() for key, value in each.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the state's tensors, after the first step."""
+        parameters = enumerate(p for group in self.optimizer.param_groups for p in group["params"])
+        return {f"{i}.{key}": () if key == "step" else p.shape for i, p in parameters for key in self.keys}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state with the names and shapes of `shapes`."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in self.shapes():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensors[name]
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 class Optimizers:
@@ -24,75 +49,34 @@ class Optimizers:
         matrices, rest = split_parameters(module) if config.name == "muon" else ([], trainable(module))
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         adamw = torch.optim.AdamW(rest, config.lr, betas=betas, weight_decay=decay, fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [adamw]
-        self.base_lrs = [config.lr]
+        self.parts = [FlatOptimizer(adamw, config.lr)]
         if matrices:
-            self.optimizers.append(_muon(matrices, config))
-            self.base_lrs.append(config.matrix_lr)
+            self.parts.append(FlatOptimizer(_muon(matrices, config), config.matrix_lr, _MUON))
 
     def step(self, images: int, progress: float) -> float:
         """One update with the learning rate due after `images`, a share `progress` of the run; returns its factor."""
         factor = schedule(self.config, images, progress)
-        for optimizer, lr in zip(self.optimizers, self.base_lrs, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            optimizer.step()
+        for part in self.parts:
+            for group in part.optimizer.param_groups:
+                group["lr"] = part.lr * factor
+            part.optimizer.step()
         return factor
 
     def zero_grad(self) -> None:
         """Forget gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for part in self.parts:
+            part.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as flat tensors 'optimizer.parameter.name'."""
-        return {
-            f"{i}.{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-            for i, optimizer in enumerate(self.optimizers)
-            for index, state in optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
+        """The state as flat tensors 'OPTIMIZER.PARAMETER.KEY'."""
+        return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.tensors().items()}
 
-    def load(self, tensors: dict[str, Tensor], source: str) -> None:
+    def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take over what `tensors` gave; raises CheckpointError, naming `source`, when it is of other parameters."""
-        states: list[dict[int, State]] = [{} for _ in self.optimizers]
-        for name, value in tensors.items():
-            match = _NAME.fullmatch(name)
-            if match is None:
-                raise CheckpointError(f"{source} is no optimizer's state: it holds {name!r}; {_ADVICE}")
-            i, index = int(match["optimizer"]), int(match["parameter"])
-            if i >= len(states):
-                raise CheckpointError(f"{source}: the state {name} belongs to another optimizer setting; {_ADVICE}")
-            states[i].setdefault(index, {})[match["key"]] = value
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            load_state(optimizer, state, source)
-
-
-def load_state(optimizer: torch.optim.Optimizer, state: dict[int, State], source: str) -> None:
-    """Take over a state by number of the parameter.
-
-    Raises CheckpointError, naming `source`, unless there is a whole one of its shape for every parameter.
-    """
-    shapes = [list(p.shape) for group in optimizer.param_groups for p in group["params"]]
-    if sorted(state) != list(range(len(shapes))):
-        raise CheckpointError(
-            f"{source}: optimizer state for {len(state)} parameters does not fit a model with {len(shapes)}; {_ADVICE}"
-        )
-    keys = _ADAMW if isinstance(optimizer, torch.optim.AdamW) else _MUON
-    for index, values in state.items():
-        if values.keys() != keys:
-            raise CheckpointError(
-                f"{source}: the state of parameter {index} has {', '.join(sorted(values))}, not "
-                f"{', '.join(sorted(keys))}: it is of another optimizer, or damaged; {_ADVICE}"
-            )
-        for key, value in values.items():
-            wanted: list[int] = [] if key == "step" else shapes[index]
-            if list(value.shape) != wanted:
-                raise CheckpointError(
-                    f"{source}: optimizer state {key} of parameter {index} has shape {list(value.shape)}, not "
-                    f"{wanted}: it is of another architecture; {_ADVICE}"
-                )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        shapes = {f"{i}.{key}": shape for i, part in enumerate(self.parts) for key, shape in part.shapes().items()}
+        check_shapes(shapes, tensors, source, "another architecture or optimizer")
+        for i, part in enumerate(self.parts):
+            part.load({key: tensors[f"{i}.{key}"] for key in part.shapes()})
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

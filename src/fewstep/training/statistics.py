@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path as FilePath
 
@@ -29,8 +28,6 @@ from fewstep.utils.files import write_atomically
 from fewstep.utils.random import shuffled_rows
 from fewstep.utils.serialization import to_json
 from fewstep.utils.weights import read_weights
-
-Progress = Callable[[int, int], None]
 
 BATCH = 64
 _VERSION = 2  # raise with any change to the estimate: results of another version must not be found in a cache
@@ -99,13 +96,27 @@ def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: D
 
 
 def estimate_together(
-    model: FlowMap, dataset: Dataset, settings: StatisticsConfig, group: ProcessGroup
+    model: FlowMap,
+    dataset: Dataset,
+    settings: StatisticsConfig,
+    group: ProcessGroup = ProcessGroup(),
+    partial: FilePath | None = None,
+    quiet: bool = True,
 ) -> TrajectoryStatistics:
-    """The plain estimate, each process taking its share of the samples; every process returns the same."""
-    begin = time.perf_counter()
-    estimator = make_estimator(model, dataset, settings)
-    for first in range(group.index * BATCH, settings.samples, group.count * BATCH):
+    """The plain estimate, each process taking its share of the samples; every process returns the same.
+
+    partial: a file that keeps what one process has estimated so far, and from which it goes on.
+    """
+    estimator, begin = make_estimator(model, dataset, settings), time.perf_counter()
+    saved, begin = begin, begin - (0.0 if partial is None else _resume(estimator, partial))
+    todo = range(estimator.seen + group.index * BATCH, settings.samples, group.count * BATCH)
+    for first in tqdm(todo, desc="statistics of the teacher", unit_scale=BATCH, disable=quiet, leave=False):
         estimator.update(first, min(BATCH, settings.samples - first))
+        now = time.perf_counter()
+        if partial is not None and now - saved > _SAVE_SECONDS:
+            state = estimator.state() | {"seconds": torch.tensor(now - begin, dtype=torch.float64)}
+            write_atomically(partial, save(state))
+            saved = now
     estimator.restore({"sums": group.total(estimator.sums)})
     return estimator.statistics(time.perf_counter() - begin)
 
@@ -129,8 +140,8 @@ def kept_statistics(
     model: FlowMap,
     dataset: Dataset,
     settings: StatisticsConfig,
-    progress: Progress | None = None,
     group: ProcessGroup = ProcessGroup(),
+    quiet: bool = True,
 ) -> TrajectoryStatistics:
     """The statistics kept in the model's folder, or estimated now and kept there.
 
@@ -141,27 +152,11 @@ def kept_statistics(
     there = torch.tensor(float(file.is_file()), device=next(model.parameters()).device)
     if int(group.total(there)) == group.count:  # without a disk in common some may have it and others not
         return prepared(_read(file), settings, dataset)
-    if group.count > 1:
-        found = estimate_together(model, dataset, settings, group)
-        if group.index == 0:
-            found.save(file)
-        return prepared(found, settings, dataset)
     partial = file.with_suffix(".partial.safetensors")
-    estimator = make_estimator(model, dataset, settings)
-    spent = _resume(estimator, partial)
-    saved = begin = time.perf_counter()
-    for first in range(estimator.seen, settings.samples, BATCH):
-        estimator.update(first, min(BATCH, settings.samples - first))
-        if progress is not None:
-            progress(estimator.seen, settings.samples)
-        now = time.perf_counter()
-        if now - saved > _SAVE_SECONDS and estimator.seen < settings.samples:
-            state = estimator.state() | {"seconds": torch.tensor(spent + now - begin, dtype=torch.float64)}
-            write_atomically(partial, save(state))
-            saved = now
-    found = estimator.statistics(spent + time.perf_counter() - begin)
-    found.save(file)
-    partial.unlink(missing_ok=True)
+    found = estimate_together(model, dataset, settings, group, partial if group.count == 1 else None, quiet)
+    if group.index == 0:
+        found.save(file)
+        partial.unlink(missing_ok=True)
     return prepared(found, settings, dataset)
 
 
@@ -184,19 +179,12 @@ def first_statistics(
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
-    if config.statistics.refresh_images:
-        found = estimate_together(untrained.to(device), dataset, config.statistics, group)
-        return prepared(found, config.statistics, dataset)
-    assert teacher is not None
     folder = FilePath(config.teacher)
-    if not folder.is_dir():  # a teacher of the user's own, which has no place to keep them
-        return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
-    with tqdm(total=config.statistics.samples, desc="statistics of the teacher", disable=quiet, leave=False) as bar:
-
-        def progress(done: int, samples: int) -> None:
-            bar.update(done - bar.n)
-
-        return kept_statistics(folder, teacher, dataset, config.statistics, progress, group)
+    if teacher is not None and folder.is_dir() and not config.statistics.refresh_images:
+        return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
+    # Of the run's own network, or of a teacher of the user's own, which has no place to keep them.
+    source = untrained.to(device) if teacher is None or config.statistics.refresh_images else teacher
+    return prepared(estimate_together(source, dataset, config.statistics, group), config.statistics, dataset)
 
 
 def _read(file: FilePath) -> TrajectoryStatistics:

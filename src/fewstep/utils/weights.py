@@ -28,12 +28,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights strictly; raises CheckpointError naming the first tensors that differ in name or shape."""
-    own = {key: list(value.shape) for key, value in module.state_dict().items()}
-    given = {key: list(value.shape) for key, value in weights.items()}
-    lines = differences(own, given)  # type: ignore[arg-type]  # lists of ints are JSON values
+    check_shapes({key: value.shape for key, value in module.state_dict().items()}, weights, source)
+    module.load_state_dict(weights)
+
+
+def check_shapes(
+    own: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], source: str, of: str = "another architecture"
+) -> None:
+    """Raise CheckpointError naming the first tensors that differ in name or shape; of: what that means."""
+    shapes = {key: list(value.shape) for key, value in given.items()}
+    lines = differences({key: list(shape) for key, shape in own.items()}, shapes)  # type: ignore[arg-type]  # JSON values
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise CheckpointError(
-            f"{source} is of another architecture: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)"
-        )
-    module.load_state_dict(weights)
+        raise CheckpointError(f"{source} is of {of}: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)")
