@@ -9,7 +9,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +25,28 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 _SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, ConfigError)
 
 
-class guarded:
+@contextmanager
+def guarded(target: Path) -> Iterator[None]:
     """`with guarded(file):` turns an OSError (disk full, no permission) into a CheckpointError that names the file."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise CheckpointError(
-                f"cannot write {self.target}: {reason}; free some space or give another folder with --out"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {error.strerror or error}; free some space or give another folder with --out"
+        ) from error
 
 
-class reading:
+@contextmanager
+def reading(file: Path | str, advice: str, kind: type[FewstepError] = CheckpointError) -> Iterator[None]:
     """`with reading(file, advice):` turns what a damaged file does to its reader into one line of the given kind.
 
     It names the file, the reason, and what to do about it.
     """
-
-    def __init__(self, file: Path | str, advice: str, kind: type[FewstepError] = CheckpointError) -> None:
-        self.file, self.advice, self.kind = file, advice, kind
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, _SPOILT):
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise self.kind(f"{self.file} is damaged ({reason}): {self.advice}") from error
+    try:
+        yield
+    except _SPOILT as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise kind(f"{file} is damaged ({reason}): {advice}") from error
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -111,7 +100,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def reading_line(file: Path, number: int) -> reading:
+def reading_line(file: Path, number: int) -> AbstractContextManager[None]:
     """`reading` for a line, counted from 1, of a file that can do without it."""
     return reading(f"{file}, line {number}", "delete that line")
 

@@ -77,7 +77,9 @@ def take_kinds(settings: Any) -> None:
 
 def with_defaults(cls: type) -> Any:
     """A part as it is when nothing is set; raises ConfigError where some field has no default."""
-    missing = [field.name for field in dataclasses.fields(cls) if field.init and not _has_default(field)]
+    missing = [
+        f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ConfigError(f"{stored_name(cls)} has fields without a default, {', '.join(missing)}: give each one")
     return cls()
@@ -189,10 +191,6 @@ def _outside(annotation: Any, name: str) -> type:
     raise ConfigError(
         f"{name} lacks {lacking}" if lacking else f"{name} is no dataclass: put @dataclass(frozen=True) on it"
     )
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _file_of(cls: type) -> Path:

@@ -88,7 +88,11 @@ def from_json(cls: type[T], data: Any, where: str = "") -> T:
 def _decode(annotation: Any, data: Any, where: str) -> Any:
     origin = typing.get_origin(annotation)
     if origin in (Union, types.UnionType):
-        return _decode_union(typing.get_args(annotation), data, where)
+        options = typing.get_args(annotation)
+        rest = [option for option in options if option is not type(None)]
+        if data is None and len(rest) < len(options):
+            return None
+        return _decode(rest[0], data, where) if len(rest) == 1 else _decode_one_of(rest, data, where)
     if origin is Literal:
         return _expect(data in typing.get_args(annotation), data, where, f"one of {typing.get_args(annotation)}")
     if origin is tuple:
@@ -103,22 +107,13 @@ def _decode(annotation: Any, data: Any, where: str) -> Any:
         return _decode_tensor(data, where)
     if annotation is type(None):
         return _expect(data is None, data, where, "null")
-    return _decode_dataclass(annotation, data, where)
+    return _decode_one_of([annotation], data, where)
 
 
 def _expect(fits: bool, data: Any, where: str, what: str) -> Any:
     if not fits:
         raise ConfigError(f"{where} must be {what}, got {_shown(data)}")
     return data
-
-
-def _decode_union(options: tuple[Any, ...], data: Any, where: str) -> Any:
-    if data is None and type(None) in options:
-        return None
-    rest = [option for option in options if option is not type(None)]
-    if len(rest) == 1:
-        return _decode(rest[0], data, where)
-    return _decode_one_of(rest, data, where)
 
 
 def _decode_tuple(items: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
@@ -147,10 +142,6 @@ def _decode_tensor(data: Any, where: str) -> Tensor:
     found = torch.tensor(numbers, dtype=_DTYPES[name]).reshape(shape)
     _expect(bool(found.isfinite().all()), "others", f"{where}.values", "finite numbers")
     return found
-
-
-def _decode_dataclass(cls: type, data: Any, where: str) -> Any:
-    return _decode_one_of([cls], data, where)
 
 
 def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
