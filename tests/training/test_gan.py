@@ -223,7 +223,9 @@ def test_the_discriminator_is_stored_and_damage_is_named(
     trainer.release()
     file = run.last_checkpoint() / "discriminator.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "hidden" not in key}, file)
-    with pytest.raises(CheckpointError, match=r"discriminator\.safetensors is of another architecture: hidden"):
+    with pytest.raises(
+        CheckpointError, match=r"discriminator\.safetensors is of another architecture: discriminator\.hidden"
+    ):
         train(config, digits, run, RUNTIME)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"discriminator\.safetensors: no such file"):
