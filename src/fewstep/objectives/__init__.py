@@ -4,7 +4,7 @@ from fewstep.objectives.base import ALONE, Batch, Companions, FakeSamples, Losse
 from fewstep.objectives.consistency import CT, ECT
 from fewstep.objectives.ctm import CTM
 from fewstep.objectives.distillation import CD, TeacherSteps
-from fewstep.objectives.eulerian import distillation_error, eulerian_residual
+from fewstep.objectives.eulerian import eulerian_error, eulerian_residual
 from fewstep.objectives.flow_matching import DiagonalMatching
 from fewstep.objectives.isd import ISD
 from fewstep.objectives.losses import Distance, Weighting
@@ -44,6 +44,6 @@ __all__ = [
     "Tangent",
     "TeacherSteps",
     "Weighting",
-    "distillation_error",
+    "eulerian_error",
     "eulerian_residual",
 ]

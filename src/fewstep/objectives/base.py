@@ -14,7 +14,7 @@ from fewstep.flow.paths import Path
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
-from fewstep.utils.tensors import expand
+from fewstep.utils.tensors import check_share, expand
 
 Acting = Literal["map", "gamma", "euler", "mean"]
 """How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
@@ -177,8 +177,7 @@ class Objective(ABC):
     """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_dropout <= 1:
-            raise ConfigError(f"label dropout is {self.label_dropout}; it must lie in [0, 1]")
+        check_share("label dropout", self.label_dropout)
         if self.target_decay is not None and not 0 <= self.target_decay < 1:
             raise ConfigError(f"decay of the target is {self.target_decay}; it must lie in [0, 1)")
 

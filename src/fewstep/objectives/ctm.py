@@ -1,6 +1,5 @@
 """Consistency trajectory models (2310.02279; math.md section 4)."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -16,6 +15,7 @@ from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
 from fewstep.objectives.losses import DistanceObjective, generator_loss, gradient_balance
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import check_not_negative
 
 STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
 
@@ -54,11 +54,7 @@ class CTM(DistanceObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.denoising < math.inf and 0 <= self.gan < math.inf):
-            raise ConfigError(
-                f"weights of the denoising and adversarial losses are {self.denoising} and {self.gan}; "
-                "they must be finite and at least 0"
-            )
+        check_not_negative(denoising=self.denoising, gan=self.gan)
 
     needs_teacher: ClassVar[bool] = True
 

@@ -16,41 +16,30 @@ def eulerian_residual(
     x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map. A preconditioning with an
     origin m adds (-alpha_t' f - alpha_t f_t - g_t) m (math.md section 3.6).
     """
-    d, p = flow_map.preconditioning.derivatives(t, s), flow_map.path.values(t)
+    d = flow_map.preconditioning.derivatives(t, s)
     f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in d)
     residual = f_t * x + f * v + g_t * output + g * d_output
     origin = flow_map.preconditioning.origin
     if origin is None:
         return residual
+    p = flow_map.path.values(t)
     return residual + expand(-p.d_alpha * d.f - p.alpha * d.f_t - d.g_t, x).to(x.dtype) * origin.to(x)
-
-
-def distillation_error(
-    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
-    """Error against the self-distillation target, with gradient through N = output alone.
-
-    Where the preconditioning allows it the target is N_target = sg(N + R) and the error N - N_target; otherwise the
-    step is taken in the map, X_target = sg(X - (t - s) R), and the error is (X - X_target)/(t - s)
-    = g/(t - s) (N - sg N) + R, whose limit at s = t has g/(t - s) -> -g_s.
-    """
-    frozen = output.detach()
-    residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
-    if flow_map.preconditioning.target_in_network:
-        return (output - frozen) - residual
-    gap = t - s
-    g = flow_map.preconditioning.coefficients(t, s)[1]
-    g_s = flow_map.preconditioning.diagonal(t)[1]
-    slope = torch.where(gap > 0, g / torch.where(gap > 0, gap, 1.0), -g_s)
-    return expand(slope, x).to(x.dtype) * (output - frozen) + residual
 
 
 def eulerian_error(
     flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
 ) -> Comparison:
-    """`distillation_error` with its sides: N and its target, or (X - x)/(t - s) where the step is taken in the map."""
-    error = distillation_error(flow_map, x, v, output, d_output, t, s)
+    """Error against the self-distillation target, with gradient through N = output alone, and its sides.
+
+    Where the preconditioning allows it the target is N_target = sg(N + R) and the error N - N_target; otherwise the
+    step is taken in the map, X_target = sg(X - (t - s) R), what is compared (X - x)/(t - s), and the error
+    (X - X_target)/(t - s) = g/(t - s) (N - sg N) + R, whose limit at s = t has g/(t - s) -> -g_s.
+    """
+    frozen = output.detach()
+    residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
     if flow_map.preconditioning.target_in_network:
-        return Comparison(error, output, d_output)
-    gap = expand(torch.where(t > s, t - s, 1.0), x).to(x.dtype)
-    return Comparison(error, (flow_map.apply_jump(x, output.detach(), t, s) - x) / gap, d_output)
+        return Comparison((output - frozen) - residual, output, d_output)
+    gap = torch.where(t > s, t - s, 1.0)
+    g, g_s = flow_map.preconditioning.coefficients(t, s)[1], flow_map.preconditioning.diagonal(t)[1]
+    error = expand(torch.where(t > s, g / gap, -g_s), x).to(x.dtype) * (output - frozen) + residual
+    return Comparison(error, (flow_map.apply_jump(x, frozen, t, s) - x) / expand(gap, x).to(x.dtype), d_output)

@@ -11,9 +11,8 @@ from torch.nn.functional import relu
 
 from fewstep.flow.paths import Path
 from fewstep.objectives.base import Batch, Companions, DiscriminatorFunction, Objective
-from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_choice, check_positive, expand
+from fewstep.utils.tensors import check_choice, check_not_negative, check_positive, expand
 
 LossNorm = Literal["l2", "pseudo-huber", "pseudo-huber-mean"]
 TimeWeight = Literal["none", "cosine"]
@@ -71,8 +70,7 @@ class Weighting:
         check_choice("norm", self.norm, get_args(LossNorm))
         check_choice("time_weight", self.time_weight, get_args(TimeWeight))
         check_positive(huber_c=self.huber_c, weight_eps=self.weight_eps)
-        if not 0 <= self.weight_power < math.inf:
-            raise ConfigError(f"power of the adaptive weight is {self.weight_power}; it must be finite and at least 0")
+        check_not_negative(weight_power=self.weight_power)
 
     def measure(self, error: Tensor) -> Tensor:
         """(B, ...) -> (B,), not weighted yet."""

@@ -21,7 +21,7 @@ from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_positive, expand
+from fewstep.utils.tensors import check_not_negative, check_positive, expand
 
 
 @final
@@ -47,8 +47,7 @@ class Tangent:
 
     def __post_init__(self) -> None:
         check_positive(constant=self.constant)
-        if self.warm_up_images < 0:
-            raise ConfigError(f"warm_up_images is {self.warm_up_images}; it must be at least 0")
+        check_not_negative(warm_up_images=self.warm_up_images)
 
     def warmed_up(self, images: int) -> float:
         """r, which rises from 0 to 1 over the images seen."""

@@ -59,6 +59,13 @@ def check_positive(**values: float) -> None:
             raise ConfigError(f"{name} is {value}; it must be positive and finite")
 
 
+def check_not_negative(**values: float) -> None:
+    """Raise ConfigError, by its name, for a value that is negative or not finite."""
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be finite and at least 0")
+
+
 def check_share(name: str, share: float) -> None:
     """Raise ConfigError unless the share lies in [0, 1]."""
     if not 0 <= share <= 1:
