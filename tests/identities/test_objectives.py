@@ -345,14 +345,14 @@ def test_settings_out_of_their_range_are_refused(make: Callable[[], object]) -> 
     ("make", "message"),
     [
         *(
-            (lambda kind=kind: made(kind, weight_power=-1.0), "power .* is -1.0")
+            (lambda kind=kind: made(kind, weight_power=-1.0), "weight_power is -1.0")
             for kind in (ISD, MeanFlow, ESD, LSD, PSD, Shortcut)
         ),
-        (lambda: made(ISD, weight_power=math.nan), "power .* is nan"),
+        (lambda: made(ISD, weight_power=math.nan), "weight_power is nan"),
         (lambda: FixedGuidance(math.inf), "finite omega"),
         (lambda: DrawnGuidance(math.inf), "finite omega_max"),
-        (lambda: ECT(k=math.nan), "finite k, b"),
-        (lambda: ECT(b=math.inf), "finite k, b"),
+        (lambda: ECT(k=math.nan), "k is nan"),
+        (lambda: ECT(b=math.inf), "b is inf"),
         (lambda: CTM(denoising=math.nan), "finite and at least 0"),
         (lambda: made(ISD, norm="huber"), "norm is 'huber'; choose one of l2, pseudo-huber"),  # type: ignore[arg-type]
         (lambda: made(CT, kind="huber"), "distance is 'huber'"),  # type: ignore[arg-type]
