@@ -109,16 +109,18 @@ class Grid(Generic[C]):
         today = {name: self.settings(cells[name]) for name in cells.keys() & stored.keys()}
         return {name: own for name, own in today.items() if own != stored[name][-1].get("settings", "")}
 
+    def count(self) -> str:
+        """How many cells there are, how many are missing, and how many were stored with other settings."""
+        cells, missing, changed = len(self.cells()), self.missing(), len(self.changed())
+        return f"{cells} cells: {missing} missing, {changed} stored with other settings"
+
     def rekey(self) -> int:
         """Give stored cells the digests of today's settings; how many had others."""
-        changed = self.changed()
-        rows = [
-            row | ({"settings": changed[name]} if name in changed else {})
-            for name, own in self.stored().items()
-            for row in own
-        ]
+        changed, stored = self.changed(), self.stored()
+        for name, digest in changed.items():
+            stored[name] = [row | {"settings": digest} for row in stored[name]]
         if changed:
-            write_atomically(self.file, lines(rows))
+            write_atomically(self.file, lines(row for rows in stored.values() for row in rows))
         return len(changed)
 
 
@@ -152,26 +154,22 @@ class Study:
 
         def plan() -> None:
             """Count the cells that are stored, missing, and stored with other settings than today's."""
-            assert self.grid is not None
-            print(f"{len(self.grid.cells())} cells: {self.grid.missing()} missing, ", end="", flush=True)
-            print(f"{len(self.grid.changed())} stored with other settings")
+            print(grid.count())
 
         def rekey() -> None:
             """Give stored cells the digests of today's settings: only where nothing but names has changed."""
-            assert self.grid is not None
-            print(f"{self.grid.rekey()} cells have a new digest")
+            print(f"{grid.rekey()} cells have a new digest")
 
-        shared = {"table": table, "page": page} | ({"plan": plan, "rekey": rekey} if self.grid else {})
+        shared, grid = {"table": table, "page": page}, self.grid
+        shared |= {"plan": plan, "rekey": rekey} if grid else {}
         named = {name.replace("_", "-"): command for name, command in (commands | shared).items()}
         tyro.extras.subcommand_cli_from_dict(named, prog=f"python -m benchmarks.{self.name}")
 
     def pages(self) -> Iterator[tuple[Path, str]]:
         """Pages that have a place for these tables, and what they say then."""
-        for file in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
-            before = file.read_text()
-            after = MARK.sub(self._filled, before)
-            if f"<!-- table: {self.name}" in before:
-                yield file, after
+        for file in [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]:
+            if f"<!-- table: {self.name}" in (text := file.read_text()):
+                yield file, MARK.sub(self._filled, text)
 
     def _filled(self, found: re.Match[str]) -> str:
         if found[2] != self.name:
@@ -187,8 +185,7 @@ def lines(rows: Iterable[Row]) -> str:
 
 def read(file: Path) -> list[Row]:
     """The rows of a JSON file, none where it is not there."""
-    found: list[Row] = json.loads(file.read_text()) if file.is_file() else []
-    return found
+    return json.loads(file.read_text()) if file.is_file() else []  # type: ignore[no-any-return]
 
 
 def write(file: Path, rows: Any) -> None:
@@ -223,10 +220,8 @@ def chosen(rows: Iterable[Row], **wanted: object) -> list[Row]:
 
 def interval(values: Sequence[float], digits: int = 2, between: str = "-") -> str:
     """Mean (smallest to largest); empty without values."""
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}{between}{max(values):.{digits}f})"
+    shown = [f"{f(values):.{digits}f}" for f in (statistics.fmean, min, max)] if values else [""]
+    return f"{shown[0]} ({shown[1]}{between}{shown[2]})" if len(values) > 1 else shown[0]
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -290,5 +285,5 @@ def take_turns(
 
 def time_ratio(own: Sequence[float], base: Sequence[float]) -> Row:
     """Median and quartiles over turns of one job's time over another's."""
-    quartiles = statistics.quantiles([a / b for a, b in zip(own, base, strict=True)], n=4)
-    return {name: round(quartiles[i], 3) for name, i in (("ratio", 1), ("low", 0), ("high", 2))}
+    low, ratio, high = statistics.quantiles([a / b for a, b in zip(own, base, strict=True)], n=4)
+    return {"ratio": round(ratio, 3), "low": round(low, 3), "high": round(high, 3)}

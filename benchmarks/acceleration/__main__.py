@@ -1,29 +1,174 @@
 """Does a computed preconditioning train faster? CTM students of one teacher, by method and seed, paired.
 
 Students of one seed share the teacher's weights as a start, the order of the data and all random numbers; only the
-method differs.
+method differs. A ratio of 2 means half the steps to equal quality, to the worst final value among all runs of both
+methods, which every run reaches: the ratio is symmetric. Time counts until a curve stays there.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from benchmarks.acceleration import anatomy as parts
-from benchmarks.acceleration.students import GRID, PLANS, Cell, Truth, chosen, train_cell
-from benchmarks.acceleration.tables import draw, tables
-from benchmarks.harness import Cache, Seeds, Study, Worker
+from benchmarks.acceleration.students import GRID, LEVELS, PLANS, Cell, Truth, methods, train_cell
+from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, markdown, read
 from fewstep import load, load_dataset
+from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup
 from fewstep.evaluation.metrics.features import default_extractor
+from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
+from fewstep.evaluation.report.numbers import NOTHING
 from fewstep.recipes import recipe
+
+INTERMEDIATE = "all jumps to levels in between"
+BETWEEN = (INTERMEDIATE, 1)
+SHOWN = (
+    ("jump 80 -> 0.002", 1), ("jump 0.59 -> 0.002", 1), BETWEEN, ("jump 80 -> 12.9", 1),
+    ("jump 80 -> 1.9", 1), ("jump 12.9 -> 1.9", 1), ("jump 80 -> 0.59", 1), ("jump 12.9 -> 0.59", 1),
+    ("jump 1.9 -> 0.59", 1), ("sample", 1), ("sample", 2), ("sample", 4), ("frechet", 1), ("frechet", 2),
+    ("frechet", 4),
+)  # fmt: skip
+UNSTEADY = SHOWN[3:6]
+"""Jumps whose curves rise before they fall."""
+AT_END = (*SHOWN[3:9], ("sample", 2), ("frechet", 2), ("frechet", 4))
+ABLATIONS = {
+    "analytic, 16384 samples": "16,384 samples in place of 256", "analytic, 4096 samples": "4,096 samples",
+    "analytic, 1024 samples": "1,024 samples", "analytic, 64 samples": "64 samples",
+    "analytic, not shrunk": "not shrunk", "analytic, own statistics": "the student's own statistics, refreshed",
+    "analytic, s only": "`s` only", "analytic, raw": "raw (about zero)", "analytic, l only": "`l` only",
+    "analytic, forward": "forward form",
+}  # fmt: skip
+NAMES = {"teacher": "the teacher's ODE", "euler": "Euler", "analytic": "computed"}
+Curve = list[tuple[float, float]]
+
+
+def curves(cells: list[Row], method: str, measure: str, nfe: int) -> dict[int, Curve]:
+    """Seed -> [(step, value)] of one data set's cells; INTERMEDIATE: root mean square over those jumps."""
+    found: dict[int, Curve] = {}
+    for cell in chosen(cells, method=method):
+        values: dict[int, list[float]] = {}
+        for row in chosen(cell["curve"], nfe=nfe):
+            name = INTERMEDIATE if measure == INTERMEDIATE and intermediate(row["measure"]) else row["measure"]
+            if name == measure:
+                values.setdefault(row["step"], []).append(row["value"])
+        if values:
+            found[cell["seed"]] = [(step, math.hypot(*own) / len(own) ** 0.5) for step, own in values.items()]
+    return found
+
+
+def intermediate(measure: str) -> bool:
+    """Whether it is a jump that stops above the data end."""
+    return measure.startswith("jump") and not measure.endswith(f"-> {LEVELS[-1]:g}")
+
+
+def compare(cells: list[Row], baseline: str, method: str, measure: str, nfe: int) -> Row | None:
+    """How many times fewer steps `method` takes than `baseline` over the seeds that both have, on one data set.
+
+    at_start: runs that are at the target at their first moment, whose time is only known to be no longer; where there
+    are any, the ratio and its ends are None. final: means of the last values, the baseline's first. None where a method
+    lacks the measure, or a run ends without a finite value.
+    """
+    both = [curves(cells, name, measure, nfe) for name in (baseline, method)]
+    seeds = both[0].keys() & both[1].keys()
+    slow, fast = ({seed: own[seed] for seed in seeds} for own in both)
+    target = common_target([*slow.values(), *fast.values()]) if seeds else math.nan
+    if not math.isfinite(target):
+        return None
+    found = speedup(slow, fast, [target])
+    known = (None, None, None) if found.at_start else (found.ratio, found.low, found.high)
+    final = [fmean(curve[-1][1] for curve in own.values()) for own in (slow, fast)]
+    return dict(zip(("ratio", "low", "high"), known, strict=True)) | {"at_start": found.at_start, "final": final}
+
+
+def tables() -> dict[str, str]:
+    """The page's tables."""
+    cells = {dataset: chosen(GRID.rows(), dataset=dataset) for dataset in PLANS}
+    digits = cells["digits"]
+    main = {(key, name): compare(own, "euler", "analytic", *key) for key in SHOWN for name, own in cells.items()}
+    ablated = {shown: compare(digits, "analytic", name, *BETWEEN) for name, shown in ABLATIONS.items()}
+    return {
+        "Ratio of steps, Euler over computed": markdown(
+            ("ratio of steps", *PLANS),
+            [(named(*key) + " *" * (key in UNSTEADY), *(ratio(main[key, d]) for d in PLANS)) for key in SHOWN],
+        ),
+        "Error at the end, Euler and computed": markdown(
+            ("error at the end, Euler / computed", *PLANS),
+            [(named(*key), *(at_end(key[0], main[key, d]) for d in PLANS)) for key in AT_END],
+        ),
+        "Ablations on digits": markdown(
+            ("variant", "error", "ratio to the default"),
+            [(name, f"{row['final'][1]:#.3g}", ratio(row)) for name, row in ablated.items() if row],
+        ),
+        "Every last jump from every first, digits": two_call_table(read(parts.ANATOMY)),
+    }
+
+
+def named(measure: str, nfe: int) -> str:
+    """A measure as the page calls it."""
+    calls = "" if measure.startswith(("jump", "all")) else f", {nfe} call{'s' if nfe > 1 else ''}"
+    return measure.replace("->", "→").replace("frechet", "Fréchet distance").replace("sample", "sample error") + calls
+
+
+def ratio(row: Row | None) -> str:
+    """The ratio and its interval; a dash where there is none."""
+    if row is None or row["ratio"] is None:
+        return NOTHING
+    return f"{row['ratio']:.2f}" + ("" if row["low"] is None else f" ({row['low']:.2f}–{row['high']:.2f})")
+
+
+def at_end(measure: str, row: Row | None) -> str:
+    """Both methods' last values, the better one bold."""
+    if row is None:
+        return NOTHING
+    first, second = (format(value, "#.3g" if measure == "frechet" else ".3g") for value in row["final"])
+    if float(first) == float(second):
+        return f"{first} / {second}"
+    return f"**{first}** / {second}" if float(first) < float(second) else f"{first} / **{second}**"
+
+
+def two_call_table(rows: list[Row]) -> str:
+    """Frechet distance at the last moment, a mean over seeds, by the two jumps; of the anatomy."""
+    own = chosen(rows, dataset="digits", step=600)
+
+    def cells(kind: str, first: str) -> list[str]:
+        found = []
+        for last in NAMES:
+            values = [row["frechet"] for row in chosen(own, kind=kind, last=last, first=first)]
+            shown = f"{fmean(values):.2f}" if values else ""
+            found.append(f"**{shown}**" if first == last != "teacher" and kind == "two calls" else shown)
+        return found
+
+    firsts = NAMES | {"exchanged": "computed `f`, Euler's `g`", "reweighted": "computed, loss reweighted"}
+    found = [(shown, *cells("two calls", name)) for name, shown in firsts.items()]
+    found[3:3] = [(f"{NAMES[name]}, stretched", *cells("stretched", name)) for name in ("euler", "analytic")]
+    lasts = ("last jump by the teacher's ODE", *list(NAMES.values())[1:])
+    return markdown(("first jump by", *lasts), found)
+
+
+def draw() -> None:
+    """Learning curves of Euler and analytic, a row of panels for each data set."""
+    panels = []
+    for dataset in PLANS:
+        cells = chosen(GRID.rows(), dataset=dataset)
+        for measure in (BETWEEN, ("sample", 2), ("frechet", 1), ("frechet", 2)):
+            courses = []
+            for method in ("euler", "analytic"):
+                found = curves(cells, method, *measure).values()
+                mean = mean_curve([[(step * cells[0]["batch"], value) for step, value in own] for own in found])
+                courses.append(Course(method, mean.images, mean.mean, mean.low, mean.high))
+            panels.append(Panel(f"{dataset}: {named(*measure)}", tuple(courses)))
+    (FIGURES / "acceleration.png").write_bytes(comparison_curves(panels, columns=4))
+
 
 STUDY = Study("acceleration", tables, draw, GRID)
 
 
-def measured_against(recipe_name: str, teacher: Path, cache: Path | None) -> tuple[Any, ...]:
+def measured_against(dataset: str, teacher: Path, cache: Path | None) -> tuple[Any, ...]:
     """The teacher, the data, and the features of a classifier of the same data with their classes."""
-    data = recipe(recipe_name).data
+    data = recipe(PLANS[dataset].recipe).data
     extractor = default_extractor(load_dataset(replace(data, labels=True)), cache=cache)
     return load(teacher).flow_map, load_dataset(data), extractor
 
@@ -31,7 +176,7 @@ def measured_against(recipe_name: str, teacher: Path, cache: Path | None) -> tup
 def run(
     dataset: Annotated[str, Positional],
     teacher: Path,
-    methods: tuple[str, ...] = ("euler", "analytic"),
+    names: Annotated[tuple[str, ...], arg(name="methods")] = ("euler", "analytic"),
     seeds: Seeds = (0, 1, 2),
     worker: Worker = "0/1",
     cache: Cache = None,
@@ -41,12 +186,12 @@ def run(
     Args:
         dataset: mixture, digits, digits-long or fashion
         teacher: run folder of the trained teacher
-        methods: names of methods
+        names: names of methods
     """
-    if unknown := sorted(set(methods) - set(chosen(dataset))):
-        raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(chosen(dataset))}")
-    truth = Truth(PLANS[dataset], *measured_against(PLANS[dataset].recipe, teacher, cache))
-    cells = [Cell(dataset, name, seed) for seed in seeds for name in methods]
+    if unknown := sorted(set(names) - set(methods(dataset))):
+        raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
+    truth = Truth(PLANS[dataset], *measured_against(dataset, teacher, cache))
+    cells = [Cell(dataset, name, seed) for seed in seeds for name in names]
     GRID.run(cells, lambda cell: [train_cell(cell, teacher, truth)], worker)
 
 
@@ -60,8 +205,7 @@ def anatomy(
         teacher: run folder of the trained teacher
         models: folder for the students' weights; one that is there is not trained again
     """
-    subject = parts.SUBJECTS[dataset]
-    scene = parts.Scene(subject, *measured_against(subject.recipe, teacher, cache))
+    scene = parts.Scene(parts.SUBJECTS[dataset], *measured_against(dataset, teacher, cache))
     for seed in seeds:
         parts.store(dataset, seed, parts.take_apart(scene, teacher, seed, models / dataset / f"seed-{seed}"))
 

@@ -23,20 +23,17 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from benchmarks.acceleration.students import HIGHEST, LOWEST, Judge, methods
-from benchmarks.acceleration.tables import ANATOMY
-from benchmarks.harness import Row, read, show, train_to, trainer_of, write
+from benchmarks.acceleration.students import HIGHEST, LOWEST, PLANS, Judge, methods
+from benchmarks.harness import RESULTS, Row, read, show, train_to, trainer_of, write
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
-from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.flow.flow_map import at
-from fewstep.recipes import recipe
 from fewstep.sampling.pipeline import load_pipeline
 from fewstep.training.loop import Trainer
 
+ANATOMY = RESULTS / "acceleration_anatomy.json"
 JUMPS = ((12.9, 1.9), (12.9, 0.59), (1.9, 0.59))
 BOTH = ("euler", "analytic")
-Maps = dict[str, fs.FlowMap | None]
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,23 @@ class Subject:
     middle: where the first jump stops. components: bands of principal components; the first `leading` are stretched.
     """
 
-    recipe: str
-    steps: int
+    dataset: str
     middle: float
     samples: int
     components: tuple[tuple[int, int], ...]
     leading: int
-    students: tuple[str, ...]
+    students: tuple[str, ...] = BOTH
+
+    @property
+    def steps(self) -> int:
+        """How long its students train."""
+        return PLANS[self.dataset].moments[-1]
 
 
 DIGITS, MIXTURE = ((0, 4), (4, 10), (10, 20), (20, 35), (35, 64)), ((0, 2), (2, 5), (5, 10), (10, 16))
 SUBJECTS = {
-    "digits": Subject("ctm-digits", 600, 0.9, 1180, DIGITS, 10, (*BOTH, "reweighted", "exchanged")),
-    "mixture": Subject("ctm-mixture", 900, 1.9, 4000, MIXTURE, 5, BOTH),
+    "digits": Subject("digits", 0.9, 1180, DIGITS, 10, (*BOTH, "reweighted", "exchanged")),
+    "mixture": Subject("mixture", 1.9, 4000, MIXTURE, 5),
 }
 
 
@@ -98,16 +99,15 @@ def intervene(trainer: Trainer, name: str) -> None:
             model.preconditioning = Exchanged(model.preconditioning)
 
 
-def train_student(name: str, subject: Subject, teacher: Path, dataset: fs.Dataset, seed: int, models: Path) -> None:
+def train_student(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -> None:
     """Keep a student's averaged weights of before the first step and after the last, unless they are there."""
-    if (models / f"{name}-{subject.steps}").exists():
+    steps = scene.subject.steps
+    if (models / f"{name}-{steps}").exists():
         return
-    base = replace(recipe(subject.recipe), teacher=str(teacher))
-    config = methods(base)["euler" if name == "euler" else "analytic"]
-    training = replace(base.training, images=subject.steps * base.training.batch_size, seed=seed)
-    with trainer_of(replace(config, training=training), dataset) as trainer:
+    config = replace(methods(scene.subject.dataset)["euler" if name == "euler" else "analytic"], teacher=str(teacher))
+    with trainer_of(replace(config, training=replace(config.training, seed=seed)), scene.dataset) as trainer:
         intervene(trainer, name)
-        for moment in (0, subject.steps):
+        for moment in (0, steps):
             train_to(trainer, moment)
             trainer.show(lambda model, step: model.save(models / f"{name}-{step}"))
 
@@ -145,9 +145,9 @@ class Scene(Judge):
         """From noise to the middle."""
         return self.jump(model, self.start, HIGHEST, self.subject.middle)
 
-    def frechet(self, model: fs.FlowMap | None, middle: Tensor) -> float:
-        """Of samples whose last jump is the model's."""
-        return frechet_distance(self.features_of(self.jump(model, middle, self.subject.middle, LOWEST)), self.real)
+    def last_jump(self, model: fs.FlowMap | None, middle: Tensor) -> float:
+        """Frechet distance of samples whose last jump is the model's."""
+        return self.frechet(self.jump(model, middle, self.subject.middle, LOWEST), self.real)
 
     def components(self, x: Tensor) -> Tensor:
         """Coordinates along the data's principal components, (B, d) float64."""
@@ -182,12 +182,12 @@ def jump_rows(scene: Scene, name: str, model: fs.FlowMap, high: float, low: floa
     return rows
 
 
-def two_call_rows(scene: Scene, models: Maps) -> list[Row]:
+def two_call_rows(scene: Scene, models: dict[str, fs.FlowMap | None]) -> list[Row]:
     """Every last jump from every first, and from those of the two methods stretched."""
     middles = {("two calls", name): scene.first_jump(model) for name, model in models.items()}
     middles |= {("stretched", name): scene.stretched(middles["two calls", name]) for name in BOTH}
     return [
-        {"kind": kind, "first": first, "last": last, "frechet": scene.frechet(model, middle)}
+        {"kind": kind, "first": first, "last": last, "frechet": scene.last_jump(model, middle)}
         for last, model in models.items()
         for (kind, first), middle in middles.items()
         if kind == "two calls" or last in BOTH
@@ -198,16 +198,12 @@ def take_apart(scene: Scene, teacher: Path, seed: int, models: Path) -> list[Row
     """All rows of a seed, its students trained unless they are there."""
     rows: list[Row] = []
     for name in scene.subject.students:
-        train_student(name, scene.subject, teacher, scene.dataset, seed, models)
+        train_student(name, scene, teacher, seed, models)
     for step in (0, scene.subject.steps):
         students = {name: kept(models, name, step) for name in scene.subject.students}
-        found = [
-            row
-            for name, model in students.items()
-            for ends in scene.jumps
-            for row in jump_rows(scene, name, model, *ends)
-        ]
-        found += two_call_rows(scene, {"teacher": None, **students}) if step else []
+        found = two_call_rows(scene, {"teacher": None, **students}) if step else []
+        for name, model in students.items():
+            found += [row for ends in scene.jumps for row in jump_rows(scene, name, model, *ends)]
         rows += [{"step": step, **row} for row in found]
     return rows
 

@@ -8,17 +8,17 @@ The times between of 2- and 4-step sampling are searched for each method, seed a
 data and noise, and the figure is taken on the other half.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import fewstep as fs
 from benchmarks.harness import RESULTS, Grid, Row, digest, train_to, trainer_of
-from fewstep import CD, CTM, Condition, Dataset, FlowMap, Pipeline, PreconditioningConfig, RunConfig, TeacherSteps
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import frechet_distance
@@ -56,32 +56,34 @@ PLANS = {
 }
 
 
-def methods(base: RunConfig) -> dict[str, RunConfig]:
-    """Every method of the study as the recipe with one thing changed."""
+@cache
+def methods(dataset: str) -> dict[str, fs.RunConfig]:
+    """Every method on a data set: the recipe, as long as the plan says, with one thing changed."""
+    plan = PLANS[dataset]
+    base = recipe(plan.recipe)
+    refresh = base.training.images // 40
+    base = replace(base, training=replace(base.training, images=plan.moments[-1] * base.training.batch_size))
 
-    def model(name: str) -> RunConfig:
-        return replace(base, model=replace(base.model, preconditioning=kind(PreconditioningConfig, name)))
+    def model(name: str) -> fs.RunConfig:
+        return replace(base, model=replace(base.model, preconditioning=kind(fs.PreconditioningConfig, name)))
 
-    def statistics(**changes: object) -> RunConfig:
+    def statistics(**changes: object) -> fs.RunConfig:
         return replace(base, statistics=replace(base.statistics, **changes))  # type: ignore[arg-type]
 
-    def adversarial(config: RunConfig) -> RunConfig:
-        assert isinstance(config.objective, CTM)
-        return replace(config, objective=replace(config.objective, gan=0.2))
-
-    cd = CD(steps=TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
+    euler, cd = model("euler"), fs.CD(steps=fs.TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
+    adversarial = replace(base.objective, gan=0.2)  # type: ignore[call-arg]
     return {
-        "euler": model("euler"),
+        "euler": euler,
         "analytic": base,
         "analytic, raw": statistics(centred=False),
         "analytic, not shrunk": statistics(shrink=False),
         "analytic, forward": model("analytic-forward"),
         "analytic, l only": statistics(use="l"),
         "analytic, s only": statistics(use="s"),
-        "analytic, own statistics": statistics(refresh_images=base.training.images // 40),
-        "CD, multistep": replace(model("euler"), objective=cd),
-        "euler, adversarial": adversarial(model("euler")),
-        "analytic, adversarial": adversarial(base),
+        "analytic, own statistics": statistics(refresh_images=refresh),
+        "CD, multistep": replace(euler, objective=cd),
+        "euler, adversarial": replace(euler, objective=adversarial),
+        "analytic, adversarial": replace(base, objective=adversarial),
         **{f"analytic, {count} samples": statistics(samples=count) for count in (64, 256, 1024, 4096, 16_384)},
     }
 
@@ -89,7 +91,7 @@ def methods(base: RunConfig) -> dict[str, RunConfig]:
 class Judge:
     """Held-out data in an extractor's features, and the teacher's ODE."""
 
-    def __init__(self, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+    def __init__(self, teacher: fs.FlowMap, dataset: fs.Dataset, extractor: Extractor) -> None:
         self.teacher, self.dataset, self.extractor = teacher, dataset, extractor
 
     def draw_noise(self, count: int) -> Tensor:
@@ -100,102 +102,89 @@ class Judge:
         """Of held-out data."""
         return torch.cat([self.extractor.features(self.dataset.heldout.fetch(i)[0]) for i in indices.split(1000)])
 
-    def features_of(self, samples: Tensor) -> Tensor:
-        """Of samples, within the data's range."""
+    def frechet(self, samples: Tensor, real: Tensor) -> float:
+        """Of samples, within the data's range, to features of real data."""
         inside = samples if self.dataset.data_range is None else samples.clamp(*self.dataset.data_range)
-        return self.extractor.features(inside)
+        return frechet_distance(self.extractor.features(inside), real)
 
     @torch.no_grad()
-    def solution(self, x: Tensor, times: tuple[float, ...], steps: int, cond: Condition | None = None) -> list[Tensor]:
+    def solution(self, x: Tensor, times: tuple[float, ...], steps: int) -> list[Tensor]:
         """The teacher's ODE from x on, at the other times."""
-        grid, cond = torch.tensor(times, dtype=torch.float64), cond or Condition()
-        return [*trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=steps, cond=cond)[1:]]
+        grid = torch.tensor(times, dtype=torch.float64)
+        return [*trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=steps)[1:]]
 
 
 class Truth(Judge):
     """The teacher's solutions that students are measured against, and the halves that times are searched on."""
 
     @torch.no_grad()
-    def __init__(self, plan: Plan, teacher: FlowMap, dataset: Dataset, extractor: Extractor) -> None:
+    def __init__(self, plan: Plan, teacher: fs.FlowMap, dataset: fs.Dataset, extractor: Extractor) -> None:
         super().__init__(teacher, dataset, extractor)
-        self.plan = plan
-        indices = torch.arange(min(plan.jumps, len(dataset.heldout)))
-        x0, labels = dataset.heldout.fetch(indices)
-        eps = Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
-        self.cond = Condition(labels)
+        self.plan, indices = plan, torch.arange(min(plan.jumps, len(dataset.heldout)))
+        x0, eps = dataset.heldout.fetch(indices)[0], Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
         self.starts = {high: x0 + high * eps for high in LEVELS[:-1]}
         self.ends: dict[tuple[float, float], Tensor] = {}
         for i, (high, start) in enumerate(self.starts.items()):
-            states = self.solution(start, LEVELS[i:], 16, self.cond)
+            states = self.solution(start, LEVELS[i:], 16)
             self.ends |= {(high, low): state for low, state in zip(LEVELS[i + 1 :], states, strict=True)}
-        self.labels = torch.arange(plan.samples) % dataset.num_classes if dataset.num_classes else None
         self.start = self.draw_noise(plan.samples)
-        few = slice(min(2 * plan.jumps, plan.samples))
-        (self.samples,) = self.solution(self.start[few], (HIGHEST, LOWEST), 40, self.asked(few))
+        (self.samples,) = self.solution(self.start[: 2 * plan.jumps], (HIGHEST, LOWEST), 40)
         half = len(dataset.heldout) // 2
         self.halves = [self.features(part) for part in (torch.arange(half), torch.arange(half, 2 * half))]
 
-    def asked(self, rows: slice | Tensor) -> Condition:
-        """The classes of some of the samples."""
-        return Condition(None if self.labels is None else self.labels[rows])
 
-    def frechet(self, samples: Tensor, half: int) -> float:
-        return frechet_distance(self.features_of(samples), self.halves[half])
-
-
-def walk(model: FlowMap, truth: Truth, rows: slice, times: Tensor, gamma: float) -> Tensor:
+def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float) -> Tensor:
     """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
-    parts, last = [], float(times[-1])
-    noise, asked = truth.start[rows], truth.asked(rows)
+    parts = []
     for own in torch.arange(len(noise)).split(500):
-        x, cond = noise[own], asked[own]
-        for i, (t, s) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
-            again = gamma and s > last
-            x = model.jump(x, at(t, x), at(last if again else s, x), cond)
+        x = noise[own]
+        for i, (t, s) in enumerate(pairwise(times)):
+            again = gamma and s > times[-1]
+            x = model.jump(x, at(t, x), at(times[-1] if again else s, x))
             if again:
                 x = x + s * Draws(NOISE_SEED, 2 + i, own).normal(0, tuple(x.shape[1:]))
         parts.append(x)
     return torch.cat(parts)
 
 
-def schedules(model: FlowMap, plan: Plan, steps: int) -> list[Tensor]:
+def schedules(model: fs.FlowMap, plan: Plan, steps: int) -> list[list[float]]:
     """The falling times among which a k-step sampler may choose."""
     if steps == 4:
-        return [edm_grid(model.path, steps, rho) for rho in RHOS]
+        return [edm_grid(model.path, steps, rho).tolist() for rho in RHOS]
     between = [()] if steps == 1 else [(middle,) for middle in plan.middles]
-    return [torch.tensor([HIGHEST, *times, LOWEST], dtype=torch.float64) for times in between]
+    return [[HIGHEST, *times, LOWEST] for times in between]
 
 
 @torch.no_grad()
-def measure(model: FlowMap, truth: Truth, gamma: float) -> list[Row]:
+def measure(model: fs.FlowMap, truth: Truth, gamma: float) -> list[Row]:
     """Every figure of one moment; with gamma = 1 of jumps to the data end alone."""
     rows: list[Row] = []
     for (high, low), end in truth.ends.items():
         if not gamma or low == LOWEST:
             x = truth.starts[high]
-            error = rmse(model.jump(x, at(high, x), at(low, x), truth.cond), end)
+            error = rmse(model.jump(x, at(high, x), at(low, x)), end)
             rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
-    return rows + [row for steps in (1, 2, 4) for row in sampled(model, truth, steps, gamma)]
+    return rows + [
+        sampled(model, truth, name, steps, gamma)
+        for steps in (1, 2, 4)
+        for name in (("frechet",) if gamma else ("frechet", "sample"))
+    ]
 
 
-def sampled(model: FlowMap, truth: Truth, steps: int, gamma: float) -> list[Row]:
-    """Frechet distance and, for the deterministic sampler, error against the teacher's samples, times searched."""
+def sampled(model: fs.FlowMap, truth: Truth, name: str, steps: int, gamma: float) -> Row:
+    """Frechet distance or error against the teacher's samples, by the times that are best on the first half of the
+    samples, on the others.
+    """
+    count = len(truth.start if name == "frechet" else truth.samples) // 2
 
-    def figure(measure: str, count: int, score: Callable[[Tensor, slice, int], float]) -> Row:
-        """By the times that are best on the first `count` samples, on as many others."""
-        options = schedules(model, truth.plan, steps)
-        times = min(options, key=lambda option: score(option, slice(count), 0)) if len(options) > 1 else options[0]
-        value = score(times, slice(count, 2 * count), 1)
-        return {"measure": measure, "nfe": steps, "value": value, "times": [round(t, 4) for t in times.tolist()]}
+    def score(times: list[float], half: int) -> float:
+        rows = slice(half * count, (half + 1) * count)
+        drawn = walk(model, truth.start[rows], times, gamma)
+        return truth.frechet(drawn, truth.halves[half]) if name == "frechet" else rmse(drawn, truth.samples[rows])
 
-    def distance(times: Tensor, rows: slice, half: int) -> float:
-        return truth.frechet(walk(model, truth, rows, times, gamma), half)
-
-    def error(times: Tensor, rows: slice, half: int) -> float:
-        return rmse(walk(model, truth, rows, times, gamma), truth.samples[rows])
-
-    rows = [figure("frechet", len(truth.start) // 2, distance)]
-    return rows if gamma else [*rows, figure("sample", len(truth.samples) // 2, error)]
+    options = schedules(model, truth.plan, steps)
+    times = min(options, key=lambda option: score(option, 0)) if len(options) > 1 else options[0]
+    return {"measure": name, "nfe": steps, "value": score(times, 1), "times": [round(t, 4) for t in times]}
 
 
 @dataclass(frozen=True)
@@ -207,60 +196,38 @@ class Cell:
     seed: int
 
 
-@cache
-def chosen(dataset: str) -> dict[str, RunConfig]:
-    """Every method on a data set, for as long as its plan says."""
-    base, last = recipe(PLANS[dataset].recipe), PLANS[dataset].moments[-1]
-
-    def lasting(config: RunConfig) -> RunConfig:
-        return replace(config, training=replace(config.training, images=last * config.training.batch_size))
-
-    return {name: lasting(config) for name, config in methods(base).items()}
-
-
-@cache
-def settings(dataset: str, method: str) -> str:
+def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
-    config = chosen(dataset)[method]
-    training = replace(config.training, seed=0)
+    config = methods(cell.dataset)[cell.method]
     return digest(
-        config.data, config.model, config.network, config.objective, config.optimizer, config.statistics, training,
-        PLANS[dataset], LEVELS, RHOS, NOISE_SEED,
+        config.data, config.model, config.network, config.objective, config.optimizer, config.statistics,
+        replace(config.training, seed=0), PLANS[cell.dataset], LEVELS, RHOS, NOISE_SEED,
     )  # fmt: skip
 
 
 def plan() -> Iterator[Cell]:
     """Euler's and the computed preconditioning on all data; every other method on digits."""
     for dataset in PLANS:
-        names = chosen(dataset) if dataset == "digits" else ("euler", "analytic")
+        names = methods(dataset) if dataset == "digits" else ("euler", "analytic")
         yield from (Cell(dataset, name, seed) for name in names for seed in (0, 1, 2))
 
 
-LABEL = ("dataset", "method", "seed")
-GRID = Grid(RESULTS / "acceleration" / "cells.jsonl", LABEL, plan, lambda cell: settings(cell.dataset, cell.method))
+GRID = Grid(RESULTS / "acceleration" / "cells.jsonl", ("dataset", "method", "seed"), plan, settings)
 
 
 def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
     """Train one student, measuring at the plan's moments."""
-    config = replace(chosen(cell.dataset)[cell.method], teacher=str(teacher))
+    config = replace(methods(cell.dataset)[cell.method], teacher=str(teacher))
     config = replace(config, training=replace(config.training, seed=cell.seed))
     curve: list[Row] = []
-    gamma, started, spent = 1.0 if isinstance(config.objective, CD) else 0.0, time.perf_counter(), 0.0
+    gamma, spent = 1.0 if isinstance(config.objective, fs.CD) else 0.0, 0.0
 
-    def watch(pipeline: Pipeline, step: int) -> None:
+    def watch(pipeline: fs.Pipeline, step: int) -> None:
         curve.extend({"step": step, **row} for row in measure(pipeline.flow_map, truth, gamma))
 
     with trainer_of(config, truth.dataset) as trainer:
         for moment in truth.plan.moments:
             spent += train_to(trainer, moment)
             trainer.show(watch)
-        found = {
-            "batch": config.training.batch_size, "training_seconds": round(spent, 1),
-            "seconds": round(time.perf_counter() - started, 1), "curve": curve,
-        }  # fmt: skip
-        if trainer.teacher is not None:
-            found["teacher"] = fingerprint(trainer.teacher)
-        statistics = trainer.learner.statistics
-        if statistics is not None:
-            found |= {"statistics_seconds": round(statistics.seconds, 2), "statistics_samples": statistics.samples}
-    return found
+    times = {"batch": config.training.batch_size, "training_seconds": round(spent, 1)}
+    return times | {"teacher": fingerprint(truth.teacher), "curve": curve}

@@ -1,15 +1,12 @@
 """What time and memory go into: a step by objective and derivative, one recipe's step over another's, a decision of a
-policy, the gradient statistics of the log. All on this machine, taking turns in one process.
+policy. All on this machine, taking turns in one process.
 """
 
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
-from unittest.mock import patch
 
 import torch
 from tyro.conf import Positional
@@ -17,11 +14,8 @@ from tyro.conf import Positional
 from benchmarks.cost import step as steps
 from benchmarks.harness import RESULTS, Row, Study, markdown, read, show, take_turns, trainer_of, write
 from fewstep import RunFolder, load_policy
-from fewstep.objectives.losses import Comparison
 from fewstep.policies.rollout import latencies
 from fewstep.recipes import recipe
-from fewstep.training.log import Window
-from fewstep.training.loop import Trainer
 
 STEP, LATENCY = RESULTS / "step.json", RESULTS / "latency.json"
 ROUNDS = 10
@@ -73,44 +67,6 @@ def recipes(first: Annotated[str, Positional], second: Annotated[str, Positional
     print(f"ratio {medians[first] / medians[second]:.2f}")
 
 
-@contextlib.contextmanager
-def without_statistics() -> Iterator[None]:
-    """Inside, a step looks at its loss and gradient norm alone."""
-    with (
-        patch.object(Trainer, "ends_line", False),
-        patch.object(Window, "add_terms", lambda self, logs: None),
-        patch.object(Comparison, "sizes", lambda self: {}),
-    ):
-        yield
-
-
-def gradient_stats(
-    names: Annotated[tuple[str, ...], Positional] = ("digits", "digits-unet"), rounds: int = 6, batch_size: int = 0
-) -> None:
-    """Time steps of recipes with the gradient statistics of the log and without: neither the backward pass of each
-    term, nor the sizes of prediction, target and derivative, nor any per-sample value of the log.
-
-    A round is the steps between two lines of the log, so that what a line takes counts as often as in training.
-    batch_size 0: the recipe's.
-    """
-    torch.set_num_threads(1)
-    for name in names:
-        config = recipe(name)
-        training = replace(config.training, batch_size=batch_size or config.training.batch_size)
-        count = max(1, training.log_images // training.batch_size)
-        with trainer_of(replace(config, training=training)) as trainer:
-
-            def line(trainer: Trainer = trainer, count: int = count) -> None:
-                for _ in range(count):
-                    trainer.take_step()
-
-            bare = without_statistics()(line)
-            spent = take_turns({"with": line, "without": bare}, rounds, time.process_time)
-        ratios = [100 * (own / base - 1) for own, base in zip(spent["with"], spent["without"], strict=True)]
-        shown = f"{statistics.median(ratios):+.1f} % ({min(ratios):+.1f} to {max(ratios):+.1f})"
-        print(f"{name}: {shown}, a line of the log every {count} steps", flush=True)
-
-
 def latency(
     runs: Annotated[tuple[Path, ...], Positional], calls: tuple[int, ...] = (1, 2, 4, 16), repeats: int = 500
 ) -> None:
@@ -140,16 +96,5 @@ def decisions(folder: Path, calls: tuple[int, ...], repeats: int) -> list[Row]:
     return rows
 
 
-def peak(
-    name: Annotated[str, Positional],
-    objective: Annotated[str, Positional],
-    derivative: Annotated[str, Positional],
-    device: Annotated[str, Positional],
-) -> None:
-    """Print the memory of one step in MiB: the process that `step` starts for every row."""
-    torch.set_num_threads(1)
-    steps.print_peak(name, (objective, derivative), device)
-
-
 if __name__ == "__main__":
-    STUDY.main(step=step, recipes=recipes, gradient_stats=gradient_stats, latency=latency, peak=peak)
+    STUDY.main(step=step, recipes=recipes, latency=latency)

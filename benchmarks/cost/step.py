@@ -1,17 +1,16 @@
 """What a training step costs: iSD, by exact and finite-difference derivative, as a multiple of a flow-matching step.
 
-Evaluations are counted in a hook, in forward passes of the whole batch: a pass with tangents counts 2, a backward
-pass 2. `floor` is what the objective cannot do without, by its definition, over flow matching's 3; a test holds the
-count against it. It is a floor of operations, not of time, so the passes by themselves take turns too: `priced` is the
-same count at the seconds found there. What a step takes beyond it goes outside the network, or is what parts of a
-batch cost more. Peak memory is that of a process of its own per row, above what the model and data need.
+Evaluations are counted in forward passes of the whole batch: a pass with tangents counts 2, a backward pass 2. `floor`
+is what the objective cannot do without, by its definition, over flow matching's 3; a test holds the count against it.
+`priced` is the same count at the seconds that the passes take by themselves: what a step takes beyond it goes outside
+the network, or is what parts of a batch cost more. Peak memory is above what the model and data need.
 """
 
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import fewstep as fs
-from benchmarks.cost.setting import take_step, warm
-from benchmarks.harness import ROOT, Row, markdown, take_turns, time_ratio
+from benchmarks.harness import Row, markdown, take_turns, time_ratio
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.layers import carries_tangent
-from fewstep.objectives import Pairs
+from fewstep.objectives import ALONE, Pairs
 from fewstep.utils.forward_ad import jvp
+from fewstep.utils.random import Draws
 
 CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
     "mlp": (fs.MLPConfig(), (1, 8, 8), 256),
@@ -44,6 +43,28 @@ OBJECTIVES: dict[Key, fs.Objective] = {
     ("iSD-T", "finite-difference"): fs.ISD(guidance=GUIDED, derivative=DIFFERENCE),
     ("iSD-T, 3/4 diagonal", "exact"): fs.ISD(guidance=GUIDED, pairs=MOST),
 }
+
+
+def warm(
+    config: fs.NetworkConfig, shape: tuple[int, ...], count: int, device: str = "cpu"
+) -> tuple[fs.FlowMap, fs.Batch]:
+    """A flow map with weights away from their zero initialisation, and a batch of ten classes."""
+    torch.manual_seed(0)
+    network = config.build(shape, 10, False)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    draws = Draws(0, 0, torch.arange(count, device=device))
+    batch = fs.Batch(draws.normal(1, shape), torch.arange(count, device=device) % 10, draws)
+    return fs.FlowMap(fs.Linear(), fs.LinearPreconditioning(), network).to(device), batch
+
+
+def take_step(
+    objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch, companions: fs.Companions = ALONE
+) -> None:
+    """Loss and gradient."""
+    flow_map.zero_grad(set_to_none=True)
+    objective(flow_map, batch, companions).mean().backward()
 
 
 def evaluations(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch) -> float:
@@ -103,27 +124,21 @@ def passes(flow_map: fs.FlowMap, batch: fs.Batch) -> list[Callable[[], None]]:
         with torch.no_grad():
             output(batch.x0, t)
 
-    return [
-        forward,
-        lambda: back(output(batch.x0, t)),
-        lambda: back(jvp(output, (batch.x0, t), (v, torch.ones_like(t)), attached=False)[0]),
-    ]
+    def tangent() -> None:
+        back(jvp(output, (batch.x0, t), (v, torch.ones_like(t)), attached=False)[0])
+
+    return [forward, lambda: back(output(batch.x0, t)), tangent]
 
 
 def peak_mib(name: str, key: Key, device: str) -> float:
-    """Memory that a step adds at its peak, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cost", "peak", name, *key, device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
-
-
-def print_peak(name: str, key: Key, device: str) -> None:
-    """Body of the process that `peak_mib` starts."""
+    """Memory that a step adds at its peak: meant for a process of its own."""
+    torch.set_num_threads(1)
     flow_map, batch = warm(*CASES[name], device)
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
     before = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else resident("VmRSS")
     take_step(OBJECTIVES[key], flow_map, batch)
-    print((torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM")) - before)
+    return (torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM")) - before
 
 
 def resident(field: str) -> float:
@@ -147,9 +162,11 @@ def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]
     seconds = {key: statistics.median(times) for key, times in spent.items()}
     prices = Prices(*(seconds["pass", str(i)] for i in range(3)))
     for key, objective in OBJECTIVES.items():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+            peak = alone.submit(peak_mib, name, key, device).result()
         yield {
             "objective": key[0], "derivative": key[1], "network": name, "batch": len(batch.x0),
-            **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak_mib(name, key, device), 1),
+            **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak, 1),
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
             "priced": round(prices.of(objective) / seconds[BASE], 3), "seconds": round(seconds[key], 5),
@@ -161,10 +178,8 @@ def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]
 def step_table(rows: list[Row]) -> str:
     """Every row."""
     heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "priced", "of it", "peak MiB")
-    form = (
-        "{network}|{objective}|{derivative}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{priced:.2f}|{part:.0%}|"
-        "{peak_mib:.0f}"
-    )
+    names = "{network}|{objective}|{derivative}|"
+    form = names + "{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{priced:.2f}|{part:.0%}|{peak_mib:.0f}"
     return markdown(heads, [form.format(**row, part=row["priced"] / row["ratio"]).split("|") for row in rows])
 
 

@@ -21,24 +21,17 @@ from fewstep.objectives import Pairs, Weighting
 from fewstep.utils.random import Draws
 from tests.support.gaussian_updates import F64, OFFSET
 
-SEEDS = 3
-ROWS = 192
-STEPS = 800
-HELDOUT = 400
+SEEDS, ROWS, STEPS, HELDOUT = 3, 192, 800, 400
 LEARNING_RATE = 5e-3
 DAMPING = 1e-2
 """Adam's epsilon: large, so that updates vanish where gradients do and a fixed point is one for the optimizer too."""
 START = 1_000_000
-TOWARDS = (-1.0, 1.5)
-STRENGTH = 4.0
+TOWARDS, STRENGTH = (-1.0, 1.5), 4.0
 PATH = fs.Linear()
 STREAM_COMPONENT, STREAM_DATA, STREAM_PRIOR = 60, 61, 62
 _SETTINGS: dict[str, Any] = {"pairs": Pairs(UniformTimes(), 0.5), "label_dropout": 0.0, "weighting": Weighting()}
 OBJECTIVES: dict[str, fs.Objective] = {
-    "iSD": fs.ISD(**_SETTINGS),
-    "ESD": fs.ESD(**_SETTINGS),
-    "LSD": fs.LSD(**_SETTINGS),
-    "PSD": fs.PSD(**_SETTINGS),
+    **{name: kind(**_SETTINGS) for name, kind in (("iSD", fs.ISD), ("ESD", fs.ESD), ("LSD", fs.LSD), ("PSD", fs.PSD))},
     "shortcut": fs.Shortcut(steps=32, bootstrap=0.5, target_decay=None, label_dropout=0.0),
     "MeanFlow": fs.MeanFlow(**_SETTINGS),
 }
@@ -48,8 +41,8 @@ def mixture() -> fs.MixtureData:
     """Three components about (1, 0.5)."""
     angles = math.pi * (0.25 + 2 * torch.arange(3, dtype=F64) / 3)
     means = torch.tensor([1.0, 0.5], dtype=F64) + 1.2 * torch.stack([angles.cos(), angles.sin()], 1)
-    weights, sds = ([0.4, 0.35, 0.25], [0.25, 0.35, 0.3])
-    return fs.MixtureData(torch.tensor(weights, dtype=F64), means, torch.tensor(sds, dtype=F64))
+    weights, sds = torch.tensor([[0.4, 0.35, 0.25], [0.25, 0.35, 0.3]], dtype=F64)
+    return fs.MixtureData(weights, means, sds)
 
 
 class Networks(nn.Module):

@@ -7,7 +7,6 @@ Four classes of Debian's public-domain drawings, 256x256. A small autoencoder is
 one), then latents are encoded, a small DiT trained on them, samples drawn and measured.
 """
 
-import json
 import math
 import time
 import warnings
@@ -46,14 +45,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def tables() -> dict[str, str]:
     """What is stored."""
     found = dict(read(STORED))
-    images, coder, encoding, training = (found[k] for k in ("images", "autoencoder", "encoding", "training"))
-    seen, weights = f"{training['images']:,} images", f"{training['parameters']:,} weights"
-    road = (
-        ("images", f"{images['count']:,} of {images['side']}x{images['side']}"),
-        ("autoencoder", f"{coder['steps']} steps in {coder['seconds']:.0f} s: {coder['psnr_db']} dB"),
-        ("encoding", f"{encoding['images_per_second']} images a second, {encoding['megabytes']} MB"),
-        ("training", f"{seen} in {training['seconds']:.0f} s, {weights}"),
-    )
+    shown = {
+        "images": "{count:,} of {side}x{side}",
+        "autoencoder": "{steps} steps in {seconds:.0f} s: {psnr_db} dB",
+        "encoding": "{images_per_second} images a second, {megabytes} MB",
+        "training": "{images:,} images in {seconds:.0f} s, {parameters:,} weights",
+    }
+    road = [(part, form.format(**found[part])) for part, form in shown.items()]
     rows = [(row["method"], row["nfe"] or "–", f"{row['frechet']:.2f}", row["samples"]) for row in found["rows"]]
     return {
         "The road": markdown(("part", ""), road),
@@ -95,16 +93,9 @@ def train_autoencoder(images: Path, folder: Path, seconds: float, batch: int) ->
     found = [read_image(file, SIDE if i % 2 else SIDE // 2, 3) for i, file in enumerate(list_images(str(images)).files)]
     pixels = [image for image in found if not isinstance(image, str)]
     torch.manual_seed(0)
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=SIDE,
-        mid_block_add_attention=False,
-    ).train()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    sizes = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "latent_channels": 4, "sample_size": SIDE}
+    model = AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     begin, steps = time.perf_counter(), 0
     while (spent := time.perf_counter() - begin) < seconds:
@@ -138,17 +129,13 @@ def crops(pixels: list[Tensor], batch: int, side: int) -> Tensor:
 
 def encode(images: Path, autoencoder: Path, out: Path) -> Row:
     """Encode the latents; what it took, at an earlier start where they were there. Mirror images count too."""
-    settings = EncodingSettings(image_size=SIDE, shard_size=512, heldout=0.1)
-    begin = time.perf_counter()
-    manifest = encode_folder(images, autoencoder, out / "latents", settings, work=EncodingWork(4, cpu=True))
-    if not (timing := out / "encoding.json").is_file():
-        timing.write_text(json.dumps(time.perf_counter() - begin))
-    seconds = float(timing.read_text())
-    return {
-        "seconds": round(seconds, 1), "images_per_second": round(2 * manifest.count / seconds, 2),
-        "megabytes": round(sum(shard.size for shard in manifest.shards) / 1e6, 1),
-        "mean": manifest.mean, "std": manifest.std, "posterior_std": manifest.posterior_std,
-    }  # fmt: skip
+    if not (file := out / "encoding.json").is_file():
+        settings, begin = EncodingSettings(image_size=SIDE, shard_size=512, heldout=0.1), time.perf_counter()
+        manifest = encode_folder(images, autoencoder, out / "latents", settings, work=EncodingWork(4, cpu=True))
+        seconds, size = time.perf_counter() - begin, sum(shard.size for shard in manifest.shards)
+        figures = {"images_per_second": round(2 * manifest.count / seconds, 2), "megabytes": round(size / 1e6, 1)}
+        write(file, {"seconds": round(seconds, 1)} | figures)
+    return dict(read(file))
 
 
 def configuration(latents: Path, seconds: float) -> fs.RunConfig:

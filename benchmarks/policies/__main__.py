@@ -7,12 +7,84 @@ policy of the same seed, which has then seen twice the samples.
 """
 
 from pathlib import Path
+from statistics import fmean, median
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
 
-from benchmarks.harness import Seeds, Study, Worker
+from benchmarks.harness import FIGURES, Row, Seeds, Study, Worker, chosen, figure, grouped, markdown, ticks
 from benchmarks.policies.run import GRID, METHODS, TASKS, measure, plan
-from benchmarks.policies.tables import draw, tables
+from fewstep.evaluation.report.canvas import LIGHT
+from fewstep.policies.rollout import wilson
+
+ORDER = ("expert", "regression", "flow matching", "iSD", "iSD from flow matching")
+
+
+def tables() -> dict[str, str]:
+    """A table for each task, in the order of their first cells."""
+    return {task: section(rows) for task, rows in grouped(GRID.rows(), lambda row: str(row["task"])).items()}
+
+
+def groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows of one task by method and number of calls, most calls first; seeds in order."""
+    found = grouped(rows, lambda row: (ORDER.index(row["method"]), -row["steps"]))
+    return [sorted(own, key=lambda row: int(row["seed"])) for _, own in sorted(found.items())]
+
+
+def pooled(group: list[Row]) -> tuple[int, int, tuple[float, float]]:
+    """Successes and episodes of all seeds, and Wilson's interval of them."""
+    successes, episodes = (sum(row[key] for row in group) for key in ("successes", "episodes"))
+    return successes, episodes, wilson(successes, episodes)
+
+
+def section(rows: list[Row]) -> str:
+    """A task's table: success by seed and over all, with Wilson's interval of all episodes."""
+    routes = sorted({name for row in rows for name in row["routes"]})
+    heads = ("method", "calls", "success by seed", "all", "95 %", "mean length", "score", *routes, "ms a decision")
+    form = "{demonstrations} demonstrations of {steps_shown:,} steps, from {tried} episodes of the expert.\n\n"
+    note = "".join(form.format(**row) for row in chosen(rows, method="expert"))
+    return note + markdown(heads, [line(group, routes) for group in groups(rows)])
+
+
+def line(group: list[Row], routes: list[str]) -> list[object]:
+    """One method with one number of calls."""
+    successes, episodes, (low, high) = pooled(group)
+    latencies = [row["latency_ms"] for row in group if row["latency_ms"] is not None]
+    length, score = (fmean(row[key] for row in group) for key in ("mean_steps", "score"))
+    return [
+        group[0]["method"], group[0]["steps"] or "–", ", ".join(str(row["successes"]) for row in group),
+        f"{successes} / {episodes}", f"{low:.2f}–{high:.2f}", f"{length:.0f}", f"{score:.2f}",
+        *(", ".join(str(row["routes"].get(name, 0)) for row in group) for name in routes),
+        f"{median(latencies):.1f}" if latencies else "–",
+    ]  # fmt: skip
+
+
+def draw(file: Path = FIGURES / "policies.png") -> None:
+    """Success against network calls, a panel for each task."""
+    tasks = grouped(GRID.rows(), lambda row: str(row["task"]))
+    with figure(file, len(tasks), 2, 3.2) as axes:
+        for axis, (task, rows) in zip(axes, tasks.items(), strict=True):
+            draw_task(axis, rows)
+            axis.set_title(task)
+        axes[0].legend()
+
+
+def draw_task(axis: Axes, rows: list[Row]) -> None:
+    """Mean over seeds with Wilson's interval of all episodes."""
+    for place, method in enumerate(ORDER[1:]):
+        points = []
+        for group in groups(chosen(rows, method=method)):
+            successes, episodes, (low, high) = pooled(group)
+            points.append((group[0]["steps"], mean := successes / episodes, mean - low, high - mean))
+        if points:
+            calls, means, *errors = np.array(sorted(points)).T
+            moved = calls * 1.04 ** (place - 1.5)  # so that intervals at equal calls stand side by side
+            colour = LIGHT.colour(place)
+            axis.errorbar(moved, means, np.clip(errors, 0, None), color=colour, marker="o", markersize=4, label=method)
+    axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel="network calls a decision", ylabel="success")
+    ticks(axis.xaxis, [1, 2, 4, 16])
+
 
 STUDY = Study("policies", tables, draw, GRID)
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import fewstep as fs
@@ -11,7 +10,7 @@ from benchmarks.harness import RESULTS, Grid, Row, digest
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.evaluation.evaluate import training_seconds
 from fewstep.policies.figures import rollout_row
-from fewstep.policies.rollout import Rollout, expert_rollout, record
+from fewstep.policies.rollout import expert_rollout, record
 from fewstep.policies.tasks.registry import find_task
 from fewstep.recipes import recipe
 
@@ -26,10 +25,10 @@ METHODS: dict[str, tuple[str, tuple[int, ...]]] = {
     "iSD from flow matching": ("policy-mlp", (2, 1)),
 }
 EPISODES = 50
-DEMONSTRATIONS = {"fetch-retrieve": 300}
-"""Episodes of the expert; 100 for a task that is not named."""
-STEPS = {"pointmaze-ring": 4000, "pusht": 4000, "fetch-retrieve": 4000}
-"""Training steps of 256 samples; 1,000 for a task that is not named."""
+DEMONSTRATIONS = {task: 300 if task == "fetch-retrieve" else 100 for task in TASKS}
+"""Episodes of the expert."""
+LONG = ("pointmaze-ring", "pusht", "fetch-retrieve")
+"""Tasks of 4,000 training steps of 256 samples; the others have 1,000."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Cell:
 def configuration(task: str, method: str, demonstrations: Path, seed: int, initial: str) -> fs.RunConfig:
     """The recipe, as long as the study's."""
     config = recipe(METHODS[method][0])
-    images = STEPS.get(task, 1000) * config.training.batch_size
+    images = (4000 if task in LONG else 1000) * config.training.batch_size
     training = replace(config.training, seed=seed, images=images, checkpoint_images=images)
     return replace(config, data=replace(config.data, root=str(demonstrations)), training=training, initial=initial)
 
 
 def demonstrations_of(task: str, work: Path) -> Path:
     """The task's demonstrations, recorded now if they are not there; others in their place are refused."""
-    file, count = work / f"{task}.safetensors", DEMONSTRATIONS.get(task, 100)
+    file, count = work / f"{task}.safetensors", DEMONSTRATIONS[task]
     if file.is_file() and len(fs.load_demonstrations(file)) != count:
         raise SystemExit(f"{file} does not hold the study's {count} episodes: give another folder with --work")
     if not file.is_file():
@@ -62,12 +61,6 @@ def demonstrations_of(task: str, work: Path) -> Path:
     return file
 
 
-def by_start(found: Rollout) -> Row:
-    """Route of every episode, in the order of the starts; empty where there are none."""
-    routes = [episode.route for episode in found.episodes]
-    return {"route_of_start": routes} if any(routes) else {}
-
-
 def measure(cell: Cell, work: Path) -> list[Row]:
     """Train, and a row for each number of calls; the expert's has what its demonstrations are."""
     task = find_task(cell.task)
@@ -75,15 +68,14 @@ def measure(cell: Cell, work: Path) -> list[Row]:
         shown, found = fs.load_demonstrations(demonstrations_of(cell.task, work)), expert_rollout(task, EPISODES)
         counts = {"seconds": 0.0, "demonstrations": len(shown), "steps_shown": len(shown.actions)}
         recorded = json.loads((work / f"{cell.task}.json").read_text())
-        return [rollout_row(found, task, "expert", FIRST_TEST_SEED) | counts | recorded | by_start(found)]
+        return [rollout_row(found, task, "expert", FIRST_TEST_SEED) | counts | recorded]
     starts = cell.method == "iSD from flow matching"
     folder = trained(cell, work, str(trained(replace(cell, method="flow matching"), work)) if starts else "")
     seconds, rows = round(training_seconds(fs.RunFolder(folder)), 1), []
     for steps in METHODS[cell.method][1]:
         policy = fs.load_policy(folder, steps, cell.seed)
-        found = fs.roll_out(policy, task, EPISODES)
-        row = rollout_row(found, task, cell.method, FIRST_TEST_SEED, policy)
-        rows.append(row | {"seconds": seconds} | by_start(found))
+        row = rollout_row(fs.roll_out(policy, task, EPISODES), task, cell.method, FIRST_TEST_SEED, policy)
+        rows.append(row | {"seconds": seconds})
     return rows
 
 
@@ -95,16 +87,15 @@ def trained(cell: Cell, work: Path, initial: str = "") -> Path:
     return run.root
 
 
-@cache
-def settings(task: str, method: str) -> str:
+def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is tried; empty for the expert, who trains nothing."""
-    if method == "expert":
+    if cell.method == "expert":
         return ""
-    config = configuration(task, method, Path(), 0, "")
-    training = config.training
+    config = configuration(cell.task, cell.method, Path(), 0, "")
+    own = config.training
     return digest(
-        config.data, config.model, config.network, config.objective, config.optimizer, training.images,
-        training.batch_size, training.ema_power, training.ema_decay, DEMONSTRATIONS.get(task, 100), EPISODES,
+        config.data, config.model, config.network, config.objective, config.optimizer, own.images, own.batch_size,
+        own.ema_power, own.ema_decay, DEMONSTRATIONS[cell.task], EPISODES,
     )  # fmt: skip
 
 
@@ -117,5 +108,4 @@ def plan(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (0, 1, 2)) -> 
             yield from (Cell(task, method, seed) for method in METHODS)
 
 
-LABEL = ("task", "method", "seed")
-GRID = Grid(RESULTS / "policies" / "cells.jsonl", LABEL, plan, lambda cell: settings(cell.task, cell.method))
+GRID = Grid(RESULTS / "policies" / "cells.jsonl", ("task", "method", "seed"), plan, settings)

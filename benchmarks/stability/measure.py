@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fewstep as fs
 from benchmarks.harness import Row, rounded, train_to, trainer_of
 from benchmarks.stability.plan import SAMPLE_SEED, STUDIES, Cell, configuration, settings, starting
-from benchmarks.stability.tables import judged
-from fewstep import Dataset, FlowMap, Pipeline, RunConfig, RunFolder, SamplingSettings, generate
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance
 from fewstep.sampling.step_times import SamplerName
 from fewstep.utils.errors import TrainingDivergedError
 
-ODE_STEPS = 16
+ODE_STEPS, CLASSES = 16, 10
+FAILURES = ("diverged", "degenerate", "narrow", "classless")
+NARROW = 0.25
+"""Variance within classes, over the data's, below which one-step samples are near their classes' means."""
 
 
 class Reference:
     """What the samples of one data set are measured against: up to 5,000 held-out images."""
 
-    def __init__(self, dataset: Dataset, cache: Path | None) -> None:
+    def __init__(self, dataset: fs.Dataset, cache: Path | None) -> None:
         self.dataset, self.extractor = dataset, default_extractor(dataset, cache=cache)
         held, labels = dataset.heldout.fetch(torch.arange(min(len(dataset.heldout), 5000)))[:2]
         assert labels is not None
@@ -31,18 +33,18 @@ class Reference:
         self.within = variance_within(held, labels)
 
     def measure(
-        self, model: FlowMap, config: RunConfig, steps: int, count: int, ode: SamplerName | None = None
-    ) -> dict[str, float]:
+        self, model: fs.FlowMap, config: fs.RunConfig, steps: int, count: int, ode: SamplerName | None = None
+    ) -> Row:
         """Frechet distance, class accuracy, and the ratio of the samples' variance to the data's, in all and within
         classes, in `steps` steps; NaN where not finite. ode: the solver, to sample by the diagonal's own ODE.
         """
         gamma = config.evaluation.gamma
         sampler: SamplerName = ode or ("gamma" if gamma else "euler" if config.objective.on_diagonal else "map")
-        drawn = generate(model, count, SamplingSettings(sampler=sampler, steps=steps, gamma=gamma, seed=SAMPLE_SEED))
-        spread = total_variance(drawn.samples) / self.variance
+        own = fs.SamplingSettings(sampler=sampler, steps=steps, gamma=gamma, seed=SAMPLE_SEED)
+        drawn = fs.generate(model, count, own)
+        spread, shown = total_variance(drawn.samples) / self.variance, drawn.samples.clamp(-1, 1)
         if not math.isfinite(spread):
             return dict.fromkeys(("frechet", "accuracy", "spread", "within"), math.nan)
-        shown = drawn.samples.clamp(-1, 1)
         assert drawn.labels is not None
         return {
             "frechet": frechet_distance(self.extractor.features(shown), self.features),
@@ -63,19 +65,19 @@ def variance_within(images: Tensor, labels: Tensor) -> float:
     return sum(total_variance(images[labels == c]) * float((labels == c).float().mean()) for c in classes)
 
 
-def train_cell(cell: Cell, config: RunConfig, reference: Reference, folder: Path) -> Row:
+def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: Path) -> Row:
     """Train, measuring at four moments; what is left of a run that diverged counts as NaN."""
     study, matching = STUDIES[cell.dataset, cell.network], cell.objective == "flow matching"
     last, norms, curve = study.steps, [], []
     diverged_at, spent = None, 0.0
 
-    def watch(pipeline: Pipeline, step: int) -> None:
-        for nfe in (1, 2, 4, 32) if matching and step == last else (1, 2, 4):
-            found = reference.measure(pipeline.flow_map, config, nfe, study.samples)
+    def watch(pipeline: fs.Pipeline, step: int) -> None:
+        walks: list[tuple[Any, int, SamplerName | None]] = [(nfe, nfe, None) for nfe in (1, 2, 4)]
+        walks += [(32, 32, None)] if matching and step == last else []
+        walks += [("ode", ODE_STEPS, "heun")] if step == last and not config.evaluation.gamma else []
+        for nfe, steps, ode in walks:
+            found = reference.measure(pipeline.flow_map, config, steps, study.samples, ode)
             curve.append({"step": step, "nfe": nfe, **found})
-        if step == last and not config.evaluation.gamma:
-            found = reference.measure(pipeline.flow_map, config, ODE_STEPS, study.samples, "heun")
-            curve.append({"step": step, "nfe": "ode", **found})
 
     with trainer_of(config, reference.dataset, folder) as trainer:
         for moment in (last // 4, last // 2, 3 * last // 4, last):
@@ -97,16 +99,12 @@ def verdict(cell: Cell, norms: list[float], curve: list[Row], diverged_at: int |
     last = {row["nfe"]: row for row in curve if row["step"] == study.steps}
     sound = diverged_at is None and all(math.isfinite(row["frechet"]) for row in last.values())
     after = torch.tensor(norms[study.steps // 16 :] or [math.nan], dtype=torch.float64)
-
-    def final(nfe: Any, key: str) -> float | None:
-        return last[nfe][key] if sound and nfe in last else None
-
+    final = [("spread", 1), ("within", 1), *(("frechet", nfe) for nfe in (1, 2, 4, "ode")), ("accuracy", 1)]
     found = {
         **asdict(cell), "steps": study.steps, "batch": study.batch, "samples": study.samples,
         "sample_seed": SAMPLE_SEED, "diverged": not sound, "diverged_at": diverged_at,
-        "spread_1": final(1, "spread"), "within_1": final(1, "within"),
-        **{f"frechet_{nfe}": final(nfe, "frechet") for nfe in (1, 2, 4, "ode")}, "accuracy_1": final(1, "accuracy"),
-        "grad_q50": float(after.nanquantile(0.5)), "grad_q99": float(after.nanquantile(0.99)),
+        **{f"{key}_{nfe}": last[nfe][key] if sound and nfe in last else None for key, nfe in final},
+        **{f"grad_q{share:.0f}": float(after.nanquantile(share / 100)) for share in (50, 99)},
     }  # fmt: skip
     return judged(found)
 
@@ -115,6 +113,23 @@ def flow_matching_model(cell: Cell, reference: Reference, models: Path) -> Path:
     """The flow-matching model that the cell starts from, trained now unless it is there."""
     own = starting(cell)
     folder = models / f"{own.dataset}-{own.network}-{own.path}-{own.preconditioning}-{own.seed}-{settings(own)}"
-    if not RunFolder(folder).checkpoints():
+    if not fs.RunFolder(folder).checkpoints():
         train_cell(own, configuration(own, ""), reference, folder)
     return folder
+
+
+def judged(cell: Row) -> Row:
+    """The cell with what counts as degenerate, narrow and classless today, whenever it was stored.
+
+    Flow matching, whose one step is the class's mean by what it is, is never narrow. None where a cell does not say.
+    """
+    cell = {"scaling": "", **cell}
+    if cell["diverged"]:
+        return cell | dict.fromkeys(FAILURES[1:], False)
+    within = cell.get("within_1")
+    narrow = None if within is None else within < NARROW
+    return cell | {
+        "degenerate": not 0.25 <= cell["spread_1"] <= 4.0,
+        "narrow": False if cell["objective"] == "flow matching" else narrow,
+        "classless": cell["accuracy_1"] < 2 / CLASSES,
+    }

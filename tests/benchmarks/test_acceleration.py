@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.acceleration import tables
+from benchmarks.acceleration import __main__ as tables
 from benchmarks.acceleration.students import GRID
 
 

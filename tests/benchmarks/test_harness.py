@@ -41,6 +41,7 @@ def test_a_cell_is_measured_once_whatever_its_settings_are_called(tmp_path: Path
     assert renamed.rekey() == 2
     assert renamed.changed() == {}
     assert renamed.rekey() == 0
+    assert [row["value"] for row in renamed.rows()] == [0.5, 0, 0.5, 1, 0.5, 0]
 
 
 def test_workers_share_a_plan(tmp_path: Path) -> None:

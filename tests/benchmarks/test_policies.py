@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.policies import run, tables
+from benchmarks.policies import __main__ as tables
+from benchmarks.policies import run
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.policies.rollout import wilson
 
@@ -43,8 +44,8 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
 
 def test_settings_differ_by_method() -> None:
-    assert run.settings("ring", "iSD") != run.settings("ring", "regression")
-    assert run.settings("ring", "expert") == ""
+    assert run.settings(run.Cell("pusht", "iSD", 0)) != run.settings(run.Cell("pusht", "regression", 0))
+    assert run.settings(run.Cell("pusht", "expert", 0)) == ""
 
 
 def test_flow_matching_comes_before_what_starts_from_it() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.stability import plan, tables
-from benchmarks.stability.variants import ISDApart, TimeUnitError
+from benchmarks.stability import __main__ as tables
+from benchmarks.stability import plan
+from benchmarks.stability.plan import ISDApart, TimeUnitError
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Trig
 from fewstep.flow.preconditioning.jumps import TrigPreconditioning
@@ -20,7 +21,7 @@ from tests.support.objectives import changed, made
 
 
 def test_every_cell_of_the_plan_has_a_configuration() -> None:
-    cells = list(plan.kinds())
+    cells = list(plan.plan())
     for cell in cells:
         config = plan.configuration(cell, "runs/some" if cell.initial == "flow matching" else "")
         assert config.training.images == plan.STUDIES[cell.dataset, cell.network].steps * config.training.batch_size

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.preconditioning.statistics import CHECKED
+from benchmarks.preconditioning.__main__ import CHECKED
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics, noise_grid
