@@ -6,6 +6,7 @@ whether that is still today's.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -33,7 +34,8 @@ from fewstep.utils.serialization import to_json
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 FIGURES = DOCS / "figures"
-MARK = re.compile(r"(<!-- table: (\w+)(?:: ([^>]+?))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+NAMED = r"(?:: ([^>;]+?))?(?:;\s+columns: ([^>;]+?))?(?:;\s+rows: ([^>;]+?))?"
+MARK = re.compile(rf"(<!-- table: (\w+){NAMED} -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, Any]
 Label = tuple[Any, ...]
 C = TypeVar("C")
@@ -133,17 +135,19 @@ class Study:
     write: Callable[[], None] = lambda: None
     grid: Grid[Any] | None = None
 
-    def text(self, words: str = "") -> str:
+    def text(self, words: str = "", columns: Sequence[str] = (), rows: Sequence[str] = ()) -> str:
         """The tables that have these words in their titles, under those."""
         shown = {name: table for name, table in self.tables().items() if table and words.lower() in name.lower()}
-        return "\n\n".join(f"### {name}\n\n{table}" for name, table in shown.items())
+        return "\n\n".join(f"### {name}\n\n{extract(table, columns, rows)}" for name, table in shown.items())
 
     def main(self, **commands: Callable[..., None]) -> None:
         """The command line. commands: what measures and stores."""
 
-        def table(title: Annotated[str, tyro.conf.Positional] = "") -> None:
-            """Print the stored tables, all or those with TITLE in their title."""
-            print(self.text(title))
+        def table(
+            title: Annotated[str, tyro.conf.Positional] = "", columns: tuple[str, ...] = (), rows: tuple[str, ...] = ()
+        ) -> None:
+            """Print the stored tables, all or those with TITLE in their title; some columns and rows where named."""
+            print(self.text(title, columns, rows))
 
         def page() -> None:
             """Print the stored tables, write them into docs/, and draw the study's figure."""
@@ -167,15 +171,17 @@ class Study:
 
     def pages(self) -> Iterator[tuple[Path, str]]:
         """Pages that have a place for these tables, and what they say then."""
-        for file in [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]:
+        tables = self.tables()
+        for file in sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md")}):
             if f"<!-- table: {self.name}" in (text := file.read_text()):
-                yield file, MARK.sub(self._filled, text)
+                yield file, MARK.sub(functools.partial(self._filled, tables), text)
 
-    def _filled(self, found: re.Match[str]) -> str:
+    def _filled(self, tables: dict[str, str], found: re.Match[str]) -> str:
         if found[2] != self.name:
             return found[0]
-        text = self.tables()[found[3]] if found[3] else self.text()
-        return f"{found[1]}\n{text}\n\n{found[4]}"
+        columns, rows = (re.split(r"\s*\|\s*", names) if names else () for names in found.group(4, 5))
+        text = extract(tables[found[3]], columns, rows) if found[3] else self.text()
+        return f"{found[1]}\n{text}\n\n{found[6]}"
 
 
 def lines(rows: Iterable[Row]) -> str:
@@ -229,6 +235,16 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     body = [*rows]
     shown = [" | ".join(map(str, line)) for line in (heads, ["---"] * len(heads), *body)]
     return "\n".join(f"| {line} |" for line in shown) if body else ""
+
+
+def extract(table: str, columns: Sequence[str], rows: Sequence[str]) -> str:
+    """Some columns and rows of a table, the latter by their first cells; all where none is named."""
+    if not columns and not rows:
+        return table
+    lines = [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith("|")]
+    places = [lines[0].index(name) for name in columns or lines[0]]
+    kept = [[line[i] for i in places] for line in lines[2:] if not rows or line[0] in rows]
+    return markdown([lines[0][i] for i in places], kept)
 
 
 @contextlib.contextmanager

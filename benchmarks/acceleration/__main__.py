@@ -20,7 +20,7 @@ from fewstep import load, load_dataset
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
-from fewstep.evaluation.report.numbers import NOTHING
+from fewstep.evaluation.report.numbers import NOTHING, number
 from fewstep.recipes import recipe
 
 INTERMEDIATE = "all jumps to levels in between"
@@ -41,6 +41,8 @@ ABLATIONS = {
     "analytic, s only": "`s` only", "analytic, raw": "raw (about zero)", "analytic, l only": "`l` only",
     "analytic, forward": "forward form",
 }  # fmt: skip
+OTHERS = ("euler", "analytic", "euler, adversarial", "analytic, adversarial", "CD, multistep")
+KEYS = ("g", "needed", "output_rmse", "rmse")
 NAMES = {"teacher": "the teacher's ODE", "euler": "Euler", "analytic": "computed"}
 Curve = list[tuple[float, float]]
 
@@ -102,7 +104,12 @@ def tables() -> dict[str, str]:
             ("variant", "error", "ratio to the default"),
             [(name, f"{row['final'][1]:#.3g}", ratio(row)) for name, row in ablated.items() if row],
         ),
-        "Every last jump from every first, digits": two_call_table(read(parts.ANATOMY)),
+        "Other methods on digits": markdown(
+            ("Fréchet distance", "1 call", "2 calls", "4 calls", "jumps to levels in between, ratio to without"),
+            [(name, *final(digits, name), adversarial_pace(digits, name)) for name in OTHERS],
+        ),
+        "From Euler's to the computed preconditioning, mixture": anatomy_table(chosen(read(parts.ANATOMY), step=900)),
+        "Every last jump from every first, digits": two_call_table(chosen(read(parts.ANATOMY), step=600)),
     }
 
 
@@ -129,14 +136,37 @@ def at_end(measure: str, row: Row | None) -> str:
     return f"**{first}** / {second}" if float(first) < float(second) else f"{first} / **{second}**"
 
 
+def final(cells: list[Row], method: str) -> list[str]:
+    """Frechet distances at the end in 1, 2 and 4 calls, means over seeds."""
+    last = (fmean(own[-1][1] for own in curves(cells, method, "frechet", nfe).values()) for nfe in (1, 2, 4))
+    return [number(value) for value in last]
+
+
+def adversarial_pace(cells: list[Row], method: str) -> str:
+    """Steps without the adversarial loss over those with it; empty for other methods."""
+    plain = method.removesuffix(", adversarial")
+    return "" if plain == method else ratio(compare(cells, plain, method, *BETWEEN))
+
+
+def anatomy_table(rows: list[Row]) -> str:
+    """Of jumps that stop above the data end: how figures change between the two methods, means over seeds."""
+    heads = ("`g` falls by", "the network must give more by", "the network's error grows by", "the jump's error")
+    lines = []
+    for high, low in ((80, 1.9), *parts.JUMPS):
+        own = {key: chosen(rows, student=key, components="1-16", **{"from": high, "to": low}) for key in parts.BOTH}
+        euler, computed = ({key: fmean(row[key] for row in own[name]) for key in KEYS} for name in parts.BOTH)
+        change = {key: computed[key] / euler[key] for key in KEYS}
+        lines.append((f"{high:g} → {low:g}", *(f"{1 / v if key == 'g' else v:.2f}" for key, v in change.items())))
+    return markdown(("jump", *heads), lines)
+
+
 def two_call_table(rows: list[Row]) -> str:
     """Frechet distance at the last moment, a mean over seeds, by the two jumps; of the anatomy."""
-    own = chosen(rows, dataset="digits", step=600)
 
     def cells(kind: str, first: str) -> list[str]:
         found = []
         for last in NAMES:
-            values = [row["frechet"] for row in chosen(own, kind=kind, last=last, first=first)]
+            values = [row["frechet"] for row in chosen(rows, kind=kind, last=last, first=first)]
             shown = f"{fmean(values):.2f}" if values else ""
             found.append(f"**{shown}**" if first == last != "teacher" and kind == "two calls" else shown)
         return found

@@ -18,12 +18,26 @@ from benchmarks.policies.run import GRID, METHODS, TASKS, measure, plan
 from fewstep.evaluation.report.canvas import LIGHT
 from fewstep.policies.rollout import wilson
 
+SUMMED = (("flow matching", 1), ("flow matching", 2), ("flow matching", 16), ("iSD", 1), ("iSD", 2))
 ORDER = ("expert", "regression", "flow matching", "iSD", "iSD from flow matching")
 
 
 def tables() -> dict[str, str]:
-    """A table for each task, in the order of their first cells."""
-    return {task: section(rows) for task, rows in grouped(GRID.rows(), lambda row: str(row["task"])).items()}
+    """A table for each task, in the order of their first cells, and one of all."""
+    tasks = grouped(GRID.rows(), lambda row: str(row["task"]))
+    return {task: section(rows) for task, rows in tasks.items()} | {"All tasks": summary(tasks)}
+
+
+def summary(tasks: dict[str, list[Row]]) -> str:
+    """Successes and Wilson's interval of all episodes, a line for each task."""
+    names = ("expert", "regression", *(f"{method}, {calls} call{'s' * (calls > 1)}" for method, calls in SUMMED))
+    lines = []
+    for task, rows in tasks.items():
+        found = [chosen(rows, method=name) for name in names[:2]]
+        found += [chosen(rows, method=method, steps=calls) for method, calls in SUMMED]
+        shown = [(*pooled(own)[:2], *pooled(own)[2]) for own in found]
+        lines.append((task, *(f"{good} / {count} ({low:.2f}–{high:.2f})" for good, count, low, high in shown)))
+    return markdown(("task", *names), lines)
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:

@@ -99,3 +99,16 @@ def test_jobs_take_turns() -> None:
     spent = take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
     assert order == ["a", "b"] * 5
     assert [len(times) for times in spent.values()] == [3, 3]
+
+
+def test_a_page_may_have_some_columns_and_rows_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "LOG.md").write_text(
+        "<!-- table: some: First, of two; columns: name | last; rows: b | c -->\n<!-- end of table -->\n"
+    )
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "DOCS", tmp_path)
+    table = markdown(("name", "first", "last"), [("a", 1, 2), ("b", "", "–"), ("c", 5, "")]) + "\n\nA note."
+    study = Study("some", lambda: {"First, of two": table})
+    ((_, text),) = study.pages()
+    assert text.splitlines()[2:6] == ["| name | last |", "| --- | --- |", "| b | – |", "| c |  |"]
+    assert "A note" not in text
