@@ -18,9 +18,9 @@ from fewstep.objectives.shortcut import Shortcut
 class Passes(NamedTuple):
     """Evaluations of one sample with s < t and an exact derivative.
 
-    forward: with a graph; frozen: without one,
-    by the model or its slow average; tangents: of those, how many carry a tangent along; backward: evaluations and
-    tangents that the gradient passes back through; teacher: the teacher's, for CD and CTM by Heun a cell of the grid.
+    forward: with a graph; frozen: without one, by the model or its slow average; tangents: of those, how many carry a
+    tangent along; backward: evaluations and tangents that the gradient passes back through; teacher: the teacher's, for
+    CD and CTM by Heun a cell of the grid.
     A finite difference has no tangents and two evaluations more (under bf16 three, its middle too, in float32), frozen
     or, where the tangent is passed back through, forward. Guidance adds a frozen evaluation, as in iSD-T's row, where a
     sample meets the data: in LSD, PSD and shortcut those with s = t; in sCD it is the teacher's.
