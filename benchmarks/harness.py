@@ -46,7 +46,7 @@ Cache = Annotated[Path | None, tyro.conf.arg(help="folder of trained feature ext
 
 
 def digest(*parts: Any) -> str:
-    """Eight hex digits of dataclasses and plain values, whatever the order of fields. A field that came later counts only
+    """Eight hex digits of dataclasses and plain values, whatever the order of fields. One that came later counts only
     where it is not at what its absence meant, so that digests of older settings stay.
     """
     record = json.dumps([to_json(part, terse=True) for part in parts], sort_keys=True)
