@@ -91,17 +91,11 @@ def save_film(pictures: list[Picture], folder: Path, frames_per_second: int = 25
     Long episodes are thinned out to `longest` pictures. Raises CheckpointError when it cannot write.
     """
     every = max(1, -(-len(pictures) // longest))
-    shown = [Image.fromarray(picture) for picture in pictures[::every]]
+    first, *others = (Image.fromarray(picture) for picture in pictures[::every])
+    others += [others[-1] if others else first] * frames_per_second
     file = folder / FILM_FILE
     with replacing(file) as aside:
-        shown[0].save(
-            aside,
-            format="GIF",
-            save_all=True,
-            append_images=[*shown[1:], *[shown[-1]] * frames_per_second],
-            duration=1000 // frames_per_second,
-            loop=0,
-        )
+        first.save(aside, "GIF", save_all=True, append_images=others, duration=1000 // frames_per_second, loop=0)
     with replacing(folder / STRIP_FILE) as aside:
         Image.fromarray(np.concatenate(strip(pictures), axis=1)).save(aside, format="PNG")
     return file

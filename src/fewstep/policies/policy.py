@@ -64,9 +64,12 @@ class Policy:
         and 0 .. B - 1 when not given. Raises ShapeError for observations of another shape or that are not finite, or so
         far off that the actions are not, and for episodes that are no B whole numbers.
         """
-        obs = _numbers(obs)
-        normalised = self._normalised(obs)
-        index = torch.arange(len(obs)) if episodes is None else _whole_numbers(episodes, len(obs))
+        normalised = self._normalised(_numbers(obs))
+        count = len(normalised)
+        index = torch.arange(count) if episodes is None else episodes
+        if not isinstance(index, Tensor) or index.shape != (count,) or index.is_floating_point():
+            shown = tuple(index.shape) if isinstance(index, Tensor) else type(index).__name__
+            raise ShapeError(f"episodes {shown}: give a tensor of {count} whole numbers, one for each observation")
         draws = Draws(self.seed, decision, index.to(normalised.device))
         noise = prior_noise(self.flow_map, draws)
         x = torch.zeros_like(noise) if self.spec.from_zero else noise
@@ -123,13 +126,6 @@ def _numbers(obs: Observed) -> Tensor:
         return torch.from_numpy(np.array(obs, dtype=np.float32))
     except (TypeError, ValueError) as error:
         raise ShapeError(f"an observation holds no numbers: {error}") from error
-
-
-def _whole_numbers(episodes: Tensor, count: int) -> Tensor:
-    if not isinstance(episodes, Tensor) or episodes.shape != (count,) or episodes.is_floating_point():
-        shown = tuple(episodes.shape) if isinstance(episodes, Tensor) else type(episodes).__name__
-        raise ShapeError(f"episodes {shown}: give a tensor of {count} whole numbers, one for each observation")
-    return episodes.cpu()
 
 
 def stacked(seen: list[Tensor], count: int) -> Tensor:

@@ -1,10 +1,11 @@
 """Episodes: of an expert, recorded; of a policy, many at once with one network call a chunk."""
 
 import math
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +53,7 @@ class Rollout:
 
 def count_routes(episodes: Sequence[Episode]) -> dict[str, int]:
     """How many episodes took which way, of those that took one."""
-    names = sorted({episode.route for episode in episodes if episode.route})
-    return {name: sum(episode.route == name for episode in episodes) for name in names}
+    return dict(sorted(Counter(episode.route for episode in episodes if episode.route).items()))
 
 
 def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -100,7 +100,8 @@ def roll_out(
             simulations.mend(running)
             if progress is not None:
                 progress(f"{len(found)} of {episodes} episodes, {sum(e.success for e in found)} at the goal")
-    return Rollout(tuple(found), median(spent), single_latency(policy), len(spent))
+    alone = statistics.median(latencies(policy, 20))
+    return Rollout(tuple(found), statistics.median(spent) if spent else math.nan, alone, len(spent))
 
 
 def film(policy: Policy, task: Task, seed: int = FIRST_TEST_SEED) -> tuple[Episode, list[Picture]]:
@@ -163,11 +164,6 @@ def check_fit(policy: Policy, task: Task) -> None:
         )
 
 
-def single_latency(policy: Policy, repeats: int = 20) -> float:
-    """Median milliseconds of a decision for one episode, on the threads that torch has."""
-    return median(latencies(policy, repeats))
-
-
 def latencies(policy: Policy, repeats: int) -> list[float]:
     """Milliseconds of each of `repeats` decisions for one episode, after one to warm up."""
     seen = policy.spec.observations.decode(torch.zeros(1, *policy.observation_shape))
@@ -178,11 +174,6 @@ def latencies(policy: Policy, repeats: int) -> list[float]:
         policy.predict_chunk(seen, decision)
         spent.append(1000 * (time.perf_counter() - started))
     return spent
-
-
-def median(values: list[float]) -> float:
-    """The median; NaN of nothing."""
-    return float(np.median(values)) if values else math.nan
 
 
 @dataclass(frozen=True)
@@ -210,7 +201,7 @@ def record(task: Task, count: int, first_seed: int = 0, progress: Progress | Non
     if count < 1 or first_seed < 0:
         raise ConfigError(f"{count} demonstrations from seed {first_seed}: needs at least 1, from a seed of at least 0")
     expert = task.expert()
-    kept: list[Demonstrated] = []
+    kept: list[tuple[Episode, Tensor, Tensor]] = []
     errors: list[str] = []
     tried = 0
     with Simulations(task) as simulations:
@@ -220,28 +211,25 @@ def record(task: Task, count: int, first_seed: int = 0, progress: Progress | Non
                 raise DataError(f"{task.name}: {len(kept)} of {tried} episodes reached the goal, too few{first}")
             if first_seed + tried >= FIRST_TEST_SEED:
                 raise ConfigError(f"starts from {FIRST_TEST_SEED} on are kept for rollouts: begin at an earlier seed")
-            found = demonstrate(simulations, expert, first_seed + tried)
+            episode, seen, taken = demonstrate(simulations, expert, first_seed + tried)
             tried += 1
-            kept += [found] if found.episode.success else []
-            errors += [f"start {found.episode.seed}: {found.episode.error}"] if found.episode.error else []
+            kept += [(episode, seen, taken)] if episode.success else []
+            errors += [f"start {episode.seed}: {episode.error}"] if episode.error else []
             if progress is not None:
                 progress(f"{len(kept)} of {count} demonstrations, {tried - len(kept)} episodes dropped")
-    seen, taken = torch.cat([each.observations for each in kept]), torch.cat([each.actions for each in kept])
-    ends = torch.tensor([len(each.actions) for each in kept]).cumsum(0)
-    demonstrations = Demonstrations(seen, taken, ends, task.name, task.action_low, task.action_high)
-    return Recording(demonstrations, tried, tried - count, tuple(errors), count_routes([each.episode for each in kept]))
+    episodes, observed, acted = zip(*kept, strict=True)
+    ends = torch.tensor([len(actions) for actions in acted]).cumsum(0)
+    demonstrations = Demonstrations(
+        torch.cat(observed), torch.cat(acted), ends, task.name, task.action_low, task.action_high
+    )
+    return Recording(demonstrations, tried, tried - count, tuple(errors), count_routes(episodes))
 
 
-class Demonstrated(NamedTuple):
-    """An expert's episode: how it went, what it saw and did, (steps, Do) and (steps, Da)."""
+def demonstrate(simulations: Simulations, expert: Expert, seed: int) -> tuple[Episode, Tensor, Tensor]:
+    """One episode of an expert in the first of the simulations, and what it saw and did, (steps, Do) and (steps, Da).
 
-    episode: Episode
-    observations: Tensor
-    actions: Tensor
-
-
-def demonstrate(simulations: Simulations, expert: Expert, seed: int) -> Demonstrated:
-    """One episode of an expert, in the first of the simulations; what the expert raises is an error of the episode."""
+    What the expert raises is an error of the episode.
+    """
     (running,), actions = simulations.running([seed]), list[Tensor]()
     with running.guarded():
         expert.begin(seed)
@@ -255,9 +243,8 @@ def demonstrate(simulations: Simulations, expert: Expert, seed: int) -> Demonstr
     episode = running.finished()
     simulations.mend([running])
     count = min(len(actions), len(running.seen))
-    if not count:
-        return Demonstrated(episode, torch.empty(0), torch.empty(0))
-    return Demonstrated(episode, torch.stack(running.seen[:count]), torch.stack(actions[:count]))
+    seen, taken = (torch.stack(part[:count]) if count else torch.empty(0) for part in (running.seen, actions))
+    return episode, seen, taken
 
 
 def expert_rollout(task: Task, episodes: int, first_seed: int = FIRST_TEST_SEED) -> Rollout:
@@ -266,5 +253,5 @@ def expert_rollout(task: Task, episodes: int, first_seed: int = FIRST_TEST_SEED)
         raise ConfigError(f"{task.name} has no expert")
     expert = task.expert()
     with Simulations(task) as simulations:
-        found = [demonstrate(simulations, expert, first_seed + k).episode for k in range(episodes)]
+        found = [demonstrate(simulations, expert, first_seed + k)[0] for k in range(episodes)]
     return Rollout(tuple(found))

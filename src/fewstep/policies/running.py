@@ -1,8 +1,7 @@
 """Episodes under way, and the simulations that they run in: what fails in one is its own error, the others go on."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,14 +64,14 @@ class Running:
     def look(self, observation: Vector) -> None:
         """Take in an observation; raises DataError for another size or numbers that are not finite."""
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
-            found = np.asarray(observation, dtype=np.float32)
+            found = np.array(observation, dtype=np.float32)
         if found.shape != (self.task.observation_size,):
             raise DataError(
                 f"an observation of shape {found.shape}: {self.task.name} has ({self.task.observation_size},)"
             )
         if not np.isfinite(found).all():
             raise DataError(f"an observation is not finite (its number {int(np.flatnonzero(~np.isfinite(found))[0])})")
-        self.seen.append(torch.from_numpy(found.copy()))
+        self.seen.append(torch.from_numpy(found))
 
     def act(self, action: Vector, picture: bool = False) -> None:
         """One action, brought within the bounds."""
@@ -113,7 +112,8 @@ class Simulations:
 
     def __exit__(self, *failure: object) -> None:
         for simulation in self._kept.values():
-            close(simulation)
+            with suppress(Exception):  # one that cannot even close costs nothing that was measured
+                simulation.close()
 
     def running(self, seeds: Sequence[int]) -> list[Running]:
         """Episodes at these starts, each in a simulation of its own."""
@@ -123,7 +123,8 @@ class Simulations:
         """Part with the simulations of episodes that ended in an error: they may be broken."""
         for place, episode in enumerate(episodes):
             if episode.error:
-                close(self._kept.pop(place))
+                with suppress(Exception):
+                    self._kept.pop(place).close()
 
     def _at(self, place: int) -> Simulation:
         if place not in self._kept:
@@ -152,9 +153,3 @@ class NoSimulation(Simulation):
 
     def step(self, action: Vector) -> Outcome:
         raise self.error
-
-
-def close(simulation: Simulation) -> None:
-    """Close a simulation; one that cannot even do that costs nothing that was measured."""
-    with contextlib.suppress(Exception):
-        simulation.close()

@@ -31,9 +31,18 @@ class FetchSimulation(ArmSimulation):
         super().__init__(environment, _VIEW, render)
 
     def reset(self, seed: int) -> Vector:
-        """Place block and goal; (28,)."""
+        """Place block, goal and the red marker at the goal; (28,).
+
+        The environment marks it whenever it draws, and thereby refreshes the positions that the next action starts
+        from: episodes that are watched would differ from others. Here it is done once, whether drawn or not.
+        """
+        from mujoco import mj_kinematics
+
         parts = self._place(seed)
-        self._mark(parts["desired_goal"])
+        model, data = self._environment.model, self._environment.data
+        marker = model.site("target0")
+        marker.pos = parts["desired_goal"] - data.xpos[marker.bodyid[0]]
+        mj_kinematics(model, data)
         return joined(parts)
 
     def step(self, action: Vector) -> Outcome:
@@ -44,21 +53,7 @@ class FetchSimulation(ArmSimulation):
 
     def _place(self, seed: int) -> dict[str, Any]:
         """The package's observation of a new episode."""
-        parts, _ = self._environment.reset(seed=seed)
-        return dict(parts)
-
-    def _mark(self, goal: Any) -> None:
-        """Put the red marker at the goal.
-
-        The environment does so whenever it draws, and thereby refreshes the positions that the next action starts from:
-        episodes that are watched would differ from others. Here it is done once, whether drawn or not.
-        """
-        from mujoco import mj_kinematics
-
-        model, data = self._environment.model, self._environment.data
-        marker = model.site("target0")
-        marker.pos = goal - data.xpos[marker.bodyid[0]]
-        mj_kinematics(model, data)
+        return dict(self._environment.reset(seed=seed)[0])
 
 
 def joined(parts: dict[str, Any]) -> Vector:

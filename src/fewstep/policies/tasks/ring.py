@@ -26,6 +26,7 @@ _MAP = (
     "111111111",
 )
 """Cells of 1 m, x to the right, y up from the middle; 1 is a wall. The block has a bay toward the starts."""
+_WALLS = np.array([[cell == "1" for cell in row] for row in _MAP])
 _GOAL = (0.0, 3.0)
 _GOAL_RADIUS = 0.45
 _START_MIDDLE = (0.0, -3.0)
@@ -43,7 +44,10 @@ class RingMaze(Simulation):
     """
 
     def __init__(self) -> None:
-        self._maze = _make_maze()
+        with packages_of("pointmaze-ring", "gymnasium-robotics"):
+            from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
+        self._maze = PointMazeEnv(maze_map=_WALLS.astype(int).tolist())
+        Path(self._maze.tmp_xml_file_path).unlink(missing_ok=True)  # it leaves its model's file behind
         self._position = np.zeros(2)
         self._travelled = 0.0
         self._trail: list[Any] = []
@@ -74,7 +78,7 @@ class RingMaze(Simulation):
 
     def render(self) -> Picture:
         """The map from above with the way travelled, drawn without a graphics library: (288, 288, 3)."""
-        rows = np.repeat(np.repeat(_walls(), _CELL_PIXELS, 0), _CELL_PIXELS, 1)
+        rows = np.repeat(np.repeat(_WALLS, _CELL_PIXELS, 0), _CELL_PIXELS, 1)
         picture = np.where(rows[..., None], np.uint8(96), np.full((*rows.shape, 3), 255, dtype=np.uint8))
         _disc(picture, np.array(_GOAL), _GOAL_RADIUS, (144, 224, 144))
         for place in self._trail:
@@ -113,22 +117,12 @@ class RingExpert(Expert):
 
     def act(self, observation: Vector) -> Vector:
         position, velocity, goal = np.asarray(observation, dtype=np.float64).reshape(3, 2)
-        way = self._next_waypoint(position, goal) - position
+        # The corner below, the corner above, then the goal; each is passed once the point is level with it.
+        corner = np.array([2.3 * self.side, -1.2 if position[1] < -1.4 else 1.5])
+        way = (corner if position[1] < 1.3 else goal) - position
         wanted = self.speed * way / max(float(np.hypot(*way)), 1e-6)
         action = self.gain * (wanted - velocity) + self._generator.normal(0.0, self.noise, 2)
         return RING.clip(action.astype(np.float32))
-
-    def _next_waypoint(self, position: Any, goal: Any) -> Any:
-        """The corner below, the corner above, then the goal; each is passed once the point is level with it."""
-        beside = 2.3 * self.side
-        if position[1] < -1.4:
-            return np.array([beside, -1.2])
-        return np.array([beside, 1.5]) if position[1] < 1.3 else goal
-
-
-def _walls() -> Any:
-    """Where walls are: (9, 9) bool, row 0 on top."""
-    return np.array([[cell == "1" for cell in row] for row in _MAP])
 
 
 def _disc(picture: Picture, centre: Any, radius: float, colour: tuple[int, int, int]) -> None:
@@ -137,15 +131,6 @@ def _disc(picture: Picture, centre: Any, radius: float, colour: tuple[int, int, 
     row, column = np.ogrid[: picture.shape[0], : picture.shape[1]]
     x, y = (column + 0.5 - half) / _CELL_PIXELS, (half - row - 0.5) / _CELL_PIXELS
     picture[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2] = colour
-
-
-def _make_maze() -> Any:
-    """Gymnasium-Robotics' maze; the model file that it leaves among the temporary ones is removed."""
-    with packages_of("pointmaze-ring", "gymnasium-robotics"):
-        from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
-    maze = PointMazeEnv(maze_map=_walls().astype(int).tolist())
-    Path(maze.tmp_xml_file_path).unlink(missing_ok=True)
-    return maze
 
 
 RING = Task(
