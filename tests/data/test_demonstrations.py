@@ -197,8 +197,12 @@ def test_bounds_must_fit(low: tuple[float, ...], high: tuple[float, ...], said: 
         Demonstrations(torch.zeros(3, 1), actions, torch.tensor([3]), action_low=low, action_high=high)
 
 
-def test_what_hardly_varies_is_not_stretched() -> None:
-    values = torch.tensor([[0.0, 1e4, 0.0], [9e-5, 1e4 + 5e-3, 1e-3]], dtype=torch.float64)
-    encoded = Normaliser.fit(values).encode(values)
-    torch.testing.assert_close(encoded[:, :2], values[:, :2] - values[0, :2], rtol=1e-9, atol=1e-12)
-    assert encoded[:, 2].tolist() == [-1.0, 1.0]
+def test_what_hardly_varies_takes_no_part() -> None:
+    values = torch.tensor([[0.0, 1e4, 0.0, 0.3], [9e-5, 1e4 + 5e-3, 1e-3, 0.3]], dtype=torch.float64)
+    normaliser = Normaliser.fit(values)
+    assert normaliser.varied.tolist() == [False, False, True, False]
+    encoded = normaliser.encode(values + 100)
+    assert not encoded[:, [0, 1, 3]].any()
+    assert normaliser.encode(values)[:, 2].tolist() == [-1.0, 1.0]
+    decoded = normaliser.decode(torch.randn(5, 4, dtype=torch.float64))
+    torch.testing.assert_close(decoded[:, [0, 1, 3]], values.mean(0)[[0, 1, 3]].expand(5, 3), rtol=1e-15, atol=0)

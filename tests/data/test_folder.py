@@ -25,6 +25,8 @@ def test_subfolders_are_classes_at_any_depth_and_other_files_are_ignored(tmp_pat
     for name in ("cat/.hidden.png", ".trash/4.png", "cat/notes.txt", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"not an image")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_bytes(b"not an image")
     listing = list_images(str(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in listing.files] == [
         "cat/1.webp",
@@ -33,8 +35,10 @@ def test_subfolders_are_classes_at_any_depth_and_other_files_are_ignored(tmp_pat
         "dog/1.png",
         "dog/more/2.PNG",
     ]
-    assert (listing.labels, listing.ignored) == ((0, 0, 0, 1, 1), 3)
+    assert (listing.labels, listing.ignored) == ((0, 0, 0, 1, 1), 4)
+    assert listing.left_out == ("2 .txt", "1 hidden", "1 without a suffix", "folder notes without images")
     dataset = load("images", tmp_path)
+    assert dataset.left_out == listing.left_out
     assert (dataset.class_names, dataset.shape) == (("cat", "dog"), (3, 6, 6))
     assert len(dataset.train) + len(dataset.heldout) == 5
 
@@ -145,7 +149,7 @@ def broken_images(folder: Path) -> list[str]:
     (folder / "cut.png").write_bytes(buffer.getvalue()[:5000])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.webp").write_bytes(b"<html>404</html>")
-    Image.new("L", (4, 4)).save(folder / "other.png", "TIFF")
+    Image.new("L", (4, 4)).save(folder / "other.png", "EPS")  # a program, which Pillow would have run
     return ["cut.png", "empty.jpg", "text.webp", "other.png"]
 
 

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import tyro
 
+from fewstep.data.folder import list_images
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings
+from fewstep.utils.text import listed
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Options:
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of PNG, JPEG or WebP images; its first-level subfolders, if it has any, are the classes."""
+    """Folder of images; its first-level subfolders, if it has any, are the classes."""
     autoencoder: Path
     """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
     out: Path
@@ -34,4 +36,6 @@ def run(options: Options) -> None:
     where = options.folder, options.autoencoder, options.out
     manifest = encode_folder(*where, options.settings, options.std, options.work)
     print(f"{options.out}: {summary(manifest)}")
+    if left_out := list_images(str(options.folder)).left_out:
+        print(f"Left out: {listed(left_out)}")
     print(f"Next: fewstep train RECIPE --data.source latents --data.root {options.out}")

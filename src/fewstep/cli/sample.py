@@ -1,5 +1,6 @@
 """`fewstep sample RUN`: images from a run."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import tyro
 from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.text import listed
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Options:
     """For the gamma sampler: 0 is deterministic, 1 re-noises fully. Not given: the run's own, or 0.5."""
     times: tuple[float, ...] = ()
     """The times to walk through in the path's clock, falling; overrides steps and spacing."""
-    label: tuple[int, ...] = ()
-    """Class of each image, repeated as needed, -1 for none; all classes in turn when not given."""
+    label: tuple[str, ...] = ()
+    """Class of each image by its name, or its number where no class is called so; repeated as needed, -1 for none. All
+    classes in turn when not given."""
     guidance_scale: float | None = None
     """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
     given: the one that the run is measured by; for a saved model the one that all its tuned times are for, else 1."""
@@ -74,7 +77,9 @@ def run(options: Options) -> None:
         pipeline = pipeline.to("cuda")
     view = None if options.latents else pipeline.viewer(options.autoencoder)
     settings = sampling_settings(options, own_settings(options.run, pipeline, options.steps))
-    labels = [options.label[k % len(options.label)] for k in range(options.count)] if options.label else None
+    names = pipeline.config.class_names
+    own = [class_number(name, names) for name in options.label]
+    labels = [own[k % len(own)] for k in range(options.count)] if own else None
     drawn = pipeline.generate(options.count, settings, labels)
     drawn.check_finite()
     if view is None:
@@ -83,9 +88,21 @@ def run(options: Options) -> None:
         view.write(drawn.samples, drawn.labels, out, options.columns)
     guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
+    if names and not own:
+        print(f"Classes in turn: {listed(names)}; --label NAME draws one")
     tuned = settings.tuned(pipeline.step_times)
     if tuned is not None:
         print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
+
+
+def class_number(name: str, names: tuple[str, ...]) -> int:
+    """The class of that name; its number where no class has a number for its name. Raises ConfigError for no class."""
+    if name in names:
+        return names.index(name)
+    renamed = any(each.isdecimal() and each != str(number) for number, each in enumerate(names))
+    if re.fullmatch(r"-?\d+", name) and (name == "-1" or not renamed):
+        return int(name)
+    raise ConfigError(f"this model has no class {name!r}: its classes are {listed(names) or 'none'}")
 
 
 def output_file(options: Options) -> Path:

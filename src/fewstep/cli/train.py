@@ -1,5 +1,6 @@
 """`fewstep train RECIPE`: a run of a recipe."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ def run(options: Options) -> None:
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+        print(dataset.summary)
     features = perceptual_features(config, dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)
     callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)

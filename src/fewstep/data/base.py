@@ -15,6 +15,7 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec
 from fewstep.utils.errors import DataError
 from fewstep.utils.tensors import expand
+from fewstep.utils.text import listed
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -84,6 +85,11 @@ class SampleSet(ABC):
         """Whether mirror images can be fetched."""
         return False
 
+    @property
+    def constant(self) -> tuple[int, ...]:
+        """Which channels, of chunks which actions, have one value in all samples, as far as that is known."""
+        return ()
+
     @abstractmethod
     def update(self, digest: hashlib.blake2b) -> None:
         """Feed whatever the samples are to a digest."""
@@ -143,6 +149,11 @@ class Samples(SampleSet):
     def has_mirrors(self) -> bool:
         return True
 
+    @property
+    def constant(self) -> tuple[int, ...]:
+        least, greatest = self.values.amin((0, 2, 3)), self.values.amax((0, 2, 3))
+        return tuple((least == greatest).nonzero()[:, 0].tolist())
+
     def update(self, digest: hashlib.blake2b) -> None:
         _update(digest, self.values)
         if self.labels is not None:
@@ -161,8 +172,8 @@ class Dataset:
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
     of chunks of actions, of each action once.
     latents: how samples become images, where they are latents. policy: how they are acted on, where they are chunks
-    of actions. Raises DataError when the parts do not fit each other, or when the training values are not finite or all
-    equal.
+    of actions. left_out: as of what was loaded. Raises DataError when the parts do not fit each other, or when the
+    training values are not finite or all equal.
     """
 
     name: str
@@ -172,6 +183,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     latents: LatentSpec | None = None
     policy: PolicySpec | None = None
+    left_out: tuple[str, ...] = ()
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 
@@ -228,6 +240,22 @@ class Dataset:
         """The range of the training samples, None when they have none."""
         return self.train.data_range
 
+    @property
+    def summary(self) -> str:
+        """What there is, in which classes, how much of it is held out, and what was left out, in one line."""
+        kind = "chunks of actions" if self.policy else "latents" if self.latents else "images"
+        names, part = self.class_names, "action" if self.policy else "channel"
+        if names != tuple(map(str, range(len(names)))) and any(name.isdecimal() for name in names):
+            names = tuple(f"{i} = {name}" for i, name in enumerate(names))
+        classes = f" in {len(names)} classes ({listed(names)})" if names else ""
+        shape, count = "x".join(map(str, self.shape)), len(self.train) + len(self.heldout)
+        remarks = [f"{self.name}: {count:,} {kind} of {shape}{classes}, {len(self.heldout):,} of them held out"]
+        remarks += [f"{part} {listed([str(i) for i in self.train.constant])} never varies"] * bool(self.train.constant)
+        untrained = set(range(len(names))).difference(() if self.train.labels is None else self.train.labels.tolist())
+        remarks += [f"{len(untrained)} classes without a sample to train on"] * bool(untrained)
+        remarks += [f"left out: {listed(self.left_out)}"] * bool(self.left_out)
+        return "; ".join(remarks)
+
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any value, label, class name, or with the split; not with the name."""
@@ -240,12 +268,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source brings: `heldout` is None when it has no split of its own; no class names means no labels."""
+    """What a source brings: `heldout` is None when it has no split of its own; no class names means no labels.
+
+    left_out: what lies beside the samples and is not read, in words.
+    """
 
     name: str
     train: Samples
     heldout: Samples | None
     class_names: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def chunks(values: Tensor) -> Iterator[Tensor]:

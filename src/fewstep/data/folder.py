@@ -1,15 +1,18 @@
-"""A folder of PNG, JPEG or WebP images; its first-level subfolders, if it has any, are the classes."""
+"""A folder of images in any format that Pillow reads; its first-level subfolders, if it has any, are the classes."""
 
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +21,12 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from fewstep.data.base import Loaded, Samples, source_path
+from fewstep.data.labels import natural_order, present_classes
 from fewstep.utils.errors import DataError, FewstepWarning
+from fewstep.utils.text import listed
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-_FORMATS = ("PNG", "JPEG", "WEBP")
+# Of those that Pillow opens: EPS is a program that it hands to Ghostscript, the others need programs of their own.
+_NO_IMAGES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _SPLITS = {"train", "test", "val", "valid", "validation"}
 _GREY_MODES = {"1", "L", "LA"}
 _BATCH = 256
@@ -40,21 +45,33 @@ _UNREADABLE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 Pixels = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images under `root` by their paths, the class of each (or None), and how many other files were ignored."""
+    """The images under `root` by their paths, the class of each (or None), and what was left out beside them.
+
+    ignored: how many other files there are. left_out: what they are, and folders without images, in words.
+    """
 
     root: Path
     files: tuple[Path, ...]
     labels: tuple[int, ...] | None
     class_names: tuple[str, ...]
     ignored: int
+    left_out: tuple[str, ...] = ()
+
+
+@cache
+def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
+    """Pillow's names of the formats that are read, and their suffixes."""
+    Image.init()
+    formats = tuple(sorted(set(Image.OPEN) - _NO_IMAGES))
+    return formats, frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
 
 
 def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -> Loaded:
@@ -66,33 +83,48 @@ def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -
     with skip_unreadable those are a FewstepWarning instead.
     """
     listing = list_images(root)
-    pixels, kept, failures = _decode_all(listing.files, image_size)
+    with quiet_bombs():
+        pixels, kept, failures = _decode_all(listing.files, image_size)
+    left_out = listing.left_out
     if failures:
         report_unreadable(failures, listing, skip_unreadable)
+        left_out = (*left_out, f"{len(failures)} unreadable")
     labels = None if listing.labels is None else torch.tensor(listing.labels)[kept]
-    return Loaded(listing.root.name, Samples(torch.from_numpy(pixels), labels), None, listing.class_names)
+    names, (labels,) = present_classes(root, listing.class_names, [labels])
+    return Loaded(listing.root.name, Samples(torch.from_numpy(pixels), labels), None, names, left_out)
 
 
 def list_images(root: str) -> Listing:
     """Find the images under `root`, nested at any depth; hidden files and other files are counted and ignored.
 
     Raises DataError when the folder is missing, unreadable or without images, has images both beside and inside its
-    subfolders, or holds splits (train, test) instead of classes.
+    subfolders, has two of these that are one, or holds splits (train, test) instead of classes.
     """
     folder = source_path(root)
     if not root or not folder.is_dir():
-        raise DataError(f"source 'images' needs root, a folder of PNG, JPEG or WebP images: '{root}' is no folder")
-    folder = folder.resolve()
+        raise DataError(f"source 'images' needs root, a folder of PNG, JPEG or other images: '{root}' is no folder")
+    folder, (_, suffixes) = folder.resolve(), _formats()
     found = sorted((path.relative_to(folder) for path in _walk(folder)), key=lambda path: path.parts)
-    images = [path for path in found if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")]
+    images = [path for path in found if path.suffix.lower() in suffixes and not path.name.startswith(".")]
     ignored = len(found) - len(images)
     if not images:
         raise DataError(
-            f"no PNG, JPEG or WebP images in '{folder}' ({ignored} other or hidden files ignored): give another root"
+            f"no PNG, JPEG or WebP images in '{folder}', nor any others that Pillow reads ({ignored} other or hidden "
+            "files ignored): give another root"
         )
     files = tuple(folder / path for path in images)
     labels, names = _classes(folder, images)
-    return Listing(folder, files, labels, names, ignored)
+    return Listing(folder, files, labels, names, ignored, _left_out(folder, set(found) - set(images), names))
+
+
+def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Other files by their kinds, and subfolders that are no class."""
+    kinds = Counter(
+        "hidden" if path.name.startswith(".") else path.suffix.lower() or "without a suffix" for path in others
+    )
+    empty = sorted({path.parts[0] for path in others if len(path.parts) > 1} - set(class_names))
+    folders = (f"folder{'s' * (len(empty) > 1)} {listed(empty)} without images",) if empty else ()
+    return (*(f"{count} {kind}" for kind, count in sorted(kinds.items())), *folders)
 
 
 def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
@@ -105,10 +137,11 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
             f"'{folder}' has {len(loose)} images beside its subfolders, such as '{loose[0]}', and "
             f"{len(images) - len(loose)} inside: put all into one subfolder per class, or all into '{folder}'"
         )
-    names = tuple(sorted({path.parts[0] for path in images}))
+    names = tuple(sorted({path.parts[0] for path in images}, key=natural_order))
     if set(map(str.lower, names)) <= _SPLITS:
         raise DataError(
-            f"the subfolders of '{folder}' are splits, not classes ({', '.join(names)}): give one of them as root"
+            f"the subfolders of '{folder}' are splits, not classes ({', '.join(sorted(names))}): give one of them as "
+            "root"
         )
     number = {name: index for index, name in enumerate(names)}
     return tuple(number[path.parts[0]] for path in images), names
@@ -117,9 +150,11 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
 def decode(path: Path, image_size: int = 0) -> Pixels:
     """One image as uint8 (H, W) when grey or (H, W, 3), upright, opaque, and image_size square unless that is 0.
 
-    Raises what Pillow raises for a file that it cannot read.
+    Raises what Pillow raises for a file that it cannot read, or that has more pixels than it takes for sound.
     """
-    with Image.open(path, formats=_FORMATS) as file:
+    with Image.open(path, formats=_formats()[0]) as file:
+        if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"it has {file.width}x{file.height} pixels")
         image = _opaque(_eight_bits(ImageOps.exif_transpose(file)))
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
@@ -127,20 +162,25 @@ def decode(path: Path, image_size: int = 0) -> Pixels:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below `folder`; follows links to folders, each real folder once; hidden folders are left out."""
-    seen: set[str] = set()
-    for current, subfolders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+    """Every file below `folder`; follows links to folders, each real folder once; hidden folders are left out.
+
+    Raises DataError for folders that cannot be listed, and for two folders directly in `folder` that are one.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot list '{error.filename}': {error.strerror}; make it readable") from error
+
+    seen: dict[str, str] = {}
+    for current, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(current)
         if real in seen:
+            if {Path(current).parent, Path(seen[real]).parent} == {folder}:
+                raise DataError(f"'{current}' and '{seen[real]}' are one folder: leave one of the two classes out")
             subfolders.clear()
             continue
-        seen.add(real)
+        seen[real] = current
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield from (Path(current, name) for name in files)
-
-
-def _refuse(error: OSError) -> None:
-    raise DataError(f"cannot list '{error.filename}': {error.strerror}; make it readable") from error
 
 
 def _decode_all(files: tuple[Path, ...], image_size: int) -> tuple[Pixels, list[int], list[tuple[Path, str]]]:
@@ -149,15 +189,24 @@ def _decode_all(files: tuple[Path, ...], image_size: int) -> tuple[Pixels, list[
     kept: list[int] = []
     failures: list[tuple[Path, str]] = []
     grey = True
-    for position, result in enumerate(_decoded(files, image_size)):
+    batches = (files[start : start + _BATCH] for start in range(0, len(files), _BATCH))
+    results = chain.from_iterable(read_ahead(partial(decode_or_reason, image_size=image_size), batches))
+    bar = tqdm(results, "reading images", len(files), disable=len(files) <= _FILES_WORTH_A_BAR)
+    for position, result in enumerate(bar):
         if isinstance(result, str):
             failures.append((files[position], result))
             continue
         if canvas is None:
-            canvas = _canvas(len(files), result.shape[:2])
+            try:  # room for all as colour images, filled in place so that they never lie in memory twice
+                canvas = np.empty((len(files), 3, *result.shape[:2]), np.uint8)
+            except MemoryError as error:
+                raise DataError(
+                    f"{len(files)} images of {_size(result.shape)} pixels do not fit into memory: "
+                    "set a smaller image_size"
+                ) from error
         if result.shape[:2] != canvas.shape[2:]:
             raise DataError(
-                f"'{files[position]}' has {_size(result.shape[:2])} pixels but '{files[kept[0]]}' has "
+                f"'{files[position]}' has {_size(result.shape)} pixels but '{files[kept[0]]}' has "
                 f"{_size(canvas.shape[2:])}: set image_size to bring all images to one size"
             )
         grey = grey and result.ndim == 2
@@ -169,25 +218,23 @@ def _decode_all(files: tuple[Path, ...], image_size: int) -> tuple[Pixels, list[
     return (np.ascontiguousarray(pixels[:, :1]) if grey else pixels), kept, failures
 
 
-def _canvas(count: int, shape: tuple[int, ...]) -> Pixels:
-    """Room for `count` colour images, filled in place so that they never lie in memory twice."""
-    try:
-        return np.empty((count, 3, *shape), np.uint8)
-    except MemoryError as error:
-        raise DataError(
-            f"{count} images of {_size(shape)} pixels do not fit into memory: set a smaller image_size"
-        ) from error
+def read_ahead(read: Callable[[Path], T], batches: Iterable[Sequence[Path]]) -> Iterator[list[T]]:
+    """What `read` makes of each batch of files, in order; two batches are read ahead."""
+    waiting: deque[Iterator[T]] = deque()
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for batch in batches:
+            waiting.append(pool.map(read, batch))
+            if len(waiting) > 2:
+                yield list(waiting.popleft())
+        yield from map(list, waiting)
 
 
-def _decoded(files: tuple[Path, ...], image_size: int) -> Iterator[Pixels | str]:
-    """Each file's pixels, or why it has none, in order; a bounded number is decoded ahead."""
-    threads = min(_THREADS, os.cpu_count() or 1)
-    quiet = len(files) <= _FILES_WORTH_A_BAR
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(files), desc="reading images", disable=quiet) as bar:
-        for start in range(0, len(files), _BATCH):
-            batch = files[start : start + _BATCH]
-            yield from pool.map(partial(decode_or_reason, image_size=image_size), batch)
-            bar.update(len(batch))
+@contextmanager
+def quiet_bombs() -> Iterator[None]:
+    """Inside, Pillow does not warn of large images: `decode` refuses them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def decode_or_reason(path: Path, image_size: int) -> Pixels | str:
@@ -211,10 +258,14 @@ def report_unreadable(failures: list[tuple[Path, str]], listing: Listing, skip: 
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Sixteen-bit grey, which Pillow opens as I;16 or I, as eight bits; other modes unchanged."""
+    """Sixteen-bit grey, which Pillow opens as I;16 or I, as eight bits; other modes unchanged, floats refused."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, which tell no range: save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
-    values: npt.NDArray[Any] = np.asarray(image).astype(np.int64).clip(0, 65535)
+    values: npt.NDArray[Any] = np.asarray(image).astype(np.int64)
+    if image.mode == "I" and (values.min() < 0 or 0 < values.max() <= 255 or values.max() > 65535):
+        raise ValueError("its pixels are of 32 bits, which tell no range: save it with 8 or 16 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
@@ -228,5 +279,4 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    height, width = shape
-    return f"{width}x{height}"
+    return f"{shape[1]}x{shape[0]}"

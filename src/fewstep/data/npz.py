@@ -3,6 +3,8 @@
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,17 +13,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fewstep.data.base import Loaded, Samples, source_path
-from fewstep.data.labels import numbered_classes
+from fewstep.data.base import Loaded, source_path
+from fewstep.data.labels import numbered
 from fewstep.utils.errors import DataError
+from fewstep.utils.tensors import check_memory
 
-Layout = Literal["auto", "chw", "hwc"]
+Layout = Literal["auto", "chw", "hwc", "rgba"]
+Range = tuple[float, float] | None
+_ARRAYS = ("images", "labels", "heldout_images", "heldout_labels")
+_FEW_LEVELS = 16  # bytes that go no higher are hardly meant as 0..255
+_LARGEST = 1e9  # beyond it, squares of float32 soon overflow
 # What numpy and zipfile raise on broken or foreign archives: RuntimeError is encryption or an unknown compression,
 # SyntaxError and TokenError are an array's header, MemoryError is a header that announces too much.
 _UNREADABLE = (
     OSError,
     EOFError,
     ValueError,
+    TypeError,
+    KeyError,
     RuntimeError,
     MemoryError,
     SyntaxError,
@@ -31,35 +40,36 @@ _UNREADABLE = (
 )
 
 
-def load_npz(root: str, layout: Layout = "auto") -> Loaded:
+def load_npz(root: str, layout: Layout = "auto", value_range: Range = None) -> Loaded:
     """The arrays of an .npz file: `images` (or the only one), perhaps `labels`, `heldout_images` and `heldout_labels`.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), see `channels_first`; uint8 stands for [-1, 1], floats are taken
-    as they are. Raises DataError, naming the file and the array, for pickles and for what cannot be such data.
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), see `channels_first`; for their values see `in_range`. Raises
+    DataError, naming the file and the array, for pickles and for what cannot be such data.
     """
     path = source_path(root)
     if not root or not path.is_file():
         raise DataError(f"source 'npz' needs root, an .npz file with an array 'images': '{root}' is no file")
-    arrays = _read(path)
+    arrays = read_arrays(path, _ARRAYS)
     key = "images" if "images" in arrays or len(arrays) != 1 else next(iter(arrays))
     if key not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(f"'{path}' has no array 'images' among its arrays ({found}): name it so")
     images = _images(path, key, arrays[key], layout)
-    train = Samples(images, _labels(path, "labels", arrays, len(images)))
-    heldout = None
+    labels, heldout, held_labels = _labels(path, "labels", arrays, len(images)), None, None
     if "heldout_images" in arrays:
-        images = _images(path, "heldout_images", arrays["heldout_images"], layout)
-        heldout = Samples(images, _labels(path, "heldout_labels", arrays, len(images)))
-    names = numbered_classes(str(path), train.labels, None if heldout is None else heldout.labels)
-    return Loaded(path.stem, train, heldout, names)
+        heldout = _images(path, "heldout_images", arrays["heldout_images"], layout)
+        held_labels = _labels(path, "heldout_labels", arrays, len(heldout))
+    images, heldout = in_range(f"array '{key}' of '{path}'", value_range, images, heldout)
+    left_out = tuple(f"array {name}" for name in arrays if name != key and name not in _ARRAYS)
+    return replace(numbered(path.stem, str(path), (images, labels), (heldout, held_labels)), left_out=left_out)
 
 
 def channels_first(images: Tensor, layout: Layout, where: str) -> Tensor:
     """Images as (N, C, H, W): a last axis of 1 or 3 means channels last, otherwise an axis 1 of at most 16 means first.
 
     Raises DataError, naming `where`, when neither holds, or when both do and the other reading looks as likely (square
-    images, or 1 or 3 channels); `layout` "chw" or "hwc" then says which.
+    images, or 1 or 3 channels), or where a last axis of 2 or 4 may be one of grey or colours with transparency;
+    `layout` "chw" or "hwc" then says which, or "rgba": colours (N, H, W, 4) to be laid over white.
     """
     if images.ndim == 3:
         return images[:, None]
@@ -67,35 +77,94 @@ def channels_first(images: Tensor, layout: Layout, where: str) -> Tensor:
         raise DataError(f"{where} has shape {tuple(images.shape)}: give (N, H, W), (N, H, W, C) or (N, C, H, W)")
     _, first, middle, last = images.shape
     may_be_last, may_be_first = last in (1, 3), 1 <= first <= 16
-    if layout == "auto" and may_be_last and may_be_first and (middle == last or first in (1, 3)):
-        raise DataError(f"{where} has shape {tuple(images.shape)}, which is ambiguous: set npz_layout to chw or hwc")
-    if layout == "auto" and not (may_be_last or may_be_first):
-        raise DataError(
-            f"{where} has shape {tuple(images.shape)}, where no axis looks like channels: set npz_layout to chw or hwc"
-        )
+    if layout == "auto":
+        asked = "set --data.npz-layout (npz_layout) to chw or hwc"
+        if may_be_last and may_be_first and (middle == last or first in (1, 3)):
+            raise DataError(f"{where} has shape {tuple(images.shape)}, which is ambiguous: {asked}")
+        if last in (2, 4) and not (may_be_first and middle == last != first):
+            other = ", or to rgba to lay it over white" if last == 4 else ""
+            raise DataError(f"{where} has shape {tuple(images.shape)}, which may be {last} channels: {asked}{other}")
+        if not (may_be_last or may_be_first):
+            raise DataError(f"{where} has shape {tuple(images.shape)}, where no axis looks like channels: {asked}")
+    if layout == "rgba":
+        return _over_white(images, where)
     last_is_channels = may_be_last if layout == "auto" else layout == "hwc"
     return images.permute(0, 3, 1, 2).contiguous() if last_is_channels else images
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+def in_range(where: str, value_range: Range, images: Tensor, heldout: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both parts with `value_range`, the values that stand for black and white, brought to [-1, 1].
+
+    Without one they stay as they are: bytes stand for 0..255, floats for themselves. Raises DataError, naming `where`,
+    for values that this is hardly meant of: floats none of which is negative, bytes of a few low levels; for values
+    beyond the range; and for values that are too large to compute with.
+    """
+    given = [part for part in (images, heldout) if part is not None and part.numel()]
+    if not given:
+        return images, heldout
+    low, high = min(float(part.min()) for part in given), max(float(part.max()) for part in given)
+    what = f"{where} has {'floats' if given[0].is_floating_point() else 'bytes'} from {low:g} to {high:g}"
+    if value_range is not None:
+        black, white = value_range
+        slack = 1e-4 * (white - black)
+        if low < black - slack or high > white + slack:
+            raise DataError(f"{what}, beyond --data.value-range {black:g} {white:g}")
+        return _stretched(images, black, white), heldout if heldout is None else _stretched(heldout, black, white)
+    if max(abs(low), abs(high)) > _LARGEST:
+        raise DataError(f"{what}: bring them nearer to 1")
+    if 0 <= low < high and (images.is_floating_point() or high <= _FEW_LEVELS):
+        white = 1.0 if high <= 1 else high if high <= _FEW_LEVELS else max(255.0, high)
+        kept = "or -1 1" if images.is_floating_point() else "or 0 255"
+        kept = f" ({kept} to leave them as they are)" if high <= 1 or not images.is_floating_point() else ""
+        raise DataError(f"{what}: say which stand for black and white, as --data.value-range 0 {white:g}{kept}")
+    return images, heldout
+
+
+def _stretched(values: Tensor, black: float, white: float) -> Tensor:
+    """2 (x - black)/(white - black) - 1, or the values themselves where that is what they stand for."""
+    own = (0.0, 255.0) if values.dtype == torch.uint8 else (-1.0, 1.0)
+    return values if (black, white) == own else (values.float() - black) / ((white - black) / 2) - 1.0
+
+
+def _over_white(images: Tensor, where: str) -> Tensor:
+    """Colours and their opacity (N, H, W, 4), bytes, as colours (N, 3, H, W)."""
+    if images.shape[-1] != 4 or images.dtype != torch.uint8:
+        raise DataError(f"{where} is {images.dtype} of shape {tuple(images.shape)}: rgba is uint8 of (N, H, W, 4)")
+    colours, opacity = images[..., :3].int(), images[..., 3:].int()
+    laid = (colours * opacity + 255 * (255 - opacity) + 127) // 255
+    return laid.to(torch.uint8).permute(0, 3, 1, 2).contiguous()
+
+
+def read_arrays(path: Path, wanted: Collection[str]) -> dict[str, npt.NDArray[Any]]:
+    """Those arrays of an .npz file that are wanted, or the only one; others are listed as they are, unread.
+
+    No more is read than its headers announce. Raises DataError, naming it and the array, where they are damaged or
+    pickled.
+    """
     try:
         archive = np.load(path, allow_pickle=False)
     except _UNREADABLE as error:
-        raise DataError(f"'{path}' is no .npz archive (pickles are refused): write it with numpy.savez") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise DataError(f"'{path}' holds one bare array: write it with numpy.savez('{path.stem}.npz', images=...)")
-    with archive:
-        return {key: _array(path, archive, key) for key in archive.files}
-
-
-def _array(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> npt.NDArray[Any]:
-    try:
-        return np.asarray(archive[key])
-    except _UNREADABLE as error:
         raise DataError(
-            f"cannot read array '{key}' of '{path}': {' '.join(str(error).split())}; "
-            "arrays of Python objects are refused, write plain uint8 or float arrays"
+            f"{path} is damaged or no .npz archive (pickles are refused): write it with numpy.savez"
         ) from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise DataError(f"{path} holds one bare array: write it with numpy.savez('{path.stem}.npz', images=...)")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    with archive, zipfile.ZipFile(path) as announced:
+        sizes = {info.filename.removesuffix(".npy"): info.file_size for info in announced.infolist()}
+        for key in archive.files:
+            if key not in wanted and len(archive.files) > 1:
+                arrays[key] = np.empty(0)
+                continue
+            try:
+                check_memory(sizes[key], f"array '{key}' of {path}", "take a part of it")
+                arrays[key] = np.asarray(archive[key])
+            except _UNREADABLE as error:
+                raise DataError(
+                    f"cannot read array '{key}' of {path}: {' '.join(str(error).split())}; "
+                    "arrays of Python objects are refused, write plain uint8 or float arrays"
+                ) from error
+    return arrays
 
 
 def _images(path: Path, key: str, array: npt.NDArray[Any], layout: Layout) -> Tensor:

@@ -1,5 +1,6 @@
 """Where data comes from: one configuration for every source, and one function that loads it."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, final
@@ -52,11 +53,17 @@ class ImageSource(DataSource):
 
     def dataset(self, settings: "DataConfig") -> Dataset:
         loaded = self.load(settings)
-        parts = _split(loaded, settings) if loaded.heldout is None else (loaded.train, loaded.heldout)
-        train, heldout = (_convert(loaded.name, part, settings) for part in parts)
+        train, heldout = loaded.train, loaded.heldout
+        if heldout is None:
+            if len(train) < 2:
+                where = settings.root or loaded.name
+                raise DataError(f"'{where}' has {len(train)} samples: at least 2 are needed, to train and to hold out")
+            train, heldout = split(train, settings.heldout, settings.seed)
+        train, heldout = (_convert(loaded.name, part, settings) for part in (train, heldout))
         if not settings.labels:
-            return Dataset(loaded.name, Samples(train.values), Samples(heldout.values))
-        return Dataset(loaded.name, train, heldout, len(loaded.class_names), loaded.class_names)
+            return Dataset(loaded.name, Samples(train.values), Samples(heldout.values), left_out=loaded.left_out)
+        names = loaded.class_names
+        return Dataset(loaded.name, train, heldout, len(names), names, left_out=loaded.left_out)
 
 
 @final
@@ -67,7 +74,15 @@ class DigitsSource(ImageSource):
     reads_root: ClassVar[bool] = False
 
     def load(self, settings: "DataConfig") -> Loaded:
-        return _load_digits()
+        """1,797 digits (1, 8, 8) with values 0..16 brought to [-1, 1]."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise MissingExtraError("source 'digits' needs scikit-learn: pip install fewstep[digits]") from error
+        digits = load_digits()
+        values = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
+        labels = torch.tensor(digits.target, dtype=torch.int64)
+        return Loaded("digits", Samples(values, labels), None, tuple(map(str, digits.target_names)))
 
 
 @final
@@ -76,7 +91,7 @@ class IdxSource(ImageSource):
     """MNIST's files."""
 
     def load(self, settings: "DataConfig") -> Loaded:
-        return load_idx(settings.root)
+        return load_idx(settings.root, settings.value_range)
 
 
 @final
@@ -131,7 +146,7 @@ class NpzSource(ImageSource):
     """A NumPy archive."""
 
     def load(self, settings: "DataConfig") -> Loaded:
-        return load_npz(settings.root, settings.npz_layout)
+        return load_npz(settings.root, settings.npz_layout, settings.value_range)
 
 
 @final
@@ -142,7 +157,13 @@ class RandomSource(ImageSource):
     reads_root: ClassVar[bool] = False
 
     def load(self, settings: "DataConfig") -> Loaded:
-        return _load_random(settings)
+        indices = torch.arange(settings.random_count)
+        parts = torch.split(indices, _DRAWN_AT_ONCE)
+        values = torch.cat([Draws(settings.seed, 0, part).normal(_VALUES, settings.random_shape) for part in parts])
+        if not settings.random_classes:
+            return Loaded("random", Samples(values), None)
+        labels = Draws(settings.seed, 0, indices).integers(_LABELS, settings.random_classes)
+        return Loaded("random", Samples(values, labels), None, tuple(map(str, range(settings.random_classes))))
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ class DataConfig:
     skip_unreadable: bool = False
     """Warn about unreadable image files instead of failing."""
     npz_layout: Layout = "auto"
-    """Order of an archive's axes, chw or hwc; auto where its shape tells."""
+    """Order of an archive's axes, chw or hwc, or rgba, hwc to be laid over white; auto where its shape tells."""
     random_shape: tuple[int, int, int] = (4, 32, 32)
     """Shape (C, H, W) of a sample of random."""
     random_classes: int = 1000
@@ -174,6 +195,8 @@ class DataConfig:
     random_count: int = 1024
     """Number of samples of random, at least 2, the held-out ones among them."""
     chunks: ChunkConfig = later(ChunkConfig)
+    value_range: tuple[float, float] | None = later(lambda: None)
+    """Values of npz and idx that stand for black and white, such as 0 1; None: 0 255 in bytes, -1 1 in floats."""
 
     def __post_init__(self) -> None:
         """Take a source by its name too; raise ConfigError for values outside these ranges."""
@@ -184,6 +207,10 @@ class DataConfig:
             raise ConfigError(f"image_size is {self.image_size}: give a side in pixels, or 0 to keep sizes")
         if self.channels not in (0, 1, 3):
             raise ConfigError(f"channels is {self.channels}: give 1 or 3, or 0 to keep what the data has")
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            raise ConfigError(
+                f"value_range is {self.value_range}: give the values of black and white, black below white"
+            )
         if min(self.random_shape) < 1 or self.random_classes < 0 or self.random_count < 2:
             raise ConfigError(
                 f"random data of shape {self.random_shape}, {self.random_classes} classes and {self.random_count} "
@@ -206,35 +233,6 @@ def load_dataset(config: DataConfig) -> Dataset:
     return config.source.dataset(config)
 
 
-def _load_digits() -> Loaded:
-    """1,797 handwritten digits (1, 8, 8) with values 0..16 brought to [-1, 1]."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingExtraError("source 'digits' needs scikit-learn: pip install fewstep[digits]") from error
-    digits = load_digits()
-    values = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
-    labels = torch.tensor(digits.target, dtype=torch.int64)
-    return Loaded("digits", Samples(values, labels), None, tuple(str(name) for name in digits.target_names))
-
-
-def _load_random(config: DataConfig) -> Loaded:
-    indices = torch.arange(config.random_count)
-    parts = torch.split(indices, _DRAWN_AT_ONCE)
-    values = torch.cat([Draws(config.seed, 0, part).normal(_VALUES, config.random_shape) for part in parts])
-    if not config.random_classes:
-        return Loaded("random", Samples(values), None)
-    labels = Draws(config.seed, 0, indices).integers(_LABELS, config.random_classes)
-    return Loaded("random", Samples(values, labels), None, tuple(str(name) for name in range(config.random_classes)))
-
-
-def _split(loaded: Loaded, config: DataConfig) -> tuple[Samples, Samples]:
-    if len(loaded.train) < 2:
-        where = config.root or loaded.name
-        raise DataError(f"'{where}' has {len(loaded.train)} samples: at least 2 are needed, to train and to hold out")
-    return split(loaded.train, config.heldout, config.seed)
-
-
 def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
     channels, height, width = samples.shape
     if config.image_size and (height, width) != (config.image_size, config.image_size):
@@ -253,8 +251,7 @@ def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
 
 def _luma(colours: Tensor) -> Tensor:
     """Brightness (n, 1, H, W) of red, green and blue (n, 3, H, W), in the same type."""
+    weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, 1, 1)
     if colours.dtype == torch.uint8:
-        weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, 1, 1)
-        scaled = (colours.int() * weights).sum(1, keepdim=True) + (1 << 15)
-        return (scaled >> 16).to(torch.uint8)
-    return (colours * (torch.tensor(_LUMA) / 65536.0).reshape(3, 1, 1)).sum(1, keepdim=True)
+        return (((colours.int() * weights).sum(1, keepdim=True) + (1 << 15)) >> 16).to(torch.uint8)
+    return (colours * (weights / 65536.0)).sum(1, keepdim=True)

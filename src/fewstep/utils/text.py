@@ -12,3 +12,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         placed = [cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells)]
         lines.append("  ".join(placed).rstrip())
     return "\n".join(lines)
+
+
+def listed(words: Sequence[str], most: int = 12) -> str:
+    """Words with commas between; those before the last are left out where there are more than `most`."""
+    return ", ".join(words if len(words) <= most else [*words[: most - 2], "...", words[-1]])

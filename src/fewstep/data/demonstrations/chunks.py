@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +12,11 @@ from torch import Tensor
 from fewstep.data.base import Context, Dataset, SampleSet
 from fewstep.data.demonstrations.episodes import Demonstrations, load_demonstrations
 from fewstep.data.demonstrations.normaliser import ChunkConfig, Normaliser, PolicySpec
-from fewstep.utils.errors import DataError
+from fewstep.utils.errors import DataError, FewstepWarning
 from fewstep.utils.random import Draws
 
 _SPLIT = 54
+_RARE, _SQUEEZED = 200, 100  # of so many steps one may be far off; by so many times the range of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,8 @@ class ChunkSet(SampleSet):
     """One sample for every step of some episodes: the actions from there on, (horizon, Da), normalised.
 
     It is conditioned on the observations up to that step, (To, Do), the first one repeated where an episode has only
-    begun. Beyond an episode's end the last action is repeated and not counted. Episodes are never crossed.
+    begun. Beyond an episode's end the last action is repeated and not counted, nor is an action that does not vary.
+    Episodes are never crossed.
     """
 
     demonstrations: Demonstrations
@@ -67,10 +70,17 @@ class ChunkSet(SampleSet):
         behind = step[:, None] - torch.arange(count - 1, -1, -1)
         ahead = step[:, None] + torch.arange(self.spec.chunks.horizon)
         seen = self._observations[torch.maximum(behind, first[:, None])]
-        return Context(seen, (ahead <= last[:, None])[:, :, None])
+        counted = (ahead <= last[:, None])[:, :, None]
+        return Context(seen, counted & self.spec.actions.varied if self.constant else counted)
+
+    @property
+    def constant(self) -> tuple[int, ...]:
+        return tuple((~self.spec.actions.varied).nonzero()[:, 0].tolist())
 
     def moments(self) -> tuple[float, float]:
         values = self._actions[self._steps[:, 0]].double()
+        if self.constant:
+            values = values[:, self.spec.actions.varied]
         return float(values.mean()), float(values.std(correction=0))
 
     def update(self, digest: hashlib.blake2b) -> None:
@@ -102,6 +112,10 @@ def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Da
         demonstrations.action_low,
         demonstrations.action_high,
     )
+    if not bool(spec.actions.varied.any()):
+        raise DataError(f"{file} has actions that never vary: there is nothing to learn")
+    _warn_of_outliers(f"{file}: action", demonstrations.actions, steps)
+    _warn_of_outliers(f"{file}: observation", demonstrations.observations, steps)
     parts = [ChunkSet(demonstrations, part, spec) for part in (train, held)]
     return Dataset(demonstrations.task or "demonstrations", parts[0], parts[1], policy=spec)
 
@@ -111,3 +125,19 @@ def split_episodes(count: int, heldout: float, seed: int) -> tuple[Tensor, Tenso
     order = torch.argsort(Draws(seed, 0, torch.arange(count)).uniform(_SPLIT), stable=True)
     held = min(max(1, math.floor(count * heldout)), count - 1)
     return order[held:].sort().values, order[:held].sort().values
+
+
+def _warn_of_outliers(what: str, values: Tensor, steps: Tensor) -> None:
+    """A FewstepWarning for each column of values (N, D) whose range a few steps make 100 times what the others have."""
+    ranked, values = values[steps].sort(0).values, values[steps]
+    edge = max(1, len(steps) // _RARE)
+    low, high = ranked[min(edge, len(steps) - 1)], ranked[max(-edge - 1, -len(steps))]
+    full = ranked[-1] - ranked[0]
+    for number in ((high > low) & (full > _SQUEEZED * (high - low))).nonzero()[:, 0].tolist():
+        far = int((values[:, number] - (low + high)[number] / 2).abs().argmax())
+        warnings.warn(
+            f"{what} {number} is {values[far, number]:g} at step {int(steps[far])} but mostly from {low[number]:g} to "
+            f"{high[number]:g}, so that normalised all others are nearly one: drop that episode if it is an error",
+            FewstepWarning,
+            stacklevel=5,
+        )

@@ -3,8 +3,6 @@
 import io
 import json
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fewstep.data.base import source_path
+from fewstep.data.npz import read_arrays
 from fewstep.utils.errors import DataError
 from fewstep.utils.files import parse_json, write_atomically
+
+_ARRAYS = ("observations", "actions", "episode_ends", "task", "action_low", "action_high")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +26,9 @@ class Demonstrations:
     """Episodes one after the other: step i shows observations[i], at which actions[i] was taken.
 
     observations: (N, Do) float32. actions: (N, Da) float32. ends: (E,) int64, rising to N: episode e holds the steps
-    ends[e - 1] .. ends[e] - 1. task: the task's name, empty when unknown. action_low, action_high: bounds (Da,), empty
-    when unknown. Raises DataError for other shapes or types, values that are not finite, episodes without steps, or
-    bounds that do not fit.
+    ends[e - 1] .. ends[e] - 1. task: the task's name, empty when unknown. action_low, action_high: bounds (Da,), one
+    number where it is the same for all, empty when unknown. Raises DataError for other shapes or types, values that are
+    not finite, episodes without steps, or bounds that do not fit.
     """
 
     observations: Tensor
@@ -53,9 +54,10 @@ class Demonstrations:
             bad = torch.nonzero(~values.isfinite().all(1))
             if len(bad):
                 raise DataError(f"step {int(bad[0])} has {name} that are not finite: repair or drop its episode")
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]]) if ends.ndim == 1 and len(ends) else ends
-        if ends.ndim != 1 or not len(ends) or int(ends[-1]) != len(actions) or bool((ends <= starts).any()):
+        if ends.ndim != 1 or not len(ends) or int(ends[-1]) != len(actions) or bool((ends <= self.starts).any()):
             raise DataError(f"episode ends must rise from at least 1 to the {len(actions)} steps, one per episode")
+        for name in ("action_low", "action_high"):
+            object.__setattr__(self, name, _bounds(name, getattr(self, name), actions.shape[1]))
         check_bounds(actions, self.action_low, self.action_high)
 
     def __len__(self) -> int:
@@ -67,8 +69,16 @@ class Demonstrations:
         return torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
 
 
+def _bounds(name: str, given: Any, count: int) -> tuple[float, ...]:
+    """Bounds as numbers, one for all of `count` actions repeated; raises DataError for what are none."""
+    try:
+        return (float(given),) * count if isinstance(given, (int, float)) else tuple(map(float, given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} is {repr(given)[:40]}: give one number for each action, or one for all") from error
+
+
 def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...]) -> None:
-    """Raise DataError unless there are no bounds, or finite ones low < high (Da,) that hold all actions (N, Da)."""
+    """Raise DataError unless there are no bounds, or finite ones low <= high (Da,) that hold all actions (N, Da)."""
     if not low and not high:
         return
     if len(low) != actions.shape[1] or len(high) != actions.shape[1]:
@@ -76,9 +86,9 @@ def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...
             f"action bounds of {len(low)} and {len(high)} numbers for actions of {actions.shape[1]}: give one of each "
             "per number, or none"
         )
-    if not all(math.isfinite(a) and math.isfinite(b) and a < b for a, b in zip(low, high, strict=True)):
+    if not all(math.isfinite(a) and math.isfinite(b) and a <= b for a, b in zip(low, high, strict=True)):
         raise DataError(f"action bounds {low} and {high} must be finite, the first below the second")
-    slack = 1e-4 * (torch.tensor(high) - torch.tensor(low))
+    slack = 1e-4 * (torch.tensor(high) - torch.tensor(low)) + 1e-6 * torch.tensor(high).abs()
     outside = (actions < torch.tensor(low) - slack) | (actions > torch.tensor(high) + slack)
     if bool(outside.any()):
         step, number = torch.nonzero(outside)[0].tolist()
@@ -93,35 +103,17 @@ def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
 
     A .npz file holds them all as arrays; any other is safetensors, with the last two as JSON in its header.
     """
+    own = demonstrations
+    tensors = {"observations": own.observations, "actions": own.actions, "episode_ends": own.ends}
+    about = {"task": own.task, "action_low": own.action_low, "action_high": own.action_high}
     if file.suffix == ".npz":
-        _write_npz(demonstrations, file)
-        return file
-    tensors = {
-        "observations": demonstrations.observations.contiguous(),
-        "actions": demonstrations.actions.contiguous(),
-        "episode_ends": demonstrations.ends.contiguous(),
-    }
-    about = {
-        "task": demonstrations.task,
-        "action_low": demonstrations.action_low,
-        "action_high": demonstrations.action_high,
-    }
-    write_atomically(file, save(tensors, {"demonstrations": json.dumps(about)}))
+        packed = io.BytesIO()
+        np.savez(packed, **{key: np.asarray(value) for key, value in (tensors | about).items()})  # type: ignore[arg-type]
+        write_atomically(file, packed.getvalue())
+    else:
+        kept = {key: value.contiguous() for key, value in tensors.items()}
+        write_atomically(file, save(kept, {"demonstrations": json.dumps(about)}))
     return file
-
-
-def _write_npz(demonstrations: Demonstrations, file: Path) -> None:
-    packed = io.BytesIO()
-    np.savez(
-        packed,
-        observations=demonstrations.observations.numpy(),
-        actions=demonstrations.actions.numpy(),
-        episode_ends=demonstrations.ends.numpy(),
-        task=np.array(demonstrations.task),
-        action_low=np.array(demonstrations.action_low),
-        action_high=np.array(demonstrations.action_high),
-    )
-    write_atomically(file, packed.getvalue())
 
 
 def load_demonstrations(file: Path | str) -> Demonstrations:
@@ -143,13 +135,11 @@ def load_demonstrations(file: Path | str) -> Demonstrations:
             arrays["actions"].to(torch.float32),
             arrays["episode_ends"].to(torch.int64),
             str(about.get("task", "")),
-            tuple(float(value) for value in about.get("action_low", ())),
-            tuple(float(value) for value in about.get("action_high", ())),
+            about.get("action_low", ()),
+            about.get("action_high", ()),
         )
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{file}: what it says of the task or its bounds cannot be read ({error})") from error
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -163,11 +153,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    found = read_arrays(file, _ARRAYS)
     try:
-        with np.load(file, allow_pickle=False) as opened:
-            found = {name: opened[name] for name in opened.files}
         arrays = {name: torch.from_numpy(found[name]) for name in found if found[name].dtype.kind in "fiu"}
-    except (OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{file} is damaged or not an .npz archive ({error})") from error
-    about = {key: found[key].tolist() for key in ("task", "action_low", "action_high") if key in found}
-    return arrays, about
+    except TypeError as error:
+        raise DataError(f"{file} has numbers of a width that is not read ({error})") from error
+    return arrays, {key: found[key].tolist() for key in ("task", "action_low", "action_high") if key in found}

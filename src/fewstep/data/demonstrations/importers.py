@@ -18,6 +18,7 @@ from fewstep.data.base import source_path
 from fewstep.data.demonstrations.episodes import Demonstrations
 from fewstep.utils.errors import DataError, MissingExtraError
 from fewstep.utils.files import parse_json
+from fewstep.utils.tensors import check_memory
 
 ROBOMIMIC_KEYS = ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 """What robomimic's own policies observe where they see no pictures."""
@@ -40,10 +41,8 @@ def import_minari(source: Path | str, keys: Sequence[str] = (), task: str = "") 
 
     def read(name: str, group: Any) -> tuple[_Rows, _Rows]:
         where = f"{file}: {name}"
-        actions = _rows(_member(group, "actions", where), f"{where}/actions", floats=True)
-        observations = _observations(_member(group, "observations", where), keys, f"{where}/observations")
-        _check_length(observations, len(actions) + 1, len(actions), f"{where}/observations", ", one more")
-        return observations[:-1], actions
+        actions = _rows(group, "actions", where, floats=True)
+        return _observations(group, "observations", keys, where, len(actions), more=1)[:-1], actions
 
     with _opened(file) as opened:
         episodes = _episodes(opened, "episode_", file, read)
@@ -63,18 +62,19 @@ def import_robomimic(
 
     def read(name: str, group: Any) -> tuple[_Rows, _Rows]:
         where = f"{file}: data/{name}"
-        actions = _rows(_member(group, "actions", where), f"{where}/actions", floats=True)
+        actions = _rows(group, "actions", where, floats=True)
         promised = np.asarray(group.attrs.get("num_samples", len(actions)))
         if promised.shape != () or promised != len(actions):
             raise DataError(f"{where} has {len(actions)} actions but num_samples says {promised}: drop the episode")
-        observations = _observations(_member(group, "obs", where), keys, f"{where}/obs")
-        _check_length(observations, len(actions), len(actions), f"{where}/obs", "")
-        return observations, actions
+        return _observations(group, "obs", keys, where, len(actions)), actions
 
     with _opened(file) as opened:
-        chosen = _split(opened, split, file) if split else None
+        chosen = None
+        if split:
+            names = np.asarray(_member(_member(opened, "mask", str(file)), split, f"{file}: mask")).ravel().tolist()
+            chosen = sorted({name.decode() if isinstance(name, bytes) else str(name) for name in names})
         episodes = _episodes(_member(opened, "data", str(file)), "demo_", file, read, chosen)
-    return _joined(file, episodes, task, (), ())
+    return _joined(file, episodes, task)
 
 
 @contextmanager
@@ -98,9 +98,7 @@ def _opened(file: Path) -> Iterator[Any]:
 def _minari_file(source: Path | str) -> Path:
     home = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     for place in (source_path(source), home / source):
-        if place.is_file():
-            return place
-        for file in (place / "data" / _MAIN_FILE, place / _MAIN_FILE):
+        for file in (place, place / "data" / _MAIN_FILE, place / _MAIN_FILE):
             if file.is_file():
                 return file
         if place.is_dir():
@@ -139,31 +137,23 @@ def _episodes(
     if not names:
         raise DataError(f"{file} has no groups {prefix}0, {prefix}1, ...; there are: {_listed(group)}")
     names.sort(key=lambda name: int(name.removeprefix(prefix)))
-    return [read(name, group[name]) for name in names]
-
-
-def _split(opened: Any, split: str, file: Path) -> list[str]:
-    masks = _member(opened, "mask", str(file))
-    names = np.asarray(_member(masks, split, f"{file}: mask")).ravel().tolist()
-    return sorted({name.decode() if isinstance(name, bytes) else str(name) for name in names})
+    return [read(name, _member(group, name, str(file))) for name in names]
 
 
 def _member(group: Any, name: str, where: str) -> Any:
+    """What a group holds under a name; raises DataError where that is nothing, or lies in another file."""
     if not _is_group(group) or name not in group:
         raise DataError(f"{where} has no '{name}'; there are: {_listed(group)}")
-    return group[name]
+    node, outer = group[name], group.file.filename
+    # A virtual array is put together from others', which may be anywhere.
+    elsewhere = node.file.filename != outer or (hasattr(node, "shape") and (node.external or node.is_virtual))
+    if elsewhere:
+        raise DataError(f"{where}/{name} lies in another file: copy its numbers into this one")
+    return node
 
 
 def _is_group(node: Any) -> bool:
-    import h5py
-
-    return isinstance(node, h5py.Group)
-
-
-def _is_array(node: Any) -> bool:
-    import h5py
-
-    return isinstance(node, h5py.Dataset)
+    return hasattr(node, "keys")
 
 
 def _listed(group: Any) -> str:
@@ -171,33 +161,36 @@ def _listed(group: Any) -> str:
     return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "nothing"
 
 
-def _observations(node: Any, keys: Sequence[str], where: str) -> _Rows:
-    """One array (T, Do), or those of a group side by side."""
+def _observations(group: Any, name: str, keys: Sequence[str], where: str, actions: int, more: int = 0) -> _Rows:
+    """One array (T + more, Do), or those of a group side by side, for T = `actions`."""
+    node = _member(group, name, where)
+    whole = f"{where}/{name}"
     if not _is_group(node):
         if keys:
-            raise DataError(f"{where} is one array: leave out the keys {', '.join(keys)}")
-        return _rows(node, where)
-    parts = [_rows(_member(node, key, where), f"{where}/{key}") for key in keys or _leaves(node)]
+            raise DataError(f"{whole} is one array: leave out the keys {', '.join(keys)}")
+        parts = [_rows(group, name, where)]
+    else:
+        leaves: list[str] = []
+        node.visititems(lambda key, found: None if _is_group(found) else leaves.append(key))
+        parts = [_rows(node, key, whole) for key in keys or sorted(leaves)]
     if not parts:
-        raise DataError(f"{where} holds no arrays")
+        raise DataError(f"{whole} holds no arrays")
     if len({len(part) for part in parts}) > 1:
         raise DataError(
-            f"{where} holds arrays of {', '.join(str(len(part)) for part in parts)} steps: drop the episode"
+            f"{whole} holds arrays of {', '.join(str(len(part)) for part in parts)} steps: drop the episode"
         )
+    if len(parts[0]) != actions + more:
+        needs = f"not {actions + more}{', one more' if more else ''}"
+        raise DataError(f"{whole} has {len(parts[0])} steps for {actions} actions, {needs}")
     return np.concatenate(parts, axis=1)
 
 
-def _leaves(group: Any) -> list[str]:
-    names: list[str] = []
-    group.visititems(lambda name, node: None if _is_group(node) else names.append(name))
-    return sorted(names)
-
-
-def _rows(node: Any, where: str, floats: bool = False) -> _Rows:
+def _rows(group: Any, name: str, where: str, floats: bool = False) -> _Rows:
     """An array (T,) or (T, D) as (T, D) float32. Unsigned bytes are pictures; whole numbers as actions are choices."""
+    node, where = _member(group, name, where), f"{where}/{name}"
     if _is_group(node):
         raise DataError(f"{where} is a group of {_listed(node)}: name one of its arrays")
-    if not _is_array(node):
+    if not hasattr(node, "shape"):
         raise DataError(f"{where} is no array: name one of the arrays beside it")
     kinds = "f" if floats else "fib"
     if node.dtype.kind not in kinds or len(node.shape) not in (1, 2) or 0 in node.shape:
@@ -205,18 +198,16 @@ def _rows(node: Any, where: str, floats: bool = False) -> _Rows:
             f"{where} is {node.dtype} of shape {node.shape}: a policy needs one vector of "
             f"{'floats' if floats else 'numbers'} per step; pictures are not read"
         )
+    check_memory(8 * node.size, where, "drop the episode")
     values = np.asarray(node[()], dtype=np.float64)
     if not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise DataError(f"{where} has numbers that are not finite: repair or drop the episode")
     return values.reshape(len(values), -1).astype(np.float32)
 
 
-def _check_length(observations: _Rows, wanted: int, actions: int, where: str, more: str) -> None:
-    if len(observations) != wanted:
-        raise DataError(f"{where} has {len(observations)} steps for {actions} actions, not {wanted}{more}")
-
-
-def _joined(file: Path, episodes: list[tuple[_Rows, _Rows]], task: str, low: _Bounds, high: _Bounds) -> Demonstrations:
+def _joined(
+    file: Path, episodes: list[tuple[_Rows, _Rows]], task: str, low: _Bounds = (), high: _Bounds = ()
+) -> Demonstrations:
     """Episodes one after the other."""
     widths = [(observations.shape[1], actions.shape[1]) for observations, actions in episodes]
     other = next((number for number, width in enumerate(widths) if width != widths[0]), None)

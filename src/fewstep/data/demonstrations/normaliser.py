@@ -39,8 +39,8 @@ class ChunkConfig:
 class Normaliser:
     """u = 2 (x - low)/(high - low) - 1 per number: what lies within [low, high] comes to [-1, 1].
 
-    A number that hardly varied, high - low at most 1e-4, or 1e-6 of its size, is not stretched: it becomes x - low,
-    near zero where it stays what it was. Rounding, or a joint that nothing moves, would enter as large as the rest.
+    A number that hardly varied, high - low at most 1e-4, or 1e-6 of its size, does not take part: u = 0 whatever x is,
+    and x = (low + high)/2 whatever u is. Rounding, or a joint that nothing moves, would enter as large as the rest.
     """
 
     low: tuple[float, ...]
@@ -52,24 +52,32 @@ class Normaliser:
         low, high = values.double().amin(0), values.double().amax(0)
         return Normaliser(tuple(low.tolist()), tuple(high.tolist()))
 
+    @property
+    def varied(self) -> Tensor:
+        """Which numbers vary, (D,) bool."""
+        low, high = self._bounds()
+        return high - low > torch.maximum(torch.tensor(1e-4, dtype=torch.float64), 1e-6 * high.abs())
+
     def encode(self, values: Tensor) -> Tensor:
         """(..., D) in the robot's units -> (..., D) normalised, same type; raises ShapeError for another D."""
         centre, scale = self._affine(values)
-        return (values - centre) / scale
+        return torch.where(self.varied.to(values.device), (values - centre) / scale, 0.0)
 
     def decode(self, values: Tensor) -> Tensor:
         """The inverse of `encode`."""
         centre, scale = self._affine(values)
-        return centre + scale * values
+        return torch.where(self.varied.to(values.device), centre + scale * values, centre)
+
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))
+        return low, high
 
     def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.ndim == 0 or like.shape[-1] != len(self.low):
             raise ShapeError(f"values of shape {tuple(like.shape)} for a normaliser of {len(self.low)} numbers")
-        low, high = (torch.tensor(bound, dtype=torch.float64) for bound in (self.low, self.high))
-        varied = high - low > torch.maximum(torch.tensor(1e-4, dtype=torch.float64), 1e-6 * high.abs())
-        centre = torch.where(varied, (low + high) / 2, low)
-        scale = torch.where(varied, (high - low) / 2, 1.0)
-        return centre.to(like), scale.to(like)
+        low, high = self._bounds()
+        scale = torch.where(self.varied, (high - low) / 2, 1.0)
+        return ((low + high) / 2).to(like), scale.to(like)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
+from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, ShapeError
 from fewstep.utils.files import read_record
 
 CONFIG_FILE = "config.json"
@@ -41,8 +42,8 @@ class AutoencoderIdentity:
 class LatentSpec:
     """How samples of latents become images: decode(mean + std x / scale), channel by channel.
 
-    mean, std: of the autoencoder's latents, (C,). scale: the standard deviation of the samples x. image_shape: of an
-    image, (C, H, W).
+    mean, std: of the autoencoder's latents, (C,). scale: of the samples x. image_shape: of an image, (C, H, W).
+    Raises ConfigError for standard deviations that are not positive, or numbers that are not finite.
     """
 
     autoencoder: AutoencoderIdentity
@@ -50,6 +51,14 @@ class LatentSpec:
     std: tuple[float, ...]
     scale: float
     image_shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        finite = all(map(math.isfinite, (*self.mean, *self.std, self.scale)))
+        if not finite or min(*self.std, self.scale, *self.image_shape) <= 0 or len(self.mean) != len(self.std):
+            raise ConfigError(
+                f"latents of mean {self.mean}, std {self.std} and scale {self.scale}, images of {self.image_shape}: "
+                "the same number of means and positive deviations, all finite, and a positive scale and sizes"
+            )
 
     def latents(self, samples: Tensor) -> Tensor:
         """z = mean + std x / scale: samples x (n, C, h, w) in the autoencoder's own units."""
@@ -104,11 +113,8 @@ class Decoder:
     def images(self, samples: Tensor) -> Tensor:
         """Images (n, C, H, W) in [-1, 1] on the CPU, of samples (n, c, h, w); a few at a time pass the autoencoder."""
         count = _AT_ONCE_ON_CPU if self.autoencoder.device.type == "cpu" else _AT_ONCE
-        return torch.cat([self._decode(part) for part in torch.split(samples, count)])
-
-    def _decode(self, samples: Tensor) -> Tensor:
-        latents = self.spec.latents(samples.float().to(self.autoencoder.device))
-        return self.autoencoder.decode(latents).clamp(-1.0, 1.0).cpu()
+        parts = (self.spec.latents(part.float().to(self.autoencoder.device)) for part in torch.split(samples, count))
+        return torch.cat([self.autoencoder.decode(latents).clamp(-1.0, 1.0).cpu() for latents in parts])
 
 
 def load_decoder(spec: LatentSpec, path: Path | None, device: torch.device) -> Decoder:
@@ -138,45 +144,33 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     Raises CheckpointError when the folder is missing, damaged or holds another kind of model, MissingExtraError
     without the extra [diffusers].
     """
-    settings = _read_settings(folder)
-    kind = settings.get("_class_name")
-    if kind != _KIND:
-        raise CheckpointError(f"{folder} holds a model of class {kind!r}: give the folder of an {_KIND}")
-    model_class = _diffusers_class()
-    try:
-        model, info = model_class.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except _UNREADABLE as error:
-        raise CheckpointError(
-            f"{folder} holds no {_KIND} that can be read from safetensors: {_first_words(error)}"
-        ) from error
-    if info["missing_keys"]:
-        raise CheckpointError(
-            f"{folder} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}"
-        )
-    return Autoencoder(model, _identify(folder, settings, model), device)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(
             f"{folder} has no {CONFIG_FILE}: give the folder of an {_KIND}, such as the folder vae of a pipeline"
         )
-    return read_record(file, "copy the model again")
-
-
-def _diffusers_class() -> Any:
+    settings = read_record(file, "copy the model again")
+    if settings.get("_class_name") != _KIND:
+        found = settings.get("_class_name")
+        raise CheckpointError(f"{folder} holds a model of class {found!r}: give the folder of an {_KIND}")
     try:
-        from diffusers import AutoencoderKL
+        import diffusers
+
+        model_class: Any = diffusers.AutoencoderKL
     except (ImportError, RuntimeError) as error:  # RuntimeError: one of its own extras does not fit torch
         raise MissingExtraError(f"autoencoders need diffusers: pip install 'fewstep[diffusers]' ({error})") from error
-    return AutoencoderKL
+    try:
+        model, info = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise CheckpointError(f"{folder} holds no {_KIND} that can be read from safetensors: {reason}") from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{folder} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}"
+        )
+    return Autoencoder(model, _identify(folder, settings, model), device)
 
 
 def _identify(folder: Path, settings: dict[str, Any], model: Any) -> AutoencoderIdentity:
@@ -188,7 +182,3 @@ def _identify(folder: Path, settings: dict[str, Any], model: Any) -> Autoencoder
         weights.update(f"{key}{tuple(value.shape)}".encode())
         weights.update(value.contiguous().numpy().data)
     return AutoencoderIdentity(_KIND, config.hexdigest(), weights.hexdigest(), str(folder.resolve()))
-
-
-def _first_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

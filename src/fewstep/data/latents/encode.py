@@ -7,11 +7,8 @@ the shards as they are stored. So a command that was stopped and repeated ends w
 import hashlib
 import json
 import math
-import os
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data.folder import Listing, decode_or_reason, list_images, report_unreadable
+from fewstep.data.folder import Listing, decode_or_reason, list_images, quiet_bombs, read_ahead, report_unreadable
 from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
 from fewstep.data.latents.shards import (
@@ -42,13 +39,12 @@ from fewstep.data.latents.shards import (
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
-from fewstep.utils.serialization import JSON, differences, to_json
+from fewstep.utils.serialization import differences, to_json
 
 RECORD_FILE = "encoding.json"
 _HEADER = "fewstep_latents"
 _POSTERIOR_STREAM = 60
 _PLAIN, _MIRRORED = 0, 1
-_THREADS = 8
 _MEASURED_AT_ONCE = 256
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -96,10 +92,14 @@ def encode_folder(
     device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
     model = load_autoencoder(autoencoder, device)
     _check_sizes(model, settings)
-    lock = _open_folder(out, model.identity, settings)
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
+    lock = Lock(out, f"{out} is being encoded into by another process: wait for it, or give another folder with --out")
     try:
+        _check_folder(out, model.identity, settings)
         encoder = Encoder(listing, model, out, settings, work)
-        fresh = encoder.write_shards()
+        with quiet_bombs():
+            fresh = encoder.write_shards()
         manifest = encoder.measure(scale, fresh)
         write_atomically(out / MANIFEST_FILE, json.dumps(to_json(manifest), indent=2) + "\n")
     finally:
@@ -117,33 +117,19 @@ def _check_sizes(model: Autoencoder, settings: EncodingSettings) -> None:
         raise CheckpointError(f"the autoencoder takes images of {model.image_channels} channels, not of 1 or 3")
 
 
-def _open_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> Lock:
-    """Start the folder, or check that it holds the same, and keep other processes from encoding into it.
-
-    Raises CheckpointError showing every difference, or when another process encodes into it.
-    """
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
-    lock = Lock(out, f"{out} is being encoded into by another process: wait for it, or give another folder with --out")
-    try:
-        _check_folder(out, autoencoder, settings)
-    except BaseException:
-        lock.discard()
-        raise
-    return lock
-
-
 def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
+    """Start the folder, or raise CheckpointError showing every difference to what it holds already."""
     file = out / RECORD_FILE
-    record: dict[str, JSON] = {"version": VERSION, "autoencoder": to_json(autoencoder), "settings": to_json(settings)}
+    record: dict[str, Any] = {"version": VERSION, "autoencoder": to_json(autoencoder), "settings": to_json(settings)}
     if not file.is_file():
-        if out.is_dir() and any(
-            path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()
-        ):
+        if any(path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()):
             raise CheckpointError(f"{out} is not empty and holds no latents: give another folder with --out")
         write_atomically(file, json.dumps(record, indent=2) + "\n")
-    lines = differences(_read_record(file), _without_path(record))
-    if lines:
+    with reading(file, "delete its folder and encode anew"):
+        records = (parse_json(file.read_bytes()), record)
+        # where the autoencoder lies may change between starts
+        old, new = (each | {"autoencoder": {**each["autoencoder"], "path": ""}} for each in records)
+    if lines := differences(old, new):
         raise CheckpointError(
             f"{out} holds latents that were encoded otherwise ({'; '.join(lines[:8])}): repeat the command that began "
             "them, or give another folder with --out"
@@ -152,16 +138,6 @@ def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: Encodin
         for leftover in out.glob(pattern):
             with guarded(leftover):
                 leftover.unlink()
-
-
-def _read_record(file: Path) -> JSON:
-    with reading(file, "delete its folder and encode anew"):
-        return _without_path(parse_json(file.read_bytes()))
-
-
-def _without_path(record: dict[str, Any]) -> JSON:
-    """The record without where the autoencoder lies, which may change between starts."""
-    return record | {"autoencoder": {key: value for key, value in record["autoencoder"].items() if key != "path"}}
 
 
 @dataclass(frozen=True)
@@ -207,13 +183,13 @@ class Encoder:
         if sum(counts) == 0:
             raise DataError(f"none of the {len(self.listing.files)} images in '{self.listing.root}' could be read")
         training = ~held_out(sum(counts), labels, self.settings.heldout, self.settings.seed)
-        earlier = self._earlier()
+        earlier: dict[str, Shard] = {}
+        with suppress(DataError):  # there may be no manifest yet
+            earlier = {shard.file: shard for shard in read_manifest(self.out).shards}
         moments, shards = ChannelMoments(), []
         with self._bar(sum(counts), "measuring") as bar:
             for file, tensors, rows in zip(files, kept, training.split(counts), strict=True):
-                for part, chosen in zip(
-                    tensors["latents"].split(_MEASURED_AT_ONCE), rows.split(_MEASURED_AT_ONCE), strict=True
-                ):
+                for part, chosen in zip(*(x.split(_MEASURED_AT_ONCE) for x in (tensors["latents"], rows)), strict=True):
                     moments.add(part[chosen])
                     bar.update(len(part))
                 shards.append(Shard(file.name, len(rows), file.stat().st_size, fingerprint(file)))
@@ -222,13 +198,13 @@ class Encoder:
         mean, std = moments.result()
         weights = torch.tensor(counts, dtype=torch.float64)[:, None] / sum(counts)
         variance = (torch.stack([tensors["posterior_variance"] for tensors in kept]) * weights).sum(0)
-        side, latents = self.settings.image_size, kept[0]["latents"]
+        side, (_, *shape) = self.settings.image_size, kept[0]["latents"].shape
         return Manifest(
             version=VERSION,
             autoencoder=self.model.identity,
             settings=self.settings,
             scale=scale,
-            shape=(latents.shape[1], latents.shape[2], latents.shape[3]),
+            shape=(shape[0], shape[1], shape[2]),
             image_shape=(self.model.image_channels, side, side),
             count=sum(counts),
             class_names=self.listing.class_names,
@@ -237,13 +213,6 @@ class Encoder:
             posterior_std=tuple(variance.sqrt().tolist()),
             shards=tuple(shards),
         )
-
-    def _earlier(self) -> dict[str, Shard]:
-        """The shards that a manifest knows of; none where there is none that can be read."""
-        try:
-            return {shard.file: shard for shard in read_manifest(self.out).shards}
-        except DataError:
-            return {}
 
     def _check_shard(self, file: Path, positions: range) -> list[Failure]:
         """Raise CheckpointError unless a shard is of these images; the unreadable ones among them."""
@@ -278,35 +247,32 @@ class Encoder:
         parts: list[dict[str, Tensor]] = []
         failures: list[Failure] = []
         batches = [positions[i : i + self.work.batch_size] for i in range(0, len(positions), self.work.batch_size)]
-        for batch, found in zip(batches, self._read_ahead(batches), strict=True):
-            pairs = list(zip(batch, found, strict=True))
-            failures += [(self.listing.files[i], why) for i, why in pairs if isinstance(why, str)]
-            kept = [(i, pixels) for i, pixels in pairs if isinstance(pixels, Tensor)]
+        read = partial(read_image, image_size=self.settings.image_size, channels=self.model.image_channels)
+        files = [[self.listing.files[position] for position in batch] for batch in batches]
+        for batch, names, found in zip(batches, files, read_ahead(read, files), strict=True):
+            failures += [(name, why) for name, why in zip(names, found, strict=True) if isinstance(why, str)]
+            kept = [(i, pixels) for i, pixels in zip(batch, found, strict=True) if isinstance(pixels, Tensor)]
             if kept and (skip or not failures):
                 parts.append(self._encode([i for i, _ in kept], torch.stack([pixels for _, pixels in kept])))
             bar.update(len(batch))
         if failures and not skip:
             report_unreadable(failures, self.listing, skip=False)
-        if not parts:
-            parts.append(self._nothing())
         named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
         header = json.dumps({"images": images, "failures": named})
         return safetensors.torch.save(self._joined(parts), {_HEADER: header}), failures
 
-    def _joined(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Batches as one shard; the posterior's variance is averaged over images."""
+    def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Batches as one shard, perhaps of no image at all; the posterior's variance is averaged over images."""
+        if not parts:
+            side = self.settings.image_size
+            blank = self._encode([0], torch.zeros(1, self.model.image_channels, side, side, dtype=torch.uint8))
+            parts = [{key: value[:0] for key, value in blank.items()}]
         tensors = {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
         if self.listing.labels is not None:
             tensors["labels"] = torch.tensor(self.listing.labels)[tensors["indices"]]
         count = max(len(tensors["indices"]), 1)
         tensors["posterior_variance"] = tensors["posterior_variance"].sum(0) / count
         return tensors
-
-    def _nothing(self) -> dict[str, Tensor]:
-        """What is stored of no image at all, in the right shapes: a shard of which none could be read."""
-        side = self.settings.image_size
-        blank = torch.zeros(1, self.model.image_channels, side, side, dtype=torch.uint8)
-        return {key: value[:0] for key, value in self._encode([0], blank).items()}
 
     def _encode(self, numbers: list[int], pixels: Tensor) -> dict[str, Tensor]:
         """What is stored of images (n, C, H, W), uint8, with these numbers in the listing."""
@@ -331,18 +297,6 @@ class Encoder:
             name = self._name(int(indices[wrong][0]))
             raise DataError(f"the latents of '{name}' are not finite as {self.settings.dtype}: try --dtype float32")
         return stored
-
-    def _read_ahead(self, batches: list[range]) -> Iterator[list[Tensor | str]]:
-        """Each batch's pixels (C, H, W), or why an image has none; two batches are decoded ahead."""
-        read = partial(read_image, image_size=self.settings.image_size, channels=self.model.image_channels)
-        waiting: deque[Iterator[Tensor | str]] = deque()
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            for batch in batches:
-                waiting.append(pool.map(read, [self.listing.files[position] for position in batch]))
-                if len(waiting) > 2:
-                    yield list(waiting.popleft())
-            while waiting:
-                yield list(waiting.popleft())
 
     def _bar(self, count: int, what: str) -> "tqdm[Any]":
         return tqdm(total=count, desc=what, unit=" images", disable=self.work.quiet, file=sys.stderr)

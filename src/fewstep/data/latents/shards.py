@@ -7,6 +7,7 @@ DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where fl
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.data.base import Dataset, SampleSet, source_path
-from fewstep.data.labels import held_out
+from fewstep.data.labels import held_out, present_classes
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.files import parse_json, reading
@@ -70,12 +71,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents holds.
+    """What a folder of latents holds; raises ConfigError where its numbers do not fit each other.
 
     shape: of a latent, (c, h, w); image_shape: of an image, (C, H, W). count: images. mean, std: of the training part's
-    latents by channel, unmirrored, as stored. posterior_std: root mean square by channel of the posteriors' standard
-    deviations, over all images: what a fresh draw would change. scale: the standard deviation that a channel is given
-    when read.
+    latents by channel, unmirrored, as stored. posterior_std: root mean square by channel of all posteriors' standard
+    deviations: what a fresh draw would change. scale: the standard deviation that a channel is given when read.
     """
 
     version: int
@@ -90,6 +90,16 @@ class Manifest:
     std: tuple[float, ...]
     posterior_std: tuple[float, ...]
     shards: tuple[Shard, ...]
+
+    def __post_init__(self) -> None:
+        counts, foreign = [shard.count for shard in self.shards], [shard.file for shard in self.shards]
+        if len(self.spec.mean) != self.shape[0] or min(self.shape) < 1:
+            raise ConfigError(f"latents of shape {self.shape} have no {len(self.mean)} channels")
+        if min(counts, default=0) < 0 or self.count != sum(counts):
+            raise ConfigError(f"count is {self.count}, but the shards have {sum(counts)} images")
+        foreign = [name for name in foreign if not re.fullmatch(r"latents-\d+\.safetensors", name)]
+        if foreign:
+            raise ConfigError(f"{foreign[0]!r} is no name of a shard, such as latents-00000.safetensors")
 
     @property
     def spec(self) -> LatentSpec:
@@ -133,13 +143,15 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
     manifest = read_manifest(folder)
     shards = LatentShards(folder, manifest)
     labels = shards.labels()
+    names, (labels,) = present_classes(str(folder), manifest.class_names, [labels])
     held = held_out(manifest.count, labels, manifest.settings.heldout, manifest.settings.seed)
     kept = labels if with_labels else None
-    parts = []
-    for rows in ((~held).nonzero().flatten(), held.nonzero().flatten()):
-        parts.append(LatentSamples(shards, rows, None if kept is None else kept[rows]))
-    names = () if kept is None else manifest.class_names
-    return Dataset(folder.resolve().name, parts[0], parts[1], len(names), names, manifest.spec)
+    train, heldout = (
+        LatentSamples(shards, rows, None if kept is None else kept[rows])
+        for rows in ((~held).nonzero()[:, 0], held.nonzero()[:, 0])
+    )
+    names = () if kept is None else names
+    return Dataset(folder.resolve().name, train, heldout, len(names), names, manifest.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,17 +200,24 @@ class LatentShards:
         self._starts = self._ends - counts
         self._mapped: dict[int, dict[str, Tensor]] = {}
         for shard in manifest.shards:
-            file = folder / shard.file
+            file = checked_place(folder / shard.file)
             size = file.stat().st_size if file.is_file() else None
             if size != shard.size:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
                 raise DataError(f"'{file}' {found}: delete what is left of it and run the same fewstep encode again")
 
     def labels(self) -> Tensor | None:
-        """The class of every image, (count,) int64; None without classes."""
+        """The class of every image, (count,) int64; None without classes. Raises DataError where they do not fit."""
         if not self.manifest.class_names:
             return None
-        return torch.cat([map_shard(self.folder / shard.file)["labels"].clone() for shard in self.manifest.shards])
+        parts, classes = [], len(self.manifest.class_names)
+        for shard in self.manifest.shards:
+            file = self.folder / shard.file
+            labels = map_shard(file).get("labels", torch.empty(0))
+            if labels.dtype != torch.int64 or labels.shape != (shard.count,) or not _within(labels, classes):
+                raise DataError(f"'{file}' has no labels of {shard.count} images in {classes} classes: encode anew")
+            parts.append(labels.clone())
+        return torch.cat(parts)
 
     def read(self, rows: Tensor, mirror: Tensor | None = None) -> Tensor:
         """Stored latents as float32 (n, c, h, w) of rows (n,) int64; mirror (n,) bool: of the mirrored image.
@@ -226,14 +245,28 @@ class LatentShards:
             fits = all(key in tensors and tuple(tensors[key].shape) == shape for key in keys)
             if not fits or fingerprint(file) != shard.fingerprint:
                 raise DataError(f"'{file}' is damaged: delete it and run the same fewstep encode again")
+            for key in keys:
+                if not all(bool(part.isfinite().all()) for part in tensors[key].split(256)):
+                    raise DataError(f"'{file}' has {key} that are not finite: delete it and run fewstep encode again")
             self._mapped[number] = tensors
         return self._mapped[number]
+
+
+def _within(labels: Tensor, classes: int) -> bool:
+    return not len(labels) or 0 <= int(labels.min()) <= int(labels.max()) < classes
+
+
+def checked_place(file: Path) -> Path:
+    """The file itself; raises DataError for a link, which may lead anywhere."""
+    if file.is_symlink():
+        raise DataError(f"'{file}' is a link: put the file itself there")
+    return file
 
 
 def map_shard(file: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped from the file rather than read; raises DataError when it is damaged."""
     try:
-        with safe_open(file, framework="pt") as handle:
+        with safe_open(checked_place(file), framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise DataError(f"'{file}' is damaged ({error}): delete it and run the same fewstep encode again") from error
