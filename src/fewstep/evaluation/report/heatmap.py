@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -79,7 +79,7 @@ def _draw_cells(axis: Axes, times: Sequence[float], cells: Cells, shades: Scalar
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
             if value is not None:
-                face = shades.to_rgba(value)
+                face = cast(tuple[float, ...], shades.to_rgba(cast(Any, value)))
                 axis.add_patch(Rectangle((j + _GAP, i + _GAP), 1 - 2 * _GAP, 1 - 2 * _GAP, facecolor=face, linewidth=0))
                 if len(times) <= _NUMBERED:
                     _write(axis, j + 0.5, i + 0.5, value, face, count)
