@@ -46,8 +46,8 @@ CASES = {line: str(page.relative_to(ROOT)) for page in PAGES for line in command
 
 
 def needs_a_file(given: Sequence[str]) -> bool:
-    """Whether a command names code or a configuration of the reader's own."""
-    return any(".py" in word or word.endswith("config.json") for word in given)
+    """Whether a command names code, a configuration or a run of the reader's own, whose options it has."""
+    return any(".py" in word or word.endswith("config.json") or word == "--resume" for word in given)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_a_teacher_that_moved_is_asked_for(run: Path, small_run: Path, archive: 
     Path("labelled").rename("elsewhere")
     shown = command("evaluate", student)
     assert shown.code == 0
-    assert "Alignment not measured, give the run's teacher with --teacher: labelled: no such folder" in shown.out
+    assert f"give the run's teacher with --teacher: {Path('labelled').resolve()}: no such folder" in shown.out
     assert not (student / "alignment.json").exists()
     assert "Alignment with elsewhere" not in shown.out
     found = command("evaluate", student, "--teacher", "elsewhere")

@@ -119,6 +119,8 @@ def test_models_and_runs_from_before_policies_are_read(tmp_path: Path) -> None:
             part = part[key]
         del part[path[-1]]
         name.write_text(json.dumps(record))
+    state = RunFolder(root).last_checkpoint() / "state.json"
+    state.write_text(json.dumps({"step": 2, "images": 16, "seconds": 1.0}))
     before = weights(root)
     assert all(torch.equal(value, before[key]) for key, value in trained(config, root).items())
     record = json.loads((root / "config.json").read_text())

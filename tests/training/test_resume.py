@@ -177,7 +177,10 @@ def test_a_full_disk_stops_with_the_older_checkpoint_intact(
     run = RunFolder(tmp_path / "run")
     killed_after(4, TINY, digits, run.root, monkeypatch)
     before = snapshot(run.root)
-    with largest_file(size), pytest.raises(CheckpointError, match=r"cannot write .*; free some space or give another"):
+    with (
+        largest_file(size),
+        pytest.raises(CheckpointError, match=r"cannot write .*; free some space, or work elsewhere"),
+    ):
         train(TINY, digits, run, RUNTIME)
     after = snapshot(run.root)
     assert {name: after[name] for name in before if name != "log.jsonl"} == {

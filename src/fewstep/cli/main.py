@@ -4,9 +4,12 @@ import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from fewstep._version import __version__
 from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning
@@ -56,6 +59,29 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Inside, whatever an interrupt becomes on its way, as in the middle of an import, ends as a KeyboardInterrupt."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if seen:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _is_shortage(error: Exception) -> bool:
     """Whether memory ran out. PyTorch is not imported for it, which would slow every --help."""
     torch = sys.modules.get("torch")
@@ -84,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
-        with _plain_warnings():
+        with _plain_warnings(), _interrupts():
             run_command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except FewstepError as error:
@@ -100,9 +126,10 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print("fewstep: interrupted; the same command goes on from what was saved, or begins anew", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        usual = "interrupted; the same command goes on from what was saved, or begins anew"
+        print(f"fewstep: {interrupt if str(interrupt) else usual}", file=sys.stderr)
+        return getattr(interrupt, "code", 130)
     except BrokenPipeError:
         # The reader has gone, as `head` does. Whatever is still buffered goes nowhere, or exit would report it anew.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from fewstep.utils.parts import kinds
 
 T = TypeVar("T")
 
-_SHORT = {"--track": "--runtime.track"}
+_SHORT = {"--track": "--runtime.track", "--from": "--runtime.from-step"}
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:

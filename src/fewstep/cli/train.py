@@ -12,14 +12,19 @@ from fewstep.cli.cache import cache_folder
 from fewstep.cli.parsing import parse
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
+from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
 
 USAGE = f"""usage: fewstep train RECIPE [options]
+       fewstep train --resume RUN [options]
 
 Recipes: {", ".join(RECIPES)}
 
 A recipe of your own is a function in FILE.py or FILE.py:FUNCTION; any run's is RUN/config.json.
+The same command goes on where a run stopped, and so does --resume RUN with no other option; --from STEP goes back to
+the checkpoint of that step, --data.root FOLDER says where its data lie now. --initial RUN starts a new run from the
+weights of another.
 fewstep train RECIPE --help shows every option and the recipe's own values."""
 
 
@@ -38,6 +43,8 @@ def read(args: Sequence[str]) -> Options:
     if args and args[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
+    if args and args[0].partition("=")[0] == "--resume":
+        return _resumed(args)
     if not args or args[0].startswith("-"):
         raise ConfigError(f"train needs a recipe first: fewstep train RECIPE; recipes: {', '.join(RECIPES)}")
     started = recipe(args[0])
@@ -50,13 +57,28 @@ def read(args: Sequence[str]) -> Options:
     return options
 
 
+def _resumed(args: Sequence[str]) -> Options:
+    """The options of a run that is there, with what the words after it change."""
+    _, equals, root = args[0].partition("=")
+    words = args[1:] if equals else args[2:]
+    if not equals:
+        root = args[1] if len(args) > 1 else ""
+    if not root or root.startswith("-"):
+        raise ConfigError("--resume needs the folder of a run: fewstep train --resume RUN")
+    run = RunFolder(root)
+    options = parse(Options, words, "train --resume RUN", Options(run=run.config(), out=run.root))
+    if options.out != run.root:
+        raise ConfigError(f"--resume goes on in {root}: leave out --out, or train {run.config_file} with it")
+    return options
+
+
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
     from fewstep.data.sources import load_dataset
     from fewstep.evaluation.align import perceptual_features
     from fewstep.evaluation.evaluate import curve_watcher
     from fewstep.evaluation.report.run import watcher
-    from fewstep.training import Callbacks, RunFolder, train
+    from fewstep.training import Callbacks, train
 
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)

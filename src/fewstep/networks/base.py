@@ -1,7 +1,9 @@
 """The contract between a network and the rest: raw outputs F(x, t, s, cond), and nothing about paths."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.networks.condition import Condition
@@ -9,6 +11,7 @@ from fewstep.networks.layers import ConditionEmbedding
 from fewstep.utils.errors import ConfigError
 
 Shape = tuple[int, ...]
+_LARGEST = 2**24
 
 
 class Network(nn.Module, ABC):
@@ -62,6 +65,25 @@ class NetworkConfig(ABC):
     @abstractmethod
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         """Make the network; raises ConfigError when it cannot take this shape."""
+
+    def without_memory(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network | None:
+        """The network on the meta device, None for one that cannot be built so.
+
+        Raises ConfigError as `build` does, and for settings so large that their product is no number of 64 bits.
+        """
+        try:
+            with torch.device("meta"):
+                return self.build(shape, num_classes, guided, observation)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a network does with its numbers while it is built
+            for field in dataclasses.fields(self):  # type: ignore[arg-type]  # networks' settings are dataclasses
+                value = getattr(self, field.name)
+                if isinstance(value, int) and value > _LARGEST:
+                    raise ConfigError(
+                        f"out of memory (a network of {field.name} {value}): take a smaller network"
+                    ) from error
+            return None
 
     @property
     def stochastic(self) -> bool:

@@ -24,7 +24,7 @@ from fewstep.sampling.step_times import StepTimes
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
-from fewstep.utils.weights import fit_weights, read_weights, save_weights
+from fewstep.utils.weights import check_shapes, fit_weights, read_shapes, read_weights, save_weights, shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -175,7 +175,11 @@ def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
 
 def _load(config_file: Path, weights_file: Path) -> Pipeline:
     config, pipeline = _read_config(config_file)
-    with reading(config_file, _ADVICE):
-        flow_map = config.build()
+    with reading(config_file, _ADVICE):  # compared before there is memory for it
+        network = config.network.without_memory(config.shape, config.num_classes, config.guided, config.observation)
+        if network is not None:
+            check_shapes(shapes(network.state_dict()), read_shapes(weights_file), str(weights_file))
+        with torch.random.fork_rng([]):  # what it draws for weights that are then replaced
+            flow_map = config.build()
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return Pipeline(flow_map.eval(), pipeline)

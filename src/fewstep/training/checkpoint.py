@@ -2,9 +2,10 @@
 
 RUN/checkpoints/step-N/  config.json + model.safetensors (a saved Pipeline with the first EMA's weights),
                          weights.safetensors, optimizer.safetensors, ema-NAME.safetensors, discriminator.safetensors,
-                         state.json
+                         state.json with a digest of each of these files; without it a checkpoint is not whole
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.utils.files import guarded, parse_json, reading
+from fewstep.utils.errors import CheckpointError
+from fewstep.utils.files import guarded, parse_json, reading, write_atomically
 from fewstep.utils.serialization import JSON
 from fewstep.utils.weights import read_weights, save_weights
 
@@ -51,8 +53,10 @@ def save_checkpoint(
     The saved pipeline has the weights `average`; files: tensors by the file's name. Raises CheckpointError when the
     disk refuses.
     """
-    if folder.exists():
+    if (folder / STATE_FILE).is_file():
         return
+    if folder.exists():  # not whole
+        remove_folder(folder)
     with guarded(folder):
         aside = _aside(folder)
         aside.mkdir(parents=True)
@@ -60,6 +64,7 @@ def save_checkpoint(
             pipeline.save(aside, average)
             for name, tensors in files.items():
                 save_weights(tensors, aside / name)
+            state = state | {"digests": {file.name: _digest(file) for file in sorted(aside.iterdir())}}
             (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
             for file in aside.iterdir():
                 with file.open("rb") as handle:
@@ -85,8 +90,37 @@ def stored_discriminator(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's step, images and seconds; raises CheckpointError when the file is damaged."""
+    """A checkpoint's step, images and seconds; whether what is shown at its step is still to be; digests of its files.
+
+    Raises CheckpointError when the file is damaged.
+    """
     file = folder / STATE_FILE
-    with reading(file, "delete its checkpoint to go on from the one before"):
+    with reading(file, "its checkpoint cannot be used"):
         state = parse_json(file.read_bytes())
-        return {"step": int(state["step"]), "images": int(state["images"]), "seconds": float(state["seconds"])}
+        return {
+            "step": int(state["step"]),
+            "images": int(state["images"]),
+            "seconds": float(state["seconds"]),
+            "pending": bool(state.get("pending", False)),
+            "digests": dict(state.get("digests", {})),
+        }
+
+
+def mark_shown(folder: Path) -> None:
+    """Say that nothing of a checkpoint's step is still to be shown."""
+    state = read_state(folder) | {"pending": False}
+    write_atomically(folder / STATE_FILE, json.dumps(state, indent=2) + "\n")
+
+
+def check_digests(folder: Path, *names: str) -> None:
+    """Raise CheckpointError naming a file of a checkpoint that is not what was written; names: which, all for none."""
+    digests = read_state(folder)["digests"]
+    for name in names or digests:
+        file = folder / Path(name).name
+        if name in digests and not (file.is_file() and _digest(file) == digests[name]):
+            raise CheckpointError(f"{file} is damaged: it is not what was written")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.weights import check_shapes
+from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -41,6 +41,7 @@ class EMA:
     ) -> None:
         self.name, self.decay, self.gamma, self.ramp = name, decay, gamma, ramp
         state = dict(module.state_dict())
+        self.trained = [name for name, _ in module.named_parameters()]
         self.weights = state if in_place else {key: value.detach().clone() for key, value in state.items()}
 
     def beta(self, step: int) -> float:
@@ -61,8 +62,9 @@ class EMA:
             self.weights[key].copy_(current[key])
 
     def load(self, weights: dict[str, Tensor], source: str) -> None:
-        """Take over stored averages; raises CheckpointError, naming `source`, for other names or shapes."""
-        check_shapes({key: value.shape for key, value in self.weights.items()}, weights, source)
+        """Take over stored averages; raises CheckpointError, naming `source`, unless they fit and are finite."""
+        check_shapes(shapes(self.weights), shapes(weights), source)
+        check_finite({name: weights[name] for name in self.trained}, source)
         for key, value in self.weights.items():
             value.copy_(weights[key])
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fewstep.objectives.losses import discriminator_loss
 from fewstep.recipes.config import GANConfig
 from fewstep.training.optimizers import FlatOptimizer
-from fewstep.utils.weights import check_shapes
+from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 _WEIGHTS, _STATE = "discriminator.", "optimizer."
 
@@ -70,10 +70,11 @@ class GAN:
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Take over what `tensors` gave; raises CheckpointError when it belongs to another discriminator."""
-        shapes = {_WEIGHTS + key: tuple(value.shape) for key, value in self.discriminator.state_dict().items()}
+        own = {_WEIGHTS + key: tuple(value.shape) for key, value in self.discriminator.state_dict().items()}
         stepped = any(key.startswith(_STATE) for key in tensors)  # it has no state before its first update
-        shapes |= {_STATE + key: shape for key, shape in self.optimizer.shapes().items() if stepped}
-        check_shapes(shapes, tensors, source)
+        own |= {_STATE + key: shape for key, shape in self.optimizer.shapes().items() if stepped}
+        check_shapes(own, shapes(tensors), source)
+        check_finite(tensors, source)
         weights = {key: tensors[_WEIGHTS + key] for key in self.discriminator.state_dict()}
         self.discriminator.load_state_dict(weights)
         if stepped:

@@ -15,6 +15,7 @@ from fewstep.training.checkpoint import (
     DISCRIMINATOR_FILE,
     LAST_FILE,
     OPTIMIZER_FILE,
+    check_digests,
     read_state,
     save_checkpoint,
     stored,
@@ -24,9 +25,8 @@ from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.teacher import SlowAverage
-from fewstep.utils.errors import CheckpointError
 from fewstep.utils.serialization import JSON
-from fewstep.utils.weights import fit_weights
+from fewstep.utils.weights import check_finite, fit_weights
 
 
 class Learner:
@@ -96,15 +96,22 @@ class Learner:
         """Write a checkpoint; raises CheckpointError when the disk refuses."""
         save_checkpoint(folder, self.pipeline, self.emas[0].weights, self.files(), state)
 
+    def check_finite(self) -> None:
+        """Raise CheckpointError naming a tensor of what `save` writes that is not finite; buffers may be."""
+        buffers = {name for name, _ in self.flow_map.network.named_buffers()}
+        for file, tensors in (self.files() | {WEIGHTS_FILE: self.emas[0].weights}).items():
+            check_finite({key: value for key, value in tensors.items() if key not in buffers}, file)
+
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go back to a checkpoint; returns its state. Raises CheckpointError when it does not fit."""
-        try:
-            fit_weights(self.flow_map.network, *stored(folder / LAST_FILE))
-            self.optimizers.load(*stored(folder / OPTIMIZER_FILE))
-            for i, ema in enumerate(self.averages):
-                ema.load(*stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE)))
-            if self.gan is not None:
-                self.gan.load(*stored_discriminator(folder))
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}; delete its checkpoint to go on from the one before") from error
+        """Go back to a checkpoint; returns its state.
+
+        Raises CheckpointError when a file does not fit, is not finite or is not what was written.
+        """
+        fit_weights(self.flow_map.network, *stored(folder / LAST_FILE))
+        self.optimizers.load(*stored(folder / OPTIMIZER_FILE))
+        for i, ema in enumerate(self.averages):
+            ema.load(*stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE)))
+        if self.gan is not None:
+            self.gan.load(*stored_discriminator(folder))
+        check_digests(folder)
         return read_state(folder)

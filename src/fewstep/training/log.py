@@ -1,14 +1,18 @@
 """What a run says of itself between checkpoints."""
 
 import math
+import shlex
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fewstep.training.checkpoint import LAST_FILE
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import TrainingDivergedError
+from fewstep.utils.errors import CheckpointError, TrainingDivergedError
+from fewstep.utils.weights import check_finite, read_weights
 
 
 class Window:
@@ -74,14 +78,28 @@ def diverged(
 
     times (2, B). recent: the steps before, this one included.
     """
-    found = run.checkpoints()
-    good = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
     discriminator = "" if math.isfinite(discriminator_norm) else f", of the discriminator {discriminator_norm}"
     t, s = times.double().cpu()
     first = recent.first_to_leave()
     cause = "" if first is None else f"{first}; "
     return TrainingDivergedError(
         f"step {step}: loss {loss}, gradient norm {norm}{discriminator}; "
-        f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{good}. "
-        "Lower the learning rate or the gradient clip and train anew"
+        f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{last_good(run)}"
     )
+
+
+def last_good(run: RunFolder) -> str:
+    """The newest checkpoint of finite weights in words, and what to do after a divergence."""
+    good = next((path for path in reversed(run.checkpoints()) if _is_finite(path / LAST_FILE)), None)
+    advice = "Lower the learning rate or the gradient clip and train anew"
+    if good is None:
+        return f"there is no checkpoint yet. {advice}"
+    return f"the last good checkpoint is {good}. {advice}, from its weights with --initial {shlex.quote(str(good))}"
+
+
+def _is_finite(file: Path) -> bool:
+    try:
+        check_finite(read_weights(file), str(file))
+    except CheckpointError:
+        return False
+    return True

@@ -5,9 +5,12 @@ run equals an unbroken one, and several processes equal one.
 """
 
 import math
+import shlex
+import signal
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Self, cast
 
 import torch
@@ -20,20 +23,22 @@ from fewstep.data.base import Dataset
 from fewstep.data.order import batch_indices
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
+from fewstep.training.checkpoint import LAST_FILE, STATE_FILE, mark_shown
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
-from fewstep.training.log import Window, diverged
+from fewstep.training.log import Window, diverged, last_good
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.progress import progress_bar, show_progress
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_guidance, check_run, data_record
+from fewstep.training.setup import build, check_guidance, check_run, check_weights, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
+from fewstep.training.stopping import StopSignals
 from fewstep.training.teacher import fingerprint, load_teacher
 from fewstep.training.trackers import check_trackers, start_trackers
-from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, Stopped, TrainingDivergedError
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
 
@@ -51,7 +56,7 @@ def train(
 
     Raises ConfigError for a batch that does not split over the processes, CheckpointError for a folder that holds
     another run, cannot be written or is being trained in by another process, TrainingDivergedError for a loss or
-    gradient that is not finite.
+    gradient that is not finite, Stopped after a signal. Leaves torch's random numbers as they were.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -79,13 +84,16 @@ class Trainer:
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
-        check_run(config, dataset.shape, dataset.num_classes, self.share // self.accumulation)
+        check_run(config, dataset, self.share // self.accumulation)
         teacher = load_teacher(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process
         self.lock = run.hold(config, data_record(dataset), identity) if main else None
         try:
+            if runtime.from_step and main:
+                run.go_back(runtime.from_step)
+            self.accelerator.wait_for_everyone()
             self.prepare()
             if main:
                 run.begin(config, data_record(dataset), identity)
@@ -101,6 +109,11 @@ class Trainer:
     def prepare(self) -> None:
         """Make everything that steps need, as it is before the first."""
         config, dataset, device = self.config, self.dataset, self.accelerator.device
+        if self.run.checkpoints():
+            newest = self.run.last_checkpoint()
+            with self.run.with_way_back(newest):
+                check_weights(config, dataset, newest / LAST_FILE)
+            config = replace(config, initial="")  # a checkpoint has what has become of it
         statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
         pipeline = build(config, dataset, self.teacher, statistics).to(device)
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
@@ -115,7 +128,9 @@ class Trainer:
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
             self.module = self.accelerator.prepare(self.loss)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.pending = 0, 0.0, False
+        self.stops = StopSignals(silent=not self.accelerator.is_main_process)
+        self.stopping = False
 
     def __enter__(self) -> Self:
         return self
@@ -127,8 +142,12 @@ class Trainer:
         """Go on from the newest checkpoint, if there is one."""
         self.accelerator.wait_for_everyone()
         if self.run.checkpoints():
-            state = self.learner.load(self.run.last_checkpoint())
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            newest = self.run.last_checkpoint()
+            with self.run.with_way_back(newest):
+                state = self.learner.load(newest)
+                if newest != self.run.checkpoint(state["step"]):
+                    raise CheckpointError(f"{newest} says that it is of step {state['step']}")
+            self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
 
@@ -190,9 +209,12 @@ class Trainer:
 
     def run_to_end(self) -> TrainingResult:
         """Take steps until finished; the last one is always saved."""
-        settings = self.config.training
+        settings, device = self.config.training, self.accelerator.device
         self.learner.flow_map.train()
-        with progress_bar(settings, self.config.recipe, self.hidden) as bar:
+        seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with seeded, progress_bar(settings, self.config.recipe, self.hidden) as bar, self.stops:
+            if self.pending:  # what an earlier start saved, and was stopped before it showed it
+                self.show()
             while not self.finished:
                 start = time.perf_counter()
                 try:
@@ -204,12 +226,13 @@ class Trainer:
                 show_progress(bar, self.progress, self.images, self.seconds, self.window.last_loss)
                 if self.due(settings.log_images):
                     self.write_log()
-                if self.due(settings.checkpoint_images):
+                if self.due(settings.checkpoint_images) or self.stopping:
                     self.save()
-                if self.due(settings.sample_images):
-                    self.show(self.callbacks.watch)
-                if self.due(self.config.evaluation.curve_images):
-                    self.show(self.callbacks.curve)
+                if self.stopping:
+                    raise self.stopped()
+                self.show()
+            if self.stops.received is not None:  # while the last grid or point was made
+                raise self.stopped()
         return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
 
     def agreed(self, seconds: float) -> float:
@@ -233,7 +256,9 @@ class Trainer:
     def take_step(self) -> None:
         """One update from the global batch of this step."""
         found = self.accumulate()
-        loss = float(self.accelerator.reduce(found.loss, "mean"))
+        asked = found.loss.new_tensor(self.stops.received is not None)
+        loss, stopping = self.accelerator.reduce(torch.stack([found.loss, asked]), "mean").tolist()
+        self.stopping = stopping > 0  # all processes after the same step
         norm = float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
         discriminator_norm, gan = 0.0, self.learner.gan
         if gan is not None and found.discriminator:
@@ -299,15 +324,34 @@ class Trainer:
         self.accelerator.log(record, step=self.images)
 
     def save(self) -> None:
-        """A checkpoint of this step."""
+        """A checkpoint of this step; raises TrainingDivergedError for one that is not finite."""
         self.accelerator.wait_for_everyone()
+        try:
+            self.learner.check_finite()
+        except CheckpointError as error:
+            raise TrainingDivergedError(f"after step {self.step}, {error}; {last_good(self.run)}") from error
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            self.learner.save(self.run.checkpoint(self.step), state)
+            self.learner.save(self.run.checkpoint(self.step), state | {"pending": bool(self.watchers())})
             self.run.keep_newest(self.config.training.keep)
 
-    def show(self, watch: Watcher | None) -> None:
-        """Hand the averaged model to a watcher on the main process."""
-        if watch is not None and self.accelerator.is_main_process:
+    def watchers(self) -> list[Watcher]:
+        """Those of the main process that are due after the last step."""
+        callbacks, grids, curves = self.callbacks, self.config.training.sample_images, self.config.evaluation
+        each = ((callbacks.watch, self.due(grids)), (callbacks.curve, self.due(curves.curve_images)))
+        return [watch for watch, due in each if due and watch is not None and self.accelerator.is_main_process]
+
+    def show(self) -> None:
+        """Hand the averaged model to the watchers that are due; a checkpoint of this step then has nothing pending."""
+        for watch in (watchers := self.watchers()):
             with self.learner.averaged() as model:
                 watch(model, self.step)
+        checkpoint = self.run.checkpoint(self.step)
+        if watchers and (checkpoint / STATE_FILE).is_file():
+            mark_shown(checkpoint)
+
+    def stopped(self) -> Stopped:
+        """What ends the run after a signal, with the exit code of one that it had ended."""
+        number = self.stops.received or signal.SIGTERM  # it may have reached another process alone
+        command = f"fewstep train --resume {shlex.quote(str(self.run.root))}"
+        return Stopped(f"stopped by {number.name}; step {self.step} is saved: {command} goes on", 128 + number)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.weights import check_shapes
+from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 _ADAMW, _MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
@@ -72,9 +72,13 @@ class Optimizers:
         return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.tensors().items()}
 
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        """Take over what `tensors` gave; raises CheckpointError, naming `source`, when it is of other parameters."""
-        shapes = {f"{i}.{key}": shape for i, part in enumerate(self.parts) for key, shape in part.shapes().items()}
-        check_shapes(shapes, tensors, source, "another architecture or optimizer")
+        """Take over what `tensors` gave.
+
+        Raises CheckpointError, naming `source`, when it is of other parameters or not finite.
+        """
+        own = {f"{i}.{key}": shape for i, part in enumerate(self.parts) for key, shape in part.shapes().items()}
+        check_shapes(own, shapes(tensors), source, "another architecture or optimizer")
+        check_finite(tensors, source)
         for i, part in enumerate(self.parts):
             part.load({key: tensors[f"{i}.{key}"] for key in part.shapes()})
 

@@ -2,15 +2,23 @@
 
 import atexit
 import math
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import clear_environment
 from torch import Tensor
 
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.errors import ConfigError, FewstepWarning
+
+LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")
+_OFF = ("", "no", "false", "0", "1", "default", "auto")
+_USUAL = {"RANK": ("0",), "LOCAL_RANK": ("0",), "WORLD_SIZE": ("1",)}
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -33,11 +41,33 @@ class ProcessGroup:
 
 
 def join_processes(cpu: bool, **options: Any) -> Accelerator:
-    """The processes that were launched together, or this one alone; they part when it ends. options: Accelerate's."""
-    # Accelerate forms a group of CPU processes only when told that there is no other device.
-    accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", **options)
+    """The processes that were launched together, or this one alone; they part when it ends. options: Accelerate's.
+
+    Of the environment only what a launcher says of processes counts, and of devices; a FewstepWarning names the rest.
+    """
+    kept, ignored = _launch_variables(os.environ)
+    if ignored:
+        message = f"{', '.join(ignored)} in the environment: ignored, a run's own options decide"
+        warnings.warn(message, FewstepWarning, stacklevel=2)
+    with clear_environment():
+        os.environ.update(kept)
+        # Accelerate forms a group of CPU processes only when told that there is no other device.
+        accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", **options)
     atexit.register(leave_processes)
     return accelerator
+
+
+def _launch_variables(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Variables for Accelerate to see, and those of the others, as NAME=VALUE, that would have changed something.
+
+    A launcher sets all of LAUNCHED; without one of them the others mean nothing.
+    """
+    alone = not environment.keys() >= LAUNCHED
+    hidden = [name for name in environment if name.startswith(SETTINGS) or (alone and name in LAUNCHED)]
+    told = (name for name in hidden if not name.startswith("MASTER_"))
+    said = [name for name in told if environment[name].lower() not in _USUAL.get(name, _OFF)]
+    kept = {name: value for name, value in environment.items() if name not in hidden}
+    return kept, [f"{name}={environment[name]}" for name in sorted(said)]
 
 
 def leave_processes() -> None:

@@ -8,31 +8,40 @@ RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 
 import json
 import re
+import shlex
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline, from_hub, load_pipeline
+from fewstep.sampling.pipeline import CONFIG_FILE, WEIGHTS_FILE, Pipeline, from_hub, load_pipeline
 from fewstep.sampling.step_times import TIMES_FILE, TunedSteps, read_tuned_steps
-from fewstep.training.checkpoint import STATE_FILE, read_state, remove_folder
+from fewstep.training.checkpoint import STATE_FILE, check_digests, read_state, remove_folder
 from fewstep.training.ema import ema_names
-from fewstep.utils.errors import CheckpointError, FewstepWarning
+from fewstep.training.identity import identity, placed, run_record
+from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, read_lines, read_record, reading_line, write_atomically
-from fewstep.utils.serialization import FORMAT, JSON, differences, from_json, in_this_format, to_json
+from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
 from fewstep.utils.weights import fit_weights, read_weights
 
 HUB = "hf://"
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunFolder:
-    """A run on disk."""
+    """A run on disk; nothing in it may be a link, which could lead a reader or a writer elsewhere."""
 
     root: Path
+
+    def __init__(self, root: Path | str) -> None:
+        object.__setattr__(self, "root", Path(root))
 
     @property
     def config_file(self) -> Path:
@@ -52,6 +61,7 @@ class RunFolder:
         teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
         `check` does, when another process trains here, or when the folder cannot be written.
         """
+        self.refuse_links()
         self.check(config, data, teacher)  # before anything is written
         lock = Lock(
             self.root,
@@ -71,8 +81,8 @@ class RunFolder:
         What is only logged, kept or measured may differ from what it said: the last command counts.
         """
         self.remove_leftovers()
-        if not self.config_file.exists() or self.config() != config:
-            write_atomically(self.config_file, json.dumps(_record(config, data, teacher), indent=2) + "\n")
+        if not self.config_file.exists() or self.config() != placed(config):
+            write_atomically(self.config_file, json.dumps(run_record(config, data, teacher), indent=2) + "\n")
 
     def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
         """Raise CheckpointError, showing every difference, when the folder holds anything else; nothing is written."""
@@ -82,13 +92,14 @@ class RunFolder:
             if self.root.exists() and any(not _ours(path.name) for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             return
-        today = {"run": to_json(self.config())}  # with what keys that came later mean to an older file
-        lines = differences(_identity(self.record() | today), _identity(_record(config, data, teacher)))
+        there, here = self.config(), run_record(config, data, teacher)
+        lines = differences(identity(self.record(), there), identity(here, config))
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
+            command = f"fewstep train --resume {shlex.quote(str(self.root))}"
             raise CheckpointError(
-                f"{self.root} holds a run with other settings ({shown}): "
-                "restart with the settings it has, or give another folder with --out"
+                f"{self.root} holds a run with other settings ({shown}): go on with those it has ({command}), or give "
+                f"another folder with --out, where --initial {shlex.quote(str(self.root))} starts from its weights"
             )
 
     def remove_leftovers(self) -> None:
@@ -98,10 +109,18 @@ class RunFolder:
                 with guarded(path):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def refuse_links(self) -> None:
+        """Raise CheckpointError for a link among the run's files."""
+        for pattern in ("*", "checkpoints/*", "checkpoints/step-*/*", "samples/*", "statistics/*"):
+            for path in self.root.glob(pattern):
+                if path.is_symlink():
+                    raise CheckpointError(f"{path} is a link, which a run must not have: put what it leads to there")
+
     def record(self) -> dict[str, JSON]:
         """The stored configuration and data; raises CheckpointError when this is no run, or one of a later format."""
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.root} is not a run: it has no config.json")
+        self.refuse_links()
         record = read_record(self.config_file, "bring back a copy of it")
         record = in_this_format(record, str(self.config_file))
         if not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
@@ -120,21 +139,69 @@ class RunFolder:
         found: dict[str, Any] = data
         return found
 
+    def load_data(self, root: Path | None = None) -> tuple[DataConfig, Dataset]:
+        """The run's data, from `root` where they have moved, and how they are read.
+
+        Raises what `load_dataset` raises, and CheckpointError for other data than the run was trained on.
+        """
+        config = self.config().data
+        config = config if root is None else replace(config, root=str(root))
+        advice = "where the run's data lie now is said with --data.root"
+        try:
+            dataset = load_dataset(config)
+        except DataError as error:
+            raise DataError(f"{error}; {advice}") from error
+        if dataset.fingerprint != self.data("fingerprint")["fingerprint"]:
+            where = config.root or dataset.name
+            raise CheckpointError(f"{where} holds other data than {self.root} was trained on: {advice}")
+        return config, dataset
+
     def config(self) -> RunConfig:
         """The run's configuration."""
         return from_json(RunConfig, self.record()["run"], str(self.config_file))
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+        """Whole checkpoints, oldest first."""
+        return [path for path in self._checkpoint_folders() if (path / STATE_FILE).is_file()]
+
+    def _checkpoint_folders(self) -> list[Path]:
         found = [p for p in (self.root / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted((p for p in found if (p / STATE_FILE).is_file()), key=lambda p: int(p.name[5:]))
+        return sorted(found, key=lambda path: int(path.name[5:]))
 
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint; raises CheckpointError when there is none."""
+        """The newest whole checkpoint, with a FewstepWarning for those beyond; raises CheckpointError for none."""
         found = self.checkpoints()
         if not found:
             raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
+        newer = [path.name for path in self._checkpoint_folders() if path.name > found[-1].name]
+        if newer:
+            where = self.root / "checkpoints" / newer[-1]
+            message = f"{where} is not whole (it lacks {STATE_FILE}): {found[-1].name} is used"
+            warnings.warn(message, FewstepWarning, stacklevel=1)  # once, whoever asks
         return found[-1]
+
+    def go_back(self, step: int) -> None:
+        """Set newer checkpoints than that of a step aside, as step-N.aside; raises CheckpointError where it is none."""
+        steps = [int(path.name[5:]) for path in self.checkpoints()]
+        if step not in steps:
+            raise CheckpointError(f"{self.root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
+        for path in self._checkpoint_folders():
+            if int(path.name[5:]) > step:
+                with guarded(path):
+                    aside = path.with_suffix(".aside")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
+
+    @contextmanager
+    def with_way_back(self, checkpoint: Path) -> Iterator[None]:
+        """What cannot be read of a checkpoint is said with how to go on from the one before it."""
+        try:
+            yield
+        except CheckpointError as error:
+            before = [path for path in self.checkpoints() if path.name < checkpoint.name]
+            command = f"fewstep train --resume {shlex.quote(str(self.root))} --from"
+            way = f"go on from the one before with {command} {int(before[-1].name[5:])}" if before else "train it anew"
+            raise CheckpointError(f"{error}; {way}") from error
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -152,13 +219,14 @@ class RunFolder:
         EMA, which alone has tuned times. Raises CheckpointError for a name that the run does not have.
         """
         self.record()
-        found = load_pipeline(self.last_checkpoint())
-        if weights:
-            files = self.averages()
-            if weights not in files:
-                raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
-            fit_weights(found.flow_map.network, read_weights(files[weights]), str(files[weights]))
-            if files[weights].name != WEIGHTS_FILE:
+        folder, files = self.last_checkpoint(), self.averages() if weights else {}
+        if weights and weights not in files:
+            raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
+        with self.with_way_back(folder):
+            found = load_checkpoint_pipeline(folder)
+            if weights and files[weights].name != WEIGHTS_FILE:
+                fit_weights(found.flow_map.network, read_weights(files[weights]), str(files[weights]))
+                check_digests(folder, files[weights].name)
                 return found
         tuned = self.tuned_steps()
         return found.with_step_times(() if tuned is None else tuned.step_times)
@@ -222,16 +290,12 @@ def _ours(name: str) -> bool:
     return name == LOCK_FILE or name.startswith(".config.json.")
 
 
-def _record(config: RunConfig, data: dict[str, JSON], teacher: str | None) -> dict[str, JSON]:
-    return {"format": FORMAT, "run": to_json(config), "data": data, "teacher": teacher}
-
-
-def _identity(record: dict[str, Any]) -> JSON:
-    """What decides the weights: the record without what is only logged, kept or measured."""
-    run = {key: value for key, value in record["run"].items() if key not in ("evaluation", "teacher")}
-    passive = ("log_images", "sample_images", "checkpoint_images", "keep")
-    run["training"] = {key: value for key, value in run["training"].items() if key not in passive}
-    return {"run": run, "data": record["data"], "teacher": record.get("teacher")}
+def load_checkpoint_pipeline(folder: Path) -> Pipeline:
+    """The model in a checkpoint, or one that was saved without a training; raises CheckpointError as `load` does."""
+    found = load_pipeline(folder)
+    if (folder / STATE_FILE).is_file():
+        check_digests(folder, CONFIG_FILE, WEIGHTS_FILE)
+    return found
 
 
 def load(run: str | Path, weights: str = "") -> Pipeline:
@@ -251,5 +315,5 @@ def load(run: str | Path, weights: str = "") -> Pipeline:
     if (root / WEIGHTS_FILE).is_file():
         if weights:
             raise CheckpointError(f"{root} is a saved model, which has one set of weights: leave {weights!r} out")
-        return load_pipeline(root)
+        return load_checkpoint_pipeline(root)
     return RunFolder(root).pipeline(weights)

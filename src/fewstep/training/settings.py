@@ -29,6 +29,8 @@ class Runtime:
     settings from the environment, such as WANDB_MODE=offline."""
     quiet: bool = False
     """No progress bar."""
+    from_step: int = 0
+    """Go on from the checkpoint of this step, for short --from, and set newer ones aside; 0 for the newest."""
 
     def __post_init__(self) -> None:
         if self.threads < 0:

@@ -1,24 +1,24 @@
 """What a run is made of before its first step: the flow map and the record of its data; and whether it fits."""
 
-import dataclasses
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
-from fewstep.networks.base import Network, NetworkConfig
+from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
 from fewstep.training.teacher import start_from
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
 from fewstep.utils.tensors import check_memory
+from fewstep.utils.weights import check_shapes, read_shapes, shapes
 
-_LARGEST = 2**24
 _COPIES = 4
 
 
@@ -50,9 +50,8 @@ def build(
             f"the latents of {dataset.name} were encoded without mirrored images: encode with --flip, or train with "
             "--training.no-flip"
         )
-    policy, shape = dataset.policy, dataset.shape
-    observation = () if policy is None else (policy.chunks.n_obs_steps, len(policy.observations.low))
-    settings = flow_map_config(config, shape, dataset.sigma_data, dataset.num_classes, statistics, observation)
+    policy, seen = dataset.policy, _observation(dataset)
+    settings = flow_map_config(config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen)
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
@@ -84,33 +83,32 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
         )
 
 
-def check_run(config: RunConfig, shape: tuple[int, ...], num_classes: int, share: int) -> None:
-    """Raise ConfigError where the network, or the `share` samples that a process takes at once, cannot fit.
+def check_run(config: RunConfig, dataset: Dataset, share: int) -> None:
+    """Raise ConfigError where the network, or the `share` samples that a process takes at once, cannot fit into memory.
 
     The network counts four times: weights, gradients and the two moments of the optimiser, in float32.
     """
-    parameters = count_parameters(config.network, shape, num_classes, config.objective.guided)
+    network = _without_memory(config, dataset)
+    parameters = 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
     check_memory(4 * _COPIES * parameters, f"a network of {parameters:.3g} parameters", "take a smaller network")
     advice = "take smaller batches, or --runtime.micro-batch"
-    check_memory(4 * share * math.prod(shape), f"a batch of {share} samples", advice)
+    check_memory(4 * share * math.prod(dataset.shape), f"a batch of {share} samples", advice)
 
 
-def count_parameters(network: NetworkConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> int:
-    """Trainable numbers of a network, built without memory; 0 for one that cannot be built so.
+def check_weights(config: RunConfig, dataset: Dataset, file: Path) -> None:
+    """Raise CheckpointError where a file has the weights of another network; nothing takes memory for it."""
+    network = _without_memory(config, dataset)
+    if network is not None:
+        check_shapes(shapes(network.state_dict()), read_shapes(file), str(file))
 
-    Raises ConfigError for settings so large that their product is no number of 64 bits.
-    """
-    try:
-        with torch.device("meta"):
-            built = network.build(shape, num_classes, guided)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a network does with its numbers while it is built
-        for field in dataclasses.fields(network):  # type: ignore[arg-type]  # networks' settings are dataclasses
-            value = getattr(network, field.name)
-            if isinstance(value, int) and value > _LARGEST:
-                raise ConfigError(
-                    f"out of memory (a network of {field.name} {value}): take a smaller network"
-                ) from error
-        return 0
-    return sum(parameter.numel() for parameter in built.parameters())
+
+def _without_memory(config: RunConfig, dataset: Dataset) -> Network | None:
+    classes = dataset.num_classes
+    guided = config.objective.guided and classes > 0
+    return config.network.without_memory(dataset.shape, classes, guided, _observation(dataset))
+
+
+def _observation(dataset: Dataset) -> tuple[int, ...]:
+    """The shape of what a policy sees; empty for samples that are no actions."""
+    policy = dataset.policy
+    return () if policy is None else (policy.chunks.n_obs_steps, len(policy.observations.low))

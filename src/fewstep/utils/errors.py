@@ -35,3 +35,11 @@ class MissingExtraError(FewstepError, ImportError):
 
 class FewstepWarning(UserWarning):
     """Something that the run survives but its user should know."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked a run to end, and it did once its step was saved; `code` is the exit code that says so."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

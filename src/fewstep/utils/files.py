@@ -27,13 +27,13 @@ _SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, Overflow
 
 @contextmanager
 def guarded(target: Path) -> Iterator[None]:
-    """`with guarded(file):` turns an OSError (disk full, no permission) into a CheckpointError that names the file."""
+    """`with guarded(file):` turns an OSError into a CheckpointError that names the file, and what to do about it."""
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}; free some space or give another folder with --out"
-        ) from error
+        locked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        advice = "make its folder writable, or work on a copy of it" if locked else "free some space, or work elsewhere"
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
 
 
 @contextmanager
@@ -50,9 +50,12 @@ def reading(file: Path | str, advice: str, kind: type[FewstepError] = Checkpoint
 
 
 def parse_json(text: bytes | str) -> Any:
-    """What JSON says; raises ValueError alone, for bytes that are not UTF-8 and numbers that are no float too."""
+    """What JSON says, with a byte order mark or without.
+
+    Raises ValueError alone, for bytes that are not UTF-8 and numbers that are no float too.
+    """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode(), parse_int=_whole_number)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), parse_int=_whole_number)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 

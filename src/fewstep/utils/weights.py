@@ -1,19 +1,24 @@
 """Tensors in safetensors files, and into modules: strictly, with one line on what does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.utils.errors import CheckpointError
 from fewstep.utils.serialization import differences
 
+Shapes = Mapping[str, Collection[int]]
+
 
 def save_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors, from wherever they are, as one safetensors file."""
+    file.touch()
+    mode = file.stat().st_mode  # as of any new file; safetensors would make it readable for its owner alone
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, file)
+    file.chmod(mode)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -26,18 +31,43 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from error
 
 
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Of the tensors in a safetensors file, by its header alone; raises as `read_weights` does."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {key: stored.get_slice(key).get_shape() for key in stored.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from error
+
+
 def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights strictly; raises CheckpointError naming the first tensors that differ in name or shape."""
-    check_shapes({key: value.shape for key, value in module.state_dict().items()}, weights, source)
+    """Load weights strictly.
+
+    Raises CheckpointError naming the first tensors that differ in name or shape, or a parameter that is not finite.
+    """
+    check_shapes(shapes(module.state_dict()), shapes(weights), source)
+    check_finite({name: weights[name] for name, _ in module.named_parameters()}, source)
     module.load_state_dict(weights)
 
 
-def check_shapes(
-    own: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], source: str, of: str = "another architecture"
-) -> None:
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Of tensors, by name."""
+    return {key: value.shape for key, value in tensors.items()}
+
+
+def check_shapes(own: Shapes, given: Shapes, source: str, of: str = "another architecture") -> None:
     """Raise CheckpointError naming the first tensors that differ in name or shape; of: what that means."""
-    shapes = {key: list(value.shape) for key, value in given.items()}
-    lines = differences({key: list(shape) for key, shape in own.items()}, shapes)  # type: ignore[arg-type]  # JSON values
+    here, there = ({key: list(shape) for key, shape in each.items()} for each in (own, given))
+    lines = differences(here, there)  # type: ignore[arg-type]  # lists of ints are JSON values
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise CheckpointError(f"{source} is of {of}: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)")
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError naming the first tensor with a value that is not finite."""
+    bad = next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
+    if bad is not None:
+        raise CheckpointError(f"{source} is of no use: its tensor {bad} holds values that are not finite")
