@@ -28,6 +28,8 @@ class Options:
     """Guidance strength when sampling: choose it by the Frechet distance."""
     seed: int | None = None
     """Decides the noise that samples start from."""
+    data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
+    """Where the run's data lie now; where they lay in training when not given."""
     inception: Path | None = None
     """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
     teacher: Path | None = None
@@ -38,7 +40,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.data.sources import load_dataset
     from fewstep.evaluation.align import align, load_teacher, with_labels
     from fewstep.evaluation.evaluate import (
         build_evaluator,
@@ -56,14 +57,12 @@ def run(options: Options) -> None:
     given = {name: getattr(options, name) for name in ("samples", "steps", "guidance_scale", "seed")}
     given = {name: value for name, value in given.items() if value not in (None, ())}
     evaluation = dataclasses.replace(config.evaluation, **given)
-    dataset = load_dataset(config.data)
+    data, dataset = run.load_data(options.data_root)
     if options.teacher is not None:
         if not config.teacher:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
         load_teacher(run, options.teacher)
-    evaluator = build_evaluator(
-        with_labels(config.data, dataset), cache_folder(), options.inception, options.autoencoder
-    )
+    evaluator = build_evaluator(with_labels(data, dataset), cache_folder(), options.inception, options.autoencoder)
     rows = [
         *measure_run(run, evaluator, evaluation, options.weights),
         measure_real(dataset, evaluation.samples, evaluator),

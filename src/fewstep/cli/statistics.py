@@ -32,6 +32,8 @@ class Options:
     """Decides which samples are drawn, their noise and the probes."""
     student: str = ""
     """Recipe whose training the cost is compared with; the CTM recipe of this teacher's when not given."""
+    data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
+    """Where the run's data lie now; where they lay in training when not given."""
     cpu: bool = False
     """Stay on the CPU even where a GPU is present."""
 
@@ -44,5 +46,7 @@ def run(options: Options) -> None:
     names = ("points", "samples", "probes", "seed")
     given: dict[str, int | bool] = {name: value for name in names if (value := getattr(options, name)) is not None}
     given |= {"centred": options.centred, "shrink": options.shrink}
-    if message := measure_statistics(RunFolder(options.run), given, options.student, cache_folder(), options.cpu):
+    run = RunFolder(options.run)
+    dataset = run.load_data(options.data_root)[1]
+    if message := measure_statistics(run, dataset, given, options.student, cache_folder(), options.cpu):
         print(message)

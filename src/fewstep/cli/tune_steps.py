@@ -30,6 +30,8 @@ class Options:
     """Guidance strength to tune for; the recipe's own when not given."""
     seed: int = 2000
     """Of the noise that the search draws from; the check draws from that of the next seed, evaluation from neither."""
+    data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
+    """Where the run's data lie now; where they lay in training when not given."""
     inception: Path | None = None
     """Weights of the Inception network (extra [eval]), as for `fewstep evaluate`."""
     autoencoder: Path | None = None
@@ -38,7 +40,6 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.data.sources import load_dataset
     from fewstep.evaluation.align import with_labels
     from fewstep.evaluation.evaluate import build_evaluator
     from fewstep.evaluation.tune_steps import TuningPlan, format_table, tune_run
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
     samples = own.samples if options.samples is None else options.samples
     plan = TuningPlan(options.steps, options.evaluations, samples, options.seed)
     plan.check_noise(own.seed)
-    dataset = with_labels(config.data, load_dataset(config.data))
+    dataset = with_labels(*run.load_data(options.data_root))
     evaluator = build_evaluator(dataset, cache_folder(), options.inception, options.autoencoder)
     config = dataclasses.replace(config, evaluation=dataclasses.replace(own, guidance_scale=scale))
     print(format_table(tune_run(run, config, evaluator, plan)))

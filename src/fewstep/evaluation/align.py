@@ -160,7 +160,9 @@ def alignment_line(record: Record) -> str:
     )
 
 
-def measure_statistics(run: RunFolder, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool) -> str:
+def measure_statistics(
+    run: RunFolder, dataset: Dataset, given: Mapping[str, Any], student: str, cache: Path | None, cpu: bool
+) -> str:
     """What `fewstep statistics` does: estimate, time the student's training, draw; returns what there is to say.
 
     student: a recipe's name, or nothing for the CTM recipe of this teacher's. given: settings of the statistics that
@@ -169,7 +171,7 @@ def measure_statistics(run: RunFolder, given: Mapping[str, Any], student: str, c
     """
     config = run.config()
     run.last_checkpoint()
-    chosen, dataset = student_recipe(config, student), load_dataset(config.data)
+    chosen = student_recipe(config, student)
     settings = replace(StatisticsConfig() if chosen is None else chosen.statistics, **given)
     accelerator = join_processes(cpu)
     file, origin = teacher_statistics(run, settings, dataset, accelerator)

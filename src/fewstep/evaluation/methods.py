@@ -26,9 +26,9 @@ _SEED = "training.seed"
 _PASSIVE = {
     "recipe", _SEED, "training.log_images", "training.sample_images", "training.checkpoint_images", "training.keep",
     "evaluation.samples", "evaluation.steps", "evaluation.reference_steps", "evaluation.seed",
-    "evaluation.curve_images", "evaluation.curve_steps",
+    "evaluation.curve_images", "evaluation.curve_steps", "data.root",
 }  # fmt: skip
-"""Settings that make no other method: what is only named, logged, kept or measured, and the seed."""
+"""Settings that make no other method: what is only named, logged, kept or measured, where data lie, and the seed."""
 
 
 @dataclass(frozen=True)
