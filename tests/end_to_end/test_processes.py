@@ -1,11 +1,14 @@
 """Real processes: killed ones go on exactly, two of them equal one, and none waits for ever."""
 
 import json
+import os
+import random
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.training import RunFolder
-from tests.support.commands import SMALL, Command
+from tests.support.commands import SMALL, Command, Finished
 from tests.support.processes import Forking
 
 
@@ -25,32 +28,48 @@ def stored(run: Path) -> dict[str, Tensor]:
     return {f"{file.stem}/{key}": value for file in files for key, value in load_file(file).items()}
 
 
-def kill_when(reached: Callable[[], bool], forked: Forking, words: list[str]) -> None:
-    """Start `fewstep` as its own process and send SIGKILL once `reached`."""
+def stop_when(reached: Callable[[], bool], forked: Forking, words: list[str], number: int = signal.SIGKILL) -> Finished:
+    """Start `fewstep` as its own process and send a signal once `reached`; what it left."""
     process = forked.start("-m", "fewstep", *words)
     deadline = time.monotonic() + 120
     try:
         while not reached():
             assert time.monotonic() < deadline
-            time.sleep(0.003)
-    finally:
+            time.sleep(0.001)
+        os.kill(process.number, number)
+    except BaseException:
         process.kill()
+        raise
+    finally:
         ended = process.wait()
-    assert ended.code == -signal.SIGKILL, "the run ended before it could be killed"
+    return ended
 
 
-def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, forked: Forking, tmp_path: Path) -> None:
+def test_a_run_stopped_six_times_ends_as_an_unbroken_one(command: Command, forked: Forking, tmp_path: Path) -> None:
+    """Killed three times at random moments and twice while a checkpoint is written; asked to end once."""
     words = [
-        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "3200",
-        "--training.checkpoint-images", "480", "--training.log-images", "320", "--training.sample-images", "0",
+        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "6400",
+        "--training.checkpoint-images", "160", "--training.log-images", "320", "--training.sample-images", "1600",
         "--training.ema-power", "0.1", "0.05", "--training.ema-decay", "0.9",
     ]  # fmt: skip
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    kill_when(lambda: len(RunFolder(run).checkpoints()) > 0, forked, [*words, "--out", str(run)])
-    first = RunFolder(run).last_checkpoint().name
-    kill_when(lambda: any(r["step"] > 40 for r in RunFolder(run).read_log()), forked, [*words, "--out", str(run)])
-    assert first < RunFolder(run).last_checkpoint().name < "step-00000100"
-    assert command(*words, "--out", run).code == 0
+    here, on = [*words, "--out", str(run)], ["train", "--resume", str(run), *SMALL[6:]]
+
+    def logged(step: int) -> bool:
+        return any(record["step"] >= step for record in RunFolder(run).read_log())
+
+    def writing(step: int) -> bool:
+        return logged(step) and any(run.glob("checkpoints/.step-*"))
+
+    moments = [partial(logged, step) for step in sorted(random.Random(0).sample(range(10, 70), 3))]
+    for reached in (*moments, partial(writing, 80), partial(writing, 100)):
+        ended = stop_when(reached, forked, here)
+        assert ended.code == -signal.SIGKILL, "the run ended before it could be killed"
+    ended = stop_when(partial(logged, RunFolder(run).read_log()[-1]["step"] + 10), forked, on, signal.SIGTERM)
+    assert ended.code == 128 + signal.SIGTERM
+    step = int(RunFolder(run).last_checkpoint().name[5:])
+    assert f"step {step} is saved: fewstep train --resume {run} goes on" in ended.err
+    assert command(*on).code == 0
     assert command(*words, "--out", unbroken).code == 0
     broken, whole = stored(run), stored(unbroken)
     assert broken.keys() == whole.keys()
@@ -58,7 +77,10 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(command: Command, forked: Fo
         "model", "ema-power-0.05", "ema-constant-0.9", "weights", "optimizer",
     }  # fmt: skip
     assert [key for key in whole if not torch.equal(whole[key], broken[key])] == []
-    assert [record["step"] for record in RunFolder(run).read_log()] == list(range(10, 101, 10))
+    assert [record["step"] for record in RunFolder(run).read_log()] == list(range(10, 201, 10))
+    grids = [{file.name: file.read_bytes() for file in RunFolder(each).samples.iterdir()} for each in (run, unbroken)]
+    assert grids[0] == grids[1]
+    assert len(grids[0]) == 4
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 
 
