@@ -71,7 +71,7 @@ def test_measured_order_is_the_declared(path: Path, solver: SolverName, case: st
     low, high = clock(path, 0.35, 0.85) if path == PATHS["edm"] else clock(path, 0.15, 0.8)
     x = starts(path, high)
     exact = solution(case, path, high.item(), low.item())
-    sizes, errors = (40, 80, 160), []
+    sizes, errors = (64, 128), []
     for n in sizes:
         got = solve(denoiser(data, path), path, x, ladder(path, high, low, n).expand(6, -1), solver)
         errors.append(float((got - exact).square().mean().sqrt()))
@@ -86,7 +86,7 @@ def test_the_whole_range_is_solved_beyond_first_order(path: Path, solver: Solver
     x = starts(path, high)
     exact = data.jump(path, x, high, at(path.t_min, x))
     grid = edm_grid if path == PATHS["edm"] else uniform_grid
-    coarse, fine = (solve(denoiser(data, path), path, x, grid(path, n), solver) - exact for n in (128, 512))
+    coarse, fine = (solve(denoiser(data, path), path, x, grid(path, n), solver) - exact for n in (96, 384))
     assert float(fine.norm()) < min(1e-3, float(coarse.norm()) / 6)
 
 
