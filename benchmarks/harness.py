@@ -6,7 +6,6 @@ whether that is still today's.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import re
@@ -32,8 +31,7 @@ from fewstep.utils.files import write_atomically
 from fewstep.utils.serialization import to_json
 
 ROOT = Path(__file__).parents[1]
-RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-FIGURES = DOCS / "figures"
+RESULTS, DOCS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs", ROOT / "docs" / "figures"
 NAMED = r"(?:: ([^>;]+?))?(?:;\s+columns: ([^>;]+?))?(?:;\s+rows: ([^>;]+?))?"
 MARK = re.compile(rf"(<!-- table: (\w+){NAMED} -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, Any]
@@ -111,11 +109,6 @@ class Grid(Generic[C]):
         today = {name: self.settings(cells[name]) for name in cells.keys() & stored.keys()}
         return {name: own for name, own in today.items() if own != stored[name][-1].get("settings", "")}
 
-    def count(self) -> str:
-        """How many cells there are, how many are missing, and how many were stored with other settings."""
-        cells, missing, changed = len(self.cells()), self.missing(), len(self.changed())
-        return f"{cells} cells: {missing} missing, {changed} stored with other settings"
-
     def rekey(self) -> int:
         """Give stored cells the digests of today's settings; how many had others."""
         changed, stored = self.changed(), self.stored()
@@ -157,8 +150,10 @@ class Study:
                 write_atomically(file, text)
 
         def plan() -> None:
-            """Count the cells that are stored, missing, and stored with other settings than today's."""
-            print(grid.count())
+            """Count the cells that are planned, missing, and stored with other settings than today's."""
+            print(
+                f"{len(grid.cells())} cells: {grid.missing()} missing, {len(grid.changed())} stored with other settings"
+            )
 
         def rekey() -> None:
             """Give stored cells the digests of today's settings: only where nothing but names has changed."""
@@ -166,22 +161,22 @@ class Study:
 
         shared, grid = {"table": table, "page": page}, self.grid
         shared |= {"plan": plan, "rekey": rekey} if grid else {}
-        named = {name.replace("_", "-"): command for name, command in (commands | shared).items()}
-        tyro.extras.subcommand_cli_from_dict(named, prog=f"python -m benchmarks.{self.name}")
+        tyro.extras.subcommand_cli_from_dict(commands | shared, prog=f"python -m benchmarks.{self.name}")
 
     def pages(self) -> Iterator[tuple[Path, str]]:
         """Pages that have a place for these tables, and what they say then."""
         tables = self.tables()
+
+        def filled(found: re.Match[str]) -> str:
+            if found[2] != self.name:
+                return found[0]
+            columns, rows = (re.split(r"\s*\|\s*", names) if names else () for names in found.group(4, 5))
+            text = extract(tables[found[3]], columns, rows) if found[3] else self.text()
+            return f"{found[1]}\n{text}\n\n{found[6]}"
+
         for file in sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md")}):
             if f"<!-- table: {self.name}" in (text := file.read_text()):
-                yield file, MARK.sub(functools.partial(self._filled, tables), text)
-
-    def _filled(self, tables: dict[str, str], found: re.Match[str]) -> str:
-        if found[2] != self.name:
-            return found[0]
-        columns, rows = (re.split(r"\s*\|\s*", names) if names else () for names in found.group(4, 5))
-        text = extract(tables[found[3]], columns, rows) if found[3] else self.text()
-        return f"{found[1]}\n{text}\n\n{found[6]}"
+                yield file, MARK.sub(filled, text)
 
 
 def lines(rows: Iterable[Row]) -> str:
@@ -198,6 +193,12 @@ def write(file: Path, rows: Any) -> None:
     write_atomically(file, json.dumps(rows, indent=1) + "\n")
 
 
+def put(file: Path, rows: list[Row], *keys: str) -> None:
+    """Rows in place of what is there with the same values of `keys`."""
+    fresh = {tuple(row[key] for key in keys) for row in rows}
+    write(file, [row for row in read(file) if tuple(row[key] for key in keys) not in fresh] + rows)
+
+
 def show(rows: Iterable[Row]) -> None:
     """A line a row."""
     for row in rows:
@@ -207,8 +208,8 @@ def show(rows: Iterable[Row]) -> None:
 
 def rounded(value: Any, digits: int = 5) -> Any:
     """Floats to so many digits, in lists and dicts too; what is not finite is None, as JSON has no word for it."""
-    text = json.dumps(value)
-    return json.loads(text, parse_float=lambda x: float(f"{float(x):.{digits}g}"), parse_constant=lambda _: None)
+    short = {"parse_float": lambda x: float(f"{float(x):.{digits}g}"), "parse_constant": lambda _: None}
+    return json.loads(json.dumps(value), **short)
 
 
 def grouped(rows: Iterable[C], key: Callable[[C], Key]) -> dict[Key, list[C]]:

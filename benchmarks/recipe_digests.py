@@ -1,12 +1,11 @@
 """Digests of what every recipe trains in 20 steps: to the last bit the same as before, or not.
 
-Before a change: `python benchmarks/recipe_digests.py OLD.json`; after it, with the same Python packages on the same
-machine: `python benchmarks/recipe_digests.py NEW.json --against OLD.json`, which lists what differs and exits
-with 1.
+Before a change: `python benchmarks/recipe_digests.py OLD.json`; after it, with the same packages on the same machine:
+`python benchmarks/recipe_digests.py NEW.json --against OLD.json`, which lists what differs and exits with 1.
 
-Each recipe is trained by the command line, on one thread, so that nothing of the package's inside is assumed; its
-weights, averages, losses and 8 samples in two calls are hashed. Recipes made for GPUs keep their objective, path and
-optimizer and take a small transformer on latents of random pictures. Teachers are the 20 steps of their own recipes.
+Each recipe is trained by the command line, on one thread, so that nothing of the package's inside is assumed; weights,
+averages, losses and 8 samples in two calls are hashed. Recipes made for GPUs keep their objective, path and optimizer
+and take a small transformer on latents of random pictures. Teachers are the 20 steps of their own recipes.
 """
 
 import hashlib

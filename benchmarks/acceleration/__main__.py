@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from benchmarks.acceleration import anatomy as parts
 from benchmarks.acceleration.students import GRID, LEVELS, PLANS, Cell, Truth, methods, train_cell
-from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, markdown, read
+from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, markdown, put, read, show
 from fewstep import load, load_dataset
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup
 from fewstep.evaluation.metrics.features import default_extractor
@@ -106,10 +106,12 @@ def tables() -> dict[str, str]:
         ),
         "Other methods on digits": markdown(
             ("Fréchet distance", "1 call", "2 calls", "4 calls", "jumps to levels in between, ratio to without"),
-            [(name, *final(digits, name), adversarial_pace(digits, name)) for name in OTHERS],
+            [(name, *final(digits, name), pace(digits, name)) for name in OTHERS],
         ),
-        "From Euler's to the computed preconditioning, mixture": anatomy_table(chosen(read(parts.ANATOMY), step=900)),
-        "Every last jump from every first, digits": two_call_table(chosen(read(parts.ANATOMY), step=600)),
+        "From Euler's to the computed preconditioning, mixture": anatomy_table(
+            chosen(read(parts.ANATOMY), dataset="mixture")
+        ),
+        "Every last jump from every first, digits": two_call_table(chosen(read(parts.ANATOMY), dataset="digits")),
     }
 
 
@@ -142,7 +144,7 @@ def final(cells: list[Row], method: str) -> list[str]:
     return [number(value) for value in last]
 
 
-def adversarial_pace(cells: list[Row], method: str) -> str:
+def pace(cells: list[Row], method: str) -> str:
     """Steps without the adversarial loss over those with it; empty for other methods."""
     plain = method.removesuffix(", adversarial")
     return "" if plain == method else ratio(compare(cells, plain, method, *BETWEEN))
@@ -161,7 +163,7 @@ def anatomy_table(rows: list[Row]) -> str:
 
 
 def two_call_table(rows: list[Row]) -> str:
-    """Frechet distance at the last moment, a mean over seeds, by the two jumps; of the anatomy."""
+    """Frechet distance, a mean over seeds, by the two jumps."""
 
     def cells(kind: str, first: str) -> list[str]:
         found = []
@@ -216,7 +218,6 @@ def run(
     Args:
         dataset: mixture, digits, digits-long or fashion
         teacher: run folder of the trained teacher
-        names: names of methods
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
@@ -237,7 +238,9 @@ def anatomy(
     """
     scene = parts.Scene(parts.SUBJECTS[dataset], *measured_against(dataset, teacher, cache))
     for seed in seeds:
-        parts.store(dataset, seed, parts.take_apart(scene, teacher, seed, models / dataset / f"seed-{seed}"))
+        rows = parts.take_apart(scene, teacher, seed, models / dataset / f"seed-{seed}")
+        show(rows)
+        put(parts.ANATOMY, rows, "dataset", "seed")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
 """Why is the Frechet distance of two calls worse with the computed preconditioning, at equal error? An anatomy.
 
-Students of one teacher differ in one thing, as in the rest of the study; their 2-call samples are taken apart:
-
-  jump      the first jump 80 -> middle, and those of JUMPS, against the teacher's ODE from noise on, by principal
-            components of the data: the variance of its ends over that of the teacher's, its error; the deviation of the
-            network's output that gives it, beside the perfect one's, and their difference; and g, by which an error of
-            the network counts
+  jump      the first jump 80 -> middle, and those of JUMPS, against the teacher's ODE, by principal components of the
+            data, the leading ones and all: the variance of its ends over that of the teacher's, its error; the
+            deviation of the network's output that gives it, beside the perfect one's, and their difference; and g, by
+            which an error of N counts
   two calls Frechet distance of every student's last jump from every student's first, the teacher's ODE among both
-  stretched ends of the first jump stretched to the teacher's variance along the leading components
+  stretched the same from ends stretched to the teacher's variance along the leading components
 
-Digits have two students more, interventions. "reweighted": the computed preconditioning, its consistency loss weighted
-by (g of Euler's/g)^2, so that an error of the network weighs as much as with Euler's. "exchanged": f and the origin
-computed, g Euler's.
+Digits have two students more. "reweighted": the computed preconditioning, its consistency loss weighted by (g of
+Euler's/g)^2, so that an error of N weighs as much as with Euler's. "exchanged": f and the origin computed, g Euler's.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +21,7 @@ from torch import Tensor
 
 import fewstep as fs
 from benchmarks.acceleration.students import HIGHEST, LOWEST, PLANS, Judge, methods
-from benchmarks.harness import RESULTS, Row, read, show, train_to, trainer_of, write
+from benchmarks.harness import RESULTS, Row, train_to, trainer_of
 from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.flow.flow_map import at
@@ -33,33 +30,23 @@ from fewstep.training.loop import Trainer
 
 ANATOMY = RESULTS / "acceleration_anatomy.json"
 JUMPS = ((12.9, 1.9), (12.9, 0.59), (1.9, 0.59))
-BOTH = ("euler", "analytic")
+BOTH, LEADING = ("euler", "analytic"), 4
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is taken apart on a data set, before the first step and after the last.
-
-    middle: where the first jump stops. components: bands of principal components; the first `leading` are stretched.
-    """
+    """What is taken apart on a data set: where the first jump stops, and how many leading components are stretched."""
 
     dataset: str
     middle: float
     samples: int
-    components: tuple[tuple[int, int], ...]
     leading: int
     students: tuple[str, ...] = BOTH
 
-    @property
-    def steps(self) -> int:
-        """How long its students train."""
-        return PLANS[self.dataset].moments[-1]
 
-
-DIGITS, MIXTURE = ((0, 4), (4, 10), (10, 20), (20, 35), (35, 64)), ((0, 2), (2, 5), (5, 10), (10, 16))
 SUBJECTS = {
-    "digits": Subject("digits", 0.9, 1180, DIGITS, 10, (*BOTH, "reweighted", "exchanged")),
-    "mixture": Subject("mixture", 1.9, 4000, MIXTURE, 5),
+    "digits": Subject("digits", 0.9, 1180, 10, (*BOTH, "reweighted", "exchanged")),
+    "mixture": Subject("mixture", 1.9, 4000, 5),
 }
 
 
@@ -99,22 +86,18 @@ def intervene(trainer: Trainer, name: str) -> None:
             model.preconditioning = Exchanged(model.preconditioning)
 
 
-def train_student(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -> None:
-    """Keep a student's averaged weights of before the first step and after the last, unless they are there."""
-    steps = scene.subject.steps
-    if (models / f"{name}-{steps}").exists():
-        return
+def trained(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -> fs.FlowMap:
+    """A student's averaged model, trained now unless it is there.
+
+    Stored as one of the computed preconditioning, whatever g it was trained with.
+    """
     config = replace(methods(scene.subject.dataset)["euler" if name == "euler" else "analytic"], teacher=str(teacher))
-    with trainer_of(replace(config, training=replace(config.training, seed=seed)), scene.dataset) as trainer:
-        intervene(trainer, name)
-        for moment in (0, steps):
-            train_to(trainer, moment)
-            trainer.show(lambda model, step: model.save(models / f"{name}-{step}"))
-
-
-def kept(models: Path, name: str, step: int) -> fs.FlowMap:
-    """The averaged model of a moment; stored as one of the computed preconditioning, whatever g it was trained with."""
-    model = load_pipeline(models / f"{name}-{step}").flow_map
+    if not (models / name).exists():
+        with trainer_of(replace(config, training=replace(config.training, seed=seed)), scene.dataset) as trainer:
+            intervene(trainer, name)
+            train_to(trainer, PLANS[scene.subject.dataset].moments[-1])
+            trainer.show(lambda model, step: model.save(models / name))
+    model = load_pipeline(models / name).flow_map
     if name == "exchanged":
         model.preconditioning = Exchanged(model.preconditioning)
     return model
@@ -169,7 +152,7 @@ def jump_rows(scene: Scene, name: str, model: fs.FlowMap, high: float, low: floa
     f, g = (float(c) for c in model.preconditioning.coefficients(*torch.tensor([[high], [low]]).double()))
     output, needed = (found - f * start) / g, (truth - f * start) / g
     rows: list[Row] = []
-    for first, stop in (*scene.subject.components, (0, truth.shape[1])):
+    for first, stop in ((0, LEADING), (0, truth.shape[1])):
         p, q, n, best = (x[:, first:stop] for x in (found, truth, output, needed))
         rows.append(
             {
@@ -196,20 +179,8 @@ def two_call_rows(scene: Scene, models: dict[str, fs.FlowMap | None]) -> list[Ro
 
 def take_apart(scene: Scene, teacher: Path, seed: int, models: Path) -> list[Row]:
     """All rows of a seed, its students trained unless they are there."""
-    rows: list[Row] = []
-    for name in scene.subject.students:
-        train_student(name, scene, teacher, seed, models)
-    for step in (0, scene.subject.steps):
-        students = {name: kept(models, name, step) for name in scene.subject.students}
-        found = two_call_rows(scene, {"teacher": None, **students}) if step else []
-        for name, model in students.items():
-            found += [row for ends in scene.jumps for row in jump_rows(scene, name, model, *ends)]
-        rows += [{"step": step, **row} for row in found]
-    return rows
-
-
-def store(dataset: str, seed: int, rows: list[Row]) -> None:
-    """In place of what is there of the same data set and seed."""
-    show(rows)
-    others = [row for row in read(ANATOMY) if (row["dataset"], row["seed"]) != (dataset, seed)]
-    write(ANATOMY, [*others, *({"dataset": dataset, "seed": seed, **row} for row in rows)])
+    students = {name: trained(name, scene, teacher, seed, models) for name in scene.subject.students}
+    rows = two_call_rows(scene, {"teacher": None, **students})
+    for name, model in students.items():
+        rows += [row for ends in scene.jumps for row in jump_rows(scene, name, model, *ends)]
+    return [{"dataset": scene.subject.dataset, "seed": seed, **row} for row in rows]

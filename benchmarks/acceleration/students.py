@@ -1,11 +1,9 @@
 """CTM students of one teacher by method: the study's cells, and what is measured of each.
 
-Measured with the averaged weights, on data and noise that training does not see:
-  jump T -> S     RMSE per element of the student's jump against the teacher's ODE, from held-out data with noise
-  sample, k calls the same along k steps from noise
-  frechet, k calls Frechet distance of k-step samples to held-out data
-The times between of 2- and 4-step sampling are searched for each method, seed and moment on one half of the held-out
-data and noise, and the figure is taken on the other half.
+With the averaged weights, on data and noise that training does not see: RMSE per element of jumps against the teacher's
+ODE, from held-out data with noise, and of samples in k calls; Frechet distance of samples to held-out data. The times
+between of 2- and 4-step sampling are searched for each method, seed and moment on one half of the held-out data and
+noise, and the figure is taken on the other half.
 """
 
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ NOISE_SEED = 77_000
 
 @dataclass(frozen=True)
 class Plan:
-    """One data set's study: its recipe, length, and how much is measured."""
+    """One data set: its recipe, when and on how many samples and jumps is measured, where two steps may meet."""
 
     recipe: str
     moments: tuple[int, ...]
@@ -67,25 +66,21 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     def model(name: str) -> fs.RunConfig:
         return replace(base, model=replace(base.model, preconditioning=kind(fs.PreconditioningConfig, name)))
 
-    def statistics(**changes: object) -> fs.RunConfig:
-        return replace(base, statistics=replace(base.statistics, **changes))  # type: ignore[arg-type]
-
     euler, cd = model("euler"), fs.CD(steps=fs.TeacherSteps(points=18, solver="heun", u="adjacent"), target_decay=0.99)
     adversarial = replace(base.objective, gan=0.2)  # type: ignore[call-arg]
+    statistics: dict[str, dict[str, Any]] = {
+        "raw": {"centred": False}, "not shrunk": {"shrink": False}, "l only": {"use": "l"}, "s only": {"use": "s"},
+        "own statistics": {"refresh_images": refresh},
+        **{f"{count} samples": {"samples": count} for count in (64, 256, 1024, 4096, 16_384)},
+    }  # fmt: skip
     return {
         "euler": euler,
         "analytic": base,
-        "analytic, raw": statistics(centred=False),
-        "analytic, not shrunk": statistics(shrink=False),
         "analytic, forward": model("analytic-forward"),
-        "analytic, l only": statistics(use="l"),
-        "analytic, s only": statistics(use="s"),
-        "analytic, own statistics": statistics(refresh_images=refresh),
         "CD, multistep": replace(euler, objective=cd),
         "euler, adversarial": replace(euler, objective=adversarial),
         "analytic, adversarial": replace(base, objective=adversarial),
-        **{f"analytic, {count} samples": statistics(samples=count) for count in (64, 256, 1024, 4096, 16_384)},
-    }
+    } | {f"analytic, {k}": replace(base, statistics=replace(base.statistics, **v)) for k, v in statistics.items()}
 
 
 class Judge:
@@ -139,10 +134,11 @@ def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float) -> 
     for own in torch.arange(len(noise)).split(500):
         x = noise[own]
         for i, (t, s) in enumerate(pairwise(times)):
-            again = gamma and s > times[-1]
-            x = model.jump(x, at(t, x), at(times[-1] if again else s, x))
-            if again:
-                x = x + s * Draws(NOISE_SEED, 2 + i, own).normal(0, tuple(x.shape[1:]))
+            if gamma and s > times[-1]:
+                fresh = Draws(NOISE_SEED, 2 + i, own).normal(0, tuple(x.shape[1:]))
+                x = model.jump(x, at(t, x), at(times[-1], x)) + s * fresh
+            else:
+                x = model.jump(x, at(t, x), at(s, x))
         parts.append(x)
     return torch.cat(parts)
 

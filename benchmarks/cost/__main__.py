@@ -75,25 +75,18 @@ def latency(
     The least says what the code needs; the rest what else the machine did.
     """
     torch.set_num_threads(1)
-    rows = [row for folder in runs for row in decisions(folder, calls, repeats)]
+    rows: list[Row] = []
+    for folder in runs:
+        policies, spent = {count: load_policy(folder, count) for count in calls}, {count: [0.0] for count in calls}
+        for _ in range(ROUNDS):  # in turns
+            for count, policy in policies.items():
+                spent[count] += latencies(policy, max(1, repeats // ROUNDS))
+        for count, (_, *values) in spent.items():
+            figures = min(values), statistics.median(values), statistics.quantiles(values, n=10)[-1]
+            row = {"recipe": RunFolder(folder).config().recipe, "steps": count, "repeats": len(values)}
+            rows.append(row | {name: round(value, 3) for name, value in zip(TIMES, figures, strict=True)})
     show(rows)
     write(LATENCY, rows)
-
-
-def decisions(folder: Path, calls: tuple[int, ...], repeats: int) -> list[Row]:
-    """One row for each number of calls, in turns."""
-    policies = {count: load_policy(folder, count) for count in calls}
-    spent: dict[int, list[float]] = {count: [] for count in calls}
-    for _ in range(ROUNDS):
-        for count, policy in policies.items():
-            spent[count] += latencies(policy, max(1, repeats // ROUNDS))
-    rows = []
-    for count, values in spent.items():
-        least, median, *_, last = min(values), statistics.median(values), *statistics.quantiles(values, n=10)
-        times = zip(TIMES, (least, median, last), strict=True)
-        row = {"recipe": RunFolder(folder).config().recipe, "steps": count, "repeats": len(values)}
-        rows.append(row | {name: round(value, 3) for name, value in times})
-    return rows
 
 
 if __name__ == "__main__":

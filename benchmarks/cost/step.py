@@ -2,8 +2,7 @@
 
 Evaluations are counted in forward passes of the whole batch: a pass with tangents counts 2, a backward pass 2. `floor`
 is what the objective cannot do without, by its definition, over flow matching's 3; a test holds the count against it.
-`priced` is the same count at the seconds that the passes take by themselves: what a step takes beyond it goes outside
-the network, or is what parts of a batch cost more. Peak memory is above what the model and data need.
+Peak memory is above what the model and data need.
 """
 
 import statistics
@@ -12,7 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from fewstep.flow.derivatives import Derivative
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import ALONE, Pairs
-from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws
 
 CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
@@ -80,54 +77,17 @@ def evaluations(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch) 
     return total / len(batch.x0)
 
 
-class Prices(NamedTuple):
-    """What one pass of the whole batch costs: without gradient; with it and back; the same carrying tangents.
-
-    By default in forward passes: backward is 2, a tangent 1.
-    """
-
-    forward: float = 1.0
-    train: float = 3.0
-    tangent: float = 4.0
-
-    def of(self, objective: fs.Objective) -> float:
-        """What the passes cost that the objective's definition needs.
-
-        The anchor's pass gives the velocity too, and the second term's pass the value of N: neither is paid twice. A
-        derivative is a tangent of that pass, or a difference of two more; guidance one for the labels that are kept.
-        """
-        if not isinstance(objective, fs.ISD):
-            return self.train
-        null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
-        second = self.tangent if objective.derivative.kind == "exact" else self.train + 2 * self.forward
-        return self.train + null * self.forward + (1 - objective.pairs.flow_matching_ratio) * second
-
-
 def floor_passes(objective: fs.Objective) -> float:
-    """The operations that the objective's definition needs, in forward passes."""
-    return Prices().of(objective)
+    """The operations that the objective's definition needs, in forward passes: backward is 2, a tangent 1.
 
-
-def passes(flow_map: fs.FlowMap, batch: fs.Batch) -> list[Callable[[], None]]:
-    """The network's passes by themselves, at times as an objective draws them; in the order of `Prices`."""
-    t = batch.draws.uniform(1)
-    s, cond, v = t * batch.draws.uniform(2), fs.Condition(batch.labels), batch.noise()
-
-    def output(x: Tensor, t: Tensor) -> Tensor:
-        return flow_map.output(x, t, s, cond)
-
-    def back(output: Tensor) -> None:
-        flow_map.zero_grad(set_to_none=True)
-        output.square().mean().backward()
-
-    def forward() -> None:
-        with torch.no_grad():
-            output(batch.x0, t)
-
-    def tangent() -> None:
-        back(jvp(output, (batch.x0, t), (v, torch.ones_like(t)), attached=False)[0])
-
-    return [forward, lambda: back(output(batch.x0, t)), tangent]
+    The anchor's pass gives the velocity too, and the second term's pass the value of N: neither is paid twice. A
+    derivative is a tangent of that pass, or a difference of two more; guidance one for the labels that are kept.
+    """
+    if not isinstance(objective, fs.ISD):
+        return 3.0
+    null = (1 - objective.label_dropout) if objective.guidance.active else 0.0
+    second = 4.0 if objective.derivative.kind == "exact" else 5.0
+    return 3.0 + null + (1 - objective.pairs.flow_matching_ratio) * second
 
 
 def peak_mib(name: str, key: Key, device: str) -> float:
@@ -156,11 +116,8 @@ def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]
         if device == "cuda":
             torch.cuda.synchronize()
 
-    work: dict[Key, Callable[[], None]] = {("pass", str(i)): job for i, job in enumerate(passes(flow_map, batch))}
-    work |= {key: partial(take_step, objective, flow_map, batch) for key, objective in OBJECTIVES.items()}
-    spent = take_turns({key: partial(finished, job) for key, job in work.items()}, rounds)
-    seconds = {key: statistics.median(times) for key, times in spent.items()}
-    prices = Prices(*(seconds["pass", str(i)] for i in range(3)))
+    jobs = {key: partial(finished, partial(take_step, each, flow_map, batch)) for key, each in OBJECTIVES.items()}
+    spent = take_turns(jobs, rounds)
     for key, objective in OBJECTIVES.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
             peak = alone.submit(peak_mib, name, key, device).result()
@@ -169,18 +126,15 @@ def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]
             **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak, 1),
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
-            "priced": round(prices.of(objective) / seconds[BASE], 3), "seconds": round(seconds[key], 5),
-            **{f"{kind}_seconds": round(price, 5) for kind, price in prices._asdict().items()},
-            "device": device, "threads": threads,
+            "seconds": round(statistics.median(spent[key]), 5), "device": device, "threads": threads,
         }  # fmt: skip
 
 
 def step_table(rows: list[Row]) -> str:
     """Every row."""
-    heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "priced", "of it", "peak MiB")
-    names = "{network}|{objective}|{derivative}|"
-    form = names + "{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{priced:.2f}|{part:.0%}|{peak_mib:.0f}"
-    return markdown(heads, [form.format(**row, part=row["priced"] / row["ratio"]).split("|") for row in rows])
+    heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "peak MiB")
+    form = "{network}|{objective}|{derivative}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{peak_mib:.0f}"
+    return markdown(heads, [form.format(**row).split("|") for row in rows])
 
 
 def derivative_table(rows: list[Row]) -> str:

@@ -175,9 +175,8 @@ def train(name: str, loss: str, start: str, truth: Truth) -> tuple[fs.FlowMap, l
         terms = OBJECTIVES[name](flow_map, batch_of(step)).terms
         descend(optimizer, LOSSES[loss](terms["anchor"], terms["distill"]).mean())
     cell, found = {"kind": "network", "objective": name, "loss": loss, "start": start}, truth.measure(flow_map) | before
-    return flow_map, [
-        cell | {"seed": seed} | {key: values[seed] for key, values in found.items()} for seed in range(SEEDS)
-    ]
+    own = [{key: values[seed] for key, values in found.items()} for seed in range(SEEDS)]
+    return flow_map, [cell | {"seed": seed} | row for seed, row in enumerate(own)]
 
 
 def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> Row:

@@ -1,10 +1,10 @@
-"""From a folder of drawings to decoded samples, with an autoencoder trained on the spot.
+"""From a folder of drawings to decoded samples, with an autoencoder trained on the spot (no package brings one).
 
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb clipart
     python -m benchmarks.latents run clipart/usr/share/openclipart/png --classes animals food people plants
 
-Four classes of Debian's public-domain drawings, 256x256. A small autoencoder is trained (no package brings a trained
-one), then latents are encoded, a small DiT trained on them, samples drawn and measured.
+Four classes of Debian's public-domain drawings, 256x256. Then latents are encoded, a small DiT trained on them, samples
+drawn and measured.
 """
 
 import math

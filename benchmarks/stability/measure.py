@@ -89,8 +89,8 @@ def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: P
             trainer.show(watch)
         if matching:
             trainer.save()
-    found = verdict(cell, norms, curve, diverged_at) | {"extractor": reference.extractor.name}
-    return rounded(found | {"seconds": round(spent, 1), "curve": curve})  # type: ignore[no-any-return]
+    more = {"extractor": reference.extractor.name, "seconds": round(spent, 1), "curve": curve}
+    return rounded(verdict(cell, norms, curve, diverged_at) | more)  # type: ignore[no-any-return]
 
 
 def verdict(cell: Cell, norms: list[float], curve: list[Row], diverged_at: int | None) -> Row:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.policies import __main__ as tables
-from benchmarks.policies import run
+from benchmarks.policies import __main__ as study
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.policies.rollout import wilson
 
@@ -28,7 +27,7 @@ ROWS = [
 
 
 def test_the_table_pools_the_seeds() -> None:
-    text = tables.section(ROWS)
+    text = study.section(ROWS)
     assert "100 demonstrations of 4,000 steps, from 103 episodes of the expert." in text
     names = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("|")][2:]
     assert names == ["expert", "flow matching", "flow matching", "iSD"]
@@ -39,25 +38,25 @@ def test_the_table_pools_the_seeds() -> None:
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    tables.draw(tmp_path / "figure.png")
+    study.draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_settings_differ_by_method() -> None:
-    assert run.settings(run.Cell("pusht", "iSD", 0)) != run.settings(run.Cell("pusht", "regression", 0))
-    assert run.settings(run.Cell("pusht", "expert", 0)) == ""
+    assert study.settings(study.Cell("pusht", "iSD", 0)) != study.settings(study.Cell("pusht", "regression", 0))
+    assert study.settings(study.Cell("pusht", "expert", 0)) == ""
 
 
 def test_flow_matching_comes_before_what_starts_from_it() -> None:
-    found = list(run.plan(("ring",), (0, 1)))
-    assert found[0] == run.Cell("ring", "expert", 0)
-    assert len(found) == len(set(found)) == 1 + 2 * len(run.METHODS)
-    last = run.Cell("ring", "iSD from flow matching", 1)
-    assert found.index(run.Cell("ring", "flow matching", 1)) < found.index(last)
+    found = list(study.plan(("ring",), (0, 1)))
+    assert found[0] == study.Cell("ring", "expert", 0)
+    assert len(found) == len(set(found)) == 1 + 2 * len(study.METHODS)
+    last = study.Cell("ring", "iSD from flow matching", 1)
+    assert found.index(study.Cell("ring", "flow matching", 1)) < found.index(last)
 
 
 def test_the_cells_of_a_task_differ_in_nothing_but_the_method(tmp_path: Path) -> None:
-    made = [run.configuration("pusht", method, tmp_path, 3, "") for method in run.METHODS]
+    made = [study.configuration("pusht", method, tmp_path, 3, "") for method in study.METHODS]
     first = made[0]
     for config in made:
         assert (config.network, config.optimizer, config.training, config.data) == (
@@ -71,7 +70,7 @@ def test_the_cells_of_a_task_differ_in_nothing_but_the_method(tmp_path: Path) ->
 
 
 def test_stored_cells_are_found_again() -> None:
-    assert len(run.GRID.rows()) == sum(map(len, run.GRID.stored().values())) > 100
+    assert len(study.GRID.rows()) == sum(map(len, study.GRID.stored().values())) > 100
 
 
 def test_demonstrations_of_another_count_are_not_taken_for_the_studys(tmp_path: Path) -> None:
@@ -79,4 +78,4 @@ def test_demonstrations_of_another_count_are_not_taken_for_the_studys(tmp_path: 
     few = Demonstrations(torch.zeros(6, 6), torch.zeros(6, 2), ends, "pointmaze-ring")
     save_demonstrations(few, tmp_path / "pointmaze-ring.safetensors")
     with pytest.raises(SystemExit, match="does not hold the study's 100 episodes"):
-        run.demonstrations_of("pointmaze-ring", tmp_path)
+        study.demonstrations_of("pointmaze-ring", tmp_path)
