@@ -35,7 +35,7 @@ RESULTS, DOCS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs", ROOT / 
 NAMED = r"(?:: ([^>;]+?))?(?:;\s+columns: ([^>;]+?))?(?:;\s+rows: ([^>;]+?))?"
 MARK = re.compile(rf"(<!-- table: (\w+){NAMED} -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, Any]
-Label = tuple[Any, ...]
+Label, Words = tuple[Any, ...], tuple[str, ...]
 C = TypeVar("C")
 Key = TypeVar("Key")
 Seeds = Annotated[tuple[int, ...], tyro.conf.arg(help="training seeds")]
@@ -136,9 +136,7 @@ class Study:
     def main(self, **commands: Callable[..., None]) -> None:
         """The command line. commands: what measures and stores."""
 
-        def table(
-            title: Annotated[str, tyro.conf.Positional] = "", columns: tuple[str, ...] = (), rows: tuple[str, ...] = ()
-        ) -> None:
+        def table(title: Annotated[str, tyro.conf.Positional] = "", columns: Words = (), rows: Words = ()) -> None:
             """Print the stored tables, all or those with TITLE in their title; some columns and rows where named."""
             print(self.text(title, columns, rows))
 

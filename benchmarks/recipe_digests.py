@@ -63,9 +63,9 @@ def make_latents(root: Path, channels: int) -> None:
 def train(name: str, root: Path) -> Path:
     """The run's folder after 20 steps."""
     batch = 8 if name in LATENTS else 64
-    sizes = {"batch-size": batch, "images": STEPS * batch, "log-images": batch, "sample-images": 0}
+    sizes = {"batch-size": batch, "log-images": batch, "sample-images": 0, "checkpoint-images": STEPS * batch}
     words = [word for key, size in sizes.items() for word in (f"--training.{key}", size)]
-    words += ["--training.checkpoint-images", STEPS * batch, "--optimizer.warmup-images", 5 * batch]
+    words += ["--training.images", STEPS * batch, "--optimizer.warmup-images", 5 * batch]
     words += ["--data.root", root / f"latents-{LATENTS[name]}", *SMALL_DIT] if name in LATENTS else []
     words += ["--data.root", root / "ring.safetensors"] if name.startswith("policy-") else []
     words += ["--teacher", root / TEACHERS[name]] if name in TEACHERS else []

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 
 from benchmarks.acceleration import anatomy as parts
 from benchmarks.acceleration.students import GRID, LEVELS, PLANS, Cell, Truth, methods, train_cell
-from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, markdown, put, read, show
+from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, grouped, markdown, put, read, show
 from fewstep import load, load_dataset
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, speedup
 from fewstep.evaluation.metrics.features import default_extractor
@@ -25,45 +25,35 @@ from fewstep.recipes import recipe
 
 INTERMEDIATE = "all jumps to levels in between"
 BETWEEN = (INTERMEDIATE, 1)
-SHOWN = (
-    ("jump 80 -> 0.002", 1), ("jump 0.59 -> 0.002", 1), BETWEEN, ("jump 80 -> 12.9", 1),
-    ("jump 80 -> 1.9", 1), ("jump 12.9 -> 1.9", 1), ("jump 80 -> 0.59", 1), ("jump 12.9 -> 0.59", 1),
-    ("jump 1.9 -> 0.59", 1), ("sample", 1), ("sample", 2), ("sample", 4), ("frechet", 1), ("frechet", 2),
-    ("frechet", 4),
-)  # fmt: skip
-UNSTEADY = SHOWN[3:6]
+UNSTEADY = tuple((f"jump {jump}", 1) for jump in ("80 -> 12.9", "80 -> 1.9", "12.9 -> 1.9"))
 """Jumps whose curves rise before they fall."""
-AT_END = (*SHOWN[3:9], ("sample", 2), ("frechet", 2), ("frechet", 4))
-ABLATIONS = {
-    "analytic, 16384 samples": "16,384 samples in place of 256", "analytic, 4096 samples": "4,096 samples",
-    "analytic, 1024 samples": "1,024 samples", "analytic, 64 samples": "64 samples",
-    "analytic, not shrunk": "not shrunk", "analytic, own statistics": "the student's own statistics, refreshed",
-    "analytic, s only": "`s` only", "analytic, raw": "raw (about zero)", "analytic, l only": "`l` only",
-    "analytic, forward": "forward form",
-}  # fmt: skip
+ABOVE = (*UNSTEADY, *((f"jump {start} -> 0.59", 1) for start in (80, 12.9, 1.9)))
+CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
+SHOWN = (("jump 80 -> 0.002", 1), ("jump 0.59 -> 0.002", 1), BETWEEN, *ABOVE, *CALLS)
+AT_END = (*ABOVE, ("sample", 2), ("frechet", 2), ("frechet", 4))
+ABLATIONS = (
+    "16384 samples", "4096 samples", "1024 samples", "64 samples", "not shrunk", "own statistics", "s only", "raw",
+    "l only", "forward",
+)  # fmt: skip
 OTHERS = ("euler", "analytic", "euler, adversarial", "analytic, adversarial", "CD, multistep")
 KEYS = ("g", "needed", "output_rmse", "rmse")
-NAMES = {"teacher": "the teacher's ODE", "euler": "Euler", "analytic": "computed"}
 Curve = list[tuple[float, float]]
 
 
 def curves(cells: list[Row], method: str, measure: str, nfe: int) -> dict[int, Curve]:
-    """Seed -> [(step, value)] of one data set's cells; INTERMEDIATE: root mean square over those jumps."""
+    """Seed -> [(step, value)] of one data set's cells; INTERMEDIATE: root mean square over jumps that
+    stop above the data end.
+    """
     found: dict[int, Curve] = {}
     for cell in chosen(cells, method=method):
         values: dict[int, list[float]] = {}
         for row in chosen(cell["curve"], nfe=nfe):
-            name = INTERMEDIATE if measure == INTERMEDIATE and intermediate(row["measure"]) else row["measure"]
-            if name == measure:
+            above = row["measure"].startswith("jump") and not row["measure"].endswith(f"-> {LEVELS[-1]:g}")
+            if above if measure == INTERMEDIATE else row["measure"] == measure:
                 values.setdefault(row["step"], []).append(row["value"])
         if values:
             found[cell["seed"]] = [(step, math.hypot(*own) / len(own) ** 0.5) for step, own in values.items()]
     return found
-
-
-def intermediate(measure: str) -> bool:
-    """Whether it is a jump that stops above the data end."""
-    return measure.startswith("jump") and not measure.endswith(f"-> {LEVELS[-1]:g}")
 
 
 def compare(cells: list[Row], baseline: str, method: str, measure: str, nfe: int) -> Row | None:
@@ -90,7 +80,13 @@ def tables() -> dict[str, str]:
     cells = {dataset: chosen(GRID.rows(), dataset=dataset) for dataset in PLANS}
     digits = cells["digits"]
     main = {(key, name): compare(own, "euler", "analytic", *key) for key in SHOWN for name, own in cells.items()}
-    ablated = {shown: compare(digits, "analytic", name, *BETWEEN) for name, shown in ABLATIONS.items()}
+    ablated = {name: compare(digits, "analytic", f"analytic, {name}", *BETWEEN) for name in ABLATIONS}
+    paces = {f"{name}, adversarial": compare(digits, name, f"{name}, adversarial", *BETWEEN) for name in parts.BOTH}
+    ends = {
+        (name, nfe): fmean(own[-1][1] for own in curves(digits, name, "frechet", nfe).values())
+        for name in OTHERS
+        for nfe in (1, 2, 4)
+    }
     return {
         "Ratio of steps, Euler over computed": markdown(
             ("ratio of steps", *PLANS),
@@ -106,7 +102,10 @@ def tables() -> dict[str, str]:
         ),
         "Other methods on digits": markdown(
             ("Fréchet distance", "1 call", "2 calls", "4 calls", "jumps to levels in between, ratio to without"),
-            [(name, *final(digits, name), pace(digits, name)) for name in OTHERS],
+            [
+                (name, *(number(ends[name, nfe]) for nfe in (1, 2, 4)), ratio(paces[name]) if name in paces else "")
+                for name in OTHERS
+            ],
         ),
         "From Euler's to the computed preconditioning, mixture": anatomy_table(
             chosen(read(parts.ANATOMY), dataset="mixture")
@@ -138,18 +137,6 @@ def at_end(measure: str, row: Row | None) -> str:
     return f"**{first}** / {second}" if float(first) < float(second) else f"{first} / **{second}**"
 
 
-def final(cells: list[Row], method: str) -> list[str]:
-    """Frechet distances at the end in 1, 2 and 4 calls, means over seeds."""
-    last = (fmean(own[-1][1] for own in curves(cells, method, "frechet", nfe).values()) for nfe in (1, 2, 4))
-    return [number(value) for value in last]
-
-
-def pace(cells: list[Row], method: str) -> str:
-    """Steps without the adversarial loss over those with it; empty for other methods."""
-    plain = method.removesuffix(", adversarial")
-    return "" if plain == method else ratio(compare(cells, plain, method, *BETWEEN))
-
-
 def anatomy_table(rows: list[Row]) -> str:
     """Of jumps that stop above the data end: how figures change between the two methods, means over seeds."""
     heads = ("`g` falls by", "the network must give more by", "the network's error grows by", "the jump's error")
@@ -163,21 +150,13 @@ def anatomy_table(rows: list[Row]) -> str:
 
 
 def two_call_table(rows: list[Row]) -> str:
-    """Frechet distance, a mean over seeds, by the two jumps."""
-
-    def cells(kind: str, first: str) -> list[str]:
-        found = []
-        for last in NAMES:
-            values = [row["frechet"] for row in chosen(rows, kind=kind, last=last, first=first)]
-            shown = f"{fmean(values):.2f}" if values else ""
-            found.append(f"**{shown}**" if first == last != "teacher" and kind == "two calls" else shown)
-        return found
-
-    firsts = NAMES | {"exchanged": "computed `f`, Euler's `g`", "reweighted": "computed, loss reweighted"}
-    found = [(shown, *cells("two calls", name)) for name, shown in firsts.items()]
-    found[3:3] = [(f"{NAMES[name]}, stretched", *cells("stretched", name)) for name in ("euler", "analytic")]
-    lasts = ("last jump by the teacher's ODE", *list(NAMES.values())[1:])
-    return markdown(("first jump by", *lasts), found)
+    """Frechet distance, a mean over seeds, by the two jumps; "teacher" is its ODE."""
+    lasts, lines = ("teacher", *parts.BOTH), []
+    for (kind, first), own in grouped(rows, lambda row: (row["kind"], row.get("first"))).items():
+        values = ([row["frechet"] for row in chosen(own, last=last)] for last in lasts)
+        shown = (f"{fmean(each):.2f}" if each else "" for each in values)
+        lines += [(first + ", stretched" * (kind == "stretched"), *shown)] if first else []
+    return markdown(("first jump by", *(f"last jump by {last}" for last in lasts)), lines)
 
 
 def draw() -> None:
@@ -215,9 +194,7 @@ def run(
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    Args:
-        dataset: mixture, digits, digits-long or fashion
-        teacher: run folder of the trained teacher
+    DATASET is mixture, digits, digits-long or fashion, TEACHER the run folder of the trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
@@ -231,10 +208,7 @@ def anatomy(
 ) -> None:
     """Why is the Frechet distance of two calls worse with the computed preconditioning? Take two-call samples apart.
 
-    Args:
-        dataset: digits or mixture
-        teacher: run folder of the trained teacher
-        models: folder for the students' weights; one that is there is not trained again
+    Of DATASET, digits or mixture. Students' weights are kept in MODELS; one that is there is not trained again.
     """
     scene = parts.Scene(parts.SUBJECTS[dataset], *measured_against(dataset, teacher, cache))
     for seed in seeds:

@@ -26,7 +26,6 @@ from fewstep.evaluation.metrics.alignment import rmse
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.flow.flow_map import at
 from fewstep.sampling.pipeline import load_pipeline
-from fewstep.training.loop import Trainer
 
 ANATOMY = RESULTS / "acceleration_anatomy.json"
 JUMPS = ((12.9, 1.9), (12.9, 0.59), (1.9, 0.59))
@@ -77,15 +76,6 @@ def reweighted(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch, c
     return replace(losses, loss=torch.stack(list(terms.values())).sum(0), terms=terms)
 
 
-def intervene(trainer: Trainer, name: str) -> None:
-    """Make the student what its name says."""
-    if name == "reweighted":
-        trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
-    if name == "exchanged" and trainer.learner.target is not None:
-        for model in (trainer.learner.flow_map, trainer.learner.target.flow_map):
-            model.preconditioning = Exchanged(model.preconditioning)
-
-
 def trained(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -> fs.FlowMap:
     """A student's averaged model, trained now unless it is there.
 
@@ -94,7 +84,11 @@ def trained(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -
     config = replace(methods(scene.subject.dataset)["euler" if name == "euler" else "analytic"], teacher=str(teacher))
     if not (models / name).exists():
         with trainer_of(replace(config, training=replace(config.training, seed=seed)), scene.dataset) as trainer:
-            intervene(trainer, name)
+            learner = trainer.learner
+            if name == "reweighted":
+                trainer.loss.objective = partial(reweighted, trainer.loss.objective)  # type: ignore[assignment]
+            for side in (learner, learner.target) if name == "exchanged" and learner.target else ():
+                side.flow_map.preconditioning = Exchanged(side.flow_map.preconditioning)
             train_to(trainer, PLANS[scene.subject.dataset].moments[-1])
             trainer.show(lambda model, step: model.save(models / name))
     model = load_pipeline(models / name).flow_map
@@ -127,10 +121,6 @@ class Scene(Judge):
     def first_jump(self, model: fs.FlowMap | None) -> Tensor:
         """From noise to the middle."""
         return self.jump(model, self.start, HIGHEST, self.subject.middle)
-
-    def last_jump(self, model: fs.FlowMap | None, middle: Tensor) -> float:
-        """Frechet distance of samples whose last jump is the model's."""
-        return self.frechet(self.jump(model, middle, self.subject.middle, LOWEST), self.real)
 
     def components(self, x: Tensor) -> Tensor:
         """Coordinates along the data's principal components, (B, d) float64."""
@@ -167,10 +157,16 @@ def jump_rows(scene: Scene, name: str, model: fs.FlowMap, high: float, low: floa
 
 def two_call_rows(scene: Scene, models: dict[str, fs.FlowMap | None]) -> list[Row]:
     """Every last jump from every first, and from those of the two methods stretched."""
+    stop = scene.subject.middle
     middles = {("two calls", name): scene.first_jump(model) for name, model in models.items()}
     middles |= {("stretched", name): scene.stretched(middles["two calls", name]) for name in BOTH}
     return [
-        {"kind": kind, "first": first, "last": last, "frechet": scene.last_jump(model, middle)}
+        {
+            "kind": kind,
+            "first": first,
+            "last": last,
+            "frechet": scene.frechet(scene.jump(model, middle, stop, LOWEST), scene.real),
+        }
         for last, model in models.items()
         for (kind, first), middle in middles.items()
         if kind == "two calls" or last in BOTH

@@ -143,14 +143,6 @@ def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float) -> 
     return torch.cat(parts)
 
 
-def schedules(model: fs.FlowMap, plan: Plan, steps: int) -> list[list[float]]:
-    """The falling times among which a k-step sampler may choose."""
-    if steps == 4:
-        return [edm_grid(model.path, steps, rho).tolist() for rho in RHOS]
-    between = [()] if steps == 1 else [(middle,) for middle in plan.middles]
-    return [[HIGHEST, *times, LOWEST] for times in between]
-
-
 @torch.no_grad()
 def measure(model: fs.FlowMap, truth: Truth, gamma: float) -> list[Row]:
     """Every figure of one moment; with gamma = 1 of jumps to the data end alone."""
@@ -160,11 +152,8 @@ def measure(model: fs.FlowMap, truth: Truth, gamma: float) -> list[Row]:
             x = truth.starts[high]
             error = rmse(model.jump(x, at(high, x), at(low, x)), end)
             rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
-    return rows + [
-        sampled(model, truth, name, steps, gamma)
-        for steps in (1, 2, 4)
-        for name in (("frechet",) if gamma else ("frechet", "sample"))
-    ]
+    names = ("frechet",) if gamma else ("frechet", "sample")
+    return rows + [sampled(model, truth, name, steps, gamma) for steps in (1, 2, 4) for name in names]
 
 
 def sampled(model: fs.FlowMap, truth: Truth, name: str, steps: int, gamma: float) -> Row:
@@ -178,7 +167,9 @@ def sampled(model: fs.FlowMap, truth: Truth, name: str, steps: int, gamma: float
         drawn = walk(model, truth.start[rows], times, gamma)
         return truth.frechet(drawn, truth.halves[half]) if name == "frechet" else rmse(drawn, truth.samples[rows])
 
-    options = schedules(model, truth.plan, steps)
+    options = [edm_grid(model.path, steps, rho).tolist() for rho in RHOS]
+    if steps < 4:
+        options = [[HIGHEST, *between, LOWEST] for between in ([()] if steps == 1 else zip(truth.plan.middles))]
     times = min(options, key=lambda option: score(option, 0)) if len(options) > 1 else options[0]
     return {"measure": name, "nfe": steps, "value": score(times, 1), "times": [round(t, 4) for t in times]}
 

@@ -1,67 +1,58 @@
-"""What time and memory go into: a step by objective and derivative, one recipe's step over another's, a decision of a
-policy. All on this machine, taking turns in one process.
-"""
+"""What time and memory go into: a step by objective and derivative, a recipe's over another's, a policy's decision."""
 
 import contextlib
 import statistics
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from tyro.conf import Positional
 
-from benchmarks.cost import step as steps
-from benchmarks.harness import RESULTS, Row, Study, markdown, read, show, take_turns, trainer_of, write
-from fewstep import RunFolder, load_policy
+import benchmarks.harness as h
+import fewstep as fs
+from benchmarks.cost.step import CASES, OBJECTIVES, measured, step_table
 from fewstep.policies.rollout import latencies
 from fewstep.recipes import recipe
 
-STEP, LATENCY = RESULTS / "step.json", RESULTS / "latency.json"
+STEP, LATENCY = h.RESULTS / "step.json", h.RESULTS / "latency.json"
 ROUNDS = 10
 TIMES = ("least_ms", "median_ms", "q90_ms")
 
 
 def tables() -> dict[str, str]:
-    rows = [(row["recipe"], row["steps"], *(f"{row[key]:.2f}" for key in TIMES)) for row in read(LATENCY)]
+    rows = [(row["recipe"], row["steps"], *(f"{row[key]:.2f}" for key in TIMES)) for row in h.read(LATENCY)]
     return {
-        "A step in steps of flow matching": steps.step_table(read(STEP)),
-        "A step's time and memory by derivative": steps.derivative_table(read(STEP)),
-        "A decision's time in milliseconds": markdown(("recipe", "calls", "least", "median", "90 %"), rows),
+        "A step in steps of flow matching": step_table(h.read(STEP)),
+        "A decision's time in milliseconds": h.markdown(("recipe", "calls", "least", "median", "90 %"), rows),
     }
 
 
-STUDY = Study("cost", tables)
+STUDY = h.Study("cost", tables)
 
 
-def step(
-    repeats: int = 30,
-    networks: tuple[str, ...] = tuple(steps.CASES),
-    threads: int = 1,
-    device: Literal["cpu", "cuda"] = "cpu",
-    out: Path = STEP,
-) -> None:
+def step(repeats: int = 30, networks: h.Words = tuple(CASES), device: str = "cpu", out: Path = STEP) -> None:
     """Time a step of iSD, by exact and finite-difference derivative, against one of flow matching.
 
     A network's rows are shown when all its objectives have taken REPEATS turns.
     """
-    torch.set_num_threads(threads)
-    rows: list[Row] = []
+    torch.set_num_threads(1)
+    rows: list[h.Row] = []
     for name in networks:
-        print(f"{name}: {repeats} turns of {len(steps.OBJECTIVES)} objectives", flush=True)
-        for row in steps.measured(name, repeats, threads, device):
+        print(f"{name}: {repeats} turns of {len(OBJECTIVES)} objectives", flush=True)
+        for row in measured(name, repeats, device):
             rows.append(row)
-            show([row])
-    write(out, rows)
-    print(steps.step_table(rows))
+            h.show([row])
+    h.write(out, rows)
+    print(step_table(rows))
 
 
 def recipes(first: Annotated[str, Positional], second: Annotated[str, Positional], count: int = 20) -> None:
     """Processor time of COUNT steps of one recipe over those of another, in turns, for a comparison at equal cost."""
     torch.set_num_threads(1)
     with contextlib.ExitStack() as held:
-        trainers = {name: held.enter_context(trainer_of(recipe(name))) for name in (first, second)}
-        spent = take_turns({name: trainer.take_step for name, trainer in trainers.items()}, count, time.process_time)
+        trainers = {name: held.enter_context(h.trainer_of(recipe(name))) for name in (first, second)}
+        spent = h.take_turns({name: trainer.take_step for name, trainer in trainers.items()}, count, time.process_time)
     medians = {name: statistics.median(times) for name, times in spent.items()}
     print(*(f"{name}: {1000 * median:.0f} ms a step" for name, median in medians.items()), sep="\n")
     print(f"ratio {medians[first] / medians[second]:.2f}")
@@ -75,18 +66,18 @@ def latency(
     The least says what the code needs; the rest what else the machine did.
     """
     torch.set_num_threads(1)
-    rows: list[Row] = []
+    rows: list[h.Row] = []
     for folder in runs:
-        policies, spent = {count: load_policy(folder, count) for count in calls}, {count: [0.0] for count in calls}
+        policies, spent = {count: fs.load_policy(folder, count) for count in calls}, {count: [0.0] for count in calls}
         for _ in range(ROUNDS):  # in turns
             for count, policy in policies.items():
                 spent[count] += latencies(policy, max(1, repeats // ROUNDS))
         for count, (_, *values) in spent.items():
             figures = min(values), statistics.median(values), statistics.quantiles(values, n=10)[-1]
-            row = {"recipe": RunFolder(folder).config().recipe, "steps": count, "repeats": len(values)}
+            row = {"recipe": fs.RunFolder(folder).config().recipe, "steps": count, "repeats": len(values)}
             rows.append(row | {name: round(value, 3) for name, value in zip(TIMES, figures, strict=True)})
-    show(rows)
-    write(LATENCY, rows)
+    h.show(rows)
+    h.write(LATENCY, rows)
 
 
 if __name__ == "__main__":

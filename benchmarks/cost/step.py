@@ -6,7 +6,7 @@ Peak memory is above what the model and data need.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -56,12 +56,12 @@ def warm(
     return fs.FlowMap(fs.Linear(), fs.LinearPreconditioning(), network).to(device), batch
 
 
-def take_step(
-    objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch, companions: fs.Companions = ALONE
-) -> None:
+def take_step(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch, own: fs.Companions = ALONE) -> None:
     """Loss and gradient."""
     flow_map.zero_grad(set_to_none=True)
-    objective(flow_map, batch, companions).mean().backward()
+    objective(flow_map, batch, own).mean().backward()
+    if batch.x0.is_cuda:
+        torch.cuda.synchronize()
 
 
 def evaluations(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch) -> float:
@@ -107,16 +107,10 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
-def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]:
+def measured(name: str, rounds: int, device: str) -> Iterator[Row]:
     """A row for every objective on one network, once all have taken their turns."""
     flow_map, batch = warm(*CASES[name], device)
-
-    def finished(job: Callable[[], None]) -> None:
-        job()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    jobs = {key: partial(finished, partial(take_step, each, flow_map, batch)) for key, each in OBJECTIVES.items()}
+    jobs = {key: partial(take_step, each, flow_map, batch) for key, each in OBJECTIVES.items()}
     spent = take_turns(jobs, rounds)
     for key, objective in OBJECTIVES.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
@@ -126,7 +120,7 @@ def measured(name: str, rounds: int, threads: int, device: str) -> Iterator[Row]
             **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak, 1),
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
-            "seconds": round(statistics.median(spent[key]), 5), "device": device, "threads": threads,
+            "seconds": round(statistics.median(spent[key]), 5), "device": device,
         }  # fmt: skip
 
 
@@ -135,16 +129,3 @@ def step_table(rows: list[Row]) -> str:
     heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "peak MiB")
     form = "{network}|{objective}|{derivative}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{peak_mib:.0f}"
     return markdown(heads, [form.format(**row).split("|") for row in rows])
-
-
-def derivative_table(rows: list[Row]) -> str:
-    """Exact derivative beside finite difference: steps of flow matching, and the most memory held."""
-    found = {(row["network"], row["objective"], row["derivative"]): row for row in rows}
-    heads = ("network", "objective", "exact: steps", "finite difference: steps", "exact: MiB", "finite difference: MiB")
-    lines = []
-    for (network, objective, kind), exact in found.items():
-        other = found.get((network, objective, "finite-difference"), {})
-        if kind == "exact" and other:
-            ratios, peaks = ([row[key] for row in (exact, other)] for key in ("ratio", "peak_mib"))
-            lines.append((network, objective, *(f"{x:.2f}" for x in ratios), *(f"{x:.0f}" for x in peaks)))
-    return markdown(heads, lines)

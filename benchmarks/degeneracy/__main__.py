@@ -16,9 +16,6 @@ from fewstep.evaluation.report.numbers import NOTHING, number
 STORED = RESULTS / "degeneracy.json"
 AT = {"exact": "data's map", "identity": "identity", "contraction, k = 9": "contraction to -1, `k = 9`"}
 CRITICAL = ("iSD", "LSD", "PSD", "ESD", "MeanFlow")
-LOSSES = {
-    "both terms": "no weights", "together, by sample": "normalised together", "apart, by sample": "normalised apart",
-}  # fmt: skip
 
 
 def tables() -> dict[str, str]:
@@ -81,7 +78,7 @@ def digit_table(rows: list[Row]) -> str:
         "variance between classes / data",
     )  # fmt: skip
     keys, first = ("anchor", "distill", "variance", "mean", "classes"), rows[0]
-    lines = [(LOSSES[row["loss"]], f"{row['lr']:g}", *(number(row[key]) for key in keys)) for row in rows]
+    lines = [(row["loss"], f"{row['lr']:g}", *(number(row[key]) for key in keys)) for row in rows]
     known = map(number, (first["translation"], 0.0, first["noise_variance"], 0.0))
     by_chance = f"{number(first['noise_classes'])} by chance"
     return markdown(heads, [*lines, ("the map `x + m`", NOTHING, *known, by_chance)])
@@ -112,7 +109,7 @@ def run(digits: bool = False) -> None:
     Args:
         digits: train on digits too, a minute more; without it the rows of an earlier run are kept
     """
-    rows, maps, truth = [*fixed_points(), *thresholds(), *slopes()], {}, Truth.draw()
+    rows, maps, truth = [*fixed_points(), *thresholds(), *slopes()], {}, Truth()
     for cell in PLAN:
         maps[cell], found = train(*cell, truth)
         rows += found

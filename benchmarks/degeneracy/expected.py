@@ -22,13 +22,13 @@ def fixed_points() -> list[Row]:
             for name, error in G.ERRORS.items():
                 alone, moved = G.jacobian(family, error, case), G.update(family, error, case, origin)
                 values = G.spectrum(alone)
+                held = float(G.spectrum(alone + anchored)[-1])
                 rows.append(
                     {
                         "kind": "fixed point", "path": path, "map": flow.name, "objective": name,
-                        "parameters": family.size, "update": float(moved.norm()),
-                        "null": int((values.abs() < ZERO).sum()), "largest": float(values[values.abs() >= ZERO].max()),
+                        "update": float(moved.norm()), "null": int((values.abs() < ZERO).sum()),
+                        "largest": float(values[values.abs() >= ZERO].max()), "largest_anchored": held,
                         "update_anchored": float((moved + anchor).norm()),
-                        "largest_anchored": float(G.spectrum(alone + anchored)[-1]),
                     }
                 )  # fmt: skip
     return rows
@@ -45,15 +45,11 @@ def thresholds() -> list[Row]:
             metric = G.gram(G.features(family, quadrature), quadrature.weight)
             anchor = G.jacobian(family, G.anchor_error, case)
             for name, error in G.ERRORS.items():
-                alone = G.jacobian(family, error, case)
-                rows.append(
-                    {
-                        "kind": "threshold", "sd": sd, "degree": degree, "objective": name,
-                        "critical": G.critical_weight(alone, anchor, metric), "sufficient": G.sufficient_weight(case),
-                        "apart": apart, "largest_apart": float(G.spectrum(alone + apart * anchor, metric)[-1]),
-                        "curve": [float(G.spectrum(alone + weight * anchor, metric)[-1]) for weight in WEIGHTS],
-                    }
-                )  # fmt: skip
+                alone, label = G.jacobian(family, error, case), {"sd": sd, "degree": degree, "objective": name}
+                curve = [float(G.spectrum(alone + weight * anchor, metric)[-1]) for weight in WEIGHTS]
+                enough = G.critical_weight(alone, anchor, metric), G.sufficient_weight(case), apart
+                weights = dict(zip(("critical", "sufficient", "apart"), enough, strict=True))
+                rows.append({"kind": "threshold", **label, **weights, "curve": curve})
     return rows
 
 
@@ -73,9 +69,9 @@ def matrices() -> str:
     case = G.case()
     family = G.Tangent(case, G.exact(case))
     alone, anchor = (G.jacobian(family, error, case) for error in (G.ERRORS["iSD"], G.anchor_error))
-    lines = []
-    for title, matrix in (("no anchor", alone), ("anchor of weight 1", alone + anchor)):
-        cells = (" ".join(f"{round(value, 5) + 0.0:9.5f}" for value in row) for row in matrix.tolist())
-        values = ", ".join(f"{round(value, 5) + 0.0:.5f}" for value in G.spectrum(matrix).tolist())
-        lines += [title, *cells, f"eigenvalues {values}"]
-    return "\n".join(["```", *lines, "```"])
+    named = {"no anchor": alone, "anchor of weight 1": alone + anchor}
+    shown = {
+        title: (matrix.numpy().round(5) + 0.0, G.spectrum(matrix).numpy().round(5)) for title, matrix in named.items()
+    }
+    blocks = (f"{title}\n{matrix}\neigenvalues {values + 0.0}" for title, (matrix, values) in shown.items())
+    return "\n".join(["```", *blocks, "```"])

@@ -7,7 +7,7 @@ seed.
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,23 +97,16 @@ PLAN = (
 )
 
 
-class Truth(NamedTuple):
+class Truth:
     """Held-out points with their exact jumps, and noise with the samples that the ODE makes of it."""
 
-    x: Tensor
-    t: Tensor
-    s: Tensor
-    jumped: Tensor
-    noise: Tensor
-    samples: Tensor
-
-    @staticmethod
-    def draw() -> "Truth":
-        """By the Runge-Kutta method on the mixture's denoiser."""
+    def __init__(self) -> None:
         batch = batch_of(START - 1, HELDOUT)
-        t, s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)
-        x, noise = PATH.interpolate(batch.x0, batch.noise(), t), batch.draws.normal(STREAM_PRIOR, (2,), F64)
-        return Truth(x, t, s, exact_jump(x, t, s), noise, exact_jump(noise, at(1.0, noise), at(0.0, noise)))
+        self.t, self.s = Pairs(UniformTimes(), 0.0).draw(PATH, batch)
+        self.x = PATH.interpolate(batch.x0, batch.noise(), self.t)
+        self.noise = noise = batch.draws.normal(STREAM_PRIOR, (2,), F64)
+        self.jumped = exact_jump(self.x, self.t, self.s)
+        self.samples = exact_jump(noise, at(1.0, noise), at(0.0, noise))
 
     def measure(self, flow_map: fs.FlowMap) -> dict[str, list[float]]:
         """A value a seed, root mean squares over samples in units of x.
@@ -182,10 +175,9 @@ def train(name: str, loss: str, start: str, truth: Truth) -> tuple[fs.FlowMap, l
 def on_digits(loss: str, lr: float, steps: int = 400, rows: int = 256) -> Row:
     """iSD on scikit-learn's digits with their classes by an MLP, one seed: its losses, and what one call samples.
 
-    anchor, distill: means over the last 50 steps. variance: total, of samples over that of the data. mean: root mean
-    square of the samples' mean less the data's. classes: variance of the means by class over that of the data's.
-    For x + m, m the data's mean, `variance` would be noise_variance, `classes` by chance noise_classes, and the loss of
-    the anchor translation.
+    anchor, distill: means over the last 50 steps. variance, classes: of samples, and of the means by class, over the
+    data's. mean: root mean square of the samples' mean less the data's. For x + m, m the data's mean, `variance` would
+    be noise_variance, `classes` by chance noise_classes, and the loss of the anchor translation.
     """
     dataset = fs.load_dataset(fs.DataConfig(source="digits"))
     x0, labels = dataset.train.fetch(torch.arange(len(dataset.train)))

@@ -7,9 +7,9 @@ Four classes of Debian's public-domain drawings, 256x256. Then latents are encod
 drawn and measured.
 """
 
+import contextlib
 import math
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -37,9 +37,7 @@ from fewstep.sampling.images import save_grid
 
 STORED = RESULTS / "latents.json"
 SIDE, CROP, COLUMNS, SHOWN = 256, 64, 8, 128
-KEPT = ("method", "nfe", "frechet", "samples", "extractor", "reference")
 LARGEST = 16_000_000
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def tables() -> dict[str, str]:
@@ -65,22 +63,13 @@ STUDY = Study("latents", tables)
 def gather(source: Path, classes: tuple[str, ...], folder: Path) -> Path:
     """Links to the readable images of each class, or of all; those beyond 16 million pixels take too long to read."""
     for name in classes or sorted(path.name for path in source.iterdir() if path.is_dir()):
-        files = sorted(file for file in (source / name).rglob("*") if file.suffix.lower() in SUFFIXES)
-        for number, file in enumerate(filter(small_enough, files)):
-            link = folder / name / f"{number:04d}{file.suffix.lower()}"
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(file)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, file in enumerate(sorted((source / name).rglob("*"))):
+            link = folder / name / f"{number:05d}{file.suffix.lower()}"
+            with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(file) as image:
+                if math.prod(image.size) <= LARGEST and not link.is_symlink():
+                    link.symlink_to(file)
     return folder
-
-
-def small_enough(file: Path) -> bool:
-    """Whether an image is whole and of a size that reads quickly."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
-            return math.prod(image.size) <= LARGEST
-    except (OSError, Image.DecompressionBombError):
-        return False
 
 
 def train_autoencoder(images: Path, folder: Path, seconds: float, batch: int) -> Row:
@@ -154,7 +143,7 @@ def configuration(latents: Path, seconds: float) -> fs.RunConfig:
     )
 
 
-def draw(dataset: fs.Dataset, images: Path, pipeline: fs.Pipeline, figure: Path) -> float:
+def draw(dataset: fs.Dataset, images: Path, pipeline: fs.Pipeline) -> float:
     """A row of held-out drawings, one of what they decode to, and samples in two steps; the PSNR of decoding in dB."""
     assert dataset.latents is not None
     rows = torch.arange(len(dataset.heldout))[:: max(1, len(dataset.heldout) // (2 * COLUMNS))][: 2 * COLUMNS]
@@ -164,7 +153,7 @@ def draw(dataset: fs.Dataset, images: Path, pipeline: fs.Pipeline, figure: Path)
     found = load_decoder(dataset.latents, None, torch.device("cpu")).images(dataset.heldout.fetch(rows)[0])
     samples = pipeline.images(pipeline.generate(4 * COLUMNS, fs.SamplingSettings(steps=2)).samples)
     shown = functional.interpolate(torch.cat([truth[:COLUMNS], found[:COLUMNS], samples]), (SHOWN, SHOWN), mode="area")
-    save_grid(shown, figure, columns=COLUMNS, data_range=(-1.0, 1.0))
+    save_grid(shown, FIGURES / "latents.png", columns=COLUMNS, data_range=(-1.0, 1.0))
     return 10 * math.log10(4.0 / float((found - truth).square().mean()))
 
 
@@ -174,19 +163,11 @@ def run(
     out: Path = Path("runs/latents"),
     autoencoder_seconds: float = 200.0,
     train_seconds: float = 150.0,
-    results: Path = STORED,
-    figure: Path = FIGURES / "latents.png",
 ) -> None:
     """Walk the road; started again on the same OUT it goes on where it stopped. One core is meant.
 
-    Args:
-        images: a folder with a subfolder of images for every class
-        classes: subfolders to take; all when not given
-        out: where everything is kept
-        autoencoder_seconds: training of the autoencoder; both limits make the figures depend on the machine
-        train_seconds: training of the DiT
-        results: JSON file to write
-        figure: picture to write
+    IMAGES has a subfolder for every class; all are taken where no CLASSES are given. Both limits of seconds make the
+    figures depend on the machine.
     """
     torch.set_num_threads(1)
     images, autoencoder = gather(images.resolve(), classes, out / "images"), out / "autoencoder"
@@ -196,17 +177,16 @@ def run(
     result = fs.train(config, dataset, folder, fs.Runtime(cpu=True, threads=1))
     evaluator, pipeline = build_evaluator(dataset, None), fs.load(folder.root)
     rows = [*measure_run(folder, evaluator), measure_real(dataset, config.evaluation.samples, evaluator)]
-    psnr, parameters = draw(dataset, images, pipeline, figure), sum(p.numel() for p in pipeline.flow_map.parameters())
-    count = len(dataset.train) + len(dataset.heldout)
+    psnr, parameters = draw(dataset, images, pipeline), sum(p.numel() for p in pipeline.flow_map.parameters())
     found = {
-        "images": {"count": count, "classes": list(dataset.class_names), "side": SIDE},
-        "autoencoder": trained | {"psnr_db": round(psnr, 2), "latents": list(dataset.shape)},
+        "images": {"count": len(dataset.train) + len(dataset.heldout), "side": SIDE},
+        "autoencoder": trained | {"psnr_db": round(psnr, 2)},
         "encoding": encoding,
         "training": {"images": result.images, "seconds": round(result.seconds, 1), "parameters": parameters},
-        "rows": [{key: row[key] for key in KEPT} for row in rows],
+        "rows": rows,
     }
-    write(results, found)
-    print(f"Written: {results} and {figure}")
+    write(STORED, found)
+    print(STUDY.text())
 
 
 if __name__ == "__main__":

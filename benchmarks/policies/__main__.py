@@ -15,22 +15,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+import benchmarks.harness as h
 import fewstep as fs
-from benchmarks.harness import (
-    FIGURES,
-    RESULTS,
-    Grid,
-    Row,
-    Seeds,
-    Study,
-    Worker,
-    chosen,
-    digest,
-    figure,
-    grouped,
-    markdown,
-    ticks,
-)
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.evaluation.evaluate import training_seconds
 from fewstep.evaluation.report.canvas import LIGHT
@@ -54,7 +40,7 @@ DEMONSTRATIONS = {task: 300 if task == "fetch-retrieve" else 100 for task in TAS
 """Episodes of the expert."""
 LONG = ("pointmaze-ring", "pusht", "fetch-retrieve")
 """Tasks of 4,000 training steps of 256 samples; the others have 1,000."""
-SUMMED = (("flow matching", 1), ("flow matching", 2), ("flow matching", 16), ("iSD", 1), ("iSD", 2))
+SUMMED = (("expert", 0), ("regression", 1), *(("flow matching", n) for n in (1, 2, 16)), ("iSD", 1), ("iSD", 2))
 ORDER = ("expert", "regression", "flow matching", "iSD", "iSD from flow matching")
 
 
@@ -88,7 +74,7 @@ def demonstrations_of(task: str, work: Path) -> Path:
     return file
 
 
-def measure(cell: Cell, work: Path) -> list[Row]:
+def measure(cell: Cell, work: Path) -> list[h.Row]:
     """Train, and a row for each number of calls; the expert's has what its demonstrations are."""
     task = find_task(cell.task)
     if cell.method == "expert":
@@ -118,7 +104,7 @@ def settings(cell: Cell) -> str:
         return ""
     config = configuration(cell.task, cell.method, Path(), 0, "")
     own = config.training
-    return digest(
+    return h.digest(
         config.data, config.model, config.network, config.objective, config.optimizer, own.images, own.batch_size,
         own.ema_power, own.ema_decay, DEMONSTRATIONS[cell.task], EPISODES,
     )  # fmt: skip
@@ -133,49 +119,46 @@ def plan(tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (0, 1, 2)) -> 
             yield from (Cell(task, method, seed) for method in METHODS)
 
 
-GRID = Grid(RESULTS / "policies" / "cells.jsonl", ("task", "method", "seed"), plan, settings)
+GRID = h.Grid(h.RESULTS / "policies" / "cells.jsonl", ("task", "method", "seed"), plan, settings)
 
 
 def tables() -> dict[str, str]:
     """A table for each task, in the order of their first cells, and one of all."""
-    tasks = grouped(GRID.rows(), lambda row: str(row["task"]))
+    tasks = h.grouped(GRID.rows(), lambda row: str(row["task"]))
     return {task: section(rows) for task, rows in tasks.items()} | {"All tasks": summary(tasks)}
 
 
-def summary(tasks: dict[str, list[Row]]) -> str:
+def summary(tasks: dict[str, list[h.Row]]) -> str:
     """Successes and Wilson's interval of all episodes, a line for each task."""
-    names = ("expert", "regression", *(f"{method}, {calls} call{'s' * (calls > 1)}" for method, calls in SUMMED))
-    lines = []
+    names, lines = (f"{method}, {calls} call{'s' * (calls != 1)}" for method, calls in SUMMED), []
     for task, rows in tasks.items():
-        found = [chosen(rows, method=name) for name in names[:2]]
-        found += [chosen(rows, method=method, steps=calls) for method, calls in SUMMED]
-        shown = [(*pooled(own)[:2], *pooled(own)[2]) for own in found]
-        lines.append((task, *(f"{good} / {count} ({low:.2f}–{high:.2f})" for good, count, low, high in shown)))
-    return markdown(("task", *names), lines)
+        found = (pooled(h.chosen(rows, method=method, steps=calls)) for method, calls in SUMMED)
+        lines.append((task, *(f"{good} / {count} ({low:.2f}–{high:.2f})" for good, count, (low, high) in found)))
+    return h.markdown(("task", *names), lines)
 
 
-def groups(rows: list[Row]) -> list[list[Row]]:
+def groups(rows: list[h.Row]) -> list[list[h.Row]]:
     """Rows of one task by method and number of calls, most calls first; seeds in order."""
-    found = grouped(rows, lambda row: (ORDER.index(row["method"]), -row["steps"]))
+    found = h.grouped(rows, lambda row: (ORDER.index(row["method"]), -row["steps"]))
     return [sorted(own, key=lambda row: int(row["seed"])) for _, own in sorted(found.items())]
 
 
-def pooled(group: list[Row]) -> tuple[int, int, tuple[float, float]]:
+def pooled(group: list[h.Row]) -> tuple[int, int, tuple[float, float]]:
     """Successes and episodes of all seeds, and Wilson's interval of them."""
     successes, episodes = (sum(row[key] for row in group) for key in ("successes", "episodes"))
     return successes, episodes, wilson(successes, episodes)
 
 
-def section(rows: list[Row]) -> str:
+def section(rows: list[h.Row]) -> str:
     """A task's table: success by seed and over all, with Wilson's interval of all episodes."""
     routes = sorted({name for row in rows for name in row["routes"]})
     heads = ("method", "calls", "success by seed", "all", "95 %", "mean length", "score", *routes, "ms a decision")
     form = "{demonstrations} demonstrations of {steps_shown:,} steps, from {tried} episodes of the expert.\n\n"
-    note = "".join(form.format(**row) for row in chosen(rows, method="expert"))
-    return note + markdown(heads, [line(group, routes) for group in groups(rows)])
+    note = "".join(form.format(**row) for row in h.chosen(rows, method="expert"))
+    return note + h.markdown(heads, [line(group, routes) for group in groups(rows)])
 
 
-def line(group: list[Row], routes: list[str]) -> list[object]:
+def line(group: list[h.Row], routes: list[str]) -> list[object]:
     """One method with one number of calls."""
     successes, episodes, (low, high) = pooled(group)
     latencies = [row["latency_ms"] for row in group if row["latency_ms"] is not None]
@@ -188,21 +171,21 @@ def line(group: list[Row], routes: list[str]) -> list[object]:
     ]  # fmt: skip
 
 
-def draw(file: Path = FIGURES / "policies.png") -> None:
+def draw(file: Path = h.FIGURES / "policies.png") -> None:
     """Success against network calls, a panel for each task."""
-    tasks = grouped(GRID.rows(), lambda row: str(row["task"]))
-    with figure(file, len(tasks), 2, 3.2) as axes:
+    tasks = h.grouped(GRID.rows(), lambda row: str(row["task"]))
+    with h.figure(file, len(tasks), 2, 3.2) as axes:
         for axis, (task, rows) in zip(axes, tasks.items(), strict=True):
             draw_task(axis, rows)
             axis.set_title(task)
         axes[0].legend()
 
 
-def draw_task(axis: Axes, rows: list[Row]) -> None:
+def draw_task(axis: Axes, rows: list[h.Row]) -> None:
     """Mean over seeds with Wilson's interval of all episodes."""
     for place, method in enumerate(ORDER[1:]):
         points = []
-        for group in groups(chosen(rows, method=method)):
+        for group in groups(h.chosen(rows, method=method)):
             successes, episodes, (low, high) = pooled(group)
             points.append((group[0]["steps"], mean := successes / episodes, mean - low, high - mean))
         if points:
@@ -211,25 +194,23 @@ def draw_task(axis: Axes, rows: list[Row]) -> None:
             colour = LIGHT.colour(place)
             axis.errorbar(moved, means, np.clip(errors, 0, None), color=colour, marker="o", markersize=4, label=method)
     axis.set(xscale="log", ylim=(-0.03, 1.03), xlabel="network calls a decision", ylabel="success")
-    ticks(axis.xaxis, [1, 2, 4, 16])
+    h.ticks(axis.xaxis, [1, 2, 4, 16])
 
 
-STUDY = Study("policies", tables, draw, GRID)
+STUDY = h.Study("policies", tables, draw, GRID)
 
 
 def run(
     tasks: tuple[str, ...] = TASKS,
     methods: tuple[str, ...] = tuple(METHODS),
-    seeds: Seeds = (0, 1, 2),
-    worker: Worker = "0/1",
+    seeds: h.Seeds = (0, 1, 2),
+    worker: h.Worker = "0/1",
     work: Path = Path("runs/policies-study"),
 ) -> None:
     """Train the cells that have no result yet, and let each act from 50 starts that no demonstration had.
 
-    A task's demonstrations, 100 episodes of its expert, 300 of fetch-retrieve's, are recorded unless they are there.
-
-    Args:
-        work: where demonstrations and trained policies are kept
+    A task's demonstrations, 100 episodes of its expert, 300 of fetch-retrieve's, are recorded unless they are in WORK,
+    where trained policies are kept too.
     """
     torch.set_num_threads(1)  # faster than two for networks this small
     chosen = [cell for cell in plan(tasks, seeds) if cell.method in ("expert", *methods)]

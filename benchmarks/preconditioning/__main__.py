@@ -1,25 +1,23 @@
 """What stands behind the computed preconditioning: how far must the network move with it, and are its l and s right?
 
-How far a perfect student's network is from the teacher's denoiser, by preconditioning and jump (math.md §3.4): the root
-mean square per element of N* - D on 256 held-out samples, with D at the end of the jump for the backward form, at its
-start for the forward form, at the better of the two for Euler's.
-
-The statistics of the mixture in 16 dimensions, estimated with the library's defaults, are held against a reference that
-shares no code with it, of many more samples; its tests repeat the first seed of what is stored. Differences are in
-units of both stated errors together; levels of one seed share their samples, so that their scores go together.
+How far a perfect student's network is from the teacher's denoiser (math.md §3.4): the root mean square per element of
+N* - D on 256 held-out samples, with D at the end of the jump for the backward form, at its start for the forward form,
+at the better of the two for Euler's. The statistics of the mixture, estimated with the library's defaults, are held
+against a reference that shares no code with it, of many more samples; its tests repeat the first seed of what is
+stored. Differences are in units of both stated errors together; levels of one seed share their samples.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from tyro.conf import Positional
 
 import fewstep as fs
-from benchmarks.harness import RESULTS, Row, Study, markdown, put, read, write
+from benchmarks.harness import RESULTS, Row, Study, grouped, markdown, put, read, write
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training.statistics import data_mean, kept_statistics, prepared
@@ -28,23 +26,15 @@ from tests.support.statistics_reference import Reference, estimate, portions, re
 GAP = RESULTS / "gap.json"
 JUMPS = ((80.0, 12.9), (80.0, 1.9), (12.9, 1.9), (12.9, 0.59), (1.9, 0.59), (80.0, 0.002))
 COUNT = 256
-COLUMNS = {
-    "euler": "Euler", "backward, shrunk": "backward", "backward, raw": "backward, raw", "backward, l only": "l only",
-    "backward, s only": "s only", "forward": "forward",
-}  # fmt: skip
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 Estimate = Callable[[bool], fs.TrajectoryStatistics]
 CHECKED = RESULTS / "statistics_check.json"
 BANDS = (80.0, 12.0, 2.0, 0.3, 0.06, 0.03, 0.0)
-SHOWN = {"mixture, closed form": "mixture", "edm-digits": "digits"}
-OTHERS = {name: name for name in ("edm-mixture", "edm-digits, class-conditional")}
 
 
 def tables() -> dict[str, str]:
     return {
         "Are l and s right": band_table(read(CHECKED)),
-        "How far N must move": gap_table(read(GAP), SHOWN),
-        "How far N must move, other teachers": gap_table(read(GAP), OTHERS),
+        "How far N must move": gap_table(read(GAP)),
     }
 
 
@@ -64,16 +54,6 @@ def rows_of(seed: int, found: fs.TrajectoryStatistics, truth: Reference) -> list
     ]
 
 
-def checked(seeds: tuple[int, ...], samples: int, reference_samples: int) -> list[Row]:
-    """A row for every seed and level."""
-    data, train = toy_mixture(), fs.load_dataset(fs.DataConfig(source="mixture")).train
-    x0 = train.fetch(torch.arange(len(train)))[0].double().flatten(1)
-    estimates = {seed: estimate(data, x0, samples, seed) for seed in seeds}
-    lam = next(iter(estimates.values())).lam
-    truth = reference(data, lam, float(lam[1] - lam[0]) / 10, portions(data, reference_samples, seed=1))
-    return [row for seed, found in estimates.items() for row in rows_of(seed, found, truth)]
-
-
 def band_table(rows: list[Row]) -> str:
     """Root mean square and largest score of every band, over all seeds."""
     lines = []
@@ -85,15 +65,15 @@ def band_table(rows: list[Row]) -> str:
     return markdown(("noise", "`l`", "", "`s`", ""), lines)
 
 
-def gap_rows(name: str, denoiser: Denoiser, data: Tensor, estimate: Estimate, conditional: bool) -> list[Row]:
+def gap_rows(name: str, denoiser: Any, data: Tensor, estimate: Estimate, conditional: bool) -> list[Row]:
     """The gap of every preconditioning at every jump; `estimate(centred)` gives statistics that are not shrunk."""
     centred, raw = estimate(True), estimate(False)
     found: dict[str, fs.Preconditioning] = {
         "euler": fs.EulerPreconditioning(),
-        "backward, shrunk": fs.AnalyticPreconditioning(centred if conditional else centred.shrunk()),
-        "backward, raw": fs.AnalyticPreconditioning(raw),
-        "backward, l only": fs.AnalyticPreconditioning(centred.without("s")),
-        "backward, s only": fs.AnalyticPreconditioning(centred.without("l")),
+        "backward": fs.AnalyticPreconditioning(centred if conditional else centred.shrunk()),
+        "raw": fs.AnalyticPreconditioning(raw),
+        "l only": fs.AnalyticPreconditioning(centred.without("s")),
+        "s only": fs.AnalyticPreconditioning(centred.without("l")),
         "forward": fs.AnalyticPreconditioning(centred, "forward"),
     }
     t, s = torch.tensor(JUMPS, dtype=torch.float64).T
@@ -142,48 +122,38 @@ def of_closed_form(samples: int) -> list[Row]:
     return gap_rows("mixture, closed form", denoiser, x0, estimate, False)
 
 
-def gap_table(rows: list[Row], teachers: dict[str, str]) -> str:
-    """A line for each of `teachers` (name -> as shown) and jump, a column for each preconditioning."""
-    gaps = {(row["teacher"], row["method"], row["from"], row["to"]): f"{row['gap']:.4f}" for row in rows}
+def gap_table(rows: list[Row]) -> str:
+    """A line for each teacher and jump, a column for each preconditioning."""
+    jumps = grouped(rows, lambda row: (row["teacher"], row["from"], row["to"]))
     lines = [
-        (shown if jump == JUMPS[0] else "", "{:g} → {:g}".format(*jump), *(gaps[name, kind, *jump] for kind in COLUMNS))
-        for name, shown in teachers.items()
-        for jump in JUMPS
+        (name, f"{high:g} → {low:g}", *(f"{row['gap']:.4f}" for row in own)) for (name, high, low), own in jumps.items()
     ]
-    return markdown(("", "jump", *COLUMNS.values()), lines)
+    return markdown(("teacher", "jump", *dict.fromkeys(row["method"] for row in rows)), lines)
 
 
 STUDY = Study("preconditioning", tables)
 
 
 def gap(teachers: Annotated[tuple[Path, ...], Positional] = (), closed_form: bool = False, samples: int = 256) -> None:
-    """Measure the gap of trained teachers.
-
-    Args:
-        teachers: run folders
-        closed_form: of the mixture's exact denoiser too
-        samples: training samples behind the statistics
-    """
+    """Measure the gap of trained teachers, and of the mixture's closed form; SAMPLES are behind their statistics."""
     for rows in (
         *(of_run(folder, samples) for folder in teachers),
         *([of_closed_form(samples)] if closed_form else []),
     ):
         put(GAP, rows, "teacher")
-        print(gap_table(rows, {rows[0]["teacher"]: rows[0]["teacher"]}))
+        print(gap_table(rows))
 
 
 def statistics(
     seeds: tuple[int, ...] = (0, 1, 2), samples: int = 4096, reference_samples: int = 262_144, out: Path = CHECKED
 ) -> None:
-    """Check l and s of the mixture against an estimate of another kind, for the estimates of several seeds.
-
-    Args:
-        seeds: of the estimates that are checked
-        samples: of each estimate
-        reference_samples: of what they are checked against
-        out: JSON file to write
-    """
-    rows = checked(seeds, samples, reference_samples)
+    """Check l and s of the mixture against an estimate of another kind, for the estimates of several seeds."""
+    data, train = toy_mixture(), fs.load_dataset(fs.DataConfig(source="mixture")).train
+    x0 = train.fetch(torch.arange(len(train)))[0].double().flatten(1)
+    estimates = {seed: estimate(data, x0, samples, seed) for seed in seeds}
+    lam = estimates[seeds[0]].lam
+    truth = reference(data, lam, float(lam[1] - lam[0]) / 10, portions(data, reference_samples, seed=1))
+    rows = [row for seed, found in estimates.items() for row in rows_of(seed, found, truth)]
     print(band_table(rows))
     write(out, rows)
 

@@ -48,14 +48,9 @@ def step_ratio(cell: h.Row) -> float | None:
     return found.get(cell["derivative"], found.get("exact"))
 
 
-def cells() -> list[h.Row]:
-    """Stored cells, judged by today's rules."""
-    return [judged(row) for row in GRID.rows()]
-
-
 def tables() -> dict[str, str]:
     """All tables, in the page's order."""
-    found = cells()
+    found = [judged(row) for row in GRID.rows()]
     usual, wrong, again = at(found), ", time unit", replace(GRID, file=GRID.file.with_name("again.jsonl")).rows()
     trig = at(found, path="trig", preconditioning="trig")
     mistaken = [row | {"objective": row["objective"].removesuffix(wrong)} for row in trig if wrong in row["objective"]]
@@ -195,7 +190,7 @@ def cost_to(cells: list[h.Row], cost: float | None) -> str:
 
 def draw() -> None:
     """Quality by objective and calls, gradient norms, and sensitivity to the learning rate."""
-    found = cells()
+    found = [judged(row) for row in GRID.rows()]
     ranked = by_objective(at(found), "frechet_2")
     with h.figure(h.FIGURES / "stability.png", 3, 3, height=4.2) as axes:
         for y, (_, own) in enumerate(ranked):
@@ -239,12 +234,9 @@ def run(
     cache: h.Cache = None,
     models: Path = Path("runs/stability"),
 ) -> None:
-    """Train the cells that have no result yet, in order.
+    """Train the cells that have no result yet, of one group or objective or of all, in order.
 
-    Args:
-        group: only cells of this group
-        objective: only cells of this objective
-        models: where flow-matching models go that other cells start from
+    Flow-matching models that other cells start from are kept in MODELS.
     """
     torch.set_num_threads(1)
     reference = cached(lambda key: Reference(fs.load_dataset(STUDIES[key].data), cache))

@@ -126,10 +126,9 @@ def judged(cell: Row) -> Row:
     cell = {"scaling": "", **cell}
     if cell["diverged"]:
         return cell | dict.fromkeys(FAILURES[1:], False)
-    within = cell.get("within_1")
-    narrow = None if within is None else within < NARROW
+    within, matching = cell.get("within_1"), cell["objective"] == "flow matching"
     return cell | {
         "degenerate": not 0.25 <= cell["spread_1"] <= 4.0,
-        "narrow": False if cell["objective"] == "flow matching" else narrow,
+        "narrow": False if matching else None if within is None else within < NARROW,
         "classless": cell["accuracy_1"] < 2 / CLASSES,
     }
