@@ -27,6 +27,7 @@ def test_subfolders_are_classes_at_any_depth_and_other_files_are_ignored(tmp_pat
         (tmp_path / name).write_bytes(b"not an image")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_bytes(b"not an image")
+    (tmp_path / "bird").mkdir()
     listing = list_images(str(tmp_path))
     assert [str(path.relative_to(tmp_path)) for path in listing.files] == [
         "cat/1.webp",
@@ -36,7 +37,7 @@ def test_subfolders_are_classes_at_any_depth_and_other_files_are_ignored(tmp_pat
         "dog/more/2.PNG",
     ]
     assert (listing.labels, listing.ignored) == ((0, 0, 0, 1, 1), 4)
-    assert listing.left_out == ("2 .txt", "1 hidden", "1 without a suffix", "folder notes without images")
+    assert listing.left_out == ("2 .txt", "1 hidden", "1 without a suffix", "folders bird, notes without images")
     dataset = load("images", tmp_path)
     assert dataset.left_out == listing.left_out
     assert (dataset.class_names, dataset.shape) == (("cat", "dog"), (3, 6, 6))
@@ -115,6 +116,15 @@ def test_every_mode_is_brought_to_eight_bits_over_white(tmp_path: Path) -> None:
     assert decode(path).tolist() == [[255]]
     Image.new("CMYK", (1, 1)).save(tmp_path / "a.jpg")
     assert decode(tmp_path / "a.jpg").tolist() == [[[255, 255, 255]]]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "png", "webp"])
+def test_frames_beyond_the_first_are_counted(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.fromarray(np.eye(16, dtype=np.uint8) * 100 * k) for k in range(3)]
+    frames[1].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[2:])
+    frames[2].save(tmp_path / f"b.{suffix}")
+    assert load("images", tmp_path, heldout=0.5).left_out == ("all frames but the first of 1 images",)
+    assert 50 < decode(tmp_path / f"a.{suffix}").max() < 150
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_numbered_classes_are_in_order_and_drawn_by_name(tmp_path: Path, command
     shown = command("sample", "run", "--label", "0", "--cpu")
     assert shown.code == 2
     assert "no class '0': its classes are 1, 2, 3," in shown.err
+    assert command("report", "run").code == 0
+    assert "Classes: 0 1, 1 2, 2 3," in Path("run/report.html").read_text()
 
 
 def test_named_classes_are_drawn_by_name_or_number(tmp_path: Path, command: Command) -> None:

@@ -83,15 +83,16 @@ def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -
     with skip_unreadable those are a FewstepWarning instead.
     """
     listing = list_images(root)
+    stacks: list[Path] = []
     with quiet_bombs():
-        pixels, kept, failures = _decode_all(listing.files, image_size)
-    left_out = listing.left_out
+        pixels, kept, failures = _decode_all(listing.files, image_size, stacks)
+    left_out = [*listing.left_out, *[f"all frames but the first of {len(stacks)} images"] * bool(stacks)]
     if failures:
         report_unreadable(failures, listing, skip_unreadable)
-        left_out = (*left_out, f"{len(failures)} unreadable")
+        left_out.append(f"{len(failures)} unreadable")
     labels = None if listing.labels is None else torch.tensor(listing.labels)[kept]
     names, (labels,) = present_classes(root, listing.class_names, [labels])
-    return Loaded(listing.root.name, Samples(torch.from_numpy(pixels), labels), None, names, left_out)
+    return Loaded(listing.root.name, Samples(torch.from_numpy(pixels), labels), None, names, tuple(left_out))
 
 
 def list_images(root: str) -> Listing:
@@ -122,9 +123,10 @@ def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...]) -> 
     kinds = Counter(
         "hidden" if path.name.startswith(".") else path.suffix.lower() or "without a suffix" for path in others
     )
-    empty = sorted({path.parts[0] for path in others if len(path.parts) > 1} - set(class_names))
-    folders = (f"folder{'s' * (len(empty) > 1)} {listed(empty)} without images",) if empty else ()
-    return (*(f"{count} {kind}" for kind, count in sorted(kinds.items())), *folders)
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    empty = sorted(set(folders) - set(class_names), key=natural_order)
+    without = [f"folder{'s' * (len(empty) > 1)} {listed(empty)} without images"] * bool(empty)
+    return (*(f"{count} {kind}" for kind, count in sorted(kinds.items())), *without)
 
 
 def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
@@ -147,14 +149,17 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
     return tuple(number[path.parts[0]] for path in images), names
 
 
-def decode(path: Path, image_size: int = 0) -> Pixels:
+def decode(path: Path, image_size: int = 0, stacks: list[Path] | None = None) -> Pixels:
     """One image as uint8 (H, W) when grey or (H, W, 3), upright, opaque, and image_size square unless that is 0.
 
-    Raises what Pillow raises for a file that it cannot read, or that has more pixels than it takes for sound.
+    Of several frames it is the first one, and the path is added to `stacks`. Raises what Pillow raises for a file that
+    it cannot read, or that has more pixels than it takes for sound.
     """
     with Image.open(path, formats=_formats()[0]) as file:
         if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"it has {file.width}x{file.height} pixels")
+        if stacks is not None and getattr(file, "is_animated", False) and file.format != "MPO":  # MPO: a photograph
+            stacks.append(path)
         image = _opaque(_eight_bits(ImageOps.exif_transpose(file)))
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
@@ -183,14 +188,16 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(current, name) for name in files)
 
 
-def _decode_all(files: tuple[Path, ...], image_size: int) -> tuple[Pixels, list[int], list[tuple[Path, str]]]:
+def _decode_all(
+    files: tuple[Path, ...], image_size: int, stacks: list[Path]
+) -> tuple[Pixels, list[int], list[tuple[Path, str]]]:
     """Pixels (n, C, H, W) of the readable files, their positions among all files, and the others with their reasons."""
     canvas: Pixels | None = None
     kept: list[int] = []
     failures: list[tuple[Path, str]] = []
     grey = True
     batches = (files[start : start + _BATCH] for start in range(0, len(files), _BATCH))
-    results = chain.from_iterable(read_ahead(partial(decode_or_reason, image_size=image_size), batches))
+    results = chain.from_iterable(read_ahead(partial(decode_or_reason, image_size=image_size, stacks=stacks), batches))
     bar = tqdm(results, "reading images", len(files), disable=len(files) <= _FILES_WORTH_A_BAR)
     for position, result in enumerate(bar):
         if isinstance(result, str):
@@ -237,10 +244,10 @@ def quiet_bombs() -> Iterator[None]:
         yield
 
 
-def decode_or_reason(path: Path, image_size: int) -> Pixels | str:
+def decode_or_reason(path: Path, image_size: int, stacks: list[Path] | None = None) -> Pixels | str:
     """What `decode` gives, or why it gives nothing."""
     try:
-        return decode(path, image_size)
+        return decode(path, image_size, stacks)
     except _UNREADABLE as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

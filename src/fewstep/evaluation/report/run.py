@@ -31,6 +31,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.files import parse_json, reading
 from fewstep.utils.parts import kind_name
+from fewstep.utils.text import listed
 
 REPORT_FILE = "report.html"
 STUDY_FILE = "study.json"
@@ -88,7 +89,7 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> 
     logs = {method_of(r): r.read_log() for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
-        summary="\n\n".join((_summary(config, data), *_tuning(pipeline))),
+        summary="\n\n".join((_summary(config, data), *_paragraphs(pipeline))),
         facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
@@ -147,8 +148,10 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     )
 
 
-def _tuning(pipeline: Pipeline) -> Iterator[str]:
-    """A paragraph on each number of steps whose times were tuned."""
+def _paragraphs(pipeline: Pipeline) -> Iterator[str]:
+    """The classes by number and name, and a paragraph on each number of steps whose times were tuned."""
+    if names := pipeline.config.class_names:
+        yield f"Classes: {listed([f'{number} {name}' for number, name in enumerate(names)], 40)}."
     for each in pipeline.step_times:
         times = " ".join(f"{t:.4g}" for t in each.times)
         yield f"{each.steps} steps are taken at the times {times}, tuned on {each.source}."
