@@ -1,6 +1,7 @@
 """How a policy sees and acts: what ties the numbers of a flow map to a robot, stored with its weights."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -52,7 +53,7 @@ class Normaliser:
         low, high = values.double().amin(0), values.double().amax(0)
         return Normaliser(tuple(low.tolist()), tuple(high.tolist()))
 
-    @property
+    @cached_property
     def varied(self) -> Tensor:
         """Which numbers vary, (D,) bool."""
         low, high = self._bounds()
