@@ -1,5 +1,6 @@
 """No layout or range of values is guessed without a word."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,17 +8,34 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.utils.errors import ConfigError
+from fewstep.recipes.config import RunConfig
+from fewstep.training import RunFolder, Runtime, train
+from fewstep.utils.errors import ConfigError, DataError
 from tests.data.test_idx import idx_bytes
 from tests.support.inputs import grey, other_formats
 from tests.support.sources import bytes_of, load, refused
+
+
+def in_doubt(source: str, file: Path, *parts: str) -> None:
+    """Data of one reading among several: no run begins on them. One that has, goes on (test_inputs.py)."""
+    try:
+        dataset = load(source, file)
+    except DataError as error:
+        message = str(error)
+    else:
+        message = dataset.doubt
+        with pytest.raises(DataError, match=re.escape(message)):
+            train(RunConfig("toy"), dataset, RunFolder(file.parent / "run"), Runtime(cpu=True))
+        assert not (file.parent / "run").exists()
+    for part in parts:
+        assert part in message
 
 
 @pytest.mark.parametrize("shape", [(9, 16, 16, 4), (9, 64, 64, 4), (9, 16, 16, 2), (9, 40, 30, 2), (9, 4, 4, 4)])
 def test_two_or_four_channels_last_are_asked_for(tmp_path: Path, shape: tuple[int, ...]) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, images=bytes_of(shape))
-    refused("npz", file, str(file), f"may be {shape[-1]} channels", "--data.npz-layout")
+    in_doubt("npz", file, str(file), f"may be {shape[-1]} channels", "--data.npz-layout")
     assert load("npz", file, npz_layout="hwc").shape == (shape[3], *shape[1:3])
     assert load("npz", file, npz_layout="chw").shape == shape[1:]
 
@@ -52,7 +70,7 @@ WHOLE = grey(120, count=30)
 def test_values_that_stand_for_another_range_are_asked_for(tmp_path: Path, images: np.ndarray, white: float) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, images=images, heldout_images=images[:5])
-    refused("npz", file, str(file), "say which stand for black and white", "--data.value-range 0 ")
+    in_doubt("npz", file, str(file), "say which stand for black and white", "--data.value-range 0 ")
     dataset = load("npz", file, value_range=(0.0, white))
     assert dataset.data_range == (-1.0, 1.0)
     rows = torch.arange(30)
@@ -74,7 +92,7 @@ def test_values_can_be_left_as_they_are(tmp_path: Path) -> None:
 
 def test_idx_of_two_levels_is_asked_for_its_range(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx_bytes(WHOLE // 128))
-    refused("idx", tmp_path, str(tmp_path), "bytes from 0 to 1", "--data.value-range 0 1")
+    in_doubt("idx", tmp_path, str(tmp_path), "bytes from 0 to 1", "--data.value-range 0 1")
     assert load("idx", tmp_path, value_range=(0.0, 1.0)).data_range == (-1.0, 1.0)
 
 

@@ -1,5 +1,6 @@
 """Inputs that went wrong for new users, on the command line: each is done right, or refused in one line."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -127,10 +128,41 @@ def test_a_constant_action_is_answered_as_it_is(tmp_path: Path, command: Command
 
 
 def test_a_run_made_with_other_class_numbers_is_not_resumed(tmp_path: Path, command: Command) -> None:
-    archive = tmp_path / "images"
-    numbered_folders(archive, 11)
-    assert train(command, "images", archive).code == 0
-    (archive / "2").rename(archive / "12")
-    shown = train(command, "images", archive)
-    assert (shown.code, shown.err.count("\n")) == (2, 1)
-    assert "fingerprint" in shown.err
+    folder = numbered_folders(tmp_path / "images", 11)
+    with pytest.MonkeyPatch.context() as patch:  # as it was before classes were in natural order
+        patch.setattr("fewstep.data.folder.natural_order", lambda name: name)
+        assert train(command, "images", folder).code == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["data"].pop("class_names")[:3] == ["1", "10", "11"]
+    Path("run/config.json").write_text(json.dumps(config))
+    for shown in (train(command, "images", folder), command("evaluate", "run", "--cpu")):
+        assert (shown.code, shown.err.count("\n")) == (2, 1), shown
+        assert "its classes 0, 1, ... were 1, 10, 11, 2," in shown.err
+        assert "and are now 1, 2, 3, 4" in shown.err
+
+
+def test_an_older_run_whose_classes_are_in_the_same_order_goes_on(tmp_path: Path, command: Command) -> None:
+    folder = numbered_folders(tmp_path / "images", 3)
+    assert train(command, "images", folder).code == 0
+    config = json.loads(Path("run/config.json").read_text())
+    del config["data"]["class_names"], config["run"]["data"]["value_range"]
+    Path("run/config.json").write_text(json.dumps(config))
+    assert train(command, "images", folder).code == 0
+    shown = train(command, "images", folder, "--network.width", 8)
+    assert shown.code == 2
+    assert "its classes" not in shown.err
+
+
+def test_a_run_that_began_before_ranges_were_asked_for_goes_on(tmp_path: Path, command: Command) -> None:
+    np.savez(tmp_path / "a.npz", images=grey(230, count=60).astype(np.float32) / 255)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.data.npz.in_range", lambda where, given, images, heldout: (images, heldout, ""))
+        assert train(command, "npz", tmp_path / "a.npz").code == 0
+    assert train(command, "npz", tmp_path / "a.npz", "--training.images", 640).code == 0
+    assert command("sample", "run", "--count", 1, "--out", "a.png", "--cpu").code == 0
+
+
+def test_rgba_pictures_in_an_archive_are_those_of_a_folder(tmp_path: Path, command: Command) -> None:
+    np.savez(tmp_path / "a.npz", images=bytes_of((20, 8, 8, 4)))
+    shown = train(command, "npz", tmp_path / "a.npz", "--data.npz-layout", "rgba")
+    assert "a: 20 images of 3x8x8" in shown.out

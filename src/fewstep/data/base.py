@@ -172,8 +172,8 @@ class Dataset:
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
     of chunks of actions, of each action once.
     latents: how samples become images, where they are latents. policy: how they are acted on, where they are chunks
-    of actions. left_out: as of what was loaded. Raises DataError when the parts do not fit each other, or when the
-    training values are not finite or all equal.
+    of actions. left_out, doubt: as of what was loaded; no run begins in doubt. Raises DataError when the parts do not
+    fit each other, or when the training values are not finite or all equal.
     """
 
     name: str
@@ -184,6 +184,7 @@ class Dataset:
     latents: LatentSpec | None = None
     policy: PolicySpec | None = None
     left_out: tuple[str, ...] = ()
+    doubt: str = ""
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 
@@ -270,7 +271,8 @@ class Dataset:
 class Loaded:
     """What a source brings: `heldout` is None when it has no split of its own; no class names means no labels.
 
-    left_out: what lies beside the samples and is not read, in words.
+    left_out: what lies beside the samples and is not read, in words. doubt: how else they may be meant, and the option
+    that says so.
     """
 
     name: str
@@ -278,6 +280,7 @@ class Loaded:
     heldout: Samples | None
     class_names: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 def chunks(values: Tensor) -> Iterator[Tensor]:

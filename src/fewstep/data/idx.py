@@ -4,6 +4,7 @@ import gzip
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def load_idx(root: str, value_range: Range = None) -> Loaded:
             "give root, a folder in MNIST's IDX format"
         )
     heldout, held_labels = _part(folder, "t10k")
-    images, heldout = in_range(f"'{folder}'", value_range, images, heldout)
-    return numbered(folder.name, str(folder), (images, labels), (heldout, held_labels))
+    images, heldout, doubt = in_range(f"'{folder}'", value_range, images, heldout)
+    return replace(numbered(folder.name, str(folder), (images, labels), (heldout, held_labels)), doubt=doubt)
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:

@@ -54,70 +54,74 @@ def load_npz(root: str, layout: Layout = "auto", value_range: Range = None) -> L
     if key not in arrays:
         found = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(f"'{path}' has no array 'images' among its arrays ({found}): name it so")
-    images = _images(path, key, arrays[key], layout)
+    images, doubt = _images(path, key, arrays[key], layout)
     labels, heldout, held_labels = _labels(path, "labels", arrays, len(images)), None, None
     if "heldout_images" in arrays:
-        heldout = _images(path, "heldout_images", arrays["heldout_images"], layout)
+        heldout, _ = _images(path, "heldout_images", arrays["heldout_images"], layout)
         held_labels = _labels(path, "heldout_labels", arrays, len(heldout))
-    images, heldout = in_range(f"array '{key}' of '{path}'", value_range, images, heldout)
+    images, heldout, values = in_range(f"array '{key}' of '{path}'", value_range, images, heldout)
     left_out = tuple(f"array {name}" for name in arrays if name != key and name not in _ARRAYS)
-    return replace(numbered(path.stem, str(path), (images, labels), (heldout, held_labels)), left_out=left_out)
+    loaded = numbered(path.stem, str(path), (images, labels), (heldout, held_labels))
+    return replace(loaded, left_out=left_out, doubt=doubt or values)
 
 
-def channels_first(images: Tensor, layout: Layout, where: str) -> Tensor:
-    """Images as (N, C, H, W): a last axis of 1 or 3 means channels last, otherwise an axis 1 of at most 16 means first.
+def channels_first(images: Tensor, layout: Layout, where: str) -> tuple[Tensor, str]:
+    """Images as (N, C, H, W), and what is doubtful about it.
 
-    Raises DataError, naming `where`, when neither holds, or when both do and the other reading looks as likely (square
-    images, or 1 or 3 channels), or where a last axis of 2 or 4 may be one of grey or colours with transparency;
-    `layout` "chw" or "hwc" then says which, or "rgba": colours (N, H, W, 4) to be laid over white.
+    A last axis of 1 or 3 means channels last, otherwise an axis 1 of at most 16 means first: doubtful where a last axis
+    of 2 or 4 may be grey or colours with their opacity. Raises DataError, naming `where`, when neither holds, or when
+    both do and the other reading looks as likely (square images, or 1 or 3 channels); `layout` "chw" or "hwc" then says
+    which, or "rgba": colours (N, H, W, 4) to be laid over white.
     """
     if images.ndim == 3:
-        return images[:, None]
+        return images[:, None], ""
     if images.ndim != 4:
         raise DataError(f"{where} has shape {tuple(images.shape)}: give (N, H, W), (N, H, W, C) or (N, C, H, W)")
-    _, first, middle, last = images.shape
-    may_be_last, may_be_first = last in (1, 3), 1 <= first <= 16
-    if layout == "auto":
-        asked = "set --data.npz-layout (npz_layout) to chw or hwc"
-        if may_be_last and may_be_first and (middle == last or first in (1, 3)):
-            raise DataError(f"{where} has shape {tuple(images.shape)}, which is ambiguous: {asked}")
-        if last in (2, 4) and not (may_be_first and middle == last != first):
-            other = ", or to rgba to lay it over white" if last == 4 else ""
-            raise DataError(f"{where} has shape {tuple(images.shape)}, which may be {last} channels: {asked}{other}")
-        if not (may_be_last or may_be_first):
-            raise DataError(f"{where} has shape {tuple(images.shape)}, where no axis looks like channels: {asked}")
     if layout == "rgba":
-        return _over_white(images, where)
+        return _over_white(images, where), ""
+    _, first, middle, last = images.shape
+    may_be_last, may_be_first, doubt = last in (1, 3), 1 <= first <= 16, ""
+    if layout == "auto":
+        asked = "set --data.npz-layout (npz_layout) to chw or hwc" + ", or to rgba to lay it over white" * (last == 4)
+        shown = f"{where} has shape {tuple(images.shape)}"
+        if may_be_last and may_be_first and (middle == last or first in (1, 3)):
+            raise DataError(f"{shown}, which is ambiguous: {asked}")
+        if last in (2, 4) and not middle == last != first:
+            doubt = f"{shown}, which may be {last} channels: {asked}"
+        if not (may_be_last or may_be_first):
+            raise DataError(doubt or f"{shown}, where no axis looks like channels: {asked}")
     last_is_channels = may_be_last if layout == "auto" else layout == "hwc"
-    return images.permute(0, 3, 1, 2).contiguous() if last_is_channels else images
+    return images.permute(0, 3, 1, 2).contiguous() if last_is_channels else images, doubt
 
 
-def in_range(where: str, value_range: Range, images: Tensor, heldout: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both parts with `value_range`, the values that stand for black and white, brought to [-1, 1].
+def in_range(
+    where: str, value_range: Range, images: Tensor, heldout: Tensor | None
+) -> tuple[Tensor, Tensor | None, str]:
+    """Both parts with `value_range`, the values that stand for black and white, brought to [-1, 1]; what is doubtful.
 
-    Without one they stay as they are: bytes stand for 0..255, floats for themselves. Raises DataError, naming `where`,
-    for values that this is hardly meant of: floats none of which is negative, bytes of a few low levels; for values
-    beyond the range; and for values that are too large to compute with.
+    Without one they stay as they are: bytes stand for 0..255, floats for themselves, which is doubtful of floats none
+    of which is negative, and of bytes of a few low levels. Raises DataError, naming `where`, for values beyond the
+    range, and for values that are too large to compute with.
     """
     given = [part for part in (images, heldout) if part is not None and part.numel()]
     if not given:
-        return images, heldout
+        return images, heldout, ""
     low, high = min(float(part.min()) for part in given), max(float(part.max()) for part in given)
-    what = f"{where} has {'floats' if given[0].is_floating_point() else 'bytes'} from {low:g} to {high:g}"
+    floats, doubt = images.is_floating_point(), ""
+    what = f"{where} has {'floats' if floats else 'bytes'} from {low:g} to {high:g}"
     if value_range is not None:
         black, white = value_range
         slack = 1e-4 * (white - black)
         if low < black - slack or high > white + slack:
             raise DataError(f"{what}, beyond --data.value-range {black:g} {white:g}")
-        return _stretched(images, black, white), heldout if heldout is None else _stretched(heldout, black, white)
+        return _stretched(images, black, white), heldout if heldout is None else _stretched(heldout, black, white), ""
     if max(abs(low), abs(high)) > _LARGEST:
         raise DataError(f"{what}: bring them nearer to 1")
-    if 0 <= low < high and (images.is_floating_point() or high <= _FEW_LEVELS):
+    if 0 <= low < high and (floats or high <= _FEW_LEVELS):
         white = 1.0 if high <= 1 else high if high <= _FEW_LEVELS else max(255.0, high)
-        kept = "or -1 1" if images.is_floating_point() else "or 0 255"
-        kept = f" ({kept} to leave them as they are)" if high <= 1 or not images.is_floating_point() else ""
-        raise DataError(f"{what}: say which stand for black and white, as --data.value-range 0 {white:g}{kept}")
-    return images, heldout
+        kept = "" if floats and high > 1 else f" (or {'-1 1' if floats else '0 255'} to leave them as they are)"
+        doubt = f"{what}: say which stand for black and white, as --data.value-range 0 {white:g}{kept}"
+    return images, heldout, doubt
 
 
 def _stretched(values: Tensor, black: float, white: float) -> Tensor:
@@ -167,21 +171,21 @@ def read_arrays(path: Path, wanted: Collection[str]) -> dict[str, npt.NDArray[An
     return arrays
 
 
-def _images(path: Path, key: str, array: npt.NDArray[Any], layout: Layout) -> Tensor:
+def _images(path: Path, key: str, array: npt.NDArray[Any], layout: Layout) -> tuple[Tensor, str]:
     where = f"array '{key}' of '{path}'"
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise DataError(f"{where} is {array.dtype}: give uint8 (0..255) or floats")
     if array.dtype == np.uint8:
         return channels_first(torch.from_numpy(array), layout, where)
     with np.errstate(over="ignore"):
-        images = channels_first(torch.from_numpy(array.astype(np.float32)), layout, where)
+        images, doubt = channels_first(torch.from_numpy(array.astype(np.float32)), layout, where)
     finite = images.flatten(1).isfinite().all(1)
     if not bool(finite.all()):
         raise DataError(
             f"{where} has NaN or infinite values as float32, first in sample {int((~finite).nonzero()[0])}: "
             "remove or mend them"
         )
-    return images
+    return images, doubt
 
 
 def _labels(path: Path, key: str, arrays: dict[str, npt.NDArray[Any]], count: int) -> Tensor | None:

@@ -60,10 +60,10 @@ class ImageSource(DataSource):
                 raise DataError(f"'{where}' has {len(train)} samples: at least 2 are needed, to train and to hold out")
             train, heldout = split(train, settings.heldout, settings.seed)
         train, heldout = (_convert(loaded.name, part, settings) for part in (train, heldout))
-        if not settings.labels:
-            return Dataset(loaded.name, Samples(train.values), Samples(heldout.values), left_out=loaded.left_out)
         names = loaded.class_names
-        return Dataset(loaded.name, train, heldout, len(names), names, left_out=loaded.left_out)
+        if not settings.labels:
+            names, train, heldout = (), Samples(train.values), Samples(heldout.values)
+        return Dataset(loaded.name, train, heldout, len(names), names, left_out=loaded.left_out, doubt=loaded.doubt)
 
 
 @final

@@ -2,8 +2,8 @@
 
 Of two starts in one folder these may differ:
 - what is only logged, kept or measured (WATCHED);
-- the recipe's name, and where data and a teacher lie (PLACES): what is in them counts, by its fingerprint, and of the
-  data their name does not;
+- the recipe's name, and where data and a teacher lie (PLACES): what is in them counts, by its fingerprint, which knows
+  the names of classes, and of the data their name does not;
 - how long the run is (LENGTH), where no step depends on it.
 The model that a run starts from counts by its place: it is read for the first step alone.
 """
@@ -42,7 +42,7 @@ def _full(name: str) -> str:
 def identity(record: dict[str, Any], config: RunConfig) -> JSON:
     """A record without what may differ. config: of that record."""
     free = WATCHED | PLACES | (frozenset() if knows_its_end(config) else LENGTH)
-    data = {key: value for key, value in record["data"].items() if key != "name"}
+    data = {key: value for key, value in record["data"].items() if key not in ("name", "class_names")}
     return {"run": _without(to_json(placed(config)), free), "data": data, "teacher": record.get("teacher")}
 
 

@@ -38,7 +38,7 @@ from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
 from fewstep.training.teacher import fingerprint, load_teacher
 from fewstep.training.trackers import check_trackers, start_trackers
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, Stopped, TrainingDivergedError
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
 
@@ -71,6 +71,8 @@ class Trainer:
         self, config: RunConfig, dataset: Dataset, run: RunFolder, runtime: Runtime, callbacks: Callbacks
     ) -> None:
         self.config, self.dataset, self.run, self.runtime, self.callbacks = config, dataset, run, runtime, callbacks
+        if dataset.doubt and not run.config_file.exists():
+            raise DataError(dataset.doubt)
         check_trackers(runtime.track)
         self.accelerator = join_processes(
             runtime.cpu,

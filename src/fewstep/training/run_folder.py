@@ -27,7 +27,9 @@ from fewstep.training.ema import ema_names
 from fewstep.training.identity import identity, placed, run_record
 from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, read_lines, read_record, reading_line, write_atomically
+from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
+from fewstep.utils.text import listed
 from fewstep.utils.weights import fit_weights, read_weights
 
 HUB = "hf://"
@@ -96,6 +98,7 @@ class RunFolder:
         lines = differences(identity(self.record(), there), identity(here, config))
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
+            shown += self._renumbered(data)
             command = f"fewstep train --resume {shlex.quote(str(self.root))}"
             raise CheckpointError(
                 f"{self.root} holds a run with other settings ({shown}): go on with those it has ({command}), or give "
@@ -153,8 +156,22 @@ class RunFolder:
             raise DataError(f"{error}; {advice}") from error
         if dataset.fingerprint != self.data("fingerprint")["fingerprint"]:
             where = config.root or dataset.name
-            raise CheckpointError(f"{where} holds other data than {self.root} was trained on: {advice}")
+            numbers = self._renumbered({"fingerprint": dataset.fingerprint, "class_names": list(dataset.class_names)})
+            raise CheckpointError(f"{where} holds other data than {self.root} was trained on{numbers}: {advice}")
         return config, dataset
+
+    def _renumbered(self, data: dict[str, JSON]) -> str:
+        """What the run's classes were, where other data have others, or in another order.
+
+        A run of images that does not say so had its classes in the order of their letters.
+        """
+        old, now = self.data(), data.get("class_names")
+        letters = kind_name(type(self.config().data.source)) == "images"
+        stored = old.get("class_names", sorted(map(str, now)) if letters and isinstance(now, list) else now)
+        if stored == now or old.get("fingerprint") == data["fingerprint"]:
+            return ""
+        was, are = (listed(list(map(str, names))) if isinstance(names, list) else "unknown" for names in (stored, now))
+        return f"; its classes 0, 1, ... were {was}, and are now {are}"
 
     def config(self) -> RunConfig:
         """The run's configuration."""

@@ -31,6 +31,7 @@ def data_record(dataset: Dataset) -> dict[str, JSON]:
         # Rounded: the last bits depend on the number of threads that summed.
         "sigma_data": float(f"{dataset.sigma_data:.9g}"),
         "classes": dataset.num_classes,
+        "class_names": list(dataset.class_names),
         "train": len(dataset.train),
         "heldout": len(dataset.heldout),
     }
