@@ -113,7 +113,7 @@ def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Da
         demonstrations.action_high,
     )
     if not bool(spec.actions.varied.any()):
-        raise DataError(f"{file} has actions that never vary: there is nothing to learn")
+        raise DataError(f"{file} has actions that vary by less than 1e-4: none would be learned, take larger units")
     _warn_of_outliers(f"{file}: action", demonstrations.actions, steps)
     _warn_of_outliers(f"{file}: observation", demonstrations.observations, steps)
     parts = [ChunkSet(demonstrations, part, spec) for part in (train, held)]
