@@ -319,6 +319,21 @@ def test_a_teacher_may_move(
     assert_same_run(run.root, unbroken_student("ctm-analytic"))
 
 
+def test_a_teacher_may_be_read_alone(
+    teacher: Path,
+    digits: Dataset,
+    unbroken_student: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its statistics are estimated then, and not kept."""
+    run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
+    monkeypatch.setattr("os.access", lambda *args: False)
+    train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
+    assert_same_run(run.root, unbroken_student("ctm-analytic"))
+    assert not (elsewhere / "statistics").exists()
+
+
 def test_another_teacher_is_refused(
     teacher: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

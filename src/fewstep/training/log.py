@@ -1,18 +1,39 @@
-"""What a run says of itself between checkpoints."""
+"""What a run says of itself between checkpoints: its bar, the lines of its log, a divergence."""
 
 import math
 import shlex
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from fewstep.recipes.config import TrainingConfig
 from fewstep.training.checkpoint import LAST_FILE
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, TrainingDivergedError
 from fewstep.utils.weights import check_finite, read_weights
+
+
+def progress_bar(settings: TrainingConfig, name: str, hidden: bool) -> "tqdm[Any]":
+    """Counts images, or seconds where they end the run; shows speed, loss and the time left."""
+    unit, total = ("s", settings.seconds) if settings.seconds else ("img", settings.images)
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, disable=hidden, desc=name, file=sys.stderr, mininterval=0.5,
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
+    )  # fmt: skip
+
+
+def show_progress(bar: "tqdm[Any]", progress: float, images: int, seconds: float, loss: float) -> None:
+    """progress: share of the run that is done. loss: of the last line of the log; NaN before there is one."""
+    bar.n = min(progress, 1.0) * (bar.total or 0)
+    speed = f"{images:,} images, {images / max(seconds, 1e-9):,.0f} images/s"
+    bar.set_postfix_str(speed + ("" if math.isnan(loss) else f", loss {loss:.4f}"), refresh=False)
+    bar.update(0)
 
 
 class Window:

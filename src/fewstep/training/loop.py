@@ -27,9 +27,8 @@ from fewstep.training.checkpoint import LAST_FILE, STATE_FILE, mark_shown
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
-from fewstep.training.log import Window, diverged, last_good
+from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
-from fewstep.training.progress import progress_bar, show_progress
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
 from fewstep.training.setup import build, check_guidance, check_run, check_weights, data_record

@@ -107,7 +107,8 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed process was still writing."""
-        for pattern in (".config.json.*", ".log.jsonl.*", "samples/.step-*", "checkpoints/.step-*"):
+        files = (".config.json.*", ".log.jsonl.*", ".curve.jsonl.*", "samples/.step-*", "checkpoints/.step-*")
+        for pattern in (*files, "checkpoints/step-*/.state.json.*"):
             for path in self.root.glob(pattern):
                 with guarded(path):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

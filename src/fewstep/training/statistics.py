@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path as FilePath
@@ -180,11 +181,12 @@ def first_statistics(
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
     folder = FilePath(config.teacher)
-    if teacher is not None and folder.is_dir() and not config.statistics.refresh_images:
+    if teacher is None or config.statistics.refresh_images:
+        teacher = untrained.to(device)
+    elif os.access(folder, os.W_OK) or cache_file(folder, teacher, dataset, config.statistics).is_file():
         return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
-    # Of the run's own network, or of a teacher of the user's own, which has no place to keep them.
-    source = untrained.to(device) if teacher is None or config.statistics.refresh_images else teacher
-    return prepared(estimate_together(source, dataset, config.statistics, group), config.statistics, dataset)
+    # A teacher of the user's own, or that cannot be written to, has no place to keep them.
+    return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
 
 
 def _read(file: FilePath) -> TrajectoryStatistics:
