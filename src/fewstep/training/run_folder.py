@@ -91,7 +91,8 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
         if not self.config_file.exists():
-            if self.root.exists() and any(not _ours(path.name) for path in self.root.iterdir()):
+            left = (LOCK_FILE, ".config.json.")  # by a run that was killed before it had its configuration
+            if self.root.exists() and any(not path.name.startswith(left) for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             return
         there, here = self.config(), run_record(config, data, teacher)
@@ -184,31 +185,29 @@ class RunFolder:
 
     def _checkpoint_folders(self) -> list[Path]:
         found = [p for p in (self.root / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        return sorted(found, key=_step)
 
     def last_checkpoint(self) -> Path:
         """The newest whole checkpoint, with a FewstepWarning for those beyond; raises CheckpointError for none."""
         found = self.checkpoints()
         if not found:
             raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
-        newer = [path.name for path in self._checkpoint_folders() if path.name > found[-1].name]
-        if newer:
-            where = self.root / "checkpoints" / newer[-1]
-            message = f"{where} is not whole (it lacks {STATE_FILE}): {found[-1].name} is used"
+        newest = self._checkpoint_folders()[-1]
+        if newest != found[-1]:
+            message = f"{newest} is not whole (it lacks {STATE_FILE}): {found[-1].name} is used"
             warnings.warn(message, FewstepWarning, stacklevel=1)  # once, whoever asks
         return found[-1]
 
     def go_back(self, step: int) -> None:
         """Set newer checkpoints than that of a step aside, as step-N.aside; raises CheckpointError where it is none."""
-        steps = [int(path.name[5:]) for path in self.checkpoints()]
+        steps = [_step(path) for path in self.checkpoints()]
         if step not in steps:
             raise CheckpointError(f"{self.root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
         for path in self._checkpoint_folders():
-            if int(path.name[5:]) > step:
+            if _step(path) > step:
                 with guarded(path):
-                    aside = path.with_suffix(".aside")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    path.rename(aside)
+                    shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
+                    path.rename(path.with_suffix(".aside"))
 
     @contextmanager
     def with_way_back(self, checkpoint: Path) -> Iterator[None]:
@@ -216,9 +215,9 @@ class RunFolder:
         try:
             yield
         except CheckpointError as error:
-            before = [path for path in self.checkpoints() if path.name < checkpoint.name]
+            before = [_step(path) for path in self.checkpoints() if _step(path) < _step(checkpoint)]
             command = f"fewstep train --resume {shlex.quote(str(self.root))} --from"
-            way = f"go on from the one before with {command} {int(before[-1].name[5:])}" if before else "train it anew"
+            way = f"go on from the one before with {command} {before[-1]}" if before else "train it anew"
             raise CheckpointError(f"{error}; {way}") from error
 
     def checkpoint(self, step: int) -> Path:
@@ -303,9 +302,8 @@ class RunFolder:
             write_atomically(self.log_file, kept)
 
 
-def _ours(name: str) -> bool:
-    """Whether a file is what a run leaves that was killed before it had its configuration."""
-    return name == LOCK_FILE or name.startswith(".config.json.")
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
 
 
 def load_checkpoint_pipeline(folder: Path) -> Pipeline:
