@@ -90,7 +90,8 @@ def trained(name: str, scene: "Scene", teacher: Path, seed: int, models: Path) -
             for side in (learner, learner.target) if name == "exchanged" and learner.target else ():
                 side.flow_map.preconditioning = Exchanged(side.flow_map.preconditioning)
             train_to(trainer, PLANS[scene.subject.dataset].moments[-1])
-            trainer.show(lambda model, step: model.save(models / name))
+            with trainer.learner.averaged() as average:
+                average.save(models / name)
     model = load_pipeline(models / name).flow_map
     if name == "exchanged":
         model.preconditioning = Exchanged(model.preconditioning)

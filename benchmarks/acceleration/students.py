@@ -208,13 +208,10 @@ def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
     config = replace(config, training=replace(config.training, seed=cell.seed))
     curve: list[Row] = []
     gamma, spent = 1.0 if isinstance(config.objective, fs.CD) else 0.0, 0.0
-
-    def watch(pipeline: fs.Pipeline, step: int) -> None:
-        curve.extend({"step": step, **row} for row in measure(pipeline.flow_map, truth, gamma))
-
     with trainer_of(config, truth.dataset) as trainer:
         for moment in truth.plan.moments:
             spent += train_to(trainer, moment)
-            trainer.show(watch)
+            with trainer.learner.averaged() as model:
+                curve += [{"step": moment, **row} for row in measure(model.flow_map, truth, gamma)]
     times = {"batch": config.training.batch_size, "training_seconds": round(spent, 1)}
     return times | {"teacher": fingerprint(truth.teacher), "curve": curve}

@@ -86,7 +86,8 @@ def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: P
             except TrainingDivergedError:
                 diverged_at = trainer.step
                 break
-            trainer.show(watch)
+            with trainer.learner.averaged() as model:
+                watch(model, moment)
         if matching:
             trainer.save()
     more = {"extractor": reference.extractor.name, "seconds": round(spent, 1), "curve": curve}

@@ -1,14 +1,17 @@
 """The stability study: its cells can be trained, its own objectives are what they say, its tables count rightly."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.stability import __main__ as tables
-from benchmarks.stability import plan
+from benchmarks.stability import measure, plan
 from benchmarks.stability.plan import ISDApart, TimeUnitError
+from fewstep.data.sources import load_dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Trig
 from fewstep.flow.preconditioning.jumps import TrigPreconditioning
@@ -29,6 +32,21 @@ def test_every_cell_of_the_plan_has_a_configuration() -> None:
     assert max(cell.lr for cell in cells) / min(cell.lr for cell in cells) == pytest.approx(30)
     names = {cell.objective for cell in cells if cell.group == "base"}
     assert {"iSD", "iSD-T", "MeanFlow", "ESD", "LSD", "PSD", "shortcut", "CT", "ECT", "sCT"} <= names
+
+
+def test_a_cell_is_trained_and_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """At four moments, in 1, 2 and 4 calls; the last has the diagonal's own ODE too."""
+    cell = plan.Cell("base", "iSD")
+    short = replace(plan.STUDIES["digits", "mlp"], steps=8, batch=4)
+    monkeypatch.setitem(plan.STUDIES, ("digits", "mlp"), short)
+    figures = {"frechet": 4.0, "accuracy": 0.9, "spread": 1.0, "within": 0.2}
+    reference: Any = SimpleNamespace(
+        dataset=load_dataset(short.data), extractor=SimpleNamespace(name="none"), measure=lambda *given: dict(figures)
+    )
+    found = measure.train_cell(cell, plan.configuration(cell, ""), reference, tmp_path)
+    moments = [(step, nfe) for step in (2, 4, 6, 8) for nfe in (1, 2, 4)]
+    assert [(each["step"], each["nfe"]) for each in found["curve"]] == [*moments, (8, "ode")]
+    assert (found["diverged"], found["narrow"], found["frechet_ode"]) == (False, True, 4.0)
 
 
 def losses(objective: Any) -> Losses:
