@@ -105,7 +105,8 @@ def list_images(root: str) -> Listing:
     if not root or not folder.is_dir():
         raise DataError(f"source 'images' needs root, a folder of PNG, JPEG or other images: '{root}' is no folder")
     folder, (_, suffixes) = folder.resolve(), _formats()
-    found = sorted((path.relative_to(folder) for path in _walk(folder)), key=lambda path: path.parts)
+    again: list[str] = []
+    found = sorted((path.relative_to(folder) for path in _walk(folder, again)), key=lambda path: path.parts)
     images = [path for path in found if path.suffix.lower() in suffixes and not path.name.startswith(".")]
     ignored = len(found) - len(images)
     if not images:
@@ -115,7 +116,9 @@ def list_images(root: str) -> Listing:
         )
     files = tuple(folder / path for path in images)
     labels, names = _classes(folder, images)
-    return Listing(folder, files, labels, names, ignored, _left_out(folder, set(found) - set(images), names))
+    left_out = _left_out(folder, set(found) - set(images), names)
+    left_out += (f"{len(again)} links to folders that are read already",) * bool(again)
+    return Listing(folder, files, labels, names, ignored, left_out)
 
 
 def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,10 +169,11 @@ def decode(path: Path, image_size: int = 0, stacks: list[Path] | None = None) ->
     return np.array(image, dtype=np.uint8)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, again: list[str]) -> Iterator[Path]:
     """Every file below `folder`; follows links to folders, each real folder once; hidden folders are left out.
 
-    Raises DataError for folders that cannot be listed, and for two folders directly in `folder` that are one.
+    again: gets the links to folders that are read already. Raises DataError for folders that cannot be listed, and for
+    two folders directly in `folder` that are one.
     """
 
     def refuse(error: OSError) -> None:
@@ -181,6 +185,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         if real in seen:
             if {Path(current).parent, Path(seen[real]).parent} == {folder}:
                 raise DataError(f"'{current}' and '{seen[real]}' are one folder: leave one of the two classes out")
+            again.append(current)
             subfolders.clear()
             continue
         seen[real] = current

@@ -130,6 +130,7 @@ class Simulations:
         if place not in self._kept:
             try:
                 self._kept[place] = self.task.make(self.pictures)
+                self._works = True
             except Exception as error:
                 if not self._works and isinstance(error, FewstepError):
                     raise
@@ -137,8 +138,6 @@ class Simulations:
                     reason = f"{type(error).__name__}: {error}"
                     raise UnsupportedError(f"{self.task.name} cannot be simulated: {reason}") from error
                 self._kept[place] = NoSimulation(error)
-            else:
-                self._works = True
         return self._kept[place]
 
 
