@@ -1,0 +1,266 @@
+"""Teachers in the format of diffusers: a folder becomes a flow map whose jumps are DDIM's steps.
+
+A folder holds a pipeline (model_index.json) or a bare network with the configuration of its scheduler beside it or in
+../scheduler. Files are read, never run; weights come from safetensors, or from a pickle with tensors alone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.discrete_vp import BetaSchedule, DiscreteVP
+from fewstep.flow.flow_map import FlowMap, FlowMapConfig
+from fewstep.flow.paths import EDM, Linear
+from fewstep.flow.paths import Path as TimePath
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning
+from fewstep.flow.preconditioning.network_scaling import EDMScaling, Scaling
+from fewstep.flow.preconditioning.prediction import Prediction, PredictionScaling
+from fewstep.networks.base import Network, NetworkConfig, Shape
+from fewstep.networks.condition import Condition
+from fewstep.networks.layers import check_inputs
+from fewstep.teachers.families import FAMILIES, Family, NullableEmbedding, Settings, family
+from fewstep.teachers.second_time import TwoTimes, without_second_time
+from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
+from fewstep.utils.files import read_record
+from fewstep.utils.serialization import differences
+from fewstep.utils.weights import read_weights
+
+NETWORK_FOLDERS = ("unet", "transformer")
+_ADVICE = "bring back a copy of it"
+_SCHEDULES: dict[str, BetaSchedule] = {
+    "linear": "linear",
+    "scaled_linear": "scaled-linear",
+    "squaredcos_cap_v2": "cosine",
+}
+_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "sample": "sample",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+
+
+@dataclass(frozen=True)
+class DiffusersConfig(NetworkConfig):
+    """A network of diffusers with a second time: its class, and its config.json as text."""
+
+    model: str
+    settings: str
+
+    @cached_property
+    def values(self) -> Settings:
+        """The settings; raises ConfigError where the text is no JSON object."""
+        try:
+            found = json.loads(self.settings)
+        except ValueError as error:
+            raise ConfigError(f"settings of a {self.model}: no JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ConfigError(f"settings of a {self.model}: a JSON object is needed")
+        return {key: value for key, value in found.items() if not key.startswith("_")}
+
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "DiffusersNetwork":
+        if guided or observation:
+            raise ConfigError(f"a {self.model} takes no guidance strength and no observations as inputs")
+        return DiffusersNetwork(self, shape, num_classes)
+
+
+class DiffusersNetwork(Network):
+    """A network of diffusers as F(x, t, s, cond), t and s in the times that it takes; s counts for nothing at first.
+
+    The foreign layers stay in evaluation mode: no dropout, no labels dropped at random. Raises ConfigError for a class
+    that is not known, for settings that it refuses, and where it was made for other channels or classes.
+    """
+
+    def __init__(self, config: DiffusersConfig, shape: Shape, num_classes: int) -> None:
+        super().__init__(shape, num_classes, guided=False)
+        self.family: Family = family(config.model)
+        channels = config.values.get("in_channels")
+        if self.family is FAMILIES["FluxTransformer2DModel"]:
+            channels = None if channels is None else channels // 4
+        if channels != shape[0] or self.family.num_classes(config.values) != num_classes:
+            raise ConfigError(
+                f"a {config.model} of {channels} channels and {self.family.num_classes(config.values)} classes does "
+                f"not fit samples of shape {shape} in {num_classes} classes"
+            )
+        network = make_model(config.model, config.values)
+        classes = getattr(network, "class_embedding", None)
+        if isinstance(classes, nn.Embedding):
+            network.class_embedding = NullableEmbedding(classes)
+        self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Trains the second time; the foreign layers keep to evaluation mode."""
+        super().train(mode)
+        self.two_times.network.eval()
+        return self
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.two_times.network.get_submodule(self.family.output).weight  # type: ignore[return-value]
+
+    def freeze_second_time(self) -> None:
+        for parameter in self.two_times.new_parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        check_inputs(x, t, s, self.shape)
+        with self.two_times.at(s.to(x.dtype)):
+            found = self.family.call(self.two_times.network, x, t, Condition() if cond is None else cond)
+        return found[:, : x.shape[1]]
+
+    def load_foreign(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Take the weights of the network of one time; raises CheckpointError where names or shapes differ."""
+        own = self.state_dict()
+        names = {name: key for key in own if (name := foreign_name(key)) is not None}
+        lines = differences(_shapes({name: own[key] for name, key in names.items()}), _shapes(weights))
+        if lines:
+            raise CheckpointError(f"{source}: weights do not fit the configuration: {'; '.join(lines[:3])}")
+        self.load_state_dict({**own, **{names[name]: value for name, value in weights.items()}})
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: list(value.shape) for name, value in weights.items()}
+
+
+def foreign_name(key: str) -> str | None:
+    """A parameter's name in diffusers; None for those of the second time."""
+    name = without_second_time(key.removeprefix("two_times."))
+    return None if name is None else name.replace("class_embedding.embedding.", "class_embedding.")
+
+
+def make_model(name: str, settings: Settings) -> nn.Module:
+    """A network of diffusers with fresh weights.
+
+    Raises ConfigError for a class that is not known or settings that it refuses, MissingExtraError without diffusers.
+    """
+    family(name)
+    try:
+        import diffusers
+    except ImportError as error:
+        raise MissingExtraError("teachers of diffusers", "diffusers") from error
+    try:
+        model: nn.Module = getattr(diffusers, name)(**settings)
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"{name} refuses its settings: {' '.join(str(error).split())[:300]}") from error
+    return model
+
+
+def is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, or a network, of diffusers."""
+    if (folder / "model_index.json").is_file():
+        return True
+    config = folder / "config.json"
+    return config.is_file() and "_class_name" in read_record(config, _ADVICE)
+
+
+def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
+    """The network of a folder as a denoiser on its own path.
+
+    shape: of its samples; from the settings where it is not given. Raises CheckpointError where files are missing,
+    truncated or do not fit, ConfigError for classes, schedulers and settings that are not known.
+    """
+    place = _network_folder(folder)
+    settings = read_record(place / "config.json", _ADVICE)
+    name = str(settings.get("_class_name"))
+    config = DiffusersConfig(name, json.dumps(settings, sort_keys=True))
+    kind = family(name)
+    path, scaling = read_scheduler(_scheduler_file(folder, place), kind)
+    shape = shape or _sample_shape(name, settings)
+    flow_map = FlowMapConfig(
+        path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values)
+    ).build()
+    assert isinstance(flow_map.network, DiffusersNetwork)
+    flow_map.network.load_foreign(read_model_weights(place), str(place))
+    return flow_map.eval()
+
+
+def _network_folder(folder: Path) -> Path:
+    places = [folder / name for name in NETWORK_FOLDERS if (folder / name / "config.json").is_file()]
+    if (folder / "model_index.json").is_file():
+        if not places:
+            raise CheckpointError(f"{folder} is a pipeline without a network: neither {' nor '.join(NETWORK_FOLDERS)}")
+        return places[0]
+    return folder
+
+
+def _scheduler_file(folder: Path, place: Path) -> Path:
+    name = "scheduler_config.json"
+    for file in (folder / "scheduler" / name, place / name, place.parent / "scheduler" / name):
+        if file.is_file():
+            return file
+    raise CheckpointError(
+        f"{folder} has no scheduler, which says what the network predicts and at which noise: put {name} beside its "
+        "config.json"
+    )
+
+
+def read_scheduler(file: Path, kind: Family) -> tuple[TimePath, Scaling]:
+    """The path that a scheduler of diffusers walks, and what the network means on it.
+
+    Raises ConfigError for a kind of schedule or prediction that is not known.
+    """
+    settings = read_record(file, _ADVICE)
+    name = str(settings.get("_class_name", ""))
+    if name.startswith("EDM"):
+        path: TimePath = EDM(settings.get("sigma_min", 0.002), settings.get("sigma_max", 80.0))
+        if settings.get("prediction_type", "epsilon") != "epsilon":
+            raise ConfigError(f"{file}: prediction_type {settings['prediction_type']!r} of {name} is not known")
+        return path, EDMScaling(settings.get("sigma_data", 0.5), path)
+    if name.startswith("Flow") or settings.get("use_flow_sigmas"):
+        return Linear(), PredictionScaling("flow", Linear(), Linear(), time_factor=kind.noise_time)
+    schedule, predicted = settings.get("beta_schedule", "linear"), settings.get("prediction_type", "epsilon")
+    if predicted not in _PREDICTIONS:
+        raise ConfigError(f"{file}: prediction_type {predicted!r} is not known; known are {', '.join(_PREDICTIONS)}")
+    given = settings.get("trained_betas")
+    if given is None and schedule not in _SCHEDULES:
+        raise ConfigError(f"{file}: beta_schedule {schedule!r} is not known; known are {', '.join(_SCHEDULES)}")
+    path = DiscreteVP(
+        "given" if given is not None else _SCHEDULES[schedule],
+        float(settings.get("beta_start", 1e-4)),
+        float(settings.get("beta_end", 0.02)),
+        int(settings.get("num_train_timesteps", 1000)),
+        () if given is None else tuple(map(float, given)),
+        bool(settings.get("rescale_betas_zero_snr", False)),
+    )
+    return path, PredictionScaling(_PREDICTIONS[predicted], path, path)
+
+
+def _sample_shape(name: str, settings: Settings) -> Shape:
+    size, channels = settings.get("sample_size"), settings.get("in_channels")
+    if not isinstance(channels, int) or size is None:
+        raise ConfigError(f"the configuration of this {name} does not say its samples' size: give the data's shape")
+    sides = [size, size] if isinstance(size, int) else list(size)
+    return (channels, *map(int, sides))
+
+
+def read_model_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights in one safetensors file, in shards with an index, or in a pickle that holds tensors alone.
+
+    Raises CheckpointError where there are none, or where they cannot be read.
+    """
+    whole, index = (
+        folder / "diffusion_pytorch_model.safetensors",
+        folder / "diffusion_pytorch_model.safetensors.index.json",
+    )
+    pickled = folder / "diffusion_pytorch_model.bin"
+    if whole.is_file():
+        return read_weights(whole)
+    if index.is_file():
+        shards = sorted(set(read_record(index, _ADVICE).get("weight_map", {}).values()))
+        if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+            raise CheckpointError(f"{index} names shards outside its folder")
+        return {key: value for shard in shards for key, value in read_weights(folder / shard).items()}
+    if pickled.is_file():
+        try:
+            found: Any = torch.load(pickled, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{pickled} is no pickle of tensors alone: save it as safetensors") from error
+        return dict(found)
+    raise CheckpointError(f"{folder} has no weights: diffusion_pytorch_model.safetensors is missing")

@@ -1,0 +1,166 @@
+"""The families of diffusers' networks: where each embeds time, how it is called, what it is conditioned on.
+
+Every call is (model, x, t, cond) -> the prediction with x's channels; a learned variance, in further channels, is left
+out. Networks of text that are given none see one token of zeros.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError
+
+Settings = dict[str, Any]
+Call = Callable[[Any, Tensor, Tensor, Condition], Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How networks of one class of diffusers are used.
+
+    times: the names of their embeddings of t, as fnmatch reads them. output: the name of the last layer. noise_time:
+    the time that the class takes where there is noise alone.
+    """
+
+    call: Call
+    times: str
+    output: str
+    noise_time: float = 1000.0
+
+    def num_classes(self, settings: Settings) -> int:
+        """Classes that the network was made for; 0 for none."""
+        return int(settings.get("num_class_embeds") or 0)
+
+
+@dataclass(frozen=True)
+class _DiT(Family):
+    def num_classes(self, settings: Settings) -> int:
+        return int(settings.get("num_embeds_ada_norm") or 0)
+
+
+class NullableEmbedding(nn.Module):
+    """An embedding of classes in which NULL_LABEL is zero: for networks that have no row for "no class"."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, labels: Tensor) -> Tensor:
+        found: Tensor = self.embedding(labels.clamp(min=0))
+        return found * (labels >= 0)[:, None].to(found.dtype)
+
+
+def _labels(x: Tensor, cond: Condition, null: int) -> Tensor:
+    if cond.labels is None:
+        return torch.full(x.shape[:1], null, device=x.device)
+    return torch.where(cond.labels < 0, null, cond.labels)
+
+
+def _text(x: Tensor, cond: Condition, width: int) -> Tensor:
+    return x.new_zeros(len(x), 1, width) if cond.text is None else cond.text.to(x.dtype)
+
+
+def _pooled(x: Tensor, cond: Condition, width: int) -> Tensor:
+    return x.new_zeros(len(x), width) if cond.pooled is None else cond.pooled.to(x.dtype)
+
+
+def _unet(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    labels = None if model.config.num_class_embeds is None else _labels(x, cond, -1)
+    found: Tensor = model(x, t, class_labels=labels).sample
+    return found
+
+
+def _dit(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    found: Tensor = model(x, timestep=t, class_labels=_labels(x, cond, model.config.num_embeds_ada_norm)).sample
+    return found
+
+
+def _unet_with_text(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    config, more = model.config, {}
+    if config.addition_embed_type == "text_time":  # SDXL: the size, the crop and the size again
+        height, width = (side * 8 for side in x.shape[-2:])
+        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), 6)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        more = {"text_embeds": _pooled(x, cond, pooled), "time_ids": sizes}
+    text = _text(x, cond, config.cross_attention_dim)
+    found: Tensor = model(
+        x, t, encoder_hidden_states=text, encoder_attention_mask=cond.text_mask, added_cond_kwargs=more
+    ).sample
+    return found
+
+
+def _sd3(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    text = _text(x, cond, model.config.joint_attention_dim)
+    pooled = _pooled(x, cond, model.config.pooled_projection_dim)
+    found: Tensor = model(x, timestep=t, encoder_hidden_states=text, pooled_projections=pooled).sample
+    return found
+
+
+def _flux(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """Latents are packed: blocks of 2 x 2 become tokens, each with its row and column."""
+    (batch, channels, height, width), config = x.shape, model.config
+    rows, columns = height // 2, width // 2
+    tokens = (
+        x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    )
+    places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
+    places[..., 1] = torch.arange(rows, device=x.device)[:, None]
+    places[..., 2] = torch.arange(columns, device=x.device)
+    text, pooled = _text(x, cond, config.joint_attention_dim), _pooled(x, cond, config.pooled_projection_dim)
+    guidance = x.new_full((batch,), 3.5) if config.guidance_embeds else None
+    found: Tensor = model(
+        tokens, timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
+        img_ids=places.reshape(-1, 3), txt_ids=x.new_zeros(text.shape[1], 3), guidance=guidance,
+    ).sample  # fmt: skip
+    return found.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+
+def _pixart(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    more: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+    if model.use_additional_conditions:
+        height, width = (side * 8 for side in x.shape[-2:])
+        more = {"resolution": x.new_tensor([[height, width]]).expand(len(x), 2)}
+        more["aspect_ratio"] = x.new_full((len(x), 1), height / width)
+    found: Tensor = model(
+        x, timestep=t, encoder_hidden_states=_text(x, cond, model.config.caption_channels),
+        encoder_attention_mask=cond.text_mask, added_cond_kwargs=more,
+    ).sample  # fmt: skip
+    return found
+
+
+def _sana(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    config = model.config
+    guidance = x.new_full(x.shape[:1], 4.5) * config.guidance_embeds_scale if config.guidance_embeds else None
+    found: Tensor = model(
+        x, timestep=t * config.timestep_scale, encoder_hidden_states=_text(x, cond, config.caption_channels),
+        encoder_attention_mask=cond.text_mask, guidance=guidance,
+    ).sample  # fmt: skip
+    return found
+
+
+def _wan(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    found: Tensor = model(x, timestep=t, encoder_hidden_states=_text(x, cond, model.config.text_dim)).sample
+    return found
+
+
+FAMILIES: dict[str, Family] = {
+    "UNet2DModel": Family(_unet, "time_embedding", "conv_out"),
+    "UNet2DConditionModel": Family(_unet_with_text, "time_embedding", "conv_out"),
+    "DiTTransformer2DModel": _DiT(_dit, "transformer_blocks.*.norm1.emb.timestep_embedder", "proj_out_2"),
+    "SD3Transformer2DModel": Family(_sd3, "time_text_embed.timestep_embedder", "proj_out"),
+    "FluxTransformer2DModel": Family(_flux, "time_text_embed.timestep_embedder", "proj_out", noise_time=1.0),
+    "PixArtTransformer2DModel": Family(_pixart, "adaln_single.emb.timestep_embedder", "proj_out"),
+    "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out"),
+    "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out"),
+}
+
+
+def family(name: str) -> Family:
+    """The family of a class of diffusers; raises ConfigError for one that is not there."""
+    if name not in FAMILIES:
+        raise ConfigError(f"networks of class {name!r} are not known; known are {', '.join(FAMILIES)}")
+    return FAMILIES[name]

@@ -1,0 +1,107 @@
+"""A second time for networks that were made for one: s enters where t is embedded, by a branch that is zero at first.
+
+Every embedding e(t) of the network becomes e(t) + P h(s), P zero. So the network equals the one it was made from, to
+the last bit, until the first step of training.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.networks.layers import Linear, silu, zeroed
+from fewstep.utils.errors import ConfigError
+
+_FEATURES = 256
+_LONGEST_PERIOD = 10_000.0
+
+
+class SecondTime(nn.Module):
+    """h(s), (B,) -> (B, width): a layer over sines and cosines of time_factor s, periods from 2 pi to 10,000 * 2 pi."""
+
+    def __init__(self, width: int, time_factor: float) -> None:
+        super().__init__()
+        self.time_factor = time_factor
+        self.hidden = Linear(_FEATURES, width)
+
+    def forward(self, s: Tensor) -> Tensor:
+        half = _FEATURES // 2
+        rates = torch.exp(-math.log(_LONGEST_PERIOD) / half * torch.arange(half, device=s.device, dtype=s.dtype))
+        angles = self.time_factor * s[:, None] * rates
+        hidden: Tensor = self.hidden(torch.cat([torch.cos(angles), torch.sin(angles)], 1))
+        return silu(hidden)
+
+
+class _Shared:
+    """h(s) of the pass that is under way."""
+
+    value: Tensor | None = None
+
+
+class TwoTimeEmbedding(nn.Module):
+    """embedding(t) + P h(s), in place of an embedding of t alone."""
+
+    def __init__(self, embedding: nn.Module, width: int, outputs: int, shared: _Shared) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.project = zeroed(Linear(width, outputs))
+        self.shared = shared
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        embedded: Tensor = self.embedding(*args, **options)
+        if self.shared.value is None:
+            return embedded
+        return embedded + self.project(self.shared.value).to(embedded.dtype)
+
+
+class TwoTimes(nn.Module):
+    """A foreign network whose embeddings of time take a second one: `with at(s): network(...)`.
+
+    pattern: the names of its embeddings of time, as fnmatch reads them, each with a last layer `linear_2`.
+    time_factor: brings its clock to a range of about 1000. Raises ConfigError where the network has no such embedding.
+    """
+
+    def __init__(self, network: nn.Module, pattern: str, time_factor: float = 1.0) -> None:
+        super().__init__()
+        places = [name for name, _ in network.named_modules() if fnmatch(name, pattern)]
+        if not places:
+            raise ConfigError(f"{type(network).__name__} has no embedding of time named {pattern}")
+        self.network, self.shared = network, _Shared()
+        width = _outputs(network.get_submodule(places[0]))
+        self.second_time = SecondTime(width, time_factor)
+        for place in places:
+            owner, _, name = place.rpartition(".")
+            embedding = network.get_submodule(place)
+            two_times = TwoTimeEmbedding(embedding, width, _outputs(embedding), self.shared)
+            setattr(network.get_submodule(owner), name, two_times)
+
+    @contextmanager
+    def at(self, s: Tensor) -> Iterator[None]:
+        """The time where jumps end, (B,), for the passes within."""
+        self.shared.value = self.second_time(s)
+        try:
+            yield
+        finally:
+            self.shared.value = None
+
+    def new_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the second time."""
+        yield from self.second_time.parameters()
+        for module in self.network.modules():
+            if isinstance(module, TwoTimeEmbedding):
+                yield from module.project.parameters()
+
+
+def _outputs(embedding: nn.Module) -> int:
+    return int(embedding.get_submodule("linear_2").out_features)  # type: ignore[arg-type]
+
+
+def without_second_time(name: str) -> str | None:
+    """A parameter's name in the network of one time; None for one that only the second time has."""
+    if name.startswith("second_time.") or ".project." in name:
+        return None
+    return name.removeprefix("network.").replace(".embedding.linear_", ".linear_")

@@ -1,0 +1,111 @@
+"""Teachers of diffusers: each family is its library's own model, and its student equals it to the last bit at first."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.condition import Condition
+from fewstep.teachers.diffusers import load_diffusers
+from tests.support.foreign import TINY, Tiny, save_foreign
+
+
+def own_prediction(model: Any, kind: str, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """What diffusers' pipelines call, written out for each family."""
+    text, pooled = cond.text, cond.pooled
+    if kind in ("UNet2DModel", "DiTTransformer2DModel"):
+        found = model(x, t, class_labels=cond.labels).sample
+    elif kind == "UNet2DConditionModel":
+        found = model(x, t, encoder_hidden_states=text).sample
+    elif kind == "SDXL":
+        ids = torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(len(x), 6)
+        found = model(
+            x, t, encoder_hidden_states=text, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+        ).sample
+    elif kind == "SD3Transformer2DModel":
+        found = model(x, timestep=t, encoder_hidden_states=text, pooled_projections=pooled).sample
+    elif kind == "FluxTransformer2DModel":
+        found = flux_prediction(model, x, t, cond)
+    elif kind == "PixArtTransformer2DModel":
+        more = {"resolution": None, "aspect_ratio": None}
+        found = model(x, timestep=t, encoder_hidden_states=text, added_cond_kwargs=more).sample
+    else:
+        found = model(x, timestep=t, encoder_hidden_states=text).sample
+    return found.chunk(2, 1)[0] if found.shape[1] == 2 * x.shape[1] else found
+
+
+def flux_prediction(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    """Token 4 i + j holds the block of 2 x 2 at row i and column j, channel by channel."""
+    assert cond.text is not None
+    blocks = [(i, j) for i in range(4) for j in range(4)]
+    tokens = torch.stack([x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].flatten(1) for i, j in blocks], 1)
+    found = model(
+        tokens,
+        timestep=t / 1000,
+        encoder_hidden_states=cond.text,
+        pooled_projections=cond.pooled,
+        img_ids=torch.tensor([[0.0, i, j] for i, j in blocks]),
+        txt_ids=torch.zeros(cond.text.shape[1], 3),
+        guidance=torch.full((len(x),), 3.5),
+    ).sample
+    image = torch.empty_like(x)
+    for token, (i, j) in enumerate(blocks):
+        image[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2] = found[:, token].unflatten(1, (-1, 2, 2))
+    return image
+
+
+def own_denoiser(tiny: Tiny, prediction: Tensor, x: Tensor, step: int) -> Tensor:
+    """What diffusers' scheduler makes of a prediction at a whole step: x0, by its own tables."""
+    import diffusers
+
+    if "Flow" in tiny.scheduler["_class_name"] or tiny.scheduler.get("use_flow_sigmas"):
+        return x - step / 1000 * prediction
+    taken = ("beta_schedule", "beta_start", "beta_end", "prediction_type")
+    settings = {key: value for key, value in tiny.scheduler.items() if key in taken}
+    scheduler = diffusers.DDPMScheduler(**settings, clip_sample=False)
+    return scheduler.step(prediction, step, x).pred_original_sample
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, FlowMap]]:
+    pytest.importorskip("diffusers")
+    found = {}
+    for kind, tiny in TINY.items():
+        folder: Path = tmp_path_factory.mktemp(kind)
+        found[kind] = save_foreign(folder, kind), load_diffusers(folder, tiny.shape)
+    return found
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_its_denoiser_is_the_librarys_own(kind: str, teachers: dict[str, tuple[Any, FlowMap]]) -> None:
+    """x0 of the prediction, by the scheduler's own tables, at several steps, to 1e-5."""
+    model, teacher = teachers[kind]
+    tiny = TINY[kind]
+    cond = tiny.condition(2)
+    for step in (20, 400, 980):
+        x = torch.randn(2, *tiny.shape, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            own = own_denoiser(tiny, own_prediction(model, kind, x, torch.tensor([step, step]), cond), x, step)
+            t = torch.full((2,), step / 1000 * teacher.path.t_max if teacher.path.t_max == 1 else float(step))
+            torch.testing.assert_close(teacher.denoise(x, t.double(), cond), own, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_its_student_equals_it_at_first_wherever_jumps_end(kind: str, teachers: dict[str, tuple[Any, FlowMap]]) -> None:
+    """N(x, t, s) is the denoiser to the last bit, whatever s; and s counts once its branch has moved."""
+    _, teacher = teachers[kind]
+    cond = TINY[kind].condition(2)
+    x = torch.randn(2, *TINY[kind].shape, generator=torch.Generator().manual_seed(0))
+    t, s = torch.full((2,), 0.6 * teacher.path.t_max), torch.full((2,), 0.2 * teacher.path.t_max)
+    with torch.no_grad():
+        assert torch.equal(teacher.output(x, t, s, cond), teacher.denoise(x, t, cond))
+        network: Any = teacher.network
+        moved = list(network.two_times.new_parameters())
+        for parameter in moved:
+            parameter.add_(0.1)
+        assert not torch.equal(teacher.output(x, t, s, cond), teacher.output(x, t, t, cond))
+        for parameter in moved:
+            parameter.sub_(0.1)
