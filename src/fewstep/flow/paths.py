@@ -118,6 +118,31 @@ class PathConfig(ABC):
     def build(self, sigma_data: float) -> Path:
         """The path for data of that standard deviation; raises ConfigError for settings without meaning."""
 
+    def beside(self, teacher: Path | None, sigma_data: float) -> Path:
+        """The path of a run that has a teacher on that path: `build`'s, but where it is the teacher's own."""
+        return self.build(sigma_data)
+
+    @property
+    def noise_clock(self) -> bool:
+        """Whether the path's clock tells noise levels."""
+        return self.build(1.0).noise_clock
+
+
+@final
+@dataclass(frozen=True)
+class TeacherPathConfig(PathConfig):
+    """The path of the teacher that is distilled."""
+
+    def build(self, sigma_data: float) -> Path:
+        raise ConfigError("the path is the teacher's, and there is none: name one with --teacher")
+
+    def beside(self, teacher: Path | None, sigma_data: float) -> Path:
+        return self.build(sigma_data) if teacher is None else teacher
+
+    @property
+    def noise_clock(self) -> bool:
+        return False
+
 
 def _check_range(name: str, low: float, high: float) -> None:
     if not (0 <= low < high and math.isfinite(high)):

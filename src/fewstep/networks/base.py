@@ -2,6 +2,8 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +87,28 @@ class NetworkConfig(ABC):
                     ) from error
             return None
 
+    def beside(self, teacher: "NetworkConfig | None") -> "NetworkConfig":
+        """The network of a run that has a teacher of that network: these settings, but where it is the teacher's."""
+        return self
+
     @property
     def stochastic(self) -> bool:
         """Whether its layers draw random numbers in training, so that two evaluations are of different networks."""
         return False
+
+
+@final
+@dataclass(frozen=True)
+class TeacherNetworkConfig(NetworkConfig):
+    """The network of the teacher that is distilled, with a second time."""
+
+    def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
+        raise ConfigError("the network is the teacher's, and there is none: name one with --teacher")
+
+    def without_memory(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network | None:
+        return None
+
+    def beside(self, teacher: NetworkConfig | None) -> NetworkConfig:
+        if teacher is None:
+            raise ConfigError("the network is the teacher's, which does not say its settings: name a network")
+        return teacher

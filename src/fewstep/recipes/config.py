@@ -42,7 +42,7 @@ class ModelConfig:
     @property
     def noise_clock(self) -> bool:
         """Whether the path's clock tells noise levels."""
-        return self.path.build(self.sigma_data or 1.0).noise_clock
+        return self.path.noise_clock
 
 
 @dataclass(frozen=True)
@@ -260,16 +260,22 @@ def flow_map_config(
     num_classes: int = 0,
     statistics: TrajectoryStatistics | None = None,
     observation: tuple[int, ...] = (),
+    teacher: FlowMapConfig | None = None,
 ) -> FlowMapConfig:
-    """The flow map of a run on such data; statistics: for an analytic preconditioning; observation: a policy's."""
+    """The flow map of a run on such data; statistics: for an analytic preconditioning; observation: a policy's.
+
+    teacher: whose path, inner scaling and network are taken where the run says so.
+    """
     model = config.model
     sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
-    path = model.path.build(sigma_data)
+    path = model.path.beside(None if teacher is None else teacher.path, sigma_data)
+    preconditioning = model.preconditioning.build(path, sigma_data, statistics)
+    own = None if teacher is None else teacher.scaling
     return FlowMapConfig(
         path=path,
-        preconditioning=model.preconditioning.build(path, sigma_data, statistics),
-        scaling=model.scaling.build(path, sigma_data),
-        network=config.network,
+        preconditioning=preconditioning,
+        scaling=model.scaling.beside(own, path, sigma_data, preconditioning.denoises),
+        network=config.network.beside(None if teacher is None else teacher.network),
         shape=shape,
         num_classes=num_classes,
         guided=config.objective.guided and num_classes > 0,

@@ -6,10 +6,11 @@ CTM, the default computes the preconditioning from the teacher (math.md §3).
 
 from dataclasses import replace
 
-from fewstep.flow.paths import EDMPathConfig
+from fewstep.flow.paths import EDMPathConfig, TeacherPathConfig
 from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
-from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig
+from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, TeacherScalingConfig
+from fewstep.networks.base import TeacherNetworkConfig
 from fewstep.objectives import CD, CTM, TeacherSteps
 from fewstep.recipes.config import (
     EvaluationConfig,
@@ -83,4 +84,22 @@ def _student(teacher: RunConfig, name: str, images: int, batch_size: int, sample
         teacher=f"runs/{teacher.recipe}",
         initial="teacher",
         statistics=StatisticsConfig(),
+    )
+
+
+def distil_diffusers() -> RunConfig:
+    """CTM from a teacher of diffusers: `--teacher FOLDER`, with your data, and the student is in the teacher's format.
+
+    The student is the teacher's network with a second time. Data, digits where you name none, must have the teacher's
+    shape and classes.
+    """
+    base = ctm_digits()
+    return replace(
+        base,
+        recipe="distil-diffusers",
+        data=replace(base.data, labels=True),
+        model=ModelConfig(TeacherPathConfig(), EulerPreconditioningConfig(), TeacherScalingConfig()),
+        network=TeacherNetworkConfig(),
+        optimizer=replace(base.optimizer, lr=1e-4),
+        teacher="",
     )

@@ -1,6 +1,7 @@
 """Teachers: models of the denoiser that others learn from, each on a path of its own."""
 
 from fewstep.teachers.base import Teacher, denoiser_on
+from fewstep.teachers.diffusers import is_diffusers, load_diffusers
 from fewstep.teachers.model import TeacherModel
 
-__all__ = ["Teacher", "TeacherModel", "denoiser_on"]
+__all__ = ["Teacher", "TeacherModel", "denoiser_on", "is_diffusers", "load_diffusers"]

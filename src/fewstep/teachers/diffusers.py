@@ -173,9 +173,10 @@ def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
     kind = family(name)
     path, scaling = read_scheduler(_scheduler_file(folder, place), kind)
     shape = shape or _sample_shape(name, settings)
-    flow_map = FlowMapConfig(
-        path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values)
-    ).build()
+    stored = FlowMapConfig(path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # what no file holds, the second time, is the same whenever the teacher is read
+        flow_map = stored.build()
     assert isinstance(flow_map.network, DiffusersNetwork)
     flow_map.network.load_foreign(read_model_weights(place), str(place))
     return flow_map.eval()

@@ -52,7 +52,8 @@ def build(
             "--training.no-flip"
         )
     policy, seen = dataset.policy, _observation(dataset)
-    settings = flow_map_config(config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen)
+    own = None if teacher is None else teacher.config
+    settings = flow_map_config(config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own)
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()

@@ -4,12 +4,13 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from fewstep.data.base import Dataset
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes.config import RunConfig
-from fewstep.teachers import TeacherModel
+from fewstep.teachers import TeacherModel, is_diffusers, load_diffusers
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
@@ -27,7 +28,7 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
             raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
         return None
     with _advising("teacher", "--teacher"):
-        teacher, policy = find_teacher(config.teacher)
+        teacher, policy = find_teacher(config.teacher, dataset.shape)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
         raise ConfigError(
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
@@ -39,13 +40,17 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
     return teacher
 
 
-def find_teacher(name: str) -> tuple[FlowMap, PolicySpec | None]:
+def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, PolicySpec | None]:
     """The teacher in a folder, or of a class in a file that has been imported, without gradients; what it acts on.
+
+    shape: of its samples, for those whose files do not say it.
 
     Raises CheckpointError when the folder cannot be read, ConfigError when the class is not there.
     """
     if ".py:" in name:
         return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
+    if is_diffusers(Path(name)):
+        return load_diffusers(Path(name), shape).requires_grad_(False), None
     named = load(name)
     return named.flow_map.requires_grad_(False), named.config.policy
 

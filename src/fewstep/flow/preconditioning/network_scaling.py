@@ -40,6 +40,10 @@ class Scaling(ABC):
         """The span of time over which that clock changes by one of its units: for finite-difference steps."""
         return torch.ones_like(t)
 
+    def on(self, path: Path, denoises: bool) -> "Scaling":
+        """The network read on another path, N its denoiser or else its velocity; raises ConfigError if it cannot be."""
+        raise ConfigError(f"{type(self).__name__} stays on the path that it was made for")
+
 
 class ScalingConfig(ABC):
     """Settings of an inner scaling; subclasses are final frozen dataclasses.
@@ -53,6 +57,25 @@ class ScalingConfig(ABC):
     @abstractmethod
     def build(self, path: Path, sigma_data: float) -> Scaling:
         """The inner scaling on a path, for data of that standard deviation."""
+
+    def beside(self, teacher: Scaling | None, path: Path, sigma_data: float, denoises: bool) -> Scaling:
+        """The inner scaling of a run that has such a teacher: `build`'s, but where it is the teacher's own."""
+        return self.build(path, sigma_data)
+
+
+@final
+@dataclass(frozen=True)
+class TeacherScalingConfig(ScalingConfig):
+    """The teacher's: what its network predicts is read as a denoiser, or as a velocity, whichever the jumps need."""
+
+    unit_input: ClassVar[bool] = True
+    denoises: ClassVar[bool] = True
+
+    def build(self, path: Path, sigma_data: float) -> Scaling:
+        raise ConfigError("the inner scaling is the teacher's, and there is none: name one with --teacher")
+
+    def beside(self, teacher: Scaling | None, path: Path, sigma_data: float, denoises: bool) -> Scaling:
+        return self.build(path, sigma_data) if teacher is None else teacher.on(path, denoises)
 
 
 @final
@@ -136,6 +159,11 @@ class EDMScaling(LogNoiseScaling):
         variance = self.sigma_data**2
         root = torch.sqrt(variance * p.alpha**2 + p.sigma**2)
         return ScalingValues(p.alpha * variance / root**2, self.sigma_data * p.sigma / root, 1 / root)
+
+    def on(self, path: Path, denoises: bool) -> Scaling:
+        if not denoises:
+            raise ConfigError("a network in EDM's scaling is a denoiser: take a preconditioning of one, such as euler")
+        return EDMScaling(self.sigma_data, path)
 
 
 @final

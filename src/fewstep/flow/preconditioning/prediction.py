@@ -1,6 +1,6 @@
 """Inner scaling of networks that predict noise, data or a velocity on a path of their own (math.md §2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, final, get_args
 
 import torch
@@ -69,6 +69,9 @@ class PredictionScaling(Scaling):
         at = self.path.values(t)
         c_in = torch.hypot(own.alpha, own.sigma) / torch.hypot(at.alpha, at.sigma)
         return ScalingValues(c_in * (p * b - q * a) / d, (own.alpha * q - own.sigma * p) / d, c_in)
+
+    def on(self, path: Path, denoises: bool) -> Scaling:
+        return replace(self, path=path, output="denoiser" if denoises else "velocity")
 
     def c_noise(self, t: Tensor) -> Tensor:
         """The network's own time."""
