@@ -1,0 +1,1 @@
+"""Other formats: what leaves fewstep for programs that do not have it."""

@@ -1,0 +1,73 @@
+"""A sampler as a table of numbers: all that a program without paths and preconditionings needs to draw samples.
+
+One step of the map sampler is x <- a x + b F(c_in x, t, s) + m, with F the raw network and
+a = f + g c_skip, b = g c_out, m the origin times its weight (math.md §2, §3.6).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.base import origin_weight
+from fewstep.sampling.generate import SamplingSettings
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Step:
+    """Numbers of one step; t, s: in the clock of the raw network. origin: the weight of the origin, 0 for none."""
+
+    t: float
+    s: float
+    c_in: float
+    a: float
+    b: float
+    origin: float
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """prior: the deviation of the noise to start from. steps: for each number of network calls, its steps."""
+
+    prior: float
+    steps: dict[int, tuple[Step, ...]]
+
+    def to_json(self) -> str:
+        """{"prior", "steps": {calls: [{t, s, c_in, a, b, origin}]}}."""
+        rows = {str(calls): [asdict(step) for step in steps] for calls, steps in self.steps.items()}
+        return json.dumps({"prior": self.prior, "steps": rows}, indent=1) + "\n"
+
+
+def step_table(pipeline: Pipeline, calls: tuple[int, ...], **settings: Any) -> StepTable:
+    """The map sampler of a pipeline in these numbers of calls, at the times that were tuned for them if any were.
+
+    settings: of SamplingSettings, besides steps. Raises ConfigError for another sampler than the map's.
+    """
+    tables = {}
+    for count in calls:
+        own = SamplingSettings(steps=count, **settings)
+        if own.sampler != "map":
+            raise ConfigError(f"sampler {own.sampler!r} is no table of steps: export the map sampler")
+        tables[count] = steps_of(pipeline.flow_map, own.grid(pipeline.flow_map.path, pipeline.step_times))
+    path = pipeline.flow_map.path
+    prior = path.values(torch.tensor([path.t_max], dtype=torch.float64)).sigma
+    return StepTable(float(prior), tables)
+
+
+def steps_of(flow_map: FlowMap, times: Tensor) -> tuple[Step, ...]:
+    """Steps at falling times (n + 1,)."""
+    path, scaling = flow_map.path, flow_map.scaling
+    times = path.clock(times)
+    t, s = times[:-1], times[1:]
+    f, g = flow_map.preconditioning.coefficients(t, s)
+    c_skip, c_out, c_in = scaling.values(t)
+    weight = torch.zeros_like(f)
+    if flow_map.preconditioning.origin is not None:
+        weight = origin_weight(path, f, g, t, s)
+    columns = scaling.c_noise(t), scaling.c_noise(s), c_in, f + g * c_skip, g * c_out, weight
+    return tuple(Step(*row) for row in torch.stack(columns, 1).tolist())
