@@ -1,4 +1,4 @@
-"""A few-step sampler for diffusers, as fewstep exports it: DiffusionPipeline.from_pretrained(..., trust_remote_code=True).
+"""A few-step sampler for diffusers: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True).
 
 Each step is x <- a x + b F(c_in x, t, s) + origin; the numbers are in fewstep/steps.json. F is the network of this
 folder, whose embeddings of time also take s, the time where the step ends.
@@ -8,43 +8,46 @@ import fnmatch
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
-class TwoTimeEmbedding(torch.nn.Module):
+class TwoTimeEmbedding(nn.Module):
     """An embedding of t, plus what the second time adds."""
 
-    def __init__(self, embedding, weight, bias):
+    def __init__(self, embedding: nn.Module, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.embedding, self.weight, self.bias, self.hidden = embedding, weight, bias, None
+        self.embedding, self.weight, self.bias = embedding, weight, bias
+        self.hidden = torch.zeros(1)
 
-    def forward(self, *args, **options):
-        found = self.embedding(*args, **options)
-        weight, bias = self.weight.to(found), self.bias.to(found)
-        return found + torch.nn.functional.linear(self.hidden.to(found), weight, bias)
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        found: Tensor = self.embedding(*args, **options)
+        return found + linear(self.hidden.to(found), self.weight.to(found), self.bias.to(found))
 
 
 class FewStepPipeline(DiffusionPipeline):
     """Samples in a few network calls. unet or transformer: the network, whichever this folder has."""
 
-    _optional_components = ["unet", "transformer", "vae"]
+    _optional_components = ("unet", "transformer")
 
-    def __init__(self, unet=None, transformer=None, vae=None):
+    def __init__(self, unet: Any = None, transformer: Any = None) -> None:
         super().__init__()
-        self.register_modules(unet=unet, transformer=transformer, vae=vae)
-        self.settings = None
+        self.register_modules(unet=unet, transformer=transformer)
+        self.settings: dict[str, Any] = {}
 
     @property
-    def network(self):
+    def network(self) -> Any:
+        """The one network there is."""
         return self.transformer if self.unet is None else self.unet
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Read the sampler, and give the network its second time; done once."""
-        if self.settings is not None:
+        if self.settings:
             return
         folder = Path(self.network.config._name_or_path).parent / "fewstep"
         self.settings = json.loads((folder / "config.json").read_text())
@@ -62,33 +65,34 @@ class FewStepPipeline(DiffusionPipeline):
             setattr(self.network.get_submodule(owner), name, wrapped)
             self.embeddings.append(wrapped)
 
-    def set_end(self, s):
+    def set_end(self, s: float) -> None:
         """Every embedding adds what belongs to the time s."""
         weight, bias = self.second_time
         half = weight.shape[1] // 2
         rates = torch.exp(-math.log(10_000.0) / half * torch.arange(half))
         angles = self.settings["time_factor"] * s * rates
-        hidden = torch.nn.functional.linear(torch.cat([angles.cos(), angles.sin()])[None], weight, bias)
+        hidden = linear(torch.cat([angles.cos(), angles.sin()])[None], weight, bias)
         for embedding in self.embeddings:
             embedding.hidden = hidden * torch.sigmoid(hidden)
 
-    def predict(self, x, t, labels, conditions):
+    def predict(self, x: Tensor, t: Tensor, labels: Tensor | None, conditions: dict[str, Any]) -> Tensor:
         """F(x, t, s), without a learned variance."""
         if labels is not None:
             conditions = {"class_labels": labels, **conditions}
-        return self.network(x, timestep=t, **conditions).sample[:, : x.shape[1]]
+        found: Tensor = self.network(x, timestep=t, **conditions).sample
+        return found[:, : x.shape[1]]
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size=1,
-        num_inference_steps=2,
-        class_labels=None,
-        generator=None,
-        latents=None,
-        output_type="pil",
-        **conditions,
-    ):
+        batch_size: int = 1,
+        num_inference_steps: int = 2,
+        class_labels: Any = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        **conditions: Any,
+    ) -> Any:
         """batch_size samples in num_inference_steps network calls.
 
         class_labels: whole numbers, one a sample. latents: standard normal noise (batch, ...) to start from, in place
@@ -116,7 +120,7 @@ class FewStepPipeline(DiffusionPipeline):
                 x = x + step["origin"] * self.origin.to(x)
         return ImagePipelineOutput(images=self.shown(x, output_type))
 
-    def shown(self, x, output_type):
+    def shown(self, x: Tensor, output_type: str) -> Any:
         """Samples as they are asked for."""
         if output_type == "pt":
             return x
@@ -126,4 +130,4 @@ class FewStepPipeline(DiffusionPipeline):
             return images
         if images.shape[-1] not in (1, 3):
             raise ValueError(f"samples of {images.shape[-1]} channels are no pictures: take output_type 'pt'")
-        return self.numpy_to_pil(np.ascontiguousarray(images))
+        return self.numpy_to_pil(images)

@@ -25,7 +25,7 @@ from fewstep.networks.base import Network, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
 from fewstep.teachers.families import FAMILIES, Family, NullableEmbedding, Settings, family
-from fewstep.teachers.second_time import TwoTimes, without_second_time
+from fewstep.teachers.second_time import TwoTimes, differentiable_attention, differentiable_norms, without_second_time
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import differences
@@ -92,6 +92,7 @@ class DiffusersNetwork(Network):
         classes = getattr(network, "class_embedding", None)
         if isinstance(classes, nn.Embedding):
             network.class_embedding = NullableEmbedding(classes)
+        differentiable_norms(network)
         self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time)
         self.eval()
 
@@ -111,7 +112,7 @@ class DiffusersNetwork(Network):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
-        with self.two_times.at(s.to(x.dtype)):
+        with self.two_times.at(s.to(x.dtype)), differentiable_attention(x, t, s):
             found = self.family.call(self.two_times.network, x, t, Condition() if cond is None else cond)
         return found[:, : x.shape[1]]
 
@@ -144,7 +145,7 @@ def make_model(name: str, settings: Settings) -> nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingExtraError("teachers of diffusers", "diffusers") from error
+        raise MissingExtraError(f"{name} needs diffusers: pip install 'fewstep[diffusers]' ({error})") from error
     try:
         model: nn.Module = getattr(diffusers, name)(**settings)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:

@@ -6,18 +6,43 @@ the last bit, until the first step of training.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.networks.layers import Linear, silu, zeroed
+from fewstep.networks.layers import Linear, carries_tangent, silu, zeroed
 from fewstep.utils.errors import ConfigError
 
 _FEATURES = 256
 _LONGEST_PERIOD = 10_000.0
+
+
+class _ContiguousGroupNorm(nn.GroupNorm):
+    """torch's, whose tangents need contiguous input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
+
+
+def differentiable_norms(network: nn.Module) -> None:
+    """Put norms that forward-mode differentiation passes through in place of torch's group norms, weights and all."""
+    for owner in list(network.modules()):
+        for name, norm in list(owner.named_children()):
+            if type(norm) is nn.GroupNorm:
+                own = _ContiguousGroupNorm(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
+                own.load_state_dict(norm.state_dict())
+                setattr(owner, name, own)
+
+
+@contextmanager
+def differentiable_attention(*values: Tensor) -> Iterator[None]:
+    """Attention written out within, where forward-mode differentiation passes through any of the values."""
+    with sdpa_kernel(SDPBackend.MATH) if carries_tangent(*values) else nullcontext():
+        yield
 
 
 class SecondTime(nn.Module):
@@ -32,8 +57,8 @@ class SecondTime(nn.Module):
         half = _FEATURES // 2
         rates = torch.exp(-math.log(_LONGEST_PERIOD) / half * torch.arange(half, device=s.device, dtype=s.dtype))
         angles = self.time_factor * s[:, None] * rates
-        hidden: Tensor = self.hidden(torch.cat([torch.cos(angles), torch.sin(angles)], 1))
-        return silu(hidden)
+        found: Tensor = silu(self.hidden(torch.cat([torch.cos(angles), torch.sin(angles)], 1)))
+        return found
 
 
 class _Shared:
@@ -55,7 +80,8 @@ class TwoTimeEmbedding(nn.Module):
         embedded: Tensor = self.embedding(*args, **options)
         if self.shared.value is None:
             return embedded
-        return embedded + self.project(self.shared.value).to(embedded.dtype)
+        added: Tensor = self.project(self.shared.value)
+        return embedded + added.to(embedded.dtype)
 
 
 class TwoTimes(nn.Module):

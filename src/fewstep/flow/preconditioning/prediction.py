@@ -78,5 +78,13 @@ class PredictionScaling(Scaling):
         return self.time_factor * self._place(t).own
 
     def time_scale(self, t: Tensor) -> Tensor:
-        """The span of time over which log tau changes by 1, at least 1e-3 of the unit that the path names."""
-        return self.path.time_scale(t)
+        """A hundred units of the network's time: embeddings of time turn by up to a radian in one."""
+        time, own_time = self._place(t)
+        span = 100.0 / self.time_factor * torch.ones_like(time)
+        return span if self.own == self.path else span * _rate(self.own, own_time) / _rate(self.path, time)
+
+
+def _rate(path: Path, t: Tensor) -> Tensor:
+    """d log tau / dt, at least 1e-6."""
+    p = path.values(t)
+    return ((p.d_sigma * p.alpha - p.sigma * p.d_alpha) / (p.alpha * p.sigma).clamp(min=1e-12)).clamp(min=1e-6)
