@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": ("RUN", "measure its samples against held-out data"),
     "report": ("RUN", "write RUN/report.html, one self-contained page"),
     "encode": ("FOLDER", "turn a folder of images into latents to train on, with an autoencoder of yours"),
+    "export": ("RUN", "write it for programs without fewstep: diffusers, onnx, torch"),
     "statistics": ("RUN", "what an analytic preconditioning computes from a teacher: estimated, drawn, its cost"),
     "policy-quickstart": ("", "the same for a robot: a maze with two ways, its policy, its page"),
     "demos": ("TASK", "record demonstrations of a robot's task, to train a policy on"),

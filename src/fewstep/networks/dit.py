@@ -109,7 +109,7 @@ class DiT(EmbeddingNetwork):
     def _to_tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, C * patch^2), tokens in row-major order."""
         rows, columns = self.grid
-        split = x.reshape(len(x), x.shape[1], rows, self.patch, columns, self.patch)
+        split = x.reshape(x.shape[0], x.shape[1], rows, self.patch, columns, self.patch)
         return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def _to_image(self, tokens: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ class GroupNorm(nn.Module):
 
     def _group_mean(self, x: Tensor) -> Tensor:
         """Each channel's group mean, (B, C). Positions go first: that order is quick for channels_last too."""
-        means = x.mean(tuple(range(2, x.ndim))).reshape(len(x), self.groups, -1)
-        return means.mean(2, keepdim=True).expand(means.shape).reshape(len(x), -1)
+        means = x.mean(tuple(range(2, x.ndim))).reshape(x.shape[0], self.groups, -1)
+        return means.mean(2, keepdim=True).expand(means.shape).reshape(x.shape[0], -1)
 
 
 def default_groups(channels: int) -> int:

@@ -61,11 +61,11 @@ def _labels(x: Tensor, cond: Condition, null: int) -> Tensor:
 
 
 def _text(x: Tensor, cond: Condition, width: int) -> Tensor:
-    return x.new_zeros(len(x), 1, width) if cond.text is None else cond.text.to(x.dtype)
+    return x.new_zeros(x.shape[0], 1, width) if cond.text is None else cond.text.to(x.dtype)
 
 
 def _pooled(x: Tensor, cond: Condition, width: int) -> Tensor:
-    return x.new_zeros(len(x), width) if cond.pooled is None else cond.pooled.to(x.dtype)
+    return x.new_zeros(x.shape[0], width) if cond.pooled is None else cond.pooled.to(x.dtype)
 
 
 def _unet(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -83,7 +83,7 @@ def _unet_with_text(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor
     config, more = model.config, {}
     if config.addition_embed_type == "text_time":  # SDXL: the size, the crop and the size again
         height, width = (side * 8 for side in x.shape[-2:])
-        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), 6)
+        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(x.shape[0], 6)
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         more = {"text_embeds": _pooled(x, cond, pooled), "time_ids": sizes}
     text = _text(x, cond, config.cross_attention_dim)
@@ -123,8 +123,8 @@ def _pixart(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     more: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
     if model.use_additional_conditions:
         height, width = (side * 8 for side in x.shape[-2:])
-        more = {"resolution": x.new_tensor([[height, width]]).expand(len(x), 2)}
-        more["aspect_ratio"] = x.new_full((len(x), 1), height / width)
+        more = {"resolution": x.new_tensor([[height, width]]).expand(x.shape[0], 2)}
+        more["aspect_ratio"] = x.new_full((x.shape[0], 1), height / width)
     found: Tensor = model(
         x, timestep=t, encoder_hidden_states=_text(x, cond, model.config.caption_channels),
         encoder_attention_mask=cond.text_mask, added_cond_kwargs=more,

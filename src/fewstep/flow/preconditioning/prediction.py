@@ -67,7 +67,7 @@ class PredictionScaling(Scaling):
         p, q = (here.d_alpha, here.d_sigma) if self.output == "velocity" else (torch.ones_like(a), torch.zeros_like(a))
         d = own.alpha * b - own.sigma * a
         at = self.path.values(t)
-        c_in = torch.hypot(own.alpha, own.sigma) / torch.hypot(at.alpha, at.sigma)
+        c_in = torch.sqrt((own.alpha**2 + own.sigma**2) / (at.alpha**2 + at.sigma**2))
         return ScalingValues(c_in * (p * b - q * a) / d, (own.alpha * q - own.sigma * p) / d, c_in)
 
     def on(self, path: Path, denoises: bool) -> Scaling:
