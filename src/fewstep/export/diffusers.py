@@ -59,6 +59,7 @@ def export_diffusers(pipeline: Pipeline, folder: Path, calls: tuple[int, ...] = 
     record = {
         "shape": list(network.shape),
         "times": kind.times,
+        "packed": kind.packed,
         "time_factor": 1000.0 / kind.noise_time,
         "classes": list(pipeline.config.class_names),
         "num_classes": network.num_classes,

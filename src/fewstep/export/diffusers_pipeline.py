@@ -79,8 +79,24 @@ class FewStepPipeline(DiffusionPipeline):
         """F(x, t, s), without a learned variance."""
         if labels is not None:
             conditions = {"class_labels": labels, **conditions}
+        if self.settings["packed"]:
+            return self.predict_packed(x, t, conditions)
         found: Tensor = self.network(x, timestep=t, **conditions).sample
         return found[:, : x.shape[1]]
+
+    def predict_packed(self, x: Tensor, t: Tensor, conditions: dict[str, Any]) -> Tensor:
+        """The same for a network of tokens, each a block of 2 x 2 with its row and column."""
+        batch, channels, height, width = x.shape
+        rows, columns = height // 2, width // 2
+        tokens = (
+            x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+        )
+        places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
+        places[..., 1] = torch.arange(rows, device=x.device)[:, None]
+        places[..., 2] = torch.arange(columns, device=x.device)
+        text = torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, device=x.device, dtype=x.dtype)
+        found = self.network(tokens, timestep=t, img_ids=places.reshape(-1, 3), txt_ids=text, **conditions).sample
+        return found.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
     @torch.no_grad()
     def __call__(

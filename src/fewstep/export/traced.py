@@ -36,7 +36,7 @@ class SamplerModule(nn.Module):
         super().__init__()
         self.network, self.prior, self.steps = flow_map.network, prior, steps
         origin = flow_map.preconditioning.origin
-        self.register_buffer("origin", torch.zeros(()) if origin is None else origin.float())
+        self.origin = nn.Buffer(torch.zeros(()) if origin is None else origin.float())
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.prior * noise

@@ -24,7 +24,7 @@ from fewstep.flow.preconditioning.prediction import Prediction, PredictionScalin
 from fewstep.networks.base import Network, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
-from fewstep.teachers.families import FAMILIES, Family, NullableEmbedding, Settings, family
+from fewstep.teachers.families import Family, NullableEmbedding, Settings, family
 from fewstep.teachers.second_time import TwoTimes, differentiable_attention, differentiable_norms, without_second_time
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
@@ -81,8 +81,8 @@ class DiffusersNetwork(Network):
         super().__init__(shape, num_classes, guided=False)
         self.family: Family = family(config.model)
         channels = config.values.get("in_channels")
-        if self.family is FAMILIES["FluxTransformer2DModel"]:
-            channels = None if channels is None else channels // 4
+        if self.family.packed and channels:
+            channels //= 4
         if channels != shape[0] or self.family.num_classes(config.values) != num_classes:
             raise ConfigError(
                 f"a {config.model} of {channels} channels and {self.family.num_classes(config.values)} classes does "

@@ -23,13 +23,14 @@ class Family:
     """How networks of one class of diffusers are used.
 
     times: the names of their embeddings of t, as fnmatch reads them. output: the name of the last layer. noise_time:
-    the time that the class takes where there is noise alone.
+    the time that the class takes where there is noise alone. packed: whether it takes blocks of 2 x 2 as tokens.
     """
 
     call: Call
     times: str
     output: str
     noise_time: float = 1000.0
+    packed: bool = False
 
     def num_classes(self, settings: Settings) -> int:
         """Classes that the network was made for; 0 for none."""
@@ -152,7 +153,9 @@ FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(_unet_with_text, "time_embedding", "conv_out"),
     "DiTTransformer2DModel": _DiT(_dit, "transformer_blocks.*.norm1.emb.timestep_embedder", "proj_out_2"),
     "SD3Transformer2DModel": Family(_sd3, "time_text_embed.timestep_embedder", "proj_out"),
-    "FluxTransformer2DModel": Family(_flux, "time_text_embed.timestep_embedder", "proj_out", noise_time=1.0),
+    "FluxTransformer2DModel": Family(
+        _flux, "time_text_embed.timestep_embedder", "proj_out", noise_time=1.0, packed=True
+    ),
     "PixArtTransformer2DModel": Family(_pixart, "adaln_single.emb.timestep_embedder", "proj_out"),
     "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out"),
     "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out"),

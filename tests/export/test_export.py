@@ -1,0 +1,125 @@
+"""What leaves fewstep gives the same samples where it arrives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep import FlowMapConfig, LinearPreconditioning, MLPConfig, Pipeline
+from fewstep.export.diffusers import export_diffusers
+from fewstep.export.traced import export_traced
+from fewstep.flow.paths import Linear
+from fewstep.flow.preconditioning.network_scaling import IdentityScaling
+from fewstep.networks.condition import Condition
+from fewstep.sampling.generate import STREAM_PRIOR
+from fewstep.sampling.samplers import map_sampler
+from fewstep.sampling.step_times import StepTimes
+from fewstep.teachers.diffusers import load_diffusers
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.random import Draws
+from tests.support.foreign import TINY, save_foreign
+
+
+def noise(shape: tuple[int, ...], count: int) -> torch.Tensor:
+    return Draws(0, 0, torch.arange(count)).normal(STREAM_PRIOR, shape)
+
+
+def trained(pipeline: Pipeline) -> Pipeline:
+    """The same with every weight moved a little, those of the second time too."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in pipeline.flow_map.network.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw)
+    return pipeline
+
+
+def own_words(kind: str, cond: Condition) -> dict[str, Any]:
+    """Conditions as the network of diffusers takes them."""
+    if cond.text is None:
+        return {"class_labels": cond.labels}
+    words: dict[str, Any] = {"encoder_hidden_states": cond.text}
+    if kind == "SDXL":
+        ids = torch.tensor([64.0, 64, 0, 0, 64, 64]).expand(len(cond.text), 6)
+        words["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": ids}
+    elif cond.pooled is not None:
+        words["pooled_projections"] = cond.pooled
+    if kind == "FluxTransformer2DModel":
+        words["guidance"] = torch.full((len(cond.text),), 3.5)
+    if kind == "PixArtTransformer2DModel":
+        words["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    return words
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_diffusers_draws_the_same_samples(kind: str, tmp_path: Path) -> None:
+    """In 1 and in 2 calls from the same noise, to 1e-5 of the largest, by a pipeline that imports nothing of fewstep."""
+    diffusers = pytest.importorskip("diffusers")
+    tiny = TINY[kind]
+    save_foreign(tmp_path / "teacher", kind)
+    student = trained(Pipeline(load_diffusers(tmp_path / "teacher", tiny.shape)))
+    export_diffusers(student, tmp_path / "out", (1, 2))
+    assert "fewstep." not in (tmp_path / "out" / "pipeline.py").read_text().replace("fewstep/", "")
+    found = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    found.set_progress_bar_config(disable=True)
+    cond, path = tiny.condition(2), student.flow_map.path
+    for calls in (1, 2):
+        times = torch.linspace(path.t_max, path.t_min, calls + 1, dtype=torch.float64)
+        with torch.no_grad():
+            draws = Draws(0, 0, torch.arange(2))
+            own = map_sampler(student.flow_map, path.prior(noise(tiny.shape, 2)), times, cond, draws)
+        theirs = found(
+            num_inference_steps=calls, latents=noise(tiny.shape, 2), output_type="pt", **own_words(kind, cond)
+        ).images
+        torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+    with pytest.raises(ValueError, match="num_inference_steps is 3; this folder has 1, 2"):
+        found(num_inference_steps=3)
+
+
+@pytest.fixture(scope="module")
+def small() -> Pipeline:
+    """A map of the house's own, with tuned times for two steps."""
+    config = FlowMapConfig(
+        Linear(), LinearPreconditioning(), IdentityScaling(), MLPConfig(width=16, depth=1), (1, 4, 4), num_classes=3
+    )
+    tuned = StepTimes("map", 0.0, 1.0, (1.0, 0.7, 0.0), "a test")
+    return trained(Pipeline(config.build())).with_step_times((tuned,))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_traced_programs_give_the_same_jumps_and_samples(small: Pipeline, kind: Any, tmp_path: Path) -> None:
+    """Of any batch size, at the tuned times, to 1e-5."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    export_traced(small, tmp_path / "out", kind, (1, 2))
+    for count in (1, 5):
+        labels = torch.arange(count) % 3
+        own = small.generate(count, steps=2, labels=labels).samples
+        assert_same(run(tmp_path / "out", "sampler-2", kind, noise=noise((1, 4, 4), count), labels=labels), own)
+        x, t, s = noise((1, 4, 4), count), torch.rand(count) * 0.5 + 0.5, torch.rand(count) * 0.5
+        jump = small.flow_map.jump(x, t, s, Condition(labels)).detach()
+        assert_same(run(tmp_path / "out", "jump", kind, x=x, t=t, s=s, labels=labels), jump)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def run(folder: Path, name: str, kind: str, **inputs: torch.Tensor) -> torch.Tensor:
+    if kind == "torch":
+        found: torch.Tensor = torch.export.load(folder / f"{name}.pt2").module()(*inputs.values())
+        return found.detach()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(folder / f"{name}.onnx"))
+    return torch.from_numpy(session.run(None, {key: value.numpy() for key, value in inputs.items()})[0])
+
+
+def test_what_does_not_fit_a_format_is_said(small: Pipeline, tmp_path: Path) -> None:
+    """Another network in diffusers' format, and a folder with something in it; nothing is written."""
+    with pytest.raises(ConfigError, match="only students with a network of diffusers"):
+        export_diffusers(small, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(ConfigError, match="has something in it"):
+        export_traced(small, tmp_path / "full", "torch")
