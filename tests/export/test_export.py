@@ -52,7 +52,7 @@ def own_words(kind: str, cond: Condition) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", TINY)
 def test_diffusers_draws_the_same_samples(kind: str, tmp_path: Path) -> None:
-    """In 1 and in 2 calls from the same noise, to 1e-5 of the largest, by a pipeline that imports nothing of fewstep."""
+    """In 1 and 2 calls from the same noise, to 1e-5 of the largest, by a pipeline that imports nothing of fewstep."""
     diffusers = pytest.importorskip("diffusers")
     tiny = TINY[kind]
     save_foreign(tmp_path / "teacher", kind)

@@ -88,9 +88,7 @@ class FewStepPipeline(DiffusionPipeline):
         """The same for a network of tokens, each a block of 2 x 2 with its row and column."""
         batch, channels, height, width = x.shape
         rows, columns = height // 2, width // 2
-        tokens = (
-            x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
-        )
+        tokens = x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
         places[..., 1] = torch.arange(rows, device=x.device)[:, None]
         places[..., 2] = torch.arange(columns, device=x.device)

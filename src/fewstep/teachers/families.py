@@ -153,9 +153,7 @@ FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(_unet_with_text, "time_embedding", "conv_out"),
     "DiTTransformer2DModel": _DiT(_dit, "transformer_blocks.*.norm1.emb.timestep_embedder", "proj_out_2"),
     "SD3Transformer2DModel": Family(_sd3, "time_text_embed.timestep_embedder", "proj_out"),
-    "FluxTransformer2DModel": Family(
-        _flux, "time_text_embed.timestep_embedder", "proj_out", noise_time=1.0, packed=True
-    ),
+    "FluxTransformer2DModel": Family(_flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, packed=True),
     "PixArtTransformer2DModel": Family(_pixart, "adaln_single.emb.timestep_embedder", "proj_out"),
     "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out"),
     "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out"),
