@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.networks.layers import Linear, carries_tangent, silu, zeroed
+from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
 from fewstep.utils.errors import ConfigError
 
 _FEATURES = 256
@@ -51,7 +51,7 @@ class SecondTime(nn.Module):
     def __init__(self, width: int, time_factor: float) -> None:
         super().__init__()
         self.time_factor = time_factor
-        self.hidden = Linear(_FEATURES, width)
+        self.hidden = LinearLayer(_FEATURES, width)
 
     def forward(self, s: Tensor) -> Tensor:
         half = _FEATURES // 2
@@ -73,7 +73,7 @@ class TwoTimeEmbedding(nn.Module):
     def __init__(self, embedding: nn.Module, width: int, outputs: int, shared: _Shared) -> None:
         super().__init__()
         self.embedding = embedding
-        self.project = zeroed(Linear(width, outputs))
+        self.project = zeroed(LinearLayer(width, outputs))
         self.shared = shared
 
     def forward(self, *args: Any, **options: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
+from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_positive
 
 _LOG_TAU_LIMIT = 8.0
