@@ -1,4 +1,4 @@
-"""A teacher of diffusers' own making, its student, and the student back in diffusers' format (tutorial distil-your-own).
+"""A teacher made by diffusers, its student, and the student back in its format (docs/tutorials/distil-your-own.md).
 
 teacher: a UNet2DModel on digits with classes, trained with diffusers' DDPMScheduler. student: CTM from it, one for each
 preconditioning and seed. table: Frechet distance of what diffusers itself samples: the teacher by DDIM, the student
