@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 POLICY_STAMP := $(VENV)/.installed-policy
 DOCS_STAMP := $(VENV)/.installed-docs
+ONNX_STAMP := $(VENV)/.installed-onnx
 
 .PHONY: quickstart policy-quickstart test docs clean
 
@@ -15,7 +16,7 @@ quickstart: $(STAMP)
 policy-quickstart: $(POLICY_STAMP)
 	$(BIN)/fewstep policy-quickstart
 
-test: $(POLICY_STAMP)
+test: $(POLICY_STAMP) $(ONNX_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -41,6 +42,10 @@ $(POLICY_STAMP): $(STAMP) requirements-policy.txt
 $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.txt
 	@touch $(DOCS_STAMP)
+
+$(ONNX_STAMP): $(STAMP) requirements-onnx.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-onnx.txt
+	@touch $(ONNX_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
