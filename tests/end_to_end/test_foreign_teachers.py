@@ -35,8 +35,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--model.preconditioning", "euler"),
         ("--model.preconditioning", "analytic", "--statistics.points", "8", "--statistics.samples", "8"),
         ("--model.preconditioning", "linear", "--objective", "isd"),
+        ("--network.lora", "2"),
     ],
-    ids=["ctm-euler", "ctm-analytic", "isd"],
+    ids=["ctm-euler", "ctm-analytic", "isd", "ctm-lora"],
 )
 def test_a_student_is_trained_in_twenty_steps_measured_and_exported(
     options: tuple[str, ...], teacher: Path, tmp_path: Path, command: Command

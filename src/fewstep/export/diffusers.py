@@ -18,6 +18,7 @@ from fewstep.export.steps import step_table
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.teachers.diffusers import DiffusersConfig, DiffusersNetwork, foreign_name
 from fewstep.teachers.families import family
+from fewstep.teachers.lora import merged
 from fewstep.utils.errors import ConfigError
 
 CALLS = (1, 2, 3, 4, 8)
@@ -44,8 +45,9 @@ def export_diffusers(pipeline: Pipeline, folder: Path, calls: tuple[int, ...] = 
     (folder / place).mkdir(parents=True)
     (folder / "fewstep").mkdir()
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
-    foreign = {name: value for key, value in weights.items() if (name := foreign_name(key)) is not None}
-    second = {key.removeprefix("two_times."): value for key, value in weights.items() if foreign_name(key) is None}
+    whole = merged(weights)
+    foreign = {name: value for key, value in whole.items() if (name := foreign_name(key)) is not None}
+    second = {key.removeprefix("two_times."): value for key, value in whole.items() if foreign_name(key) is None}
     save_file(foreign, folder / place / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     save_file(second, folder / "fewstep" / "second_time.safetensors", {"format": "pt"})
     (folder / place / "config.json").write_text(json.dumps(json.loads(config.settings), indent=2) + "\n")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.weights import fit_weights
 
 Shape = tuple[int, ...]
 _LARGEST = 2**24
@@ -35,6 +36,10 @@ class Network(nn.Module, ABC):
     def last_layer(self) -> Tensor:
         """The weight of the output layer; raises ConfigError for a network that does not say."""
         raise ConfigError(f"{type(self).__name__} does not name its output layer: balance no losses on it")
+
+    def take(self, other: "Network", name: str) -> None:
+        """Take the weights of a network of the same settings; raises CheckpointError, with its name, for others."""
+        fit_weights(self, other.state_dict(), name)
 
     def freeze_second_time(self) -> None:
         """Keep the branch of s, which starts at zero, out of training on the diagonal, where s says nothing new.
@@ -91,6 +96,10 @@ class NetworkConfig(ABC):
         """The network of a run that has a teacher of that network: these settings, but where it is the teacher's."""
         return self
 
+    def with_lora(self, rank: int) -> "NetworkConfig":
+        """The same, frozen, with adapters of that rank; raises ConfigError where there are none."""
+        raise ConfigError("adapters (lora) are for teachers of diffusers: train the whole network")
+
     @property
     def stochastic(self) -> bool:
         """Whether its layers draw random numbers in training, so that two evaluations are of different networks."""
@@ -102,6 +111,9 @@ class NetworkConfig(ABC):
 class TeacherNetworkConfig(NetworkConfig):
     """The network of the teacher that is distilled, with a second time."""
 
+    lora: int = 0
+    """Rank of adapters that are trained on the teacher's frozen weights; 0 trains the whole network."""
+
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         raise ConfigError("the network is the teacher's, and there is none: name one with --teacher")
 
@@ -111,4 +123,4 @@ class TeacherNetworkConfig(NetworkConfig):
     def beside(self, teacher: NetworkConfig | None) -> NetworkConfig:
         if teacher is None:
             raise ConfigError("the network is the teacher's, which does not say its settings: name a network")
-        return teacher
+        return teacher.with_lora(self.lora) if self.lora else teacher

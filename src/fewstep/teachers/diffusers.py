@@ -6,7 +6,7 @@ A folder holds a pipeline (model_index.json) or a bare network with the configur
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,10 +25,11 @@ from fewstep.networks.base import Network, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
 from fewstep.teachers.families import Family, NullableEmbedding, Settings, family
+from fewstep.teachers.lora import add_adapters, base_name
 from fewstep.teachers.second_time import TwoTimes, differentiable_attention, differentiable_norms, without_second_time
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
-from fewstep.utils.serialization import differences
+from fewstep.utils.serialization import differences, later
 from fewstep.utils.weights import read_weights
 
 NETWORK_FOLDERS = ("unet", "transformer")
@@ -52,6 +53,8 @@ class DiffusersConfig(NetworkConfig):
 
     model: str
     settings: str
+    lora: int = later(int)
+    """Rank of adapters on a frozen network; 0 trains the whole."""
 
     @cached_property
     def values(self) -> Settings:
@@ -63,6 +66,9 @@ class DiffusersConfig(NetworkConfig):
         if not isinstance(found, dict):
             raise ConfigError(f"settings of a {self.model}: a JSON object is needed")
         return {key: value for key, value in found.items() if not key.startswith("_")}
+
+    def with_lora(self, rank: int) -> "DiffusersConfig":
+        return replace(self, lora=rank)
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "DiffusersNetwork":
         if guided or observation:
@@ -79,7 +85,7 @@ class DiffusersNetwork(Network):
 
     def __init__(self, config: DiffusersConfig, shape: Shape, num_classes: int) -> None:
         super().__init__(shape, num_classes, guided=False)
-        self.family: Family = family(config.model)
+        self.config, self.family = config, family(config.model)
         channels = config.values.get("in_channels")
         if self.family.packed and channels:
             channels //= 4
@@ -93,6 +99,8 @@ class DiffusersNetwork(Network):
         if isinstance(classes, nn.Embedding):
             network.class_embedding = NullableEmbedding(classes)
         differentiable_norms(network)
+        if config.lora:
+            add_adapters(network, config.lora)
         self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time)
         self.eval()
 
@@ -104,7 +112,14 @@ class DiffusersNetwork(Network):
 
     @property
     def last_layer(self) -> Tensor:
-        return self.two_times.network.get_submodule(self.family.output).weight  # type: ignore[return-value]
+        place = self.last_adapter if self.config.lora else self.family.output
+        return self.two_times.network.get_submodule(place).weight  # type: ignore[return-value]
+
+    @property
+    def last_adapter(self) -> str:
+        """The name of the last layer that is trained on a frozen network."""
+        names: list[str] = [name for name, _ in self.two_times.network.named_modules() if name.endswith(".up")]
+        return names[-1]
 
     def freeze_second_time(self) -> None:
         for parameter in self.two_times.new_parameters():
@@ -115,6 +130,16 @@ class DiffusersNetwork(Network):
         with self.two_times.at(s.to(x.dtype)), differentiable_attention(x, t, s):
             found = self.family.call(self.two_times.network, x, t, Condition() if cond is None else cond)
         return found[:, : x.shape[1]]
+
+    def take(self, other: Network, name: str) -> None:
+        """Take the weights of a network of the same class, with or without adapters; a frozen base is shared."""
+        if not (self.config.lora and isinstance(other, DiffusersNetwork)):
+            super().take(other, name)
+            return
+        theirs = {base_name(key): value for key, value in other.state_dict().items()}
+        for key, own in self.state_dict(keep_vars=True).items():
+            if (stem := base_name(key)) is not None:
+                own.data = theirs[stem].to(own) if stem in theirs else own.data
 
     def load_foreign(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Take the weights of the network of one time; raises CheckpointError where names or shapes differ."""
@@ -133,6 +158,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 def foreign_name(key: str) -> str | None:
     """A parameter's name in diffusers; None for those of the second time."""
     name = without_second_time(key.removeprefix("two_times."))
+    name = None if name is None else base_name(name)
     return None if name is None else name.replace("class_embedding.embedding.", "class_embedding.")
 
 

@@ -40,9 +40,11 @@ class EMA:
         in_place: bool = False,
     ) -> None:
         self.name, self.decay, self.gamma, self.ramp = name, decay, gamma, ramp
-        state = dict(module.state_dict())
-        self.trained = [name for name, _ in module.named_parameters()]
-        self.weights = state if in_place else {key: value.detach().clone() for key, value in state.items()}
+        state, parameters = dict(module.state_dict()), dict(module.named_parameters())
+        self.trained = list(parameters)
+        frozen = {key for key, value in parameters.items() if not value.requires_grad}
+        shared = state.keys() if in_place else frozen  # what never moves needs no copy
+        self.weights = {key: value if key in shared else value.detach().clone() for key, value in state.items()}
 
     def beta(self, step: int) -> float:
         """Share of the old average that is kept at step 1, 2, ..."""

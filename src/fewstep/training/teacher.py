@@ -5,17 +5,18 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from fewstep.data.base import Dataset
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
 from fewstep.teachers import TeacherModel, is_diffusers, load_diffusers
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.parts import stored_class, subclasses
-from fewstep.utils.weights import fit_weights
 
 
 def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
@@ -105,7 +106,7 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
             source = load(config.initial).flow_map
     name = config.teacher if from_teacher else config.initial
     try:
-        fit_weights(flow_map.network, source.network.state_dict(), name)
+        cast(Network, flow_map.network).take(cast(Network, source.network), name)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; give the run the network of the model that it starts from") from error
 
@@ -126,5 +127,6 @@ class SlowAverage:
     """
 
     def __init__(self, flow_map: FlowMap, decay: float) -> None:
-        self.flow_map = copy.deepcopy(flow_map).requires_grad_(False).eval()
+        frozen = {id(value): value for value in flow_map.parameters() if not value.requires_grad}  # need no second copy
+        self.flow_map = copy.deepcopy(flow_map, dict(frozen)).requires_grad_(False).eval()
         self.ema = EMA(f"target-{decay!r}", self.flow_map.network, decay, None, ramp=False, in_place=True)
