@@ -313,7 +313,7 @@ class Measuring(Exception):
     """Stands where a quickstart has trained and begins to measure."""
 
 
-def test_quickstart_trains_two_methods_and_writes_a_page(
+def test_quickstart_trains_two_methods_distils_one_and_writes_a_page(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slowest test: real digits, each method for half a second, a classifier; with little to measure."""
@@ -328,17 +328,18 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
     shown = {(row["method"], row["nfe"]) for row in rows}
     assert shown >= {("iSD-T", nfe) for nfe in (1, 2, 4, 16)} | {("flow matching", nfe) for nfe in (1, 2, 16, 32)}
+    assert shown >= {("CTM, linear", nfe) for nfe in (1, 2, 4)}
     assert ("real data (training part)", 0) in shown
     keys = {"method", "nfe", "frechet", "accuracy", "extractor", "samples", "seconds"}
     assert all(keys <= row.keys() for row in rows)
     text = page.read_text()
-    assert all(method in text for method in ("iSD-T", "flow matching"))
+    assert all(method in text for method in ("iSD-T", "flow matching", "CTM, linear"))
     assert "Frechet" in capsys.readouterr().out
     # Measured and reported again, the run keeps its baseline; started again, it goes on from what is there.
     write_figures(rows[:1], tmp_path / "run")
     assert len(read_figures(tmp_path / "run")) == len(rows)
     assert "flow matching" in report(RunFolder(tmp_path / "run")).read_text()
-    logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
+    logs = [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "student")]
 
     def stop(*_: object) -> None:
         raise Measuring
@@ -346,7 +347,7 @@ def test_quickstart_trains_two_methods_and_writes_a_page(
     monkeypatch.setattr("fewstep.cli.quickstart.measure_run", stop)
     with pytest.raises(Measuring):
         quickstart(tmp_path / "run", cache, runtime, seconds=0.5)
-    assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching")]
+    assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "student")]
 
 
 def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command: Command) -> None:

@@ -1,4 +1,4 @@
-"""`fewstep quickstart`: iSD and flow matching trained for the same seconds on real digits; measured, shown."""
+"""`fewstep quickstart`: iSD and flow matching for the same seconds on real digits, and a student of the latter."""
 
 import math
 import os
@@ -26,12 +26,12 @@ from fewstep.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """Train iSD-T and flow matching on real digits for the same seconds, print their figures, write a report."""
+    """Train iSD-T and flow matching on real digits for the same seconds, distil the latter, write a report."""
 
     out: Path = Path("runs/quickstart")
     """Folder of the run; started again on it, the command goes on where it stopped."""
     seconds: float = 85.0
-    """Longest training time of each of the two methods."""
+    """Longest training time of each of the two methods; the student of the second has half of it."""
     runtime: Runtime = field(default_factory=Runtime)
 
 
@@ -41,7 +41,7 @@ def run(options: Options) -> None:
 
 
 def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float) -> Path:
-    """Train for `seconds` by each method, print the figures, write figures.json and report.html in `root`.
+    """Train for `seconds` by each method and half of them for the student; figures.json and report.html in `root`.
 
     Started again on the same folder it goes on where it stopped. Raises what `train` raises.
     """
@@ -49,7 +49,7 @@ def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float) -> Pat
     config = limited(recipe("digits"), seconds)
     dataset = load_dataset(config.data)
     run = RunFolder(root)
-    print(f"1/3  {config.recipe}: iSD-T from scratch, at most {seconds:.0f} s", flush=True)
+    print(f"1/4  {config.recipe}: iSD-T from scratch, at most {seconds:.0f} s", flush=True)
     _train(config, dataset, run, runtime)
 
     spent = training_seconds(run)
@@ -58,14 +58,22 @@ def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float) -> Pat
     base_config = replace(base_config, training=replace(base_config.training, images=100 * config.training.images))
     if baseline.config_file.exists():
         base_config = baseline.config()
-    print(f"2/3  {base_config.recipe}: the same network for the same {spent:.0f} s", flush=True)
+    print(f"2/4  {base_config.recipe}: the same network for the same {spent:.0f} s", flush=True)
     _train(base_config, dataset, baseline, runtime)
 
-    print("3/3  measuring", flush=True)
+    student = RunFolder(root / "student")
+    student_config = limited(replace(recipe("ctm-flow-matching"), teacher=str(baseline.root)), max(spent / 2, 0.1))
+    if student.config_file.exists():
+        student_config = student.config()
+    print(f"3/4  {student_config.recipe}: distilled from that, for {spent / 2:.0f} s", flush=True)
+    _train(student_config, dataset, student, runtime)
+
+    print("4/4  measuring", flush=True)
     evaluator = build_evaluator(dataset, cache)
     rows: list[Row] = [
         *measure_run(run, evaluator),
         *measure_run(baseline, evaluator),
+        *measure_run(student, evaluator),
         measure_real(dataset, config.evaluation.samples, evaluator),
     ]
     write_figures(rows, root)
