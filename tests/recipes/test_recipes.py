@@ -27,10 +27,12 @@ from fewstep.networks.unet1d import UNet1dConfig
 from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.recipes.config import RunConfig, flow_map_config
+from fewstep.teachers.diffusers import load_diffusers
 from fewstep.training import RunFolder, train
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind, kind_name
 from fewstep.utils.serialization import from_json, to_json
+from tests.support.foreign import save_foreign
 from tests.support.objectives import made
 from tests.support.tiny import RUNTIME
 
@@ -56,12 +58,21 @@ def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
     return TrajectoryStatistics.closed_form(noise_grid(EDM(), 4), none, none, mean, 1.0)
 
 
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of diffusers, for recipes whose parts are their teacher's."""
+    folder: Path = tmp_path_factory.mktemp("foreign")
+    save_foreign(folder, "UNet2DModel")
+    return folder
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_builds_its_flow_map(name: str) -> None:
+def test_every_recipe_builds_its_flow_map(name: str, foreign: Path) -> None:
     config = recipe(name)
     assert config.recipe == name
     shape, classes = shape_and_classes(config)
-    settings = flow_map_config(config, shape, 1.0, classes, euler_statistics(shape))
+    teacher = load_diffusers(foreign).config
+    settings = flow_map_config(config, shape, 1.0, classes, euler_statistics(shape), teacher=teacher)
     with torch.device("meta"):  # shapes without the memory of 700 million weights
         flow_map = settings.build()
     assert (flow_map.sample_shape, flow_map.num_classes) == (shape, classes)
@@ -118,7 +129,7 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
         network = replace(network, width=8, head_width=8, embedding_width=16)
     elif isinstance(network, UNet1dConfig):
         network = replace(network, width=8, embedding_width=16)
-    else:
+    elif isinstance(network, MLPConfig):
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
     data = config.data
@@ -145,12 +156,14 @@ def begun_from(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig]
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_takes_training_steps(
-    name: str, tmp_path: Path, demonstrations: str, begun_from: Callable[[RunConfig], Path]
+    name: str, tmp_path: Path, demonstrations: str, begun_from: Callable[[RunConfig], Path], foreign: Path
 ) -> None:
     """Those that distil, or start from a model, do so from the recipe that its folder is named after."""
     config = small(recipe(name), demonstrations)
+    if config.objective.needs_teacher and not config.teacher:
+        config = replace(config, teacher=str(foreign))
     dataset = load_dataset(config.data)
-    for folder in {config.teacher, config.initial} - {"", "teacher"}:
+    for folder in {config.teacher, config.initial} - {"", "teacher", str(foreign)}:
         other = small(recipe(Path(folder).name))
         assert other.data == config.data
         parts = {role: getattr(config, role) for role in ("teacher", "initial")}

@@ -89,7 +89,7 @@ def _student(teacher: RunConfig, name: str, images: int, batch_size: int, sample
 
 
 def ctm_flow_matching() -> RunConfig:
-    """CTM from the quickstart's flow-matching teacher, in linear preconditioning: the quickstart's distilled student.
+    """CTM from the teacher `digits-flow-matching`, in linear preconditioning: the quickstart's distilled student.
 
     Starts from its teacher's weights; half a minute to a minute brings one and two calls near the teacher's sixteen.
     """
@@ -102,7 +102,7 @@ def ctm_flow_matching() -> RunConfig:
         optimizer=replace(base.optimizer, lr=1e-3, warmup_images=20 * batch_size),
         training=replace(base.training, batch_size=batch_size),
         evaluation=replace(base.evaluation, steps=(1, 2, 4)),
-        teacher="runs/quickstart/flow-matching",
+        teacher="runs/digits-flow-matching",
         initial="teacher",
     )
 
