@@ -21,6 +21,7 @@ OWN: dict[Prediction, Path] = {
     "sample": DiscreteVP(),
     "v": DiscreteVP("cosine", zero_snr=True),
     "flow": Linear(),
+    "score": EDM(0.01, 100.0),
 }
 PATHS: tuple[Path, ...] = (EDM(), Linear(), Trig(0.5), VP(), STABLE_DIFFUSION)
 
@@ -42,6 +43,7 @@ class Predictor(nn.Module):
             "sample": data,
             "v": at.alpha * noise - at.sigma * data,
             "flow": noise - data,
+            "score": -noise,
         }[self.prediction]
 
 
@@ -80,6 +82,6 @@ def test_both_ends_of_the_clock_are_finite(prediction: Prediction, path: Path) -
 
 
 def test_a_prediction_without_meaning_is_refused() -> None:
-    """The four kinds are named."""
-    with pytest.raises(ConfigError, match="epsilon, sample, v, flow"):
-        PredictionScaling("score", Linear(), Linear())  # type: ignore[arg-type]
+    """The five kinds are named."""
+    with pytest.raises(ConfigError, match="epsilon, sample, v, flow, score"):
+        PredictionScaling("energy", Linear(), Linear())  # type: ignore[arg-type]

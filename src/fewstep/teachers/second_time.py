@@ -5,17 +5,20 @@ the last bit, until the first step of training.
 """
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fewstep.networks.base import Network
 from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.serialization import differences
 
 _FEATURES = 256
 _LONGEST_PERIOD = 10_000.0
@@ -87,7 +90,7 @@ class TwoTimeEmbedding(nn.Module):
 class TwoTimes(nn.Module):
     """A foreign network whose embeddings of time take a second one: `with at(s): network(...)`.
 
-    pattern: the names of its embeddings of time, as fnmatch reads them, each with a last layer `linear_2`.
+    pattern: the names of its embeddings of time, as fnmatch reads them: layers, or modules with a last one `linear_2`.
     time_factor: brings its clock to a range of about 1000. Raises ConfigError where the network has no such embedding.
     """
 
@@ -123,7 +126,7 @@ class TwoTimes(nn.Module):
 
 
 def _outputs(embedding: nn.Module) -> int:
-    return int(embedding.get_submodule("linear_2").out_features)  # type: ignore[arg-type]
+    return int(getattr(embedding, "linear_2", embedding).out_features)  # type: ignore[arg-type]
 
 
 def without_second_time(name: str) -> str | None:
@@ -131,3 +134,41 @@ def without_second_time(name: str) -> str | None:
     if name.startswith("second_time.") or ".project." in name:
         return None
     return name.removeprefix("network.").replace(".embedding.linear_", ".linear_")
+
+
+class TwoTimesNetwork(Network):
+    """A foreign network with a second time. Its layers stay in evaluation mode: no dropout, no labels dropped."""
+
+    two_times: TwoTimes
+
+    @abstractmethod
+    def foreign_name(self, key: str) -> str | None:
+        """What a parameter or buffer is called where the network comes from; None for those of the second time."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Trains the second time; the foreign layers keep to evaluation mode."""
+        super().train(mode)
+        self.two_times.network.eval()
+        return self
+
+    def freeze_second_time(self) -> None:
+        for parameter in self.two_times.new_parameters():
+            parameter.requires_grad_(False)
+
+    def check_foreign(self, weights: Mapping[str, Tensor], source: str) -> dict[str, str]:
+        """Own names by foreign ones; raises CheckpointError where names or shapes of the weights differ from these."""
+        own = self.state_dict()
+        names = {name: key for key in own if (name := self.foreign_name(key)) is not None}
+        lines = differences(_shapes({name: own[key] for name, key in names.items()}), _shapes(weights))
+        if lines:
+            raise CheckpointError(f"{source}: weights do not fit the configuration: {'; '.join(lines[:3])}")
+        return names
+
+    def load_foreign(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Take the weights of the network of one time; raises CheckpointError where names or shapes differ."""
+        names = self.check_foreign(weights, source)
+        self.load_state_dict({**self.state_dict(), **{names[name]: value for name, value in weights.items()}})
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: list(value.shape) for name, value in weights.items()}

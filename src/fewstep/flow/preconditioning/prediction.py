@@ -10,7 +10,7 @@ from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.network_scaling import Scaling, ScalingValues
 from fewstep.utils.tensors import check_choice, check_positive
 
-Prediction = Literal["epsilon", "sample", "v", "flow"]
+Prediction = Literal["epsilon", "sample", "v", "flow", "score"]
 Meaning = Literal["denoiser", "velocity"]
 
 
@@ -26,8 +26,9 @@ class _Place(NamedTuple):
 class PredictionScaling(Scaling):
     """N = c_skip x + c_out F is the denoiser, or the velocity on `path`, of a network F trained on the path `own`.
 
-    F predicts a x0 + b eps: epsilon (0, 1), sample (1, 0), v (-sigma, alpha) (2202.00512), flow (-1, 1). With
-    x = alpha x0 + sigma eps, and p x0 + q eps what is wanted, at the network's own time
+    F predicts a x0 + b eps: epsilon (0, 1), sample (1, 0), v (-sigma, alpha) (2202.00512), flow (-1, 1),
+    score (0, -1), which is sigma times the score (1907.05600). With x = alpha x0 + sigma eps, and p x0 + q eps what is
+    wanted, at the network's own time
       c_skip = (p b - q a)/d, c_out = (alpha q - sigma p)/d, d = alpha b - sigma a.
     The network reads c_in x with c_in = sqrt((alpha_own^2 + sigma_own^2)/(alpha^2 + sigma^2)), and the time
     time_factor t_own, t_own the time of equal sigma/alpha within the network's range.
@@ -63,6 +64,7 @@ class PredictionScaling(Scaling):
             "sample": (torch.ones_like(own.alpha), torch.zeros_like(own.alpha)),
             "v": (-own.sigma, own.alpha),
             "flow": (-torch.ones_like(own.alpha), torch.ones_like(own.alpha)),
+            "score": (torch.zeros_like(own.alpha), -torch.ones_like(own.alpha)),
         }[self.prediction]
         p, q = (here.d_alpha, here.d_sigma) if self.output == "velocity" else (torch.ones_like(a), torch.zeros_like(a))
         d = own.alpha * b - own.sigma * a
@@ -78,9 +80,13 @@ class PredictionScaling(Scaling):
         return self.time_factor * self._place(t).own
 
     def time_scale(self, t: Tensor) -> Tensor:
-        """A hundred units of the network's time: embeddings of time turn by up to a radian in one."""
+        """A hundred units of the network's time: embeddings of time turn by up to a radian in one.
+
+        One unit of log sigma where that time is sigma itself, whose logarithm networks embed.
+        """
         time, own_time = self._place(t)
-        span = 100.0 / self.time_factor * torch.ones_like(time)
+        log_noise = self.own.noise_clock
+        span = self.own.time_scale(own_time) if log_noise else 100.0 / self.time_factor * torch.ones_like(time)
         return span if self.own == self.path else span * _rate(self.own, own_time) / _rate(self.path, time)
 
 
