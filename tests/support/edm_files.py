@@ -31,11 +31,11 @@ class Tiny(NamedTuple):
     config: NetworkConfig
     prefix: str = "model."
 
-    def weights(self, seed: int = 0) -> dict[str, Tensor]:
+    def weights(self, channels: int, classes: int) -> dict[str, Tensor]:
         """By the file's names."""
-        network = self.config.build((2, 8, 8), 3, guided=False)
+        network = self.config.build((channels, 8, 8), classes, guided=False)
         assert isinstance(network, EDMNetwork)
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(0)
         found = {}
         for key, value in network.state_dict().items():
             name = network.foreign_name(key)
@@ -150,14 +150,14 @@ def module(tensors: dict[str, Tensor], class_name: str, layer: str, **state: Any
     )
 
 
-def network(kind: str, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A tiny network as an object to pickle, and its tensors; changes: to the arguments."""
+def network(kind: str, channels: int = 2, classes: int = 3, **changes: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A tiny network as an object to pickle, and its tensors; changes: to the arguments alone."""
     tiny = TINY[kind]
-    weights = tiny.weights()
+    weights = tiny.weights(channels, classes)
     more = {"logvar_linear.weight": torch.ones(1, 16)} if kind == "edm2" else {"u": torch.ones(3)}
     if "augment_dim" in tiny.arguments:
         more["model.map_augment.weight"] = torch.randn(8, 9)
-    arguments = {**tiny.arguments, "img_channels": 2, "label_dim": 3, **changes}
+    arguments = {**tiny.arguments, "img_channels": channels, "label_dim": classes, **changes}
     layer = "MPConv" if kind == "edm2" else "Conv2d"
     stored = module({**weights, **more}, tiny.preconditioner, layer, _init_args=(8,), _init_kwargs=EasyDict(arguments))
     return stored, weights
@@ -170,9 +170,9 @@ def write(file: Path, content: Any) -> Path:
     return file
 
 
-def save_edm(file: Path, kind: str, **changes: Any) -> dict[str, Tensor]:
-    """Write a network pickle; returns the network's tensors without their prefix, in float64."""
-    stored, weights = network(kind, **changes)
+def save_edm(file: Path, kind: str, **options: Any) -> dict[str, Tensor]:
+    """Write a network pickle, options as of `network`; returns its tensors without their prefix, in float64."""
+    stored, weights = network(kind, **options)
     extra = {"loss_fn": Persistent("EDMLoss", P_mean=-1.2), "encoder": Persistent("VAE", scale=np.ones(4, np.float32))}
     write(file, EasyDict(ema=stored, **extra, dataset_kwargs=EasyDict(path="data.zip", resolution=8)))
     return {name.removeprefix(TINY[kind].prefix): value.double() for name, value in weights.items()}

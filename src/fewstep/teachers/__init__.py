@@ -2,6 +2,7 @@
 
 from fewstep.teachers.base import Teacher, denoiser_on
 from fewstep.teachers.diffusers import is_diffusers, load_diffusers
+from fewstep.teachers.edm import is_edm, load_edm
 from fewstep.teachers.model import TeacherModel
 
-__all__ = ["Teacher", "TeacherModel", "denoiser_on", "is_diffusers", "load_diffusers"]
+__all__ = ["Teacher", "TeacherModel", "denoiser_on", "is_diffusers", "is_edm", "load_diffusers", "load_edm"]

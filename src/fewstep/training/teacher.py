@@ -12,7 +12,7 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
-from fewstep.teachers import TeacherModel, is_diffusers, load_diffusers
+from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers, load_edm
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
@@ -42,7 +42,7 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
 
 
 def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, PolicySpec | None]:
-    """The teacher in a folder, or of a class in a file that has been imported, without gradients; what it acts on.
+    """The teacher in a folder, a network pickle, or a class of an imported file, without gradients; what it acts on.
 
     shape: of its samples, for those whose files do not say it.
 
@@ -52,6 +52,8 @@ def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, Polic
         return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
     if is_diffusers(Path(name)):
         return load_diffusers(Path(name), shape).requires_grad_(False), None
+    if is_edm(Path(name)):
+        return load_edm(Path(name)).requires_grad_(False), None
     named = load(name)
     return named.flow_map.requires_grad_(False), named.config.policy
 
