@@ -78,6 +78,14 @@ class ResamplingConv2d(Conv2d):
         return super().forward(resample(x, self.resample_filter, self.mode))
 
 
+class Norm(GroupNorm):
+    """GroupNorm with an eps of its own."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(channels)
+        self.eps = eps
+
+
 @dataclass(frozen=True)
 class BlockSettings:
     """embedding: its width. taps: of the filter that changes the resolution. adaptive: the embedding scales and shifts
@@ -95,7 +103,7 @@ class BlockSettings:
 
     def norm(self, channels: int) -> GroupNorm:
         """At most 32 groups of four channels or more."""
-        return GroupNorm(channels, max(1, min(32, channels // 4)), self.eps)
+        return Norm(channels, self.eps)
 
     def convolution(self, wide_in: int, wide_out: int, kernel: int, mode: Resampling = "keep") -> nn.Module:
         """Of odd kernel, after a change of resolution if there is one."""
