@@ -122,7 +122,7 @@ def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], mo
     with pytest.raises(SystemExit):
         parse(TrainOptions, words.split(), "train digits", TrainOptions(run=DIGITS))
     printed = capsys.readouterr().out
-    assert "--network {dit,mlp," in printed
+    assert "--network {teacher,dit,mlp," in printed
     assert "--objective.pairs.times {uniform,beta,logit-normal,log-normal" in printed  # and other tests' own
 
 

@@ -86,7 +86,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
         (spoil("unet/config.json", lambda file: file.write_text("{")), r"config\.json"),
         (spoil("unet/config.json", lambda file: settings(file, block_out_channels=[8, 32])), "do not fit|refuses"),
         (spoil("unet/config.json", lambda file: settings(file, down_block_types=["Evil"])), "refuses its settings"),
-        (spoil("unet/config.json", lambda file: settings(file, in_channels=3)), "do not fit"),
+        (spoil("unet/config.json", lambda file: settings(file, in_channels=3)), "does not fit samples"),
         (spoil("unet/config.json", lambda file: settings(file, num_class_embeds=None)), "do not fit"),
         (spoil("scheduler/scheduler_config.json", lambda file: file.unlink()), "has no scheduler"),
         (

@@ -217,7 +217,7 @@ def changed(value: Any, annotation: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(changed(item, None) for item in value) or (0.125,)
     if value is None:
-        return 0.7
+        return (0.25, 0.75) if "tuple" in str(annotation) else 0.7
     return f"other{value}"
 
 

@@ -241,7 +241,7 @@ def _pickled(folder: Path, value: Any) -> bytes:
         ({"ema": in_a_module(torch.ones(3, dtype=torch.int64))}, "a tensor holds torch.int64"),
         ({"ema": in_a_module(torch.ones(3).as_strided((3,), (0,))), "x": 2**200}, "cannot be built"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "content",  # others say where they lie in memory
 )
 def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path, content: Any, reason: str) -> None:
     with pytest.MonkeyPatch.context() as patch:

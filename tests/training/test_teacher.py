@@ -172,7 +172,7 @@ def test_a_student_of_another_size_starts_afresh(teacher: Path, digits: Dataset)
 
 def test_the_slow_average_decays_from_the_first_step(digits: Dataset) -> None:
     """By the same share at every step, in the module itself."""
-    flow_map = perturbed(build(TEACHER, digits).flow_map, 0)
+    flow_map = perturbed(build(TEACHER, digits).flow_map.requires_grad_(True), 0)
     slow = SlowAverage(flow_map, 0.75)
     expected = {key: value.double() for key, value in flow_map.network.state_dict().items()}
     for step in range(1, 5):
