@@ -68,9 +68,9 @@ def test_the_last_of_two_counts() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--network cnn", r"--network must be one of dit, mlp, .*unet, unet1d.*; got cnn"),
+        ("--network cnn", r"--network must be one of teacher, dit, mlp, .*unet, unet1d.*; got cnn"),
         ("--network DiT-L", "got DiT-L"),
-        ("--network", r"--network must be one of dit, mlp, .*unet, unet1d.*; got nothing"),
+        ("--network", r"--network must be one of teacher, dit, mlp, .*unet, unet1d.*; got nothing"),
         ("--network --out x", "got nothing"),
         ("--objective.pairs.times= ", "--objective.pairs.times must be one of uniform, beta, logit-normal, log-normal"),
     ],
