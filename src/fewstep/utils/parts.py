@@ -47,7 +47,8 @@ def subclasses(base: type) -> list[type]:
 def kind_name(cls: type | str) -> str:
     """LogitNormalTimes -> logit-normal, DiTConfig -> dit, EDMInputScalingConfig -> edm-input: of a class."""
     name = cls if isinstance(cls, str) else cls.__name__
-    stem = re.sub(r"(?<=.)((Path|Preconditioning|Scaling|Network)?Config|Times|Guidance|Source)$", "", name.rpartition(":")[2])
+    ending = r"(?<=.)((Path|Preconditioning|Scaling|Network)?Config|Times|Guidance|Source)$"
+    stem = re.sub(ending, "", name.rpartition(":")[2])
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|(?<=[A-Z]{2})(?=[A-Z][a-z])", "-", stem).lower()
 
 
