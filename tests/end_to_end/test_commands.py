@@ -20,7 +20,7 @@ from fewstep.cli.kinds import choices
 from fewstep.cli.main import COMMANDS, OVERVIEW, main
 from fewstep.cli.policy_quickstart import policy_quickstart
 from fewstep.cli.quickstart import quickstart
-from fewstep.evaluation.evaluate import read_figures, write_figures
+from fewstep.evaluation.figures import read_figures, write_figures
 from fewstep.evaluation.report.run import report
 from fewstep.objectives import TABLE
 from fewstep.recipes import RECIPES, recipe
@@ -183,7 +183,7 @@ def test_sample_into_a_folder_with_classes_chosen(small_run: Path, command: Comm
     words = ("--count", 3, "--label", 1, 0, "--sampler", "heun", "--steps", 2)
     assert command("sample", small_run, "--out", tmp_path / "single", *words).code == 0
     files = sorted((tmp_path / "single").iterdir())
-    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png"]
+    assert [file.name for file in files] == ["000000-1.png", "000001-0.png", "000002-1.png"]
     with Image.open(files[0]) as image:
         assert (image.size, image.mode) == ((8, 8), "L")
     assert command("sample", small_run, "--out", tmp_path / "same.npz", *words).code == 0

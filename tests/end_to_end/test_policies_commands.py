@@ -68,7 +68,7 @@ def test_the_same_command_records_the_same(command: Command, demos: str, tmp_pat
 
 def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
     assert command("train", "policy-mlp", "--data.root", demos, *TRAIN).code == 0
-    for words in (("sample", "runs/policy-mlp"), ("evaluate", "runs/policy-mlp"), ("tune-steps", "runs/policy-mlp")):
+    for words in (("sample", "runs/policy-mlp"), ("tune-steps", "runs/policy-mlp")):
         refused = command(*words)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
         assert "fewstep rollout" in refused.err

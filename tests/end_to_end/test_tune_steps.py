@@ -13,6 +13,7 @@ from fewstep.cli import recipes
 from fewstep.sampling.step_times import TIMES_FILE, StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training import RunFolder
 from fewstep.utils.errors import FewstepWarning
+from fewstep.utils.files import UPDATE_FILE
 from tests.support.commands import SMALL, STEPS, Command, contents
 
 FEW = ("--samples", 40, "--evaluations", 4)
@@ -43,7 +44,7 @@ def test_what_is_found_is_stored_beside_the_run(run: Path, command: Command) -> 
     shown = command("tune-steps", run, *FEW)
     assert (shown.code, shown.err) == (0, "")
     assert f"Stored: {run / TIMES_FILE}" in shown.out
-    assert {key: value for key, value in contents(run).items() if key != TIMES_FILE} == before
+    assert {key: value for key, value in contents(run).items() if key not in (TIMES_FILE, UPDATE_FILE)} == before
     record = json.loads((run / TIMES_FILE).read_text())
     assert record["step"] == 10
     for steps, found in zip((2, 4), record["found"], strict=True):

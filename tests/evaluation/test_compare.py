@@ -16,7 +16,7 @@ from PIL import Image
 from fewstep.data.base import Dataset, Samples
 from fewstep.data.sources import DataConfig
 from fewstep.evaluation.compare import compare
-from fewstep.evaluation.evaluate import curve_watcher, write_curve
+from fewstep.evaluation.curve import curve_watcher, write_curve
 from fewstep.evaluation.methods import differing_settings, find_runs, gather, method_labels, read_curves
 from fewstep.evaluation.metrics.curves import common_target, mean_curve, reached_by, speedup, targets_of, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
@@ -251,13 +251,14 @@ def test_a_study_is_written_as_table_record_figure_and_page(study: list[Path], t
 
 def test_reports_of_a_study_link_to_it_and_to_each_other(study: list[Path], tmp_path: Path) -> None:
     compare(study, tmp_path / "out")
-    assert study_links(RunFolder(study[0])) == (("Comparison", "../out/comparison.html"),)
+    assert study_links(RunFolder(study[0]), study[0]) == (("Comparison", "../out/comparison.html"),)
+    assert study_links(RunFolder(study[0]), tmp_path) == (("Comparison", "out/comparison.html"),)
     (study[2] / "report.html").write_text("a report")
-    assert study_links(RunFolder(study[0]))[1:] == (("bcm 0", "../bcm%200/report.html"),)
-    assert study_links(RunFolder(tmp_path)) == ()
+    assert study_links(RunFolder(study[0]), study[0])[1:] == (("bcm 0", "../bcm%200/report.html"),)
+    assert study_links(RunFolder(tmp_path), tmp_path) == ()
     (study[0] / "study.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"study\.json is damaged"):
-        study_links(RunFolder(study[0]))
+        study_links(RunFolder(study[0]), study[0])
 
 
 def test_methods_without_a_common_seed_or_measure_have_no_figure(tmp_path: Path) -> None:
@@ -327,6 +328,16 @@ def test_a_damaged_line_is_named_and_a_torn_end_left_out(bad: str, study: list[P
     file.unlink()
     with pytest.raises(CheckpointError, match=r"no learning curve.*--evaluation\.curve-images"):
         read_curves(run)
+
+
+def test_curves_that_broke_down_are_compared(study: list[Path], tmp_path: Path) -> None:
+    """Points that no scale holds reach nothing, and are not drawn."""
+    points = [line(1000 * i, value) for i, value in enumerate((1e308, math.inf, 1e-320, -1e308, 3.0), start=1)]
+    (study[2] / "curve.jsonl").write_text("".join(json.dumps(each) + "\n" for each in points))
+    assert "preconditioning bcm" in compare(study, tmp_path / "out")
+    (study[2] / "curve.jsonl").write_text(json.dumps(line(1, 1.0) | {"images": 1e308}) + "\n")
+    with pytest.raises(CheckpointError, match=r"curve\.jsonl, line 1 is damaged"):
+        compare(study, tmp_path / "out")
 
 
 def test_figures_need_a_point() -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 from fewstep.evaluation.report.figures import legible_ticks, loss_curves, quality_curves
 from fewstep.evaluation.report.numbers import number, tick, with_error
 from fewstep.evaluation.report.page import Grid, RunReport, render, write_report
-from fewstep.evaluation.report.statistics import Curve, Jumps, statistics_figure
+from fewstep.evaluation.report.statistics import statistics_figure
 from fewstep.sampling.images import image_grid, save_each, save_grid, save_npz, to_uint8
 from fewstep.utils.errors import CheckpointError, DataError, ShapeError
+from tests.support.statistics import wavy
 
 HOSTILE = "<script>alert('&\"')</script>$x_1$"
 VOID = {"meta", "img", "source", "br", "hr", "link", "input"}
@@ -165,6 +167,12 @@ def test_inception_features_may_be_called_fid() -> None:
     assert "not FID" not in text
 
 
+def test_few_samples_are_said() -> None:
+    for features, said in ((64, True), (2, False)):
+        text = render(RunReport("t", "", rows=[row("m", 1, 3.0, samples=20, features=features)]))
+        assert ("biased upwards" in text) is said
+
+
 def test_figures_leave_matplotlib_alone_and_refuse_what_does_not_compare() -> None:
     before = dict(matplotlib.rcParams)
     runs = {"a": [record(1), record(2)], "b": [record(1, loss=-1.0)]}
@@ -179,6 +187,29 @@ def test_figures_leave_matplotlib_alone_and_refuse_what_does_not_compare() -> No
         quality_curves([])
     with pytest.raises(DataError):
         loss_curves({"run": []})
+
+
+HUGE, LARGE = {"loss": 1e308, "grad_norm": 1e308, "lr": 1e300}, {"loss": 1e29, "grad_norm": 1e30}
+TINY = {"loss": 5e-324, "grad_norm": 1e-310}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (dict.fromkeys(record(1), 0.0),),
+        ({}, HUGE),
+        (TINY,),
+        (HUGE, TINY),
+        ({"loss": -1e308}, HUGE),
+        ({"loss": 1e29}, TINY),
+    ],
+)
+def test_figures_of_runs_that_began_or_broke_down(
+    changes: tuple[dict[str, float], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 30)
+    log = [record(1) | change | {"images": 9 + k} for k, change in enumerate(changes)]
+    assert Image.open(io.BytesIO(loss_curves({"a": log, "b": log}))).format == "PNG"
 
 
 @given(
@@ -293,11 +324,6 @@ def test_numbers_for_readers() -> None:
     assert [tick(v) for v in (0.0, 0.5, 2500.0, 1.2e6, 1e-4, 5e-5)] == ["0", "0.5", "2.5k", "1.2M", "10⁻⁴", "5×10⁻⁵"]
 
 
-LEVELS = [80.0, 8.0, 0.8, 0.08]
-CURVE = Curve([0.0, 0.1, 0.7, 1.0], [0.01, 0.01, 0.02, 0.0], [0.0, 0.1, 0.7, 1.0])
-JUMPS = [Jumps(80.0, LEVELS, [1.0, 0.1, 0.01, 0.0], [0.0, 0.5, 0.9, 1.0], [1.0, 0.1, 0.01, 0.0], [0.0, 0.9, 1.0, 1.0])]
-
-
 @pytest.mark.parametrize(
     ("calls", "shown"),
     [
@@ -313,24 +339,13 @@ def test_labels_on_a_log_axis_keep_apart(calls: list[int], shown: list[int]) -> 
 
 
 def test_statistics_are_drawn_with_and_without_what_shrinking_moved() -> None:
-    shrunk = Curve([-0.5, 0.9, 0.3, -1.0], CURVE.stderr, [1.0, 0.9, 0.3, -1.0])
-    assert shrunk.shrunk
-    assert not CURVE.shrunk
-    whole = statistics_figure(LEVELS, CURVE, shrunk, JUMPS)
-    plain = statistics_figure(LEVELS, CURVE, CURVE, JUMPS)
-    wide, narrow = (Image.open(io.BytesIO(png)) for png in (whole, statistics_figure(LEVELS, CURVE, CURVE, [])))
-    assert whole != plain
-    assert wide.format == narrow.format == "PNG"
-    assert wide.height > 1.5 * narrow.height
-    dark = statistics_figure(LEVELS, CURVE, shrunk, JUMPS, columns=1, dark=True)
+    used = wavy()
+    estimated = replace(used, s=used.s - 0.5, l_stderr=torch.full_like(used.l, 0.02))
+    plain, whole = statistics_figure(used, used), statistics_figure(estimated, used)
+    assert plain != whole
+    assert Image.open(io.BytesIO(plain)).format == "PNG"
+    dark = statistics_figure(estimated, used, columns=1, dark=True)
     assert Image.open(io.BytesIO(dark)).convert("L").getpixel((2, 2)) < 64  # type: ignore[operator]
-
-
-def test_statistics_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ShapeError, match="do not fit their 3 noise levels"):
-        statistics_figure(LEVELS[:3], CURVE, CURVE, JUMPS)
-    with pytest.raises(DataError, match="no statistics"):
-        statistics_figure([], Curve([], [], []), Curve([], [], []), [])
 
 
 def test_errors_of_samples_stand_under_their_steps() -> None:

@@ -1,4 +1,6 @@
-"""Small inputs that go wrong easily: classes out of order, other formats, arrays to misread, actions at rest."""
+"""Small inputs that go wrong easily: classes out of order, unequal or sorted, few images, other formats, arrays to
+misread, actions at rest.
+"""
 
 from pathlib import Path
 
@@ -6,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 
-def grey(value: float, side: int = 8, count: int = 1) -> np.ndarray:
+def grey(value: float, side: int = 8, count: int = 1, noise: float = 6) -> np.ndarray:
     """Noisy pictures (count, side, side) of about one brightness."""
-    noise = np.random.default_rng(int(value)).normal(0, 6, (count, side, side))
-    return np.clip(value + noise, 0, 255).astype(np.uint8)
+    drawn = np.random.default_rng(int(value)).normal(0, noise, (count, side, side))
+    return np.clip(value + drawn, 0, 255).astype(np.uint8)
 
 
 def save_image(path: Path, value: float, side: int = 8) -> None:
@@ -29,6 +31,29 @@ def labelled_archive(file: Path, *labels: int, count: int = 60) -> Path:
     """So many pictures of each of these labels, each class brighter than the one before."""
     images = np.concatenate([grey(70 * (k + 1), count=count) for k in range(len(labels))])
     np.savez(file, images=images, labels=np.repeat(labels, count))
+    return file
+
+
+def unequal_classes(file: Path, dark: int = 950, bright: int = 50) -> Path:
+    """Two classes, one of them rare."""
+    images = np.concatenate([grey(60, count=dark, noise=25), grey(200, count=bright, noise=25)])
+    np.savez(file, images=images, labels=np.repeat([0, 1], [dark, bright]))
+    return file
+
+
+def sorted_classes(folder: Path, classes: int, count: int) -> Path:
+    """A folder for every class, of one brightness each: in the order of its files a set is sorted by class."""
+    for name in range(classes):
+        for index, image in enumerate(grey(20 + 22 * name, count=count)):
+            path = folder / f"c{name}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return folder
+
+
+def few_images(file: Path, count: int) -> Path:
+    """As many images as that, without classes."""
+    np.savez(file, images=np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8))
     return file
 
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
-from fewstep.utils.files import Lock, read_lines, read_record, read_rows
+from fewstep.utils.files import Lock, read_lines, read_record, read_rows, updating
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -111,18 +112,41 @@ def test_what_is_no_record_is_refused_in_one_kind(content: bytes, tmp_path: Path
     with pytest.raises(DataError, match=r"record\.json is damaged \(.+\): mend it"):
         read_record(file, "mend it", DataError)
     with pytest.raises(CheckpointError, match=r"record\.json is damaged \(.+\): mend it"):
-        read_rows(file, (), "mend it")
+        read_rows(file, {}, "mend it")
+
+
+def test_several_update_a_file_one_after_the_other(tmp_path: Path) -> None:
+    """Each reads what the one before has written."""
+
+    def add(_: int) -> None:
+        with updating(tmp_path):
+            file = tmp_path / "count"
+            count = int(file.read_text()) if file.exists() else 0
+            file.write_text(str(count + 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    assert (tmp_path / "count").read_text() == "40"
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write"), updating(tmp_path / "file"):
+        pytest.fail("held")
 
 
 def test_records_are_read_with_what_json_says(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    assert (read_rows(file, ("a",), ""), read_lines(file)) == ([], [])
+    assert (read_rows(file, {"a": int}, ""), read_lines(file)) == ([], [])
     with pytest.raises(CheckpointError, match="No such file"):
         read_record(file, "mend it")
     file.write_text('[{"a": 1}, {"b": 2, "a": "\u00fc"}]', encoding="utf-8")
-    assert read_rows(file, ("a",), "") == [{"a": 1}, {"b": 2, "a": "\u00fc"}]
+    assert read_rows(file, {"a": int | str}, "") == [{"a": 1}, {"b": 2, "a": "\u00fc"}]
     with pytest.raises(CheckpointError, match=r"file is damaged \(it lacks 'b'\): mend it"):
-        read_rows(file, ("b",), "mend it")
+        read_rows(file, {"b": int}, "mend it")
+    with pytest.raises(CheckpointError, match=r"file is damaged \(a is 'ü'\): mend it"):
+        read_rows(file, {"a": int}, "mend it")
+    for number in ("1e31", "-1e308", "NaN", "Infinity"):
+        file.write_text('[{"a": 1, "b": {"c": [' + number + "]}}]")
+        with pytest.raises(CheckpointError, match=r"file is damaged \(.* is no measured number\): mend it"):
+            read_rows(file, {"a": int}, "mend it")
     file.write_text('{"a": Infinity}\n{"a": 2}\n{"a": 3}')
     assert read_lines(file) == [{"a": math.inf}, {"a": 2}]
     file.write_text('{"a": 1}\n\n{"a": 3}\n')

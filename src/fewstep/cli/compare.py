@@ -22,7 +22,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.evaluation.compare import PAGE_FILE, compare
+    from fewstep.evaluation.compare import compare
+    from fewstep.evaluation.report.run import PAGE_FILE
 
     print(compare(options.runs, options.out))
     print(f"Comparison: {options.out / PAGE_FILE}")

@@ -9,7 +9,7 @@ import tyro
 from fewstep.data.folder import list_images
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings
-from fewstep.utils.text import listed
+from fewstep.utils.text import listed, quoted
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ def run(options: Options) -> None:
     print(f"{options.out}: {summary(manifest)}")
     if left_out := list_images(str(options.folder)).left_out:
         print(f"Left out: {listed(left_out)}")
-    print(f"Next: fewstep train RECIPE --data.source latents --data.root {options.out}")
+    print(f"Next: fewstep train RECIPE --data.source latents --data.root {quoted(options.out)}")

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,31 +30,31 @@ class Options:
     """Decides the noise that samples start from."""
     data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
     """Where the run's data lie now; where they lay in training when not given."""
+    classes: Literal["data", "uniform"] | None = None
+    """Classes of the samples: data gives them the shares that they have in the held-out data, uniform equal ones."""
     inception: Path | None = None
     """Weights of the Inception network (extra [eval]); without them the data set's own classifier is trained once."""
     teacher: Path | None = None
     """Where the teacher of a distilled run lies now; where it lay in training when not given."""
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+    out: Path | None = None
+    """Folder for figures.json and alignment.json, for a run that cannot be written to: `fewstep report` with the same
+    --out shows them. RUN when not given."""
 
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
+    from fewstep.evaluation.actions import measure_actions
     from fewstep.evaluation.align import align, load_teacher, with_labels
-    from fewstep.evaluation.evaluate import (
-        build_evaluator,
-        format_table,
-        measure_real,
-        measure_run,
-        method_of,
-        write_figures,
-    )
+    from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, method_of
+    from fewstep.evaluation.figures import format_table, write_figures
     from fewstep.training import RunFolder
 
-    run = RunFolder(options.run)
+    run, folder = RunFolder(options.run), options.out or options.run
     config = run.config()
     run.last_checkpoint()
-    given = {name: getattr(options, name) for name in ("samples", "steps", "guidance_scale", "seed")}
+    given = {name: getattr(options, name) for name in ("samples", "steps", "guidance_scale", "seed", "classes")}
     given = {name: value for name, value in given.items() if value not in (None, ())}
     evaluation = dataclasses.replace(config.evaluation, **given)
     data, dataset = run.load_data(options.data_root)
@@ -62,13 +62,15 @@ def run(options: Options) -> None:
         if not config.teacher:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
         load_teacher(run, options.teacher)
-    evaluator = build_evaluator(with_labels(data, dataset), cache_folder(), options.inception, options.autoencoder)
-    rows = [
-        *measure_run(run, evaluator, evaluation, options.weights),
-        measure_real(dataset, evaluation.samples, evaluator),
-    ]
-    print(format_table(rows))
-    print(f"Stored: {write_figures(rows, run.root)}")
+    if dataset.policy is not None:
+        print(measure_actions(run, dataset, evaluation, options.weights))
+        return
+    labelled = with_labels(data, dataset)
+    evaluator = build_evaluator(labelled, cache_folder(), options.inception, options.autoencoder)
+    rows = measure_run(run, evaluator, evaluation, options.weights)
+    rows.append(measure_real(dataset, evaluation.samples, evaluator))
+    print(format_table(rows, labelled, evaluator))
+    print(f"Stored: {write_figures(rows, folder)}")
     first = options.weights in ("", next(iter(run.averages())))
     if config.teacher and not config.objective.on_diagonal and first:
-        print(align(run, dataset, method_of(run), options.teacher))
+        print(align(run, dataset, method_of(run), folder, options.teacher))

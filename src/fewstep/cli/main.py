@@ -10,9 +10,11 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import Any, TextIO
 
 from fewstep._version import __version__
-from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning
+from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning, WriteError
+from fewstep.utils.text import printable
 
 COMMANDS = {
     "quickstart": ("", "train on real digits, measure, write a report: minutes on a laptop"),
@@ -41,6 +43,24 @@ for example: fewstep train digits --help. Parts of your own: --import FILE.py wi
 """
 
 
+def _line(message: object) -> str:
+    """What went wrong in one line, with nothing in it that a terminal would obey."""
+    return printable(f"fewstep: {' '.join(str(message).split())}")
+
+
+class _Printed:
+    """Standard output to which nothing is written that a terminal would obey, whatever files and folders are called."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Inside, fewstep's own warnings are one line each, without the place in the code that gave them."""
@@ -50,7 +70,7 @@ def _plain_warnings() -> Iterator[None]:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if issubclass(category, FewstepWarning):
-            return f"fewstep: {' '.join(str(message).split())}\n"
+            return _line(message) + "\n"
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
@@ -96,7 +116,13 @@ def run_command(name: str, args: Sequence[str]) -> None:
 
     words = import_named(args)
     command = importlib.import_module(f"fewstep.cli.{name.replace('-', '_')}")
-    command.run(command.read(words) if hasattr(command, "read") else parse(command.Options, words, name))
+    options = command.read(words) if hasattr(command, "read") else parse(command.Options, words, name)
+    try:
+        with contextlib.redirect_stdout(_Printed(sys.stdout)):
+            command.run(options)
+    except WriteError as error:
+        elsewhere = "; or give another place with --out" if hasattr(options, "out") else ""
+        raise WriteError(f"{error}{elsewhere}") from error
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -115,21 +141,18 @@ def main(args: Sequence[str] | None = None) -> int:
             run_command(arguments[0], arguments[1:])
         sys.stdout.flush()
     except FewstepError as error:
-        print(f"fewstep: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _is_shortage(error):
             raise
         reason = str(error).strip().splitlines() or ["no more to be had"]
-        print(
-            f"fewstep: out of memory ({reason[0]}): take a smaller network, smaller batches or fewer samples, or "
-            "--runtime.micro-batch to train",
-            file=sys.stderr,
-        )
+        advice = "take a smaller network, smaller batches or fewer samples, or --runtime.micro-batch to train"
+        print(_line(f"out of memory ({reason[0]}): {advice}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         usual = "interrupted; the same command goes on from what was saved, or begins anew"
-        print(f"fewstep: {interrupt if str(interrupt) else usual}", file=sys.stderr)
+        print(_line(interrupt if str(interrupt) else usual), file=sys.stderr)
         return getattr(interrupt, "code", 130)
     except BrokenPipeError:
         # The reader has gone, as `head` does. Whatever is still buffered goes nowhere, or exit would report it anew.
@@ -138,7 +161,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"fewstep: {str(error.filename)[:100]}...: {error.strerror}: give a shorter one", file=sys.stderr)
+        print(_line(f"{str(error.filename)[:100]}...: {error.strerror}: give a shorter one"), file=sys.stderr)
         return 2
     return 0
 

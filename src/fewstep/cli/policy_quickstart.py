@@ -6,10 +6,9 @@ from pathlib import Path
 from fewstep.cli.quickstart import check_seconds, limited
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.data.sources import load_dataset
-from fewstep.evaluation.evaluate import Row
 from fewstep.evaluation.report.run import report
 from fewstep.evaluation.rollouts import draw_film, expert_row, measure_rollouts, record_demonstrations
-from fewstep.policies.figures import rollout_table, write_rollouts
+from fewstep.policies.figures import Row, rollout_table, write_rollouts
 from fewstep.recipes import recipe
 from fewstep.training import RunFolder, Runtime, train
 

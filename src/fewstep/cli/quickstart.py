@@ -8,15 +8,8 @@ from pathlib import Path
 from fewstep.cli.cache import cache_folder
 from fewstep.data.base import Dataset
 from fewstep.data.sources import load_dataset
-from fewstep.evaluation.evaluate import (
-    Row,
-    build_evaluator,
-    format_table,
-    measure_real,
-    measure_run,
-    training_seconds,
-    write_figures,
-)
+from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, training_seconds
+from fewstep.evaluation.figures import Row, format_table, write_figures
 from fewstep.evaluation.report.run import report, watcher
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
@@ -77,7 +70,7 @@ def quickstart(root: Path, cache: Path, runtime: Runtime, seconds: float) -> Pat
         measure_real(dataset, config.evaluation.samples, evaluator),
     ]
     write_figures(rows, root)
-    print(format_table(rows))
+    print(format_table(rows, dataset, evaluator))
     return report(run, title="fewstep quickstart: digits in one and two network calls")
 
 

@@ -15,6 +15,8 @@ class Options:
     """Folder of a run."""
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+    out: Path | None = None
+    """Folder for report.html, where what `fewstep evaluate --out` left is shown too; RUN when not given."""
 
 
 def run(options: Options) -> None:
@@ -22,4 +24,4 @@ def run(options: Options) -> None:
     from fewstep.evaluation.report.run import report
     from fewstep.training import RunFolder
 
-    print(f"Report: {report(RunFolder(options.run), autoencoder=options.autoencoder)}")
+    print(f"Report: {report(RunFolder(options.run), autoencoder=options.autoencoder, out=options.out)}")

@@ -33,7 +33,9 @@ class Options:
     expert: bool = False
     """Also measure the task's expert at the same starts."""
     film: bool = False
-    """Also draw the first episode, with the first step count: film.gif and filmstrip.png in the run's folder."""
+    """Also draw the first episode, with the first step count: film.gif and filmstrip.png beside the figures."""
+    out: Path | None = None
+    """Folder for rollouts.json and the film, which `fewstep report` with the same --out shows; RUN when not given."""
     at_once: int = 25
     """Simulations held at the same time."""
     threads: int = 1
@@ -60,6 +62,7 @@ def run(options: Options) -> None:
     if options.expert:
         rows.append(expert_row(task, options.episodes, options.first_seed))
     print(f"\n{rollout_table(rows)}" if progress else rollout_table(rows))
-    print(f"Stored: {write_rollouts(rows, options.run)}")
+    folder = options.out or options.run
+    print(f"Stored: {write_rollouts(rows, folder)}")
     if options.film:
-        print(f"Film: {draw_film(policy, task, options.first_seed, options.run)}")
+        print(f"Film: {draw_film(policy, task, options.first_seed, folder)}")

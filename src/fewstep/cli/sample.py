@@ -1,6 +1,7 @@
 """`fewstep sample RUN`: images from a run."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,8 @@ import tyro
 
 from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
-from fewstep.utils.errors import ConfigError
-from fewstep.utils.text import listed
+from fewstep.utils.errors import ConfigError, FewstepWarning
+from fewstep.utils.text import listed, quoted
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of a saved model."""
     out: Path | None = None
-    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs; when not given samples-SEED.png in RUN, or
-    samples-SEED-WEIGHTS.png."""
+    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs, NUMBER-CLASS.png, in place of those of an
+    earlier draw; when not given samples-SEED.png in RUN, or samples-SEED-WEIGHTS.png."""
     count: int = 64
     """Number of images."""
     weights: str = ""
@@ -72,7 +73,7 @@ def run(options: Options) -> None:
     out = output_file(options)
     pipeline = load(options.run, options.weights)
     if pipeline.config.policy is not None:
-        raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {options.run}")
+        raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {quoted(options.run)}")
     if torch.cuda.is_available() and not options.cpu:
         pipeline = pipeline.to("cuda")
     view = None if options.latents else pipeline.viewer(options.autoencoder)
@@ -82,10 +83,12 @@ def run(options: Options) -> None:
     labels = [own[k % len(own)] for k in range(options.count)] if own else None
     drawn = pipeline.generate(options.count, settings, labels)
     drawn.check_finite()
+    if stray := pipeline.strays(drawn.samples):
+        warnings.warn(f"{stray}: the model has diverged, or learned nothing yet", FewstepWarning, stacklevel=1)
     if view is None:
         save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
     else:
-        view.write(drawn.samples, drawn.labels, out, options.columns)
+        view.write(drawn.samples, drawn.labels, out, options.columns, names)
     guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
     if names and not own:

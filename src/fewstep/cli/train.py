@@ -15,6 +15,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.text import quoted
 
 USAGE = f"""usage: fewstep train RECIPE [options]
        fewstep train --resume RUN [options]
@@ -75,8 +76,10 @@ def _resumed(args: Sequence[str]) -> Options:
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
     from fewstep.data.sources import load_dataset
+    from fewstep.evaluation.actions import measure_actions
     from fewstep.evaluation.align import perceptual_features
-    from fewstep.evaluation.evaluate import curve_watcher
+    from fewstep.evaluation.curve import curve_watcher
+    from fewstep.evaluation.evaluate import check_learned
     from fewstep.evaluation.report.run import watcher
     from fewstep.training import Callbacks, train
 
@@ -92,5 +95,10 @@ def run(options: Options) -> None:
     if not result.main_process:
         return
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
-    following = ("rollout", "report") if dataset.policy is not None else ("sample", "evaluate", "report")
-    print("Next: " + "   ".join(f"fewstep {command} {run.root}" for command in following))
+    if dataset.policy is None:
+        check_learned(run)
+        following = ["sample", "evaluate", "report"]
+    else:
+        print(measure_actions(run, dataset, config.evaluation))
+        following = ["rollout" if dataset.policy.task else "evaluate", "report"]
+    print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}" for command in following))

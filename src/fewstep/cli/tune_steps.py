@@ -3,11 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fewstep.cli.cache import cache_folder
+from fewstep.utils.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Options:
     """Placements tried at most for each step count."""
     guidance_scale: float | None = None
     """Guidance strength to tune for; the recipe's own when not given."""
+    classes: Literal["data", "uniform"] | None = None
+    """Classes of the samples, as for `fewstep evaluate`."""
     seed: int = 2000
     """Of the noise that the search draws from; the check draws from that of the next seed, evaluation from neither."""
     data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
@@ -42,6 +45,7 @@ def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.evaluation.align import with_labels
     from fewstep.evaluation.evaluate import build_evaluator
+    from fewstep.evaluation.figures import caveats
     from fewstep.evaluation.tune_steps import TuningPlan, format_table, tune_run
     from fewstep.sampling.step_times import TIMES_FILE
     from fewstep.training import RunFolder
@@ -49,13 +53,16 @@ def run(options: Options) -> None:
     run = RunFolder(options.run)
     config = run.config()
     run.last_checkpoint()
-    own = config.evaluation
-    scale = own.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    given: dict[str, Any] = {"guidance_scale": options.guidance_scale, "classes": options.classes}
+    own = dataclasses.replace(config.evaluation, **{name: value for name, value in given.items() if value is not None})
     samples = own.samples if options.samples is None else options.samples
     plan = TuningPlan(options.steps, options.evaluations, samples, options.seed)
     plan.check_noise(own.seed)
     dataset = with_labels(*run.load_data(options.data_root))
     evaluator = build_evaluator(dataset, cache_folder(), options.inception, options.autoencoder)
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(own, guidance_scale=scale))
-    print(format_table(tune_run(run, config, evaluator, plan)))
+    found, unstored = tune_run(run, dataclasses.replace(config, evaluation=own), evaluator, plan)
+    print("\n".join([format_table(found), *caveats(samples, dataset, evaluator)]))
+    if unstored is not None:
+        advice = "tune a copy of the run, or give these times to fewstep sample by --times"
+        raise CheckpointError(f"{run.root / TIMES_FILE} cannot be written: {advice}") from unstored
     print(f"Stored: {run.root / TIMES_FILE}")

@@ -15,15 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.data.base import Dataset
+from fewstep.data.draws import even_draw
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.evaluation.metrics.alignment import AlignmentSettings, alignment, trajectory_alignment
 from fewstep.evaluation.metrics.features import default_extractor
-from fewstep.evaluation.report.statistics import Curve, Jumps, statistics_figure
+from fewstep.evaluation.report.statistics import statistics_figure
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
-from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
-from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import default_grid, edm_grid
 from fewstep.networks.condition import Condition
@@ -37,15 +36,15 @@ from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
 from fewstep.training.teacher import find_teacher, fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
-from fewstep.utils.files import parse_json, reading, write_atomically
+from fewstep.utils.files import check_numbers, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
+from fewstep.utils.text import quoted
 
 Record = dict[str, Any]
 ALIGNMENT_FILE = "alignment.json"
 SAMPLES = 512
 STEPS = (1, 2, 4)
 _PLACES = (0, 5, 9, 11, 17)
-_STARTS = (80.0, 12.9, 1.9)
 
 
 def with_labels(data: DataConfig, dataset: Dataset) -> Dataset:
@@ -97,27 +96,26 @@ def measure_alignment(
 ) -> Record:
     """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
 
-    On at most `samples` held-out samples, their labels given where there are classes. Of a student that learns jumps to
-    the data end alone, those alone, and samples in 1 step. place: of the teacher, as in `load_teacher`. Returns
-    {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
+    On at most `samples` held-out samples, drawn over all of them, their labels given where there are classes. Of a
+    student that learns jumps to the data end alone, those alone, and samples in 1 step. place: of the teacher, as in
+    `load_teacher`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = run.pipeline().flow_map.to(device), load_teacher(run, place).to(device)
-    indices = torch.arange(min(samples, len(dataset.heldout)))
-    x0, labels = dataset.heldout.fetch(indices)
+    x0, labels = dataset.heldout.fetch(even_draw(dataset.heldout, samples, config.evaluation.seed))
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed
     ends_only = config.objective.endpoint_only
     settings = AlignmentSettings(seed=seed, ends_only=ends_only)
     jumps = alignment(student, teacher, x0.to(device), times, method=method, cond=cond, settings=settings)
-    eps = Draws(seed, 0, indices.to(device)).normal(STREAM_PRIOR, student.sample_shape)
+    eps = Draws(seed, 0, torch.arange(len(x0), device=device)).normal(STREAM_PRIOR, student.sample_shape)
     grids = [default_grid(student.path, steps) for steps in (STEPS[:1] if ends_only else STEPS)]
     walks = trajectory_alignment(student, teacher, eps, grids, method=method, cond=cond)
     return {"teacher": teacher_name(config), "jumps": jumps.row(), "trajectories": [each.row() for each in walks]}
 
 
-def align(run: RunFolder, dataset: Dataset, method: str, teacher: Path | None = None) -> str:
-    """Measure the run's alignment with its teacher, store it in alignment.json, and say it in one line.
+def align(run: RunFolder, dataset: Dataset, method: str, folder: Path, teacher: Path | None = None) -> str:
+    """Measure the run's alignment with its teacher, store it in alignment.json of a folder, and say it in one line.
 
     method: the run, as figures name it. A teacher that is no longer where it lay is no error, only said; one that is
     given and does not fit is.
@@ -128,19 +126,37 @@ def align(run: RunFolder, dataset: Dataset, method: str, teacher: Path | None = 
         if teacher is not None:
             raise
         return f"Alignment not measured, give the run's teacher with --teacher: {error}"
-    write_atomically(run.root / ALIGNMENT_FILE, json.dumps(record, indent=2) + "\n")
+    write_atomically(folder / ALIGNMENT_FILE, json.dumps(record, indent=2) + "\n")
     return alignment_line(record)
 
 
-def read_alignments(runs: tuple[RunFolder, ...]) -> tuple[Record, ...]:
-    """What is stored in those of the runs that were measured; raises CheckpointError when a file is damaged."""
-    found = []
-    for file in (run.root / ALIGNMENT_FILE for run in runs):
-        with reading(file, f"delete it, and run fewstep evaluate {file.parent} anew"):
-            if file.is_file():
-                record = parse_json(file.read_bytes())
-                found.append({key: record[key] for key in ("teacher", "jumps", "trajectories")})
-    return tuple(found)
+def read_alignment(folder: Path) -> tuple[Record, ...]:
+    """What is stored in a folder, if it was measured; raises CheckpointError when the file is damaged."""
+    file = folder / ALIGNMENT_FILE
+    if not file.is_file():
+        return ()
+    with reading(file, f"delete it, and run fewstep evaluate {quoted(folder)} anew"):
+        record = parse_json(file.read_bytes())
+        found = {key: record[key] for key in ("teacher", "jumps", "trajectories")}
+        _check_record(**found)
+    return (found,)
+
+
+def _check_record(teacher: Any, jumps: Any, trajectories: Any) -> None:
+    """Raise what `reading` turns into one line for a stored record that is none."""
+    check_numbers([jumps, trajectories])
+    count = len(jumps["times"])
+    if count < 2 or [len(row) for row in jumps["rmse"]] != [count] * count:
+        raise ValueError(f"its matrix of errors does not fit its {count} times")
+    names = [teacher, jumps["method"], *(walk["method"] for walk in trajectories)]
+    numbers = [*jumps["times"], jumps["samples"], *(each for row in jumps["rmse"] for each in row if each is not None)]
+    for walk in trajectories:
+        numbers += [walk["steps"], walk["rmse"], walk["stderr"]]
+        if "stops" in walk:
+            stops = zip(walk["times"][1:], walk["stops"], walk["stops_stderr"], strict=True)
+            numbers += [each for stop in stops for each in stop]
+    if not all(isinstance(each, int | float) for each in numbers) or not all(isinstance(each, str) for each in names):
+        raise ValueError("a name, an error or a time is none")
 
 
 def alignment_line(record: Record) -> str:
@@ -183,7 +199,7 @@ def measure_statistics(
         part = 100 * found.seconds / (steps * seconds)
         share = f" = {part:.2g} % of training {chosen.recipe} ({steps:,} steps of {seconds:.2g} s)"
     drawn = file.with_suffix(".png")
-    write_atomically(drawn, draw_statistics(found, prepared(found, settings, dataset)))
+    write_atomically(drawn, statistics_figure(found, prepared(found, settings, dataset)))
     return (
         f"{len(found.lam)} noise levels, {found.samples} samples each: {found.seconds:.3g} s{share}\n"
         f"Statistics: {file}, {origin}\nFigure: {drawn}"
@@ -242,22 +258,3 @@ def training_cost(
                 trainer.take_step()
                 seconds.append(time.perf_counter() - start)
     return math.ceil(student.training.images / student.training.batch_size), statistics.median(seconds[1:])
-
-
-def draw_statistics(before: TrajectoryStatistics, after: TrajectoryStatistics) -> bytes:
-    """The figure of l and s as estimated and as used after shrinking, and of the coefficients of jumps, as PNG."""
-    levels = after.tau.tolist()
-    l = Curve(before.l.tolist(), before.l_stderr.tolist(), after.l.tolist())  # noqa: E741  (math.md §3.1)
-    s = Curve(before.s.tolist(), before.s_stderr.tolist(), after.s.tolist())
-    starts = [min(start, levels[0]) for start in _STARTS if start > levels[-1]]
-    return statistics_figure(levels, l, s, [_jumps(after, start) for start in dict.fromkeys(starts)])
-
-
-def _jumps(found: TrajectoryStatistics, start: float) -> Jumps:
-    """Coefficients on the EDM path from one level down to the lowest of the statistics."""
-    path, lowest = EDM(), float(found.tau[-1])
-    levels = torch.logspace(math.log10(start), math.log10(lowest), 120, dtype=torch.float64).clamp(lowest, start)
-    t = torch.full_like(levels, start)
-    both = AnalyticPreconditioning(found, "backward", path), EulerPreconditioning(path)
-    coefficients = [values.tolist() for each in both for values in each.coefficients(t, levels)]
-    return Jumps(start, levels.tolist(), *coefficients)

@@ -18,13 +18,13 @@ from fewstep.evaluation.metrics.curves import SHARES, MeanCurve, Speedup, mean_c
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.html import page, plot
 from fewstep.evaluation.report.numbers import NOTHING, number, setting, tick
-from fewstep.evaluation.report.run import REPORT_FILE, STUDY_FILE
+from fewstep.evaluation.report.run import PAGE_FILE, REPORT_FILE, STUDY_FILE
 from fewstep.training import RunFolder
 from fewstep.utils.files import write_atomically
 from fewstep.utils.text import aligned
 
 Cells = tuple[str, ...]
-PAGE_FILE, FIGURE_FILE, RECORD_FILE = "comparison.html", "comparison.png", "comparison.json"
+FIGURE_FILE, RECORD_FILE = "comparison.png", "comparison.json"
 _TITLES = {"frechet": "Fréchet distance"}
 _FACTS = 4  # figures beside the title of the page
 

@@ -1,9 +1,8 @@
-"""What is measured of a run: how it is sampled, how good its samples are, where the figures are kept."""
+"""What is measured of a run: how it is sampled, and how good its samples are."""
 
-import json
-import math
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import Dataset
+from fewstep.data.draws import even_draw
 from fewstep.data.latents.autoencoders import load_decoder
-from fewstep.evaluation.align import with_labels
+from fewstep.evaluation.figures import Row
 from fewstep.evaluation.metrics.features import (
     DecodedExtractor,
     Extractor,
@@ -21,25 +21,17 @@ from fewstep.evaluation.metrics.features import (
     RandomConvExtractor,
     default_extractor,
 )
-from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
-from fewstep.sampling.pipeline import Pipeline
+from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.sampling.step_times import SamplerName
 from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.settings import Watcher
-from fewstep.utils.errors import ConfigError
-from fewstep.utils.files import parse_json, read_rows, reading, reading_line, write_atomically
+from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
-from fewstep.utils.text import aligned
 
-Row = dict[str, Any]
-FIGURES_FILE = "figures.json"
-CURVE_FILE = "curve.jsonl"
-_IDENTITY = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
-_SHOWN: dict[str, Any] = {"method": str, "extractor": str, "reference": str, "nfe": int | float, "frechet": int | float}
+_FEWEST = 4  # samples that a distance and its error can be measured of
 
 
 def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[SamplingSettings]:
@@ -102,8 +94,9 @@ def build_evaluator(
     """The data set's own classifier (trained on its training part, kept in `cache`), or Inception when given.
 
     Latents are measured as images, decoded by their autoencoder, which may have been moved; no classifier is trained
-    on those: without Inception their features are random convolutions.
+    on those: without Inception their features are random convolutions. Raises DataError where too few are held out.
     """
+    check_counts(dataset)
     if dataset.policy is not None:
         raise ConfigError(
             f"{dataset.name} is a robot's actions, which no features measure: let the policy act, with fewstep rollout"
@@ -119,67 +112,27 @@ def build_evaluator(
     return Evaluator.of(dataset.heldout, f"{dataset.name} held out", extractor)
 
 
-def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
-    """Appends points of the learning curve to RUN/curve.jsonl, which `fewstep compare` reads.
-
-    Each point is the Frechet distance of the averaged model's samples, by the run's own sampler at `curve_steps`.
-    """
-    settings = config.evaluation
-    evaluators: list[Evaluator] = []
-    if settings.curve_images and (dataset.latents or dataset.policy):  # what they lack is said before the training
-        evaluators.append(build_evaluator(dataset, cache))
-
-    def watch(pipeline: Pipeline, step: int) -> None:
-        if not evaluators:  # at the first point: its classifier may have to be trained
-            evaluators.append(build_evaluator(with_labels(config.data, dataset), cache))
-        at = {"images": step * config.training.batch_size, "step": step, "seconds": _seconds_at(run, step)}
-        points: list[Row] = []
-        for each in sampler_settings(config, settings.curve_steps):
-            drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluators[0].extractor)
-            sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
-            value = frechet_distance(features, evaluators[0].features) if sound else math.nan
-            points.append(at | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value})
-        write_curve(run, points)
-
-    return watch
+def check_counts(dataset: Dataset) -> None:
+    """Raise DataError where a part of the data has too few samples to measure."""
+    for part, samples, share in (("held-out", dataset.heldout, "larger"), ("training", dataset.train, "smaller")):
+        if len(samples) < _FEWEST:
+            raise DataError(
+                f"the {part} part of {dataset.name} has {len(samples)} samples: measuring needs at least {_FEWEST}; "
+                f"train on more data, or with a {share} --data.heldout"
+            )
 
 
 def draw_features(
-    pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor
+    pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor, classes: Tensor | None
 ) -> tuple[Generated, Tensor]:
-    """`count` samples, and their features (count, d)."""
-    drawn = generate(pipeline, count, settings)
+    """`count` samples of these classes (`Evaluator.classes`), and their features (count, d)."""
+    drawn = generate(pipeline, count, settings, classes)
     return drawn, extractor.features(_within_range(pipeline, drawn.samples))
 
 
-def write_curve(run: RunFolder, points: list[Row]) -> None:
-    """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
-
-    A line that cannot be read ends what is kept, as in the log.
-    """
-    file, step = run.root / CURVE_FILE, points[0]["step"]
-    measures = {point["measure"] for point in points}
-    kept: list[Row] = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            found = parse_json(line)
-            if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
-                kept.append(found)
-        except (ValueError, KeyError, TypeError):
-            break
-    write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
-
-
-def _seconds_at(run: RunFolder, step: int) -> float | None:
-    """Training time behind a step, from the log's last line at its pace; None before there is one."""
-    log = run.read_log()
-    with reading_line(run.log_file, len(log)):
-        return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None
-
-
 def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
-    """The training images themselves against the held-out ones: the floor for every method (NFE 0)."""
-    images, labels = dataset.train.fetch(torch.arange(min(samples, len(dataset.train))))
+    """The training images themselves, drawn over all of them, against the held-out ones: the floor for every method."""
+    images, labels = dataset.train.fetch(even_draw(dataset.train, samples, seed=0))
     method = {"method": "real data (training part)", "nfe": 0}
     times = {"seed": 0, "seconds": 0.0, "sampling_seconds": 0.0, "latency_ms": None}
     return method | evaluator.measure(images, labels) | times | {"guidance_scale": 1.0, "device": str(best_device())}
@@ -200,24 +153,56 @@ def measure_run(
     Tuned step times have rows of their own beside the default's, whose `tuned_on` says which held-out samples chose
     them: they are among those measured against, so that the default's rows alone have seen none.
     """
-    config, pipeline = run.config(), run.pipeline(weights).to(best_device())
-    config = config if evaluation is None else replace(config, evaluation=evaluation)
-    settings = config.evaluation
+    config, (pipeline, state) = run.config(), newest(run, weights)
+    settings = config.evaluation if evaluation is None else evaluation
+    config = replace(config, evaluation=settings)
     name = method_of(run) + ("" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}")
     name += f", {weights}" if weights not in ("", next(iter(run.averages()))) else ""
+    name += ", uniform classes" if settings.classes == "uniform" and pipeline.flow_map.num_classes else ""
     plans = [(name, each) for each in sampler_settings(config, settings.steps)]
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(pipeline, each))]
     if not (config.objective.on_diagonal or config.objective.endpoint_only):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
-    seconds = training_seconds(run)
-    return [
-        _measured(pipeline, each, label, settings.samples, evaluator) | {"seconds": seconds} for label, each in plans
-    ]
+    classes = evaluator.classes(pipeline.flow_map, settings.samples, settings)
+    rows, strays = [], []
+    for label, each in plans:
+        drawn = generate(pipeline, settings.samples, each, classes)
+        if wrong := pipeline.strays(drawn.samples):
+            strays.append(f"{label}, {drawn.nfe:g} network calls: {wrong}")
+        if bool(drawn.samples.isfinite().all()):
+            rows.append(state | _measured(pipeline, label, each, drawn, evaluator))
+    if not rows:
+        drawn.check_finite()
+    for stray in strays:
+        warnings.warn(stray, FewstepWarning, stacklevel=2)
+    return rows
 
 
-def _measured(pipeline: Pipeline, settings: SamplingSettings, method: str, count: int, evaluator: Evaluator) -> Row:
-    """Figures of `count` samples, the time to draw all of them and one alone, and on what their times were tuned."""
-    drawn, tuned = generate(pipeline, count, settings), settings.tuned(pipeline.step_times)
+def check_learned(run: RunFolder, samples: int = 16) -> None:
+    """Raise TrainingDivergedError where the newest model's samples are what no trained model gives."""
+    pipeline, config = load_pipeline(run.last_checkpoint()).to(best_device()), run.config()
+    (settings,) = sampler_settings(config, config.evaluation.steps[:1])
+    if wrong := pipeline.strays(generate(pipeline, samples, settings).samples):
+        raise TrainingDivergedError(
+            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged, or learned nothing yet; lower "
+            "the learning rate, or train longer, with another --out"
+        )
+
+
+def newest(run: RunFolder, weights: str = "") -> tuple[Pipeline, dict[str, Any]]:
+    """The newest checkpoint's model, and its step and seconds of training, while others may be written."""
+    while True:
+        last = run.last_checkpoint()
+        pipeline, state = run.pipeline(weights), read_state(last)
+        if run.last_checkpoint() == last:
+            return pipeline.to(best_device()), {"step": state["step"], "seconds": state["seconds"]}
+
+
+def _measured(
+    pipeline: Pipeline, method: str, settings: SamplingSettings, drawn: Generated, evaluator: Evaluator
+) -> Row:
+    """Figures of samples, the time to draw all of them and one alone, and on what their times were tuned."""
+    tuned = settings.tuned(pipeline.step_times)
     return {
         "method": method,
         "nfe": round(drawn.nfe),
@@ -262,47 +247,3 @@ def measure_latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int
 def training_seconds(run: RunFolder) -> float:
     """Seconds of training behind the newest checkpoint."""
     return float(read_state(run.last_checkpoint())["seconds"])
-
-
-def write_figures(rows: list[Row], folder: Path) -> Path:
-    """Store rows in figures.json beside those stored earlier; a row measured anew replaces its older self."""
-    fresh = {tuple(row.get(key) for key in _IDENTITY) for row in rows}
-    kept = [row for row in read_figures(folder) if tuple(row.get(key) for key in _IDENTITY) not in fresh]
-    file = folder / FIGURES_FILE
-    write_atomically(file, json.dumps([*rows, *kept], indent=2) + "\n")
-    return file
-
-
-def read_figures(folder: Path) -> list[Row]:
-    """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
-    file = folder / FIGURES_FILE
-    advice = f"delete it, and run fewstep evaluate {folder} anew"
-    rows = [_in_todays_names(row) for row in read_rows(file, _SHOWN, advice)]
-    with reading(file, advice):
-        for row in rows:
-            if not all(isinstance(row[key], kind) for key, kind in _SHOWN.items()):
-                raise ValueError(f"a method, distance or number of calls is none: {row['method']!r}")
-    return rows
-
-
-def _in_todays_names(row: Row) -> Row:
-    """A row as rows are called now: those stored with "omega" for the guidance scale have it in the method's name."""
-    if "omega" not in row:
-        return row
-    renamed = {"guidance_scale" if key == "omega" else key: value for key, value in row.items()}
-    return renamed | {"method": str(row["method"]).replace(", omega ", ", guidance ")}
-
-
-def format_table(rows: list[Row]) -> str:
-    """Rows as aligned text, and what they rest on."""
-    cells = [("method", "NFE", "Frechet", "accuracy", "precision", "recall", "ms/sample")]
-    for row in rows:
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.3f}"
-        latency_ms = "" if row["latency_ms"] is None else f"{row['latency_ms']:.1f}"
-        quality = (f"{row['frechet']:.2f}", accuracy, f"{row['precision']:.2f}", f"{row['recall']:.2f}")
-        cells.append((row["method"], str(row["nfe"]), *quality, latency_ms))
-    first = rows[0]
-    notes = [f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID."]
-    if any(row.get("tuned_on") for row in rows):
-        notes.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
-    return "\n".join([aligned(cells), *notes])

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.evaluate import CURVE_FILE
+from fewstep.evaluation.curve import CURVE_FILE
 from fewstep.evaluation.report.numbers import setting
 from fewstep.training import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError
-from fewstep.utils.files import read_lines, reading_line
+from fewstep.utils.files import LARGEST, read_lines, reading_line
 from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import differences, leaves, to_json
+from fewstep.utils.text import quoted
 
 Points = list[tuple[float, float]]
 Measure = tuple[str, int | None]  # what a curve shows: its name, and the network calls of a sample or None
@@ -26,7 +27,7 @@ _SEED = "training.seed"
 _PASSIVE = {
     "recipe", _SEED, "training.log_images", "training.sample_images", "training.checkpoint_images", "training.keep",
     "evaluation.samples", "evaluation.steps", "evaluation.reference_steps", "evaluation.seed",
-    "evaluation.curve_images", "evaluation.curve_steps", "data.root",
+    "evaluation.curve_images", "evaluation.curve_steps", "evaluation.classes", "data.root",
 }  # fmt: skip
 """Settings that make no other method: what is only named, logged, kept or measured, where data lie, and the seed."""
 
@@ -52,18 +53,18 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
         raise ConfigError(f"compare needs at least two runs, got {len(runs)}: fewstep compare RUN RUN ...")
     records: list[Any] = [run.record() for run in runs]
     for run in runs:
-        run.config()
         run.data("name", "fingerprint", "train")
     first = records[0]
     for run, record in zip(runs[1:], records[1:], strict=True):
         if record["data"]["fingerprint"] != first["data"]["fingerprint"]:
             here, there = (f"{data['name']} ({data['fingerprint']})" for data in (first["data"], record["data"]))
             raise ConfigError(f"{runs[0].root} is a run on {here}, {run.root} on {there}: compare runs on one data set")
-        samples, others = (each["run"]["evaluation"].get("curve_samples") for each in (first, record))
-        if samples != others:
+        own, other = (each.config().evaluation for each in (runs[0], run))
+        if (own.curve_samples, own.classes) != (other.curve_samples, other.classes):
             raise ConfigError(
-                f"{runs[0].root} measured its curve with {samples} samples, {run.root} with {others}: distances depend "
-                "on the number of samples; train with one --evaluation.curve-samples"
+                f"{runs[0].root} measured its curve with {own.curve_samples} samples, {run.root} with "
+                f"{other.curve_samples}, classes by {own.classes} and {other.classes}: distances depend on them; train "
+                "with one --evaluation.curve-samples and --evaluation.classes"
             )
     return runs
 
@@ -82,7 +83,7 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
     if not curves and run.config().data.source.of_actions:
         raise ConfigError(
             f"{run.root} holds a policy, which has no learning curve of samples: compare policies by how they act, "
-            f"fewstep rollout {run.root}"
+            f"fewstep rollout {quoted(run.root)}"
         )
     if not curves:
         raise CheckpointError(
@@ -93,11 +94,15 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
 
 
 def _point(line: dict[str, Any]) -> tuple[Measure, float, float]:
-    """(measure, images, value) of a stored line; raises what `reading` turns into one line when it is none."""
-    nfe, images = line["nfe"], float(line["images"])
-    if not 0 < images < math.inf:
+    """(measure, images, value) of a stored line, NaN for a value too large to be drawn, 0 for one too small.
+
+    Raises what `reading` turns into one line when it is none.
+    """
+    nfe, images, value = line["nfe"], float(line["images"]), float(line["value"])
+    if not 0 < images <= LARGEST:
         raise ValueError(f"images {images:g}")
-    return (str(line["measure"]), None if nfe is None else int(nfe)), images, float(line["value"])
+    value = math.nan if not abs(value) <= LARGEST else value if abs(value) * LARGEST > 1 else 0.0
+    return (str(line["measure"]), None if nfe is None else int(nfe)), images, value
 
 
 def gather(runs: Sequence[RunFolder]) -> tuple[list[Member], tuple[str, ...]]:

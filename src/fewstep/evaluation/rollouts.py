@@ -16,6 +16,7 @@ from fewstep.policies.simulation import Task
 from fewstep.policies.tasks.registry import find_task
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.text import quoted
 
 Progress = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def describe(file: Path, found: Demonstrations) -> str:
     """Where demonstrations are, how large, and what to do next."""
     return (
         f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
-        f"numbers, actions of {found.actions.shape[1]}\nNext: fewstep train policy-mlp --data.root {file}"
+        f"numbers, actions of {found.actions.shape[1]}\nNext: fewstep train policy-mlp --data.root {quoted(file)}"
     )
 
 

@@ -26,7 +26,8 @@ from fewstep.sampling.pipeline import Pipeline, load_pipeline
 from fewstep.sampling.step_times import StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import ConfigError, DataError
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError
+from fewstep.utils.files import updating
 from fewstep.utils.random import permutation
 from fewstep.utils.text import aligned
 
@@ -203,18 +204,24 @@ class Tuning:
         return Tuned(self.tuned, self.kept, {key: value for key, value in figures.items() if key != "tuned"})
 
 
-def tune(pipeline: Pipeline, settings: SamplingSettings, evaluator: Evaluator, plan: TuningPlan) -> Tuning:
+def tune(
+    pipeline: Pipeline,
+    settings: SamplingSettings,
+    evaluator: Evaluator,
+    plan: TuningPlan,
+    classes: Tensor | None = None,
+) -> Tuning:
     """Search the times between t_max and t_min for these settings' sampler and steps, and check what is found.
 
-    The settings' own placement is the default. Raises DataError for too few held-out samples, ShapeError where the
-    model's samples are not finite.
+    The settings' own placement is the default. classes: of the plan's samples (`Evaluator.classes`). Raises DataError
+    for too few held-out samples, ShapeError where the model's samples are not finite.
     """
     half, other = split_in_halves(evaluator)
     default = tuple(settings.grid(pipeline.flow_map.path).tolist())
 
     def features(times: Point, seed: int) -> Tensor:
         placed = replace(settings, times=times, seed=seed)
-        return draw_features(pipeline, plan.samples, placed, evaluator.extractor)[1]
+        return draw_features(pipeline, plan.samples, placed, evaluator.extractor, classes)[1]
 
     def distance(times: Point) -> float:
         drawn = features(times, plan.seed)
@@ -286,28 +293,36 @@ def gain_error(default: Tensor, tuned: Tensor, real: Tensor) -> float:
 
 
 def _without(group: int, features: Tensor) -> Tensor:
-    """All but one of ten runs of neighbours: samples go through the classes in turn, so each run holds all of them."""
+    """All but one of ten runs of neighbours: any run of samples has the classes in their shares (`classes_like`)."""
     return features[torch.arange(len(features)) * _GROUPS // len(features) != group]
 
 
-def tune_run(run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: TuningPlan) -> tuple[Tuning, ...]:
+def tune_run(
+    run: RunFolder, config: RunConfig, evaluator: Evaluator, plan: TuningPlan
+) -> tuple[list[Tuning], CheckpointError | None]:
     """Tune the newest checkpoint for each number of steps, and store each in RUN/step_times.json as it is found.
 
     config: the run's own, its evaluation as it is to be tuned for. What was tuned for the same checkpoint and another
-    purpose stays there, what was tuned for another checkpoint goes. Raises what `tune` raises, CheckpointError when the
-    run has no checkpoint or a file of it is damaged.
+    purpose stays there, what was tuned for another checkpoint goes. What kept them from being stored is returned too,
+    so that no search is lost. Raises what `tune` raises, CheckpointError when the run has no checkpoint or a file of it
+    is damaged.
     """
     last = run.last_checkpoint()
     pipeline, step = load_pipeline(last).to(best_device()), read_state(last)["step"]
-    stored = read_tuned_steps(run.root)
-    if stored is None or stored.step != step:
-        stored = TunedSteps(step)
-    found = []
+    classes = evaluator.classes(pipeline.flow_map, plan.samples, config.evaluation)
+    read_tuned_steps(run.root)  # what is damaged is said before the search
+    found: list[Tuning] = []
+    unstored: CheckpointError | None = None
     for settings in sampler_settings(config, plan.steps):
-        found.append(tune(pipeline, settings, evaluator, plan))
-        stored = stored.adding(found[-1].record())
-        stored.write(run.root)
-    return tuple(found)
+        found.append(tune(pipeline, settings, evaluator, plan, classes))
+        try:
+            with updating(run.root):
+                stored = read_tuned_steps(run.root)
+                kept = stored if stored is not None and stored.step == step else TunedSteps(step)
+                kept.adding(found[-1].record()).write(run.root)
+        except CheckpointError as error:
+            unstored = error
+    return found, unstored
 
 
 def format_table(found: Sequence[Tuning]) -> str:

@@ -14,13 +14,17 @@ from fewstep.policies.policy import Policy
 from fewstep.policies.rollout import Rollout, wilson
 from fewstep.policies.simulation import Picture, Task
 from fewstep.utils.errors import CheckpointError
-from fewstep.utils.files import read_rows, replacing, write_atomically
+from fewstep.utils.files import read_rows, reading, replacing, updating, write_atomically
+from fewstep.utils.text import aligned, quoted
 
 Row = dict[str, Any]
 ROLLOUTS_FILE = "rollouts.json"
 FILM_FILE, STRIP_FILE = "film.gif", "filmstrip.png"
-_IDENTITY = ("method", "task", "sampler", "steps", "seed", "first_seed", "episodes")
-_SHOWN = ("successes", "success", "low", "high", "mean_steps", "score", "routes", "errors", "latency_ms")
+_NUMBER = int | float
+_IDENTITY = {"method": str, "task": str, "sampler": str, "steps": int, "seed": int, "first_seed": int, "episodes": int}
+_KINDS = _IDENTITY | {"successes": int, "routes": dict, "errors": list, "latency_ms": _NUMBER | None}
+_KINDS |= dict.fromkeys(("success", "low", "high", "mean_steps", "score"), _NUMBER)
+_LARGEST_STRIP = 1 << 26  # pixels
 
 
 def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy: Policy | None = None) -> Row:
@@ -55,34 +59,32 @@ def rollout_row(found: Rollout, task: Task, method: str, first_seed: int, policy
 def write_rollouts(rows: list[Row], folder: Path) -> Path:
     """Store rows in rollouts.json beside those stored earlier; a row measured anew replaces its older self."""
     fresh = {tuple(row[key] for key in _IDENTITY) for row in rows}
-    kept = [row for row in read_rollouts(folder) if tuple(row.get(key) for key in _IDENTITY) not in fresh]
     file = folder / ROLLOUTS_FILE
-    write_atomically(file, json.dumps([*kept, *rows], indent=2) + "\n")
+    with updating(folder):
+        kept = [row for row in read_rollouts(folder) if tuple(row[key] for key in _IDENTITY) not in fresh]
+        write_atomically(file, json.dumps([*kept, *rows], indent=2) + "\n")
     return file
 
 
 def read_rollouts(folder: Path) -> list[Row]:
     """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
     file = folder / ROLLOUTS_FILE
-    return read_rows(file, _IDENTITY + _SHOWN, f"delete it, and run fewstep rollout {folder} anew")
+    return read_rows(file, _KINDS, f"delete it, and run fewstep rollout {quoted(folder)} anew")
 
 
 def rollout_table(rows: list[Row]) -> str:
-    """Rows as aligned text, errors by name below."""
-    lines = [f"{'method':24} {'steps':>5} {'success':>9} {'95 %':>13} {'length':>7} {'score':>6} {'ms/decision':>12}"]
+    """Rows as aligned text, routes and errors by name below."""
+    cells, notes = [("method", "steps", "success", "95 %", "length", "score", "ms/decision")], []
     for row in rows:
-        interval = f"{row['low']:.2f} - {row['high']:.2f}"
-        latency = "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
-        share = f"{row['successes']}/{row['episodes']}"
-        lines.append(
-            f"{row['method'][:24]:24} {row['steps'] or '':>5} {share:>9} {interval:>13} {row['mean_steps']:>7.1f} "
-            f"{row['score']:>6.2f} {latency:>12}"
-        )
+        steps, latency = str(row["steps"] or ""), "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
+        share, interval = f"{row['successes']}/{row['episodes']}", f"{row['low']:.2f} - {row['high']:.2f}"
+        measured = (f"{row['mean_steps']:.1f}", f"{row['score']:.2f}", latency)
+        cells.append((row["method"], steps, share, interval, *measured))
+        name = f"  {row['method']}, {steps} steps" if steps else f"  {row['method']}"
         if row["routes"]:
-            shares = ", ".join(f"{name} {count}" for name, count in row["routes"].items())
-            lines.append(f"{'':24} routes: {shares}")
-        lines += [f"{'':24} error, {error}" for error in row["errors"]]
-    return "\n".join(lines)
+            notes.append(f"{name}: {', '.join(f'{route} {count}' for route, count in row['routes'].items())}")
+        notes += [f"{name}: error, {error}" for error in row["errors"]]
+    return "\n".join([aligned(cells), *notes])
 
 
 def save_film(pictures: list[Picture], folder: Path, frames_per_second: int = 25, longest: int = 300) -> Path:
@@ -116,10 +118,12 @@ def read_strip(folder: Path, count: int = 8) -> Tensor | None:
     if not file.is_file():
         return None
     try:
-        with Image.open(file) as opened:
+        with reading(file, "delete it"), Image.open(file, formats=("PNG",)) as opened:
+            if opened.width * opened.height > _LARGEST_STRIP:
+                raise ValueError(f"{opened.width}x{opened.height} pixels are no film strip")
             whole = np.asarray(opened.convert("RGB"))
-    except OSError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): delete it") from error
+    except Image.DecompressionBombError as error:
+        raise CheckpointError(f"{file} is no film strip ({error}): delete it") from error
     height, width, _ = whole.shape
     if width % count:
         raise CheckpointError(f"{file} is no strip of {count} pictures: delete it")

@@ -134,6 +134,8 @@ class EvaluationConfig:
     """Of gamma-sampling: 1 re-noises fully between steps, as consistency models must; 0 is the map itself."""
     seed: int = 1000
     """Decides the noise that samples start from."""
+    classes: Literal["data", "uniform"] = later(lambda: "data")
+    """Classes of the samples: data gives them the shares that they have in the held-out data, uniform equal ones."""
     curve_images: int = 0
     """Images between points of the learning curve that `fewstep compare` reads; 0 for none."""
     curve_steps: tuple[int, ...] = (1, 2)

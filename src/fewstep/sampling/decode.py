@@ -1,5 +1,6 @@
 """How samples are looked at and written: as they are, or decoded where they are latents."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from torch.nn.functional import avg_pool2d
 from fewstep.data.latents.autoencoders import Decoder, LatentSpec
 from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_uint8
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.files import guarded
 
 _DECODED_AT_ONCE = 64
 _THUMBNAIL = 128
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,11 @@ class Viewer:
         factor = max(images.shape[-2:]) // _THUMBNAIL if self.decoder is not None else 1
         return avg_pool2d(images, factor) if factor > 1 else images
 
-    def write(self, samples: Tensor, labels: Tensor | None, out: Path, columns: int) -> None:
-        """A grid to FILE.png; `images` and `labels` to FILE.npz, decoded ones as bytes; else a PNG each to a folder.
+    def write(
+        self, samples: Tensor, labels: Tensor | None, out: Path, columns: int, class_names: tuple[str, ...] = ()
+    ) -> None:
+        """A grid to FILE.png; `images` and `labels` to FILE.npz, decoded ones as bytes, others cut to the range; else a
+        PNG each to a folder, named by number and class, in place of those of an earlier draw.
 
         Raises CheckpointError where it cannot write.
         """
@@ -43,16 +49,31 @@ class Viewer:
         elif out.suffix == ".npz":
             if self.decoder is not None:
                 samples = torch.cat([to_uint8(part, self.data_range) for part in self._parts(samples)])
+            elif self.data_range is not None:
+                samples = samples.clamp(*self.data_range)
             save_npz(samples, labels, out)
         else:
-            first = 0
+            names = [""] * len(samples) if labels is None else [_named(k, class_names) for k in labels.tolist()]
+            written: set[Path] = set()
             for part in self._parts(samples):
-                save_each(part, out, self.data_range, first)
-                first += len(part)
+                first = len(written)
+                written.update(save_each(part, out, self.data_range, first, names[first : first + len(part)]))
+            with guarded(out):
+                for old in out.iterdir():
+                    if re.fullmatch(r"\d{6,}(-.*)?\.png", old.name) and old not in written:
+                        old.unlink()
 
     def _parts(self, samples: Tensor) -> Iterator[Tensor]:
         for part in torch.split(samples, _DECODED_AT_ONCE):
             yield self.images(part)
+
+
+def _named(label: int, class_names: tuple[str, ...]) -> str:
+    """-CLASS, as part of a file's name; nothing where a sample has no class."""
+    if label < 0:
+        return ""
+    name = class_names[label] if label < len(class_names) else str(label)
+    return "-" + re.sub(r"[^\w.-]+", "_", name)[:_LONGEST_NAME]
 
 
 def save_latents(latents: LatentSpec | None, samples: Tensor, labels: Tensor | None, file: Path) -> Path:

@@ -1,6 +1,7 @@
 """Samples as pictures: bytes, grids, PNG files and NumPy archives."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,18 @@ def save_grid(images: Tensor, file: Path, *, columns: int = 8, data_range: Range
     return file
 
 
-def save_each(images: Tensor, folder: Path, data_range: Range | None, first: int = 0) -> list[Path]:
-    """Write each image at its own size as folder/000000.png, ..., counting from `first`.
+def save_each(
+    images: Tensor, folder: Path, data_range: Range | None, first: int = 0, endings: Sequence[str] = ()
+) -> list[Path]:
+    """Write each image at its own size as folder/000000.png, ..., counting from `first`; endings: of each name.
 
     Raises ShapeError unless images are (n, 1, H, W) or (n, 3, H, W), CheckpointError when it cannot write.
     """
     pixels = to_uint8(images, data_range).cpu()
     if pixels.shape[1] not in (1, 3):
         raise ShapeError(f"a PNG holds 1 or 3 channels, got {pixels.shape[1]}: save these samples as .npz")
-    files = [folder / f"{first + i:06d}.png" for i in range(len(pixels))]
+    names = zip(range(first, first + len(pixels)), endings or [""] * len(pixels), strict=True)
+    files = [folder / f"{number:06d}{ending}.png" for number, ending in names]
     for file, image in zip(files, pixels, strict=True):
         write_atomically(file, png_bytes(picture(image[0] if len(image) == 1 else image.permute(1, 2, 0))))
     return files

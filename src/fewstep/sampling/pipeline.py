@@ -5,6 +5,7 @@ FOLDER/model.safetensors  the network's weights
 """
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,23 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
     ) -> Generated:
         """`count` samples, as `fewstep.generate` draws them; changes: to the settings, such as steps=1."""
         return generate(self, count, replace(settings, **changes), labels, first)
+
+    def strays(self, samples: Tensor) -> str:
+        """What no trained model gives, in words: values that are not finite, or far from the data's; else nothing.
+
+        Far: a sample's root mean square is above four times the data's range or, about the mean of all samples, above
+        ten standard deviations of data without one.
+        """
+        values, bounds, config = samples.flatten(1).double(), self.config.data_range, self.flow_map.config
+        if bounds is None:
+            largest, where = 10 * config.sigma_data if config else math.inf, "the data are much closer together"
+            sizes = (values - values[values.isfinite()].mean()).square().mean(1).sqrt()
+        else:
+            largest, where = 4 * max(map(abs, bounds)), f"the data lie in [{bounds[0]:g}, {bounds[1]:g}]"
+            sizes = values.square().mean(1).sqrt()
+        count, finite = int((~(sizes <= largest)).sum()), bool(values.isfinite().all())
+        reach = f"up to {float(values.abs().max()):.3g}, while {where}" if finite else "that are not finite"
+        return f"values {reach}, in {count} of {len(samples)} samples" if count else ""
 
     def viewer(self, autoencoder: Path | None = None) -> Viewer:
         """How samples are viewed, on this device; autoencoder: where it lies now, if it was moved.

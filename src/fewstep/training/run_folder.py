@@ -29,7 +29,7 @@ from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, read_lines, read_record, reading_line, write_atomically
 from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
-from fewstep.utils.text import listed
+from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import fit_weights, read_weights
 
 HUB = "hf://"
@@ -272,7 +272,7 @@ class RunFolder:
         if tuned.step_times:
             warnings.warn(
                 f"{self.root / TIMES_FILE} was tuned at step {tuned.step}, but the model is now at step {step}: its "
-                f"times are not used; run fewstep tune-steps {self.root} anew",
+                f"times are not used; run fewstep tune-steps {quoted(self.root)} anew",
                 FewstepWarning,
                 stacklevel=3,
             )

@@ -8,17 +8,19 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, FewstepWarning
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, FewstepWarning, WriteError
 
-LOCK_FILE = ".lock"
+LOCK_FILE, UPDATE_FILE = ".lock", ".figures.lock"
+LARGEST = 1e30  # in size, of what is measured or drawn
 _SECONDS = 0.1  # until a lock counts as held: its holder may be discarding it
+_WAIT = 60.0  # until another process has written its rows
 _PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 # What code that takes a stored file apart raises when the file is not what it should be.
@@ -33,7 +35,7 @@ def guarded(target: Path) -> Iterator[None]:
     except OSError as error:
         locked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
         advice = "make its folder writable, or work on a copy of it" if locked else "free some space, or work elsewhere"
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
+        raise WriteError(f"cannot write {target}: {error.strerror or error}; {advice}") from error
 
 
 @contextmanager
@@ -74,19 +76,30 @@ def read_record(file: Path, advice: str, kind: type[FewstepError] = CheckpointEr
         return _object(parse_json(file.read_bytes()))
 
 
-def read_rows(file: Path, keys: Collection[str], advice: str) -> list[dict[str, Any]]:
-    """The JSON list of objects in a file, none where there is no file.
+def read_rows(file: Path, kinds: Mapping[str, Any], advice: str) -> list[dict[str, Any]]:
+    """The JSON list of objects in a file, none where there is no file. kinds: key -> its type, or a union of types.
 
-    Raises CheckpointError, with the advice, when it cannot be read, is none, or one of the objects lacks a key.
+    Raises CheckpointError, with the advice, when it cannot be read, is none, or one of the objects lacks a key, or has
+    a value of another type under it or a number anywhere that is none (`check_numbers`).
     """
     with reading(file, advice):
         rows = parse_json(file.read_bytes()) if file.is_file() else []
         if not isinstance(rows, list):
             raise ValueError("it is no list")
-        for row in rows:
-            if not _object(row).keys() >= set(keys):
-                raise KeyError(", ".join(sorted(set(keys) - set(row))))
+        for row in map(_object, rows):
+            for key, kind in kinds.items():
+                if not isinstance(row[key], kind):
+                    raise ValueError(f"{key} is {repr(row[key])[:40]}")
+            check_numbers(row)
     return rows
+
+
+def check_numbers(found: Any) -> None:
+    """Raise ValueError for a number in a stored value that is NaN, infinite or beyond 1e30: nothing is measured so."""
+    if isinstance(found, (int, float)) and not abs(found) <= LARGEST:
+        raise ValueError(f"{found:.3g} is no measured number")
+    for inner in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+        check_numbers(inner)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -136,6 +149,30 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         file_aside.write(content.encode() if isinstance(content, str) else content)
         file_aside.flush()
         os.fsync(file_aside.fileno())
+
+
+@contextmanager
+def updating(folder: Path) -> Iterator[None]:
+    """Inside, no other process updates what is measured of a run: for reading a file of its folder and replacing it.
+
+    Waits for the others, where the file system has locks. Raises CheckpointError when the folder cannot be written, or
+    another process keeps it too long.
+    """
+    file = folder / UPDATE_FILE
+    lock = FileLock(file, timeout=_WAIT, fallback_to_soft=False)
+    with guarded(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(f"another process holds {file}: end it, or remove the file") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Lock:

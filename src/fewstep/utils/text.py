@@ -1,10 +1,29 @@
-"""Text for terminals: rows of cells in columns."""
+"""Text for terminals: what a file holds made harmless, paths as a shell takes them, rows of cells in columns."""
 
+import re
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
+
+# Control characters but for tabs and ends of lines, marks of direction and width, halves of surrogate pairs.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Text whose control characters and marks of direction are written out: no terminal obeys or hides them."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a word of a command that may be pasted into a shell."""
+    return shlex.quote(str(path))
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A line for each row of as many cells: the first `left` columns to the left, the others to the right."""
+    rows = [[printable(" ".join(cell.split("\n"))) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

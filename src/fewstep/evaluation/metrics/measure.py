@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from fewstep.data.base import SampleSet
+from fewstep.data.draws import classes_like
 from fewstep.evaluation.metrics.features import Extractor
 from fewstep.evaluation.metrics.fidelity import class_accuracy, frechet_distance, kernel_distance, precision_recall
+from fewstep.flow.flow_map import FlowMap
+from fewstep.recipes.config import EvaluationConfig
 from fewstep.utils.errors import UnsupportedError
 
+ENOUGH = 5  # samples for each feature, below which a Frechet distance is mostly bias
 _FETCH_SIZE = 1024
 
 
@@ -33,12 +37,22 @@ class Evaluator:
         parts = [samples.fetch(indices)[0] for indices in torch.split(torch.arange(len(samples)), _FETCH_SIZE)]
         return Evaluator(name, torch.cat([extractor.features(part) for part in parts]), samples.labels, extractor)
 
+    def classes(self, flow_map: FlowMap, count: int, settings: EvaluationConfig) -> Tensor | None:
+        """Classes (count,) to draw samples of, None where the model knows none.
+
+        In the shares of the real samples, whose distance is else that of the shares, or in equal ones if asked for.
+        """
+        number = flow_map.num_classes
+        labels = torch.arange(number) if self.labels is None or settings.classes == "uniform" else self.labels
+        return classes_like(labels, count, settings.seed) if number else None
+
     def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
         """Figures of images (n, C, H, W) that were asked for as classes labels (n,), ready for JSON.
 
         frechet, kernel, kernel_error, precision, recall: as in `fidelity`. accuracy: share of the images that the
-        extractor puts in the class asked for, None without labels or a classifier. extractor, samples, reference: whose
-        features, of how many images, against what. Raises ShapeError on images or labels that do not fit.
+        extractor puts in the class asked for, None without labels or a classifier. extractor, features, samples,
+        reference: whose features and how many, of how many images, against what. Raises ShapeError on images or labels
+        that do not fit.
         """
         features = self.extractor.features(images)
         kernel = kernel_distance(features, self.features)
@@ -51,6 +65,7 @@ class Evaluator:
             "recall": recall,
             "accuracy": self._accuracy(images, labels),
             "extractor": self.extractor.name,
+            "features": features.shape[1],
             "samples": len(images),
             "reference": f"{self.name} ({len(self.features)})",
         }

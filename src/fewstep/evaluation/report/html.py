@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fewstep._version import __version__
+from fewstep.utils.text import printable
 
 Pairs = tuple[tuple[str, str], ...]
 
-_SAFE_SCHEMES = frozenset({"", "http", "https", "mailto"})
+_SAFE_SCHEMES = frozenset({"http", "https", "mailto"})
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ def page(template: str, **values: object) -> str:
 
 
 def is_harmless(address: str) -> bool:
-    """Whether an address leads to a page, and runs nothing."""
-    return urlsplit(address.strip()).scheme.lower() in _SAFE_SCHEMES
+    """Whether an address leads to a page, and runs nothing: on the web, or below a folder beside this one."""
+    parts = urlsplit(address)
+    local = not (parts.scheme or parts.netloc or address.startswith(("/", "\\")))
+    return address == printable(address).strip() and (local or bool(parts.scheme.lower() in _SAFE_SCHEMES))
 
 
 def embed(png: bytes) -> str:
@@ -51,6 +54,7 @@ def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("fewstep.evaluation.report"),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,14 +4,16 @@ import json
 import math
 from collections.abc import Mapping
 
+from fewstep.utils.files import LARGEST
+
 NOTHING = "–"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finite(row: Mapping[str, object], key: str) -> float | None:
-    """The finite number under `key`; None when it is absent, no number, NaN or infinite."""
+    """The number under `key`; None when it is absent, no number, NaN, or too large to be drawn."""
     value = row.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     return None
 

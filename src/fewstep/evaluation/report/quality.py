@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
+from fewstep.evaluation.metrics.measure import ENOUGH
 from fewstep.evaluation.report.figures import quality_curves
 from fewstep.evaluation.report.html import Plot, plot
 from fewstep.evaluation.report.numbers import NOTHING, count, finite, number, with_error
@@ -27,6 +28,7 @@ def _part(extractor: str, rows: Sequence[Row]) -> dict[str, Any]:
         "extractor": extractor,
         "is_fid": extractor.startswith("inception"),
         "samples": " or ".join(f"{n:,}" for n in counts),
+        "few": any((finite(row, "samples") or 0) < ENOUGH * (finite(row, "features") or 0) for row in rows),
         "references": " or ".join(dict.fromkeys(str(row["reference"]) for row in rows)),
         "figure": _figure(extractor, rows),
         "heads": list(columns),
@@ -74,7 +76,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
         columns["Accuracy"] = lambda row: NOTHING if (share := finite(row, "accuracy")) is None else f"{share:.1%}"
     if any(finite(row, "latency_ms") is not None for row in rows):
         columns["Latency (ms)"] = lambda row: number(finite(row, "latency_ms"))
-    if len({row["samples"] for row in rows}) > 1:
+    if len({finite(row, "samples") for row in rows}) > 1:
         columns["Samples"] = lambda row: count(finite(row, "samples"))
     if len({row["reference"] for row in rows}) > 1:
         columns["Reference"] = lambda row: str(row["reference"])

@@ -1,6 +1,7 @@
 """What a run shows: sample grids while it trains, and its report page."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,17 @@ from urllib.parse import quote
 
 import torch
 
-from fewstep.evaluation.align import read_alignments, teacher_name
+from fewstep.evaluation.align import read_alignment, teacher_name
 from fewstep.evaluation.evaluate import (
-    Row,
     best_device,
     method_name,
     method_of,
-    read_figures,
     reference_settings,
     sampler_settings,
     tuned_settings,
 )
+from fewstep.evaluation.figures import Row, read_figures
+from fewstep.evaluation.report.numbers import finite, number
 from fewstep.evaluation.report.page import Grid, RunReport, write_report
 from fewstep.policies.figures import read_rollouts, read_strip
 from fewstep.recipes.config import RunConfig
@@ -29,12 +30,14 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
-from fewstep.utils.files import parse_json, reading
+from fewstep.utils.files import parse_json, reading, reading_line
 from fewstep.utils.parts import kind_name
 from fewstep.utils.text import listed
 
 REPORT_FILE = "report.html"
 STUDY_FILE = "study.json"
+PAGE_FILE = "comparison.html"
+_DRAWN_LINES = 2000  # of a log: more are not seen
 
 
 def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
@@ -74,57 +77,79 @@ def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
     return tuple(each for each in found if each.config_file.is_file() and each.checkpoints())
 
 
-def report(run: RunFolder, title: str = "", autoencoder: Path | None = None) -> Path:
+def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out: Path | None = None) -> Path:
     """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run.
 
-    autoencoder: where the one that decodes latents lies now, if it was moved.
+    autoencoder: where the one that decodes latents lies now, if it was moved. out: a folder for the page, where what
+    `fewstep evaluate --out` has left is shown too.
     """
     data = run.data("name", "shape", "classes", "train")
-    others = baselines(run)
+    others, folder = baselines(run), out or run.root
     config, record = run.config(), run.record()
     pipeline = run.pipeline()
     acts = pipeline.config.policy is not None
     view = None if acts else pipeline.to(best_device()).viewer(autoencoder)
-    rows, aligned = figures(run, others), read_alignments((run, *others))
-    logs = {method_of(r): r.read_log() for r in (run, *others)}
+    name = method_of(run)
+    owners = {folder: run, run.root: run} | {other.root: other for other in others}
+    rows, aligned = figures(owners), [found for place in owners for found in read_alignment(place)]
+    episodes = [row for place in owners for row in read_rollouts(place)]
+    logs = {method_of(r): thinned_log(r) for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
         summary="\n\n".join((_summary(config, data), *_paragraphs(pipeline))),
-        facts=_policy_facts(run) if acts else _facts(rows, method_of(run)),
+        facts=_policy_facts([row for row in episodes if row["method"] == name]) if acts else _facts(rows, name),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
         rows=rows,
         cost=_cost(run, others),
         settings=record,
-        links=study_links(run),
+        links=study_links(run, folder),
         data_range=None if view is None else view.data_range,
         alignments=tuple(each["jumps"] for each in aligned),
         trajectories=tuple(row for each in aligned for row in each["trajectories"]),
-        episodes=tuple(row for each in (run, *others) for row in read_rollouts(each.root)),
-        films=tuple(film for each in (run, *others) for film in films(each)),
+        episodes=tuple(episodes),
+        films=tuple(film for place, owner in owners.items() for film in films(place, owner)),
     )
-    return write_report(found, run.root / REPORT_FILE)
+    return write_report(found, folder / REPORT_FILE)
 
 
-def figures(run: RunFolder, others: Sequence[RunFolder]) -> list[Row]:
-    """The rows of a run's figures.json, and of others' those of a method and number of calls that it has not."""
-    own = read_figures(run.root)
-    known = {(row["method"], row["nfe"]) for row in own}
-    theirs = [row for other in others for row in read_figures(other.root)]
-    return own + [row for row in theirs if (row["method"], row["nfe"]) not in known]
+def thinned_log(run: RunFolder) -> list[dict[str, Any]]:
+    """The log's records; where it has more than 2,000 lines so many, evenly spaced. Raises as `RunFolder.read_log`."""
+    if not run.log_file.is_file():
+        return []
+    with reading(run.log_file, "delete it"):
+        lines = run.log_file.read_bytes().split(b"\n")[:-1]
+    found = []
+    for k in range(min(len(lines), _DRAWN_LINES)):
+        number = (k + 1) * len(lines) // min(len(lines), _DRAWN_LINES)
+        with reading_line(run.log_file, number):
+            record = parse_json(lines[number - 1])
+            if type(record["step"]) is not int or record["step"] < 1:
+                raise ValueError(f"{record['step']!r} is no step")
+        found.append(record)
+    return found
 
 
-def films(run: RunFolder) -> tuple[Grid, ...]:
-    """The pictures of the episode that `fewstep rollout --film` drew, if it did."""
-    pictures = read_strip(run.root)
+def figures(places: Iterable[Path]) -> list[Row]:
+    """Rows of the figures in folders; of those of one method and number of calls the first folder's."""
+    rows: list[Row] = []
+    for place in places:
+        known = {(row["method"], row["nfe"]) for row in rows}
+        rows += [row for row in read_figures(place) if (row["method"], row["nfe"]) not in known]
+    return rows
+
+
+def films(folder: Path, run: RunFolder) -> tuple[Grid, ...]:
+    """The pictures of the episode of a run that `fewstep rollout --film` drew into a folder, if it did."""
+    pictures = read_strip(folder)
     if pictures is None:
         return ()
     title, note = f"{method_of(run)}, one episode", "From left to right, evenly spaced in time."
     return (Grid(title, note, pictures, len(pictures)),)
 
 
-def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    """Links to the comparison that the run is part of, and to the reports of its other runs, as far as they exist.
+def study_links(run: RunFolder, folder: Path) -> tuple[tuple[str, str], ...]:
+    """Links from a folder to the comparison that the run is part of, and to the reports of its other runs, if any.
 
     Raises CheckpointError when study.json, which `fewstep compare` writes, is damaged.
     """
@@ -133,9 +158,14 @@ def study_links(run: RunFolder) -> tuple[tuple[str, str], ...]:
         return ()
     with reading(file, "delete it, or run fewstep compare anew"):
         study = parse_json(file.read_bytes())
-        pages = [("Comparison", str(study["comparison"]))]
-        pages += [(Path(name).name, f"{name}/{REPORT_FILE}") for name in map(str, study["runs"])]
-    return tuple((text, quote(page)) for text, page in pages if (run.root / page).is_file())
+        pages = [("Comparison", Path(str(study["comparison"])))]
+        pages += [(Path(name).name, Path(name) / REPORT_FILE) for name in map(str, study["runs"])]
+        there = [
+            (text, run.root / page)
+            for text, page in pages
+            if not page.is_absolute() and page.name in (REPORT_FILE, PAGE_FILE) and (run.root / page).is_file()
+        ]
+    return tuple((text, quote(Path(os.path.relpath(page, folder)).as_posix())) for text, page in there)
 
 
 def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
@@ -164,13 +194,14 @@ def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
     return tuple(cards + [("real training data", f"{row['frechet']:.2f}") for row in real])
 
 
-def _policy_facts(run: RunFolder) -> tuple[tuple[str, str], ...]:
-    stored = [row for row in read_rollouts(run.root) if row["steps"]]
+def _policy_facts(episodes: list[Row]) -> tuple[tuple[str, str], ...]:
+    stored = [row for row in episodes if row["steps"]]
     setting = itemgetter("task", "first_seed", "seed", "episodes")
     rows = sorted((r for r in stored if setting(r) == setting(stored[-1])), key=lambda row: int(row["steps"]))
     cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
-    times = [(f"Time per decision, {_calls(rows[0]['steps'])}", f"{rows[0]['latency_ms']:.2f} ms")] if rows else []
-    return tuple(cards + times)
+    for row in rows[:1]:
+        cards.append((f"Time per decision, {_calls(row['steps'])}", f"{number(finite(row, 'latency_ms'))} ms"))
+    return tuple(cards)
 
 
 def _calls(nfe: int) -> str:

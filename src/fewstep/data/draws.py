@@ -1,0 +1,52 @@
+"""What stands for a set of samples: some of them drawn over all of it, classes in the shares that they have there."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.base import SampleSet
+from fewstep.utils.random import permutation
+
+_CLASSES, _SAMPLES = -2, -3  # epochs of their own: those from 0 on order the training data
+
+
+def even_draw(samples: SampleSet, count: int, seed: int) -> Tensor:
+    """Numbers of `count` of the samples, rising, or of all where there are no more; int64.
+
+    The samples are shuffled by `seed`, put in order of their labels, and taken at even steps, so that every class keeps
+    its share to within one sample, however the set is sorted.
+    """
+    size = len(samples)
+    order = permutation(seed, _SAMPLES, size)
+    if samples.labels is not None:
+        order = order[torch.argsort(samples.labels.cpu()[order], stable=True)]
+    taken = min(count, size)
+    rising: Tensor = order[torch.arange(taken) * size // taken].sort().values
+    return rising
+
+
+def classes_like(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Classes (count,) int64 in the shares that they have among `labels` (N,), every prefix to about two samples.
+
+    Sample k is of class k mod C, unless that class has had half a sample more than its share or another one lacks one
+    and a half; so it is for every k where classes are of one size, to within one label. Fewer samples than classes
+    begin anywhere among them: their order is then drawn from `seed`. A class that no label names gets no sample.
+    """
+    found: tuple[Tensor, Tensor] = labels.cpu().unique(return_counts=True)
+    classes, sizes = found
+    number = len(classes)
+    if count < number:
+        order = permutation(seed, _CLASSES, number)
+        classes, sizes = classes[order], sizes[order]
+    if int(sizes.max() - sizes.min()) <= 1:
+        return classes[torch.arange(count) % number]
+    shares, given = (sizes.double() / len(labels)).numpy(), np.zeros(number)
+    places = torch.empty(count, dtype=torch.int64)
+    for k in range(count):
+        due = shares * (k + 1) - given
+        place, lacking = k % number, int(due.argmax())
+        if due[place] < -0.5 or due[lacking] >= 1.5:
+            place = lacking
+        given[place] += 1
+        places[k] = place
+    return classes[places]

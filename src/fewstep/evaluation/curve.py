@@ -1,0 +1,73 @@
+"""Learning curves: distances measured while a run trains, kept in RUN/curve.jsonl, which `fewstep compare` reads."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.base import Dataset
+from fewstep.evaluation.align import with_labels
+from fewstep.evaluation.evaluate import build_evaluator, check_counts, draw_features, sampler_settings
+from fewstep.evaluation.metrics.fidelity import frechet_distance
+from fewstep.evaluation.metrics.measure import Evaluator
+from fewstep.recipes.config import RunConfig
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.run_folder import RunFolder
+from fewstep.training.settings import Watcher
+from fewstep.utils.files import parse_json, reading_line, write_atomically
+
+CURVE_FILE = "curve.jsonl"
+
+
+def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Path | None) -> Watcher:
+    """Appends points of the learning curve to RUN/curve.jsonl.
+
+    Each point is the Frechet distance of the averaged model's samples, by the run's own sampler at `curve_steps`.
+    """
+    settings = config.evaluation
+    evaluators: list[Evaluator] = []
+    if settings.curve_images:  # what the data lack is said before the training
+        check_counts(dataset)
+        if dataset.latents or dataset.policy:
+            evaluators.append(build_evaluator(dataset, cache))
+
+    def watch(pipeline: Pipeline, step: int) -> None:
+        if not evaluators:  # at the first point: its classifier may have to be trained
+            evaluators.append(build_evaluator(with_labels(config.data, dataset), cache))
+        evaluator = evaluators[0]
+        classes = evaluator.classes(pipeline.flow_map, settings.curve_samples, settings)
+        at = {"images": step * config.training.batch_size, "step": step, "seconds": _seconds_at(run, step)}
+        points: list[dict[str, Any]] = []
+        for each in sampler_settings(config, settings.curve_steps):
+            drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluator.extractor, classes)
+            sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
+            value = frechet_distance(features, evaluator.features) if sound else math.nan
+            points.append(at | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value})
+        write_curve(run, points)
+
+    return watch
+
+
+def write_curve(run: RunFolder, points: list[dict[str, Any]]) -> None:
+    """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
+
+    A line that cannot be read ends what is kept, as in the log.
+    """
+    file, step = run.root / CURVE_FILE, points[0]["step"]
+    measures = {point["measure"] for point in points}
+    kept: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            found = parse_json(line)
+            if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
+                kept.append(found)
+        except (ValueError, KeyError, TypeError):
+            break
+    write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
+
+
+def _seconds_at(run: RunFolder, step: int) -> float | None:
+    """Training time behind a step, from the log's last line at its pace; None before there is one."""
+    log = run.read_log()
+    with reading_line(run.log_file, len(log)):
+        return round(log[-1]["seconds"] * step / log[-1]["step"], 3) if log else None

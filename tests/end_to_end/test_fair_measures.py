@@ -1,0 +1,127 @@
+"""Sets that are compared are drawn alike, a figure says what it rests on, and nothing that failed ends as a success."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from fewstep.evaluation import evaluate
+from fewstep.evaluation.figures import read_figures
+from fewstep.sampling.generate import Generated
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.utils.errors import FewstepWarning
+from tests.support.commands import SMALL, Command
+from tests.support.inputs import demonstrations, few_images, sorted_classes, unequal_classes
+
+SHORT = ("--training.batch-size", 32, "--training.images", 64, "--training.sample-images", 0)
+UNGUIDED = ("--objective.guidance.omega", 1)
+
+
+def rows_of(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["method"], row["nfe"]): row for row in read_figures(run)}
+
+
+# Unequal classes
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Labels of whatever is drawn to be measured."""
+    found: list[Tensor] = []
+    usual = evaluate.generate
+
+    def generate(pipeline: Pipeline, count: int, *others: Any) -> Generated:
+        samples = usual(pipeline, count, *others)
+        if count > 16 and samples.labels is not None:  # one is drawn for its latency, 16 to see whether a run diverged
+            found.append(samples.labels)
+        return samples
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    return found
+
+
+def test_unequal_classes_are_drawn_in_their_shares(command: Command, tmp_path: Path, drawn: list[Tensor]) -> None:
+    """By the learning curve, `evaluate` and `tune-steps`: one of twenty is bright, as of the held-out images."""
+    data = unequal_classes(tmp_path / "unequal.npz")
+    curve = ("--evaluation.curve-images", 64, "--evaluation.curve-samples", 40)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", data, "--out", "run", *SMALL, *SHORT, *curve)
+    few = ("--steps", 2, "--samples", 40)
+    for each in (words, ("evaluate", "run", *few), ("tune-steps", "run", *few, "--evaluations", 4)):
+        drawn.clear()
+        assert command(*each).code == 0
+        assert len(drawn) > 1
+        assert {int(labels.sum()) for labels in drawn} <= {1, 2, 3}
+    for each in (("evaluate", "run", *few), ("tune-steps", "run", *few, "--evaluations", 4)):
+        drawn.clear()
+        assert command(*each, "--classes", "uniform").code == 0
+        assert {int(labels.sum()) for labels in drawn} == {20}
+    assert {"iSD-T", "iSD-T, uniform classes"} < {method for method, _ in rows_of(tmp_path / "run")}
+
+
+# What stands for a set, and what cannot be measured
+
+
+def test_the_floor_is_drawn_over_all_classes(command: Command, tmp_path: Path) -> None:
+    """Of a folder that is sorted by class, and of more images than are measured."""
+    root = sorted_classes(tmp_path / "sorted", classes=6, count=40)
+    words = ("train", "digits", "--data.source", "images", "--data.root", root, "--out", "run", *SMALL, *SHORT)
+    assert command(*words).code == 0
+    assert command("evaluate", "run", "--steps", 1, "--samples", 60).code == 0
+    rows = rows_of(tmp_path / "run")
+    assert rows["real data (training part)", 0]["samples"] == 60
+    assert rows["real data (training part)", 0]["frechet"] < 10
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (5, 2)])
+def test_too_few_images_are_named(count: int, held: int, command: Command, tmp_path: Path) -> None:
+    file = few_images(tmp_path / "few.npz", count)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", file, "--out", "run", *SMALL, *SHORT, *UNGUIDED)
+    assert command(*words).code == 0
+    shown = command("evaluate", "run")
+    assert (shown.code, shown.err.count("\n")) == (2, 1)
+    assert f"the held-out part of few has {held} samples: measuring needs at least 4" in shown.err
+    assert "--data.heldout" in shown.err
+    shown = command(*words, "--evaluation.curve-images", 32)
+    assert (shown.code, shown.err.count("\n")) == (2, 1)
+    assert "--data.heldout" in shown.err
+
+
+def test_what_a_figure_rests_on_is_said(command: Command, tmp_path: Path) -> None:
+    """A class of which no image is held out is not drawn; a distance of few samples is biased."""
+    file = unequal_classes(tmp_path / "rare.npz", dark=1, bright=200)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", file, "--data.heldout", 0.1, "--out", "run")
+    assert command(*words, *SMALL, *SHORT).code == 0
+    shown = command("evaluate", "run", "--steps", 1, "--samples", 8)
+    assert shown.code == 0
+    assert "Not measured, since no sample is held out: class 0." in shown.out
+    assert "Few samples: at 8, and 20 held out" in shown.out
+    assert "biased upwards" in shown.out
+
+
+# Nothing that failed is a success
+
+
+def test_a_diverged_run_is_no_success(archive: Path, command: Command) -> None:
+    words = ("train", "digits", "--data.source", "npz", "--data.root", archive, "--out", "run", *SMALL, *SHORT)
+    shown = command(*words, "--optimizer.lr", 100, "--optimizer.warmup-images", 0, "--training.images", 1600)
+    assert (shown.code, shown.err.count("\n")) == (2, 1)
+    assert "the training has diverged" in shown.err
+    for words in (("sample", "run", "--count", 4), ("evaluate", "run", "--steps", 1)):
+        with pytest.warns(FewstepWarning, match=r"values up to .* while the data lie in \[-1, 1\], in \d+ of"):
+            assert command(*words).code == 0
+
+
+def test_policies_are_measured_on_held_out_episodes(command: Command, tmp_path: Path) -> None:
+    """Without a simulator; and a task that nobody knows is not advised to be acted in."""
+    demos = demonstrations(tmp_path / "moves.npz")
+    words = ("train", "policy-mlp", "--data.root", demos, "--out", "a run", *SMALL, "--training.images", 6400)
+    trained = command(*words, "--training.batch-size", 64, "--training.checkpoint-images", 6400)
+    assert trained.code == 0, trained.err
+    assert "steps of the held-out episodes" in trained.out
+    assert trained.out.splitlines()[-1] == "Next: fewstep evaluate 'a run'   fewstep report 'a run'"
+    shown = command("evaluate", "a run", "--steps", 1)
+    assert shown.code == 0
+    method, calls, error, *each = shown.out.splitlines()[1].split()
+    assert (method, calls, len(each)) == ("iSD", "1", 3)
+    assert 0.1 < float(error) < 5
