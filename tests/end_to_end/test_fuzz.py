@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from tests.data.test_idx import idx_bytes
@@ -25,6 +26,7 @@ from tests.support.sources import bytes_of
 COUNT = int(os.environ.get("FEWSTEP_FUZZ", "12"))
 SEED = int(os.environ.get("FEWSTEP_FUZZ_SEED", "0"))
 ODD = (None, True, -1, 0, 1, 3, 2.5, 1e30, 1e308, 2**70, -(2**63), "", "x", "../x", [], [0], {}, {"type": "MLPConfig"})
+SUFFIXES = ("png", "jpg", "gif", "bmp", "tif", "webp", "tga", "ppm", "pcx", "sgi", "ico", "dds", "jp2")
 BRIEF = (*SMALL, "--training.images", 8, "--training.batch-size", 8, "--training.sample-images", 0)
 
 
@@ -90,6 +92,13 @@ def idx_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def pictures(folder: Path) -> dict[str, bytes]:
+    images = {f"{name}.{name}": Image.fromarray(bytes_of((4, 4, 3), seed)) for seed, name in enumerate(SUFFIXES)}
+    for name, image in images.items():
+        image.save(folder / name)
+    return {name: (folder / name).read_bytes() for name in images}
+
+
 def demonstration_files(folder: Path) -> dict[str, bytes]:
     generator = torch.Generator().manual_seed(0)
     observations, actions = torch.rand(24, 3, generator=generator), torch.rand(24, 2, generator=generator)
@@ -100,8 +109,8 @@ def demonstration_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("source", "make"),
-    [("npz", archives), ("idx", idx_files), ("demonstrations", demonstration_files)],
-    ids=["npz", "idx", "demonstrations"],
+    [("npz", archives), ("idx", idx_files), ("images", pictures), ("demonstrations", demonstration_files)],
+    ids=["npz", "idx", "images", "demonstrations"],
 )
 def test_damaged_data(source: str, make: Callable[[Path], dict[str, bytes]], command: Command) -> None:
     recipe = "policy-mlp" if source == "demonstrations" else "digits"
@@ -114,7 +123,7 @@ def test_damaged_data(source: str, make: Callable[[Path], dict[str, bytes]], com
         Path("data").mkdir()
         for each, content in files.items():
             (Path("data") / each).write_bytes(damaged(content, draw) if each == name else content)
-        root = Path("data") if source == "idx" else Path("data") / name
+        root = Path("data") if source in ("idx", "images") else Path("data") / name
         survives(command, "train", recipe, "--data.source", source, "--data.root", root, "--out", "run", *BRIEF)
 
 

@@ -23,21 +23,9 @@ Range = tuple[float, float] | None
 _ARRAYS = ("images", "labels", "heldout_images", "heldout_labels")
 _FEW_LEVELS = 16  # bytes that go no higher are hardly meant as 0..255
 _LARGEST = 1e9  # beyond it, squares of float32 soon overflow
-# What numpy and zipfile raise on broken or foreign archives: RuntimeError is encryption or an unknown compression,
-# SyntaxError and TokenError are an array's header, MemoryError is a header that announces too much.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    KeyError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_CONTENT = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)  # encrypted, packed otherwise
+_HEADER = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError)  # an array's, or what it announces
+_UNREADABLE = (*_CONTENT, *_HEADER)
 
 
 def load_npz(root: str, layout: Layout = "auto", value_range: Range = None) -> Loaded:

@@ -8,7 +8,7 @@ DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where fl
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -280,11 +280,11 @@ def fingerprint(file: Path) -> str:
 
 @dataclass
 class ChannelMoments:
-    """Mean and standard deviation by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
+    """Mean and squares by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
 
     count: int = 0
-    mean: Tensor | None = None
-    squares: Tensor | None = None
+    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, latents: Tensor) -> None:
         """Latents (n, c, h, w) of any type; n may be 0."""
@@ -292,18 +292,15 @@ class ChannelMoments:
             return
         values = latents.double().transpose(0, 1).flatten(1)
         count, mean = values.shape[1], values.mean(1)
-        squares = (values - mean[:, None]).square().sum(1)
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
         total, shift = self.count + count, mean - self.mean
+        squares = (values - mean[:, None]).square().sum(1)
         self.squares = self.squares + squares + shift.square() * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
     def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(mean, standard deviation), each (c,); raises DataError unless they are finite and no channel is constant."""
-        if self.mean is None or self.squares is None:
+        if not self.count:
             raise DataError("there are no latents to measure")
         mean, std = self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
         wrong = [i for i, value in enumerate(std) if not 0 < value < math.inf]
