@@ -14,7 +14,7 @@ from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses
 from fewstep.objectives.losses import Comparison, Distance, DistanceObjective
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_not_negative, check_positive
+from fewstep.utils.tensors import check_least, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class ECT(AdjacentObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(stage_images=self.stage_images, stages=self.stages)
-        check_not_negative(k=self.k, b=self.b)
+        check_least(0, k=self.k, b=self.b)
         if self.q < 2:
             raise ConfigError(f"q is {self.q}; it must be at least 2")
 

@@ -15,7 +15,7 @@ from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
 from fewstep.objectives.losses import DistanceObjective, generator_loss, gradient_balance
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_not_negative
+from fewstep.utils.tensors import check_least
 
 STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
 
@@ -54,7 +54,7 @@ class CTM(DistanceObjective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_not_negative(denoising=self.denoising, gan=self.gan)
+        check_least(0, denoising=self.denoising, gan=self.gan)
 
     needs_teacher: ClassVar[bool] = True
 

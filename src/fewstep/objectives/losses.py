@@ -12,7 +12,7 @@ from torch.nn.functional import relu
 from fewstep.flow.paths import Path
 from fewstep.objectives.base import Batch, Companions, DiscriminatorFunction, Objective
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_choice, check_not_negative, check_positive, expand
+from fewstep.utils.tensors import check_choice, check_least, check_positive, expand
 
 LossNorm = Literal["l2", "pseudo-huber", "pseudo-huber-mean"]
 TimeWeight = Literal["none", "cosine"]
@@ -70,7 +70,7 @@ class Weighting:
         check_choice("norm", self.norm, get_args(LossNorm))
         check_choice("time_weight", self.time_weight, get_args(TimeWeight))
         check_positive(huber_c=self.huber_c, weight_eps=self.weight_eps)
-        check_not_negative(weight_power=self.weight_power)
+        check_least(0, weight_power=self.weight_power)
 
     def measure(self, error: Tensor) -> Tensor:
         """(B, ...) -> (B,), not weighted yet."""

@@ -21,7 +21,7 @@ from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_not_negative, check_positive, expand
+from fewstep.utils.tensors import check_least, check_positive, expand
 
 
 @final
@@ -47,7 +47,7 @@ class Tangent:
 
     def __post_init__(self) -> None:
         check_positive(constant=self.constant)
-        check_not_negative(warm_up_images=self.warm_up_images)
+        check_least(0, warm_up_images=self.warm_up_images)
 
     def warmed_up(self, images: int) -> float:
         """r, which rises from 0 to 1 over the images seen."""

@@ -1,6 +1,5 @@
 """A run's configuration: frozen dataclasses, and how it becomes a flow map."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +17,7 @@ from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import take_kinds
 from fewstep.utils.serialization import later
+from fewstep.utils.tensors import check_least, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         take_kinds(self)
-        if self.sigma_data is not None and not 0 < self.sigma_data < math.inf:
-            raise ConfigError(f"sigma_data is {self.sigma_data}; it must be positive and finite")
+        if self.sigma_data is not None:
+            check_positive(sigma_data=self.sigma_data)
         self.preconditioning.check_scaling(self.scaling)
 
     @property
@@ -71,11 +71,11 @@ class OptimizerConfig:
     """Images after which rsqrt begins to fall; the other decays ignore it."""
 
     def __post_init__(self) -> None:
-        rates = 0 < self.lr < math.inf and 0 < self.matrix_lr < math.inf
-        if not (rates and self.clip >= 0 and self.warmup_images >= 0):
-            raise ConfigError("learning rates must be positive and finite, clip and warmup_images at least 0")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.decay_images >= 1):
-            raise ConfigError("beta1 and beta2 must lie in [0, 1), weight_decay be at least 0, decay_images at least 1")
+        check_positive(lr=self.lr, matrix_lr=self.matrix_lr)
+        check_least(0, clip=self.clip, warmup_images=self.warmup_images, weight_decay=self.weight_decay)
+        check_least(1, decay_images=self.decay_images)
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(f"beta1 is {self.beta1} and beta2 {self.beta2}: they must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,9 @@ class TrainingConfig:
     """Longest training time in seconds; 0 for no limit. It makes the length of the run depend on the machine."""
 
     def __post_init__(self) -> None:
-        if min(self.images, self.batch_size, self.log_images, self.checkpoint_images, self.keep) < 1:
-            raise ConfigError("images, batch_size, log_images, checkpoint_images and keep must be at least 1")
-        if self.sample_images < 0 or not 0 <= self.seconds < math.inf:
-            raise ConfigError("sample_images and seconds must be finite and at least 0")
+        check_least(1, images=self.images, batch_size=self.batch_size, log_images=self.log_images, keep=self.keep)
+        check_least(1, checkpoint_images=self.checkpoint_images)
+        check_least(0, sample_images=self.sample_images, seconds=self.seconds)
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 
@@ -144,22 +143,14 @@ class EvaluationConfig:
     """Generated samples per point of the learning curve."""
 
     def __post_init__(self) -> None:
-        if not self.steps or min(*self.steps, self.reference_steps) < 1 or self.samples < 4:
-            raise ConfigError(
-                f"{self.samples} samples at {self.steps} steps, {self.reference_steps} for the reference: measuring "
-                "needs at least 4 samples and one step count, each at least 1"
-            )
-        if not (0 <= self.gamma <= 1 and 0 < self.guidance_scale < math.inf):
-            raise ConfigError(
-                f"gamma is {self.gamma} and guidance_scale {self.guidance_scale}: gamma lies in [0, 1], "
-                "guidance_scale is positive and finite"
-            )
-        if not self.curve_steps or min(self.curve_steps) < 1 or self.curve_samples < 4 or self.curve_images < 0:
-            raise ConfigError(
-                f"a learning curve every {self.curve_images} images of {self.curve_samples} samples at "
-                f"{self.curve_steps} steps: needs curve_images of at least 0 (0 for none), at least 4 samples and one "
-                "step count, each at least 1"
-            )
+        for name, steps in (("steps", self.steps), ("curve_steps", self.curve_steps)):
+            if min(steps, default=0) < 1:
+                raise ConfigError(f"{name} is {steps}; it needs at least one step count, each at least 1")
+        check_least(1, reference_steps=self.reference_steps)
+        check_least(4, samples=self.samples, curve_samples=self.curve_samples)
+        check_least(0, curve_images=self.curve_images)
+        check_share("gamma", self.gamma)
+        check_positive(guidance_scale=self.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -184,11 +175,10 @@ class StatisticsConfig:
     """Decides which samples are drawn, their noise and the probes."""
 
     def __post_init__(self) -> None:
-        if self.points < 4 or self.samples < 2 or self.refresh_images < 0 or self.probes < -1:
-            raise ConfigError(
-                f"statistics at {self.points} points of {self.samples} samples: needs at least 4 points, 2 samples, "
-                "probes of at least -1 and refresh_images of at least 0"
-            )
+        check_least(4, points=self.points)
+        check_least(2, samples=self.samples)
+        check_least(0, refresh_images=self.refresh_images)
+        check_least(-1, probes=self.probes)
 
 
 @dataclass(frozen=True)
@@ -202,8 +192,8 @@ class GANConfig:
     """Images after which the adversarial loss begins."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.start_images < 0:
-            raise ConfigError("the discriminator's learning rate must be positive and start_images at least 0")
+        check_positive(**{"the discriminator's lr": self.lr})
+        check_least(0, start_images=self.start_images)
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ def check_positive(**values: float) -> None:
             raise ConfigError(f"{name} is {value}; it must be positive and finite")
 
 
-def check_not_negative(**values: float) -> None:
-    """Raise ConfigError, by its name, for a value that is negative or not finite."""
+def check_least(least: float, **values: float) -> None:
+    """Raise ConfigError, by its name, for a value that is smaller or not finite."""
     for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} is {value}; it must be finite and at least 0")
+        if not least <= value < math.inf:
+            raise ConfigError(f"{name} is {value}; it must be finite and at least {least:g}")
 
 
 def check_share(name: str, share: float) -> None:
