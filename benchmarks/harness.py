@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from tqdm import tqdm
 
 import fewstep as fs
 from fewstep.evaluation.report.canvas import LIGHT, figure_style, make_panels, to_png
@@ -289,7 +290,7 @@ def take_turns(
 ) -> dict[Key, list[float]]:
     """Seconds of every job in every round, in turns, so that a noisy machine slows all alike; two rounds warm up."""
     spent: dict[Key, list[float]] = {key: [] for key in jobs}
-    for turn in range(rounds + 2):
+    for turn in tqdm(range(rounds + 2), desc="turns", leave=False):
         for key, job in jobs.items():
             start = clock()
             job()
