@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     from fewstep.training import Runtime as Runtime
     from fewstep.training import load as load
     from fewstep.training import train as train
+    from fewstep.training.teacher import load_teacher as load_teacher
     from fewstep.utils.errors import FewstepError as FewstepError
     from fewstep.utils.parts import import_file as import_file
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import fewstep
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
 from fewstep.teachers.diffusers import load_diffusers
 from fewstep.teachers.lora import base_name, merged
+from fewstep.utils.errors import CheckpointError
 from tests.support.foreign import TINY, Tiny, save_foreign
 
 
@@ -141,3 +143,20 @@ def test_adapters_start_as_the_teacher_share_its_base_and_merge(
         plain.network.load_state_dict(merged(network.state_dict()))
         torch.testing.assert_close(plain.output(x, t, s, cond), student.output(x, t, s, cond), rtol=1e-4, atol=1e-4)
         assert not torch.equal(student.output(x, t, s, cond), teacher.output(x, t, s, cond))
+
+
+def test_load_teacher_reads_what_a_run_takes(tmp_path: Path) -> None:
+    """A folder of diffusers, a saved model and a class in a file are flow maps with a denoiser, without gradients."""
+    save_foreign(tmp_path / "unet", "UNet2DModel", bare=True)
+    (tmp_path / "own.py").write_text(
+        "from fewstep import EDM, TeacherModel\n\n\nclass Own(TeacherModel):\n"
+        "    def __init__(self):\n        super().__init__(EDM(), shape=(1, 8, 8))\n\n"
+        "    def denoise(self, x, t, cond):\n        return 0 * x\n"
+    )
+    for name in (tmp_path / "unet", f"{tmp_path / 'own.py'}:Own"):
+        teacher = fewstep.load_teacher(name)
+        x, t = torch.randn(2, 1, 8, 8), torch.full((2,), teacher.path.t_max)
+        assert teacher.denoise(x, t, Condition()).shape == x.shape
+        assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    with pytest.raises(CheckpointError):
+        fewstep.load_teacher(tmp_path / "nowhere")

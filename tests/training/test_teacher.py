@@ -24,7 +24,7 @@ from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.statistics import estimate_together
-from fewstep.training.teacher import SlowAverage, load_teacher
+from fewstep.training.teacher import SlowAverage, teacher_of
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from tests.support.tiny import (
     RUNTIME,
@@ -83,14 +83,14 @@ def test_a_model_that_is_not_there_is_named(role: str, digits: Dataset, tmp_path
 )
 def test_a_teacher_made_for_other_data_is_refused(data: DataConfig, message: str, teacher: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_teacher(student("ctm", teacher), load_dataset(data))
+        teacher_of(student("ctm", teacher), load_dataset(data))
 
 
 def test_a_teacher_is_loaded_without_gradients_and_no_one_else_is(teacher: Path, digits: Dataset) -> None:
-    loaded = load_teacher(student("ctm", teacher), digits)
+    loaded = teacher_of(student("ctm", teacher), digits)
     assert loaded is not None
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert load_teacher(TINY, digits) is None
+    assert teacher_of(TINY, digits) is None
 
 
 def test_a_saved_map_is_a_teacher(

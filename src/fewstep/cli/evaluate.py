@@ -46,7 +46,7 @@ class Options:
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.evaluation.actions import measure_actions
-    from fewstep.evaluation.align import align, load_teacher, with_labels
+    from fewstep.evaluation.align import align, teacher_of_run, with_labels
     from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, method_of
     from fewstep.evaluation.figures import format_table, write_figures
     from fewstep.training import RunFolder
@@ -61,7 +61,7 @@ def run(options: Options) -> None:
     if options.teacher is not None:
         if not config.teacher:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
-        load_teacher(run, options.teacher)
+        teacher_of_run(run, options.teacher)
     if dataset.policy is not None:
         print(measure_actions(run, dataset, evaluation, options.weights))
         return

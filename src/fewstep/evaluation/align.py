@@ -67,7 +67,7 @@ def teacher_name(config: RunConfig) -> str:
         return Path(config.teacher).name
 
 
-def load_teacher(run: RunFolder, place: Path | None = None) -> FlowMap:
+def teacher_of_run(run: RunFolder, place: Path | None = None) -> FlowMap:
     """The model that the run was distilled from, in `place` or where it lay in training.
 
     Raises CheckpointError when it is missing or has other weights.
@@ -98,10 +98,10 @@ def measure_alignment(
 
     On at most `samples` held-out samples, drawn over all of them, their labels given where there are classes. Of a
     student that learns jumps to the data end alone, those alone, and samples in 1 step. place: of the teacher, as in
-    `load_teacher`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
+    `teacher_of_run`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = run.pipeline().flow_map.to(device), load_teacher(run, place).to(device)
+    student, teacher = run.pipeline().flow_map.to(device), teacher_of_run(run, place).to(device)
     x0, labels = dataset.heldout.fetch(even_draw(dataset.heldout, samples, config.evaluation.seed))
     cond = Condition(None if labels is None else labels.to(device))
     times, seed = alignment_times(student.path), config.evaluation.seed

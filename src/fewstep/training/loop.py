@@ -35,7 +35,7 @@ from fewstep.training.setup import build, check_guidance, check_run, check_weigh
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
-from fewstep.training.teacher import fingerprint, load_teacher
+from fewstep.training.teacher import fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
 from fewstep.utils.random import Draws
@@ -86,7 +86,7 @@ class Trainer:
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
         check_run(config, dataset, self.share // self.accumulation)
-        teacher = load_teacher(config, dataset)
+        teacher = teacher_of(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process

@@ -16,10 +16,10 @@ from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers,
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
 from fewstep.utils.errors import CheckpointError, ConfigError
-from fewstep.utils.parts import stored_class, subclasses
+from fewstep.utils.parts import import_file, stored_class, subclasses
 
 
-def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
+def teacher_of(config: RunConfig, dataset: Dataset) -> FlowMap | None:
     """The run's teacher without gradients, or None.
 
     Raises ConfigError when one is needed and not named, or made for other data; CheckpointError when it cannot be read.
@@ -39,6 +39,20 @@ def load_teacher(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
     check_policy(config.teacher, policy, dataset.policy)
     return teacher
+
+
+def load_teacher(name: Path | str, shape: tuple[int, ...] = ()) -> FlowMap:
+    """A model as a denoiser on its own path, a flow map that jumps by DDIM's steps; without gradients.
+
+    name: a run's or saved model's folder, a folder of diffusers, a network pickle of EDM or EDM2, or FILE.py:CLASS, a
+    `TeacherModel` whose file is imported. shape: of its samples (C, H, W), for those whose files do not say it.
+    Raises CheckpointError for files that are missing, damaged or do not fit, ConfigError for kinds that are not known.
+    """
+    if ".py:" in str(name):
+        file, _, own = str(name).rpartition(":")
+        import_file(file)
+        name = f"{Path(file).name}:{own}"
+    return find_teacher(str(name), shape)[0]
 
 
 def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, PolicySpec | None]:
@@ -101,7 +115,7 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
         return
     from_teacher = config.initial == "teacher"
     if from_teacher:
-        assert teacher is not None  # load_teacher has seen to it
+        assert teacher is not None  # teacher_of has seen to it
         source = teacher
     else:
         with _advising("model to start from", "--initial"):
