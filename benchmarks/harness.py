@@ -301,5 +301,6 @@ def take_turns(
 
 def time_ratio(own: Sequence[float], base: Sequence[float]) -> Row:
     """Median and quartiles over turns of one job's time over another's."""
-    low, ratio, high = statistics.quantiles([a / b for a, b in zip(own, base, strict=True)], n=4)
+    ratios = [a / b for a, b in zip(own, base, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": round(ratio, 3), "low": round(low, 3), "high": round(high, 3)}
