@@ -108,7 +108,7 @@ def test_statistics_of_a_model_without_a_student(small_run: Path, tmp_path: Path
         ("nowhere", r"nowhere is not a run"),
         ("RUN --student digits", r"'digits' distils no teacher; students: ctm-digits"),
         ("RUN --student ctm", r"no recipe 'ctm'"),
-        ("RUN --points 3", r"statistics at 3 points of 256 samples"),
+        ("RUN --points 3", r"points is 3; it must be finite and at least 4"),
         ("RUN --refresh-images 3", r"unknown option --refresh-images"),
     ],
 )
