@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, Study, markdown, read
 from fewstep.data.sources import DataConfig, DigitsSource, load_dataset
 from fewstep.evaluation.evaluate import build_evaluator
 from fewstep.utils.files import write_atomically
@@ -27,6 +26,16 @@ NETWORK: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
 SAMPLES = 1204
+
+
+def tables() -> dict[str, str]:
+    """What is stored."""
+    rows = [(row["method"], row["calls"], f"{row['frechet']:.2f}", f"{row['accuracy']:.3f}") for row in read(FILE)]
+    table = markdown(("method", "calls", "Fréchet distance", "class accuracy"), rows)
+    return {"A diffusers teacher and its students": table or "Nothing is stored yet."}
+
+
+STUDY = Study("foreign", tables)
 
 
 def teacher(folder: Path, steps: int = 4000, batch: int = 128) -> None:
@@ -99,8 +108,8 @@ def figures(folder: Path, students: dict[str, Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(folder: Path, /, images: int = 128_000, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
-    """Train what is not there yet below FOLDER, measure, write benchmarks/results/foreign.json, print its table."""
+def run(folder: Path, /, images: int = 128_000, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Train what is not there yet below FOLDER, measure, write benchmarks/results/foreign.json."""
     if not (folder / "teacher").exists():
         teacher(folder / "teacher")
     students = {}
@@ -114,4 +123,4 @@ def main(folder: Path, /, images: int = 128_000, seeds: tuple[int, ...] = (0, 1,
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    STUDY.main(run=run)
