@@ -1,7 +1,6 @@
 """`fewstep sample RUN`: images from a run."""
 
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ import tyro
 
 from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
-from fewstep.utils.errors import ConfigError, FewstepWarning
+from fewstep.utils.errors import ConfigError
 from fewstep.utils.text import listed, quoted
 
 
@@ -83,14 +82,14 @@ def run(options: Options) -> None:
     labels = [own[k % len(own)] for k in range(options.count)] if own else None
     drawn = pipeline.generate(options.count, settings, labels)
     drawn.check_finite()
-    if stray := pipeline.strays(drawn.samples):
-        warnings.warn(f"{stray}: the model has diverged, or learned nothing yet", FewstepWarning, stacklevel=1)
     if view is None:
         save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
     else:
         view.write(drawn.samples, drawn.labels, out, options.columns, names)
     guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
+    if stray := pipeline.strays(drawn.samples):
+        print(f"The model has diverged, or learned nothing yet: {stray}")
     if names and not own:
         print(f"Classes in turn: {listed(names)}; --label NAME draws one")
     tuned = settings.tuned(pipeline.step_times)

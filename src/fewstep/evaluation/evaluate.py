@@ -164,17 +164,17 @@ def measure_run(
     if not (config.objective.on_diagonal or config.objective.endpoint_only):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     classes = evaluator.classes(pipeline.flow_map, settings.samples, settings)
-    rows, strays = [], []
+    rows, broken = [], []
     for label, each in plans:
         drawn = generate(pipeline, settings.samples, each, classes)
-        if wrong := pipeline.strays(drawn.samples):
-            strays.append(f"{label}, {drawn.nfe:g} network calls: {wrong}")
         if bool(drawn.samples.isfinite().all()):
             rows.append(state | _measured(pipeline, label, each, drawn, evaluator))
+        else:
+            broken.append(f"{label}, {drawn.nfe:g} network calls, is not measured: {pipeline.strays(drawn.samples)}")
     if not rows:
         drawn.check_finite()
-    for stray in strays:
-        warnings.warn(stray, FewstepWarning, stacklevel=2)
+    for line in broken:
+        warnings.warn(line, FewstepWarning, stacklevel=2)
     return rows
 
 
@@ -182,10 +182,10 @@ def check_learned(run: RunFolder, samples: int = 16) -> None:
     """Raise TrainingDivergedError where the newest model's samples are what no trained model gives."""
     pipeline, config = load_pipeline(run.last_checkpoint()).to(best_device()), run.config()
     (settings,) = sampler_settings(config, config.evaluation.steps[:1])
-    if wrong := pipeline.strays(generate(pipeline, samples, settings).samples):
+    if wrong := pipeline.strays(generate(pipeline, samples, settings).samples, than_noise=True):
         raise TrainingDivergedError(
-            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged, or learned nothing yet; lower "
-            "the learning rate, or train longer, with another --out"
+            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged; lower the learning rate, and "
+            "train anew with another --out"
         )
 
 
@@ -213,6 +213,7 @@ def _measured(
         "guidance_scale": settings.guidance_scale,
         "device": str(best_device()),
         "tuned_on": tuned and tuned.source,
+        "strays": pipeline.strays(drawn.samples),
     }
 
 

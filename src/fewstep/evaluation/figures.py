@@ -61,6 +61,7 @@ def format_table(rows: list[Row], dataset: Dataset, evaluator: Evaluator) -> str
     notes = [f"Frechet distance in the features of {first['extractor']} to {first['reference']}; not FID."]
     if any(row.get("tuned_on") for row in rows):
         notes.append("Tuned times were chosen on half of these held-out samples: on the rest, see step_times.json.")
+    notes += [f"{row['method']}, NFE {row['nfe']}: {row['strays']}" for row in rows if row.get("strays")]
     return "\n".join([aligned(cells), *notes, *caveats(first["samples"], dataset, evaluator)])
 
 

@@ -88,11 +88,12 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         """`count` samples, as `fewstep.generate` draws them; changes: to the settings, such as steps=1."""
         return generate(self, count, replace(settings, **changes), labels, first)
 
-    def strays(self, samples: Tensor) -> str:
+    def strays(self, samples: Tensor, than_noise: bool = False) -> str:
         """What no trained model gives, in words: values that are not finite, or far from the data's; else nothing.
 
         Far: a sample's root mean square is above four times the data's range or, about the mean of all samples, above
-        ten standard deviations of data without one.
+        ten standard deviations of data without one. than_noise: and above four times that of the noise it began as,
+        which an untrained model may leave as it is, but no sound one enlarges.
         """
         values, bounds, config = samples.flatten(1).double(), self.config.data_range, self.flow_map.config
         if bounds is None:
@@ -101,6 +102,8 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         else:
             largest, where = 4 * max(map(abs, bounds)), f"the data lie in [{bounds[0]:g}, {bounds[1]:g}]"
             sizes = values.square().mean(1).sqrt()
+        if than_noise:
+            largest = max(largest, 4 * float(self.flow_map.path.prior(torch.ones(1))))
         count, finite = int((~(sizes <= largest)).sum()), bool(values.isfinite().all())
         reach = f"up to {float(values.abs().max()):.3g}, while {where}" if finite else "that are not finite"
         return f"values {reach}, in {count} of {len(samples)} samples" if count else ""
