@@ -36,8 +36,8 @@ def test_subfolders_are_classes_at_any_depth_and_other_files_are_ignored(tmp_pat
         "dog/1.png",
         "dog/more/2.PNG",
     ]
-    assert (listing.labels, listing.ignored) == ((0, 0, 0, 1, 1), 4)
-    assert listing.left_out == ("2 .txt", "1 hidden", "1 without a suffix", "folders bird, notes without images")
+    assert listing.labels == (0, 0, 0, 1, 1)
+    assert listing.left_out == ("2 .txt", "1 hidden", "1 without suffix", "2 folders without images (bird, notes)")
     dataset = load("images", tmp_path)
     assert dataset.left_out == listing.left_out
     assert (dataset.class_names, dataset.shape) == (("cat", "dog"), (3, 6, 6))

@@ -38,16 +38,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Listing:
-    """The images under `root` by their paths, the class of each (or None), and what was left out beside them.
-
-    ignored: how many other files there are. left_out: what they are, and folders without images, in words.
-    """
+    """The images under `root` by their paths, the class of each (or None), and in words what was left out of it."""
 
     root: Path
     files: tuple[Path, ...]
     labels: tuple[int, ...] | None
     class_names: tuple[str, ...]
-    ignored: int
     left_out: tuple[str, ...] = ()
 
 
@@ -93,28 +89,26 @@ def list_images(root: str) -> Listing:
     again: list[str] = []
     found = sorted((path.relative_to(folder) for path in _walk(folder, again)), key=lambda path: path.parts)
     images = [path for path in found if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-    ignored = len(found) - len(images)
     if not images:
         raise DataError(
-            f"no PNG, JPEG or WebP images in '{folder}', nor any others that Pillow reads ({ignored} other or hidden "
-            "files ignored): give another root"
+            f"no PNG, JPEG or WebP images in '{folder}', nor any others that Pillow reads ({len(found)} other or "
+            "hidden files ignored): give another root"
         )
     files = tuple(folder / path for path in images)
     labels, names = _classes(folder, images)
-    left_out = _left_out(folder, set(found) - set(images), names)
-    left_out += (f"{len(again)} links to folders that are read already",) * bool(again)
-    return Listing(folder, files, labels, names, ignored, left_out)
+    return Listing(folder, files, labels, names, _left_out(folder, set(found) - set(images), names, again))
 
 
-def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """Other files by their kinds, and subfolders that are no class."""
+def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...], again: list[str]) -> tuple[str, ...]:
+    """Other files by their kinds, subfolders that are no class, links to folders that are read already."""
     kinds = Counter(
-        "hidden" if path.name.startswith(".") else path.suffix.lower() or "without a suffix" for path in others
+        "hidden" if path.name.startswith(".") else path.suffix.lower() or "without suffix" for path in others
     )
+    found = [f"{count} {kind}" for kind, count in sorted(kinds.items())]
     folders = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    empty = sorted(set(folders) - set(class_names), key=natural_order)
-    without = [f"folder{'s' * (len(empty) > 1)} {listed(empty)} without images"] * bool(empty)
-    return (*(f"{count} {kind}" for kind, count in sorted(kinds.items())), *without)
+    if empty := sorted(set(folders) - set(class_names), key=natural_order):
+        found.append(f"{len(empty)} folders without images ({listed(empty)})")
+    return tuple(found + [f"{len(again)} links to folders that are read already"] * bool(again))
 
 
 def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
