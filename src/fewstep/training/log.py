@@ -1,7 +1,6 @@
 """What a run says of itself between checkpoints: its bar, the lines of its log, a divergence."""
 
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from fewstep.training.checkpoint import LAST_FILE
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, TrainingDivergedError
+from fewstep.utils.text import quoted
 from fewstep.utils.weights import check_finite, read_weights
 
 
@@ -115,7 +115,7 @@ def last_good(run: RunFolder) -> str:
     advice = "Lower the learning rate or the gradient clip and train anew"
     if good is None:
         return f"there is no checkpoint yet. {advice}"
-    return f"the last good checkpoint is {good}. {advice}, from its weights with --initial {shlex.quote(str(good))}"
+    return f"the last good checkpoint is {good}. {advice}, from its weights with --initial {quoted(good)}"
 
 
 def _is_finite(file: Path) -> bool:

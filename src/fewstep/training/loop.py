@@ -5,7 +5,6 @@ run equals an unbroken one, and several processes equal one.
 """
 
 import math
-import shlex
 import signal
 import time
 import warnings
@@ -354,5 +353,5 @@ class Trainer:
     def stopped(self) -> Stopped:
         """What ends the run after a signal, with the exit code of one that it had ended."""
         number = self.stops.received or signal.SIGTERM  # it may have reached another process alone
-        command = f"fewstep train --resume {shlex.quote(str(self.run.root))}"
-        return Stopped(f"stopped by {number.name}; step {self.step} is saved: {command} goes on", 128 + number)
+        message = f"stopped by {number.name}; step {self.step} is saved: {self.run.going_on} goes on"
+        return Stopped(message, 128 + number)

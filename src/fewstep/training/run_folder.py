@@ -8,7 +8,6 @@ RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 
 import json
 import re
-import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -57,6 +56,11 @@ class RunFolder:
     def samples(self) -> Path:
         return self.root / "samples"
 
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with it."""
+        return f"fewstep train --resume {quoted(self.root)}"
+
     def hold(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> Lock:
         """Keep other processes from training here until the lock is released; of the run nothing is written yet.
 
@@ -100,10 +104,9 @@ class RunFolder:
         if lines:
             shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
             shown += self._renumbered(data)
-            command = f"fewstep train --resume {shlex.quote(str(self.root))}"
             raise CheckpointError(
-                f"{self.root} holds a run with other settings ({shown}): go on with those it has ({command}), or give "
-                f"another folder with --out, where --initial {shlex.quote(str(self.root))} starts from its weights"
+                f"{self.root} holds a run with other settings ({shown}): go on with those it has ({self.going_on}), or "
+                f"give another folder with --out, where --initial {quoted(self.root)} starts from its weights"
             )
 
     def remove_leftovers(self) -> None:
@@ -216,8 +219,7 @@ class RunFolder:
             yield
         except CheckpointError as error:
             before = [_step(path) for path in self.checkpoints() if _step(path) < _step(checkpoint)]
-            command = f"fewstep train --resume {shlex.quote(str(self.root))} --from"
-            way = f"go on from the one before with {command} {before[-1]}" if before else "train it anew"
+            way = f"go on from the one before with {self.going_on} --from {before[-1]}" if before else "train it anew"
             raise CheckpointError(f"{error}; {way}") from error
 
     def checkpoint(self, step: int) -> Path:
