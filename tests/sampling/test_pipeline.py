@@ -125,7 +125,7 @@ def test_format_1_is_read(tmp_path: Path) -> None:
         (("pipeline", "data_range"), [1], r"pipeline\.data_range must be a list of 2"),
         (("pipeline", "more"), 1, r"pipeline: unknown key more"),
         (("flow_map", "class_names"), [], r"config\.json: unknown key class_names"),
-        (("flow_map", "path", "type"), "Helix", r"path: type must be one of EDM, Linear"),
+        (("flow_map", "path", "type"), "Helix", r"path: type must be one of DiscreteVP, EDM, Linear"),
         (("format",), FORMAT + 1, rf"has format {FORMAT + 1}"),
     ],
 )

@@ -95,7 +95,11 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
         if not self.config_file.exists():
-            left = (LOCK_FILE, ".config.json.")  # by a run that was killed before it had its configuration
+            left = (
+                LOCK_FILE,
+                ".config.json.",
+                "statistics",
+            )  # by a run that was killed before it had its configuration
             if self.root.exists() and any(not path.name.startswith(left) for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
             return

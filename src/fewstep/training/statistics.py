@@ -19,7 +19,8 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
-from fewstep.sampling.pipeline import read_flow_map_config
+from fewstep.sampling.pipeline import CONFIG_FILE, read_flow_map_config
+from fewstep.teachers.diffusers import is_diffusers
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
@@ -181,11 +182,13 @@ def first_statistics(
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
     folder = FilePath(config.teacher)
+    if not (folder / CONFIG_FILE).is_file() or is_diffusers(folder):  # nothing is written into what is not fewstep's
+        folder = run.root
     if teacher is None or config.statistics.refresh_images:
         teacher = untrained.to(device)
     elif os.access(folder, os.W_OK) or cache_file(folder, teacher, dataset, config.statistics).is_file():
         return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
-    # A teacher of the user's own, or that cannot be written to, has no place to keep them.
+    # A teacher that cannot be written to has no place to keep them.
     return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
 
 

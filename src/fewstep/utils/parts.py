@@ -53,10 +53,14 @@ def kind_name(cls: type | str) -> str:
 
 
 def kinds(annotation: Any) -> dict[str, type]:
-    """The kinds that an annotation admits, by name; a name of fewstep's own is never another's."""
+    """The kinds that an annotation admits, by name; a name of fewstep's own is never another's.
+
+    Those of fewstep's that have fields without a default are for stored files, and nobody's choice.
+    """
     found: dict[str, type] = {}
     for cls in concrete_classes(annotation):
-        found.setdefault(kind_name(cls), cls)
+        if not (is_own(cls) and _without_default(cls)):
+            found.setdefault(kind_name(cls), cls)
     return found
 
 
@@ -76,11 +80,13 @@ def take_kinds(settings: Any) -> None:
             object.__setattr__(settings, name, kind(annotation, given))
 
 
+def _without_default(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is dataclasses.MISSING]
+
+
 def with_defaults(cls: type) -> Any:
     """A part as it is when nothing is set; raises ConfigError where some field has no default."""
-    missing = [
-        f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory is dataclasses.MISSING
-    ]
+    missing = _without_default(cls)
     if missing:
         raise ConfigError(f"{stored_name(cls)} has fields without a default, {', '.join(missing)}: give each one")
     return cls()

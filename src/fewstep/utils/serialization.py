@@ -52,10 +52,8 @@ def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
         )
-    if found == FORMAT:
-        return record
     with reading(source, "bring back a copy of it"):
-        return {**translated_file(record), "format": FORMAT}
+        return {**(translated_file(record) if found == 1 else record), "format": FORMAT}
 
 
 def to_json(value: Any, *, terse: bool = False) -> JSON:
