@@ -3,7 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,12 @@ class EmbeddingNetwork(Network):
 
 
 class NetworkConfig(ABC):
-    """Settings of a network; the data's shape and conditions are given when it is built."""
+    """Settings of a network; the data's shape and conditions are given when it is built.
+
+    of_files: whether only files of a foreign format hold such settings, so that no recipe chooses them.
+    """
+
+    of_files: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:

@@ -8,7 +8,7 @@ import math
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class EDMNetworkConfig(NetworkConfig):
     what it embeds to a range of some hundreds for the second time.
     """
 
+    of_files: ClassVar[bool] = True
     model_channels: int
     channel_mult: tuple[int, ...]
     num_blocks: int

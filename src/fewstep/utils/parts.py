@@ -55,11 +55,11 @@ def kind_name(cls: type | str) -> str:
 def kinds(annotation: Any) -> dict[str, type]:
     """The kinds that an annotation admits, by name; a name of fewstep's own is never another's.
 
-    Those of fewstep's that have fields without a default are for stored files, and nobody's choice.
+    Those of fewstep's that are said to be `of_files`, or have fields without a default, are nobody's choice.
     """
     found: dict[str, type] = {}
     for cls in concrete_classes(annotation):
-        if not (is_own(cls) and _without_default(cls)):
+        if not (is_own(cls) and (_without_default(cls) or getattr(cls, "of_files", False))):
             found.setdefault(kind_name(cls), cls)
     return found
 
