@@ -54,7 +54,7 @@ class MLP(EmbeddingNetwork):
         check_inputs(x, t, s, self.shape)
         modulation = self.modulation(silu(self.embedding(t, s, cond)))
         scales, shifts = (part.unbind(1) for part in modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1))
-        h = self.input(torch.cat([x.flatten(1), *self._seen(x, cond)], 1))
+        h = self.input(torch.cat([x.reshape(x.shape[0], -1), *self._seen(x, cond)], 1))
         for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
             h = block(h, scale, shift)
         out: Tensor = self.output(layer_norm(h))
