@@ -231,9 +231,12 @@ def test_nothing_printed_is_obeyed_by_a_terminal(small_run: Path, command: Comma
 def test_a_folder_holds_one_draw_named_by_class(run: Path, command: Command, tmp_path: Path) -> None:
     out = tmp_path / "drawn"
     assert command("sample", run, "--out", out, "--count", 6).code == 0
-    (out / "mine.png").write_bytes(b"kept")
+    for name in ("mine.png", "000003.png.png", "000123-cat.png"):
+        (out / name).write_bytes(b"kept")
     assert command("sample", run, "--out", out, "--count", 3, "--label", 1, -1).code == 0
-    assert sorted(file.name for file in out.iterdir()) == ["000000-1.png", "000001.png", "000002-1.png", "mine.png"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        ".drawn.json", "000000-1.png", "000001.png", "000002-1.png", "000003.png.png", "000123-cat.png", "mine.png",
+    ]  # fmt: skip
 
 
 def test_arrays_of_samples_lie_in_the_range(run: Path, command: Command, tmp_path: Path) -> None:

@@ -82,11 +82,12 @@ def run(options: Options) -> None:
     from fewstep.evaluation.evaluate import check_learned
     from fewstep.evaluation.report.run import watcher
     from fewstep.training import Callbacks, train
+    from fewstep.training.parallel import LAUNCHED
 
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)
     dataset, cache = load_dataset(config.data), cache_folder()
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first one speaks
+    if os.environ.get("RANK", "0") == "0" or not os.environ.keys() >= LAUNCHED:  # of several the first one speaks
         print(dataset.summary)
     features = perceptual_features(config, dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)

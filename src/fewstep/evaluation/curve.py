@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
+from fewstep.utils.errors import FewstepWarning
 from fewstep.utils.files import parse_json, reading_line, write_atomically
 
 CURVE_FILE = "curve.jsonl"
@@ -51,18 +53,18 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
 def write_curve(run: RunFolder, points: list[dict[str, Any]]) -> None:
     """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
 
-    A line that cannot be read ends what is kept, as in the log.
+    A line that cannot be read is left out, with a FewstepWarning that names it.
     """
     file, step = run.root / CURVE_FILE, points[0]["step"]
     measures = {point["measure"] for point in points}
     kept: list[dict[str, Any]] = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
         try:
             found = parse_json(line)
             if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
                 kept.append(found)
         except (ValueError, KeyError, TypeError):
-            break
+            warnings.warn(f"{file}, line {number} cannot be read: left out", FewstepWarning, stacklevel=2)
     write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
 
 

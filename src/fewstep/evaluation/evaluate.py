@@ -24,10 +24,10 @@ from fewstep.evaluation.metrics.features import (
 from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
-from fewstep.sampling.pipeline import Pipeline, load_pipeline
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import SamplerName
 from fewstep.training.checkpoint import read_state
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import RunFolder, load_checkpoint_pipeline
 from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
 
@@ -180,7 +180,7 @@ def measure_run(
 
 def check_learned(run: RunFolder, samples: int = 16) -> None:
     """Raise TrainingDivergedError where the newest model's samples are what no trained model gives."""
-    pipeline, config = load_pipeline(run.last_checkpoint()).to(best_device()), run.config()
+    pipeline, config = load_checkpoint_pipeline(run.last_checkpoint()).to(best_device()), run.config()
     (settings,) = sampler_settings(config, config.evaluation.steps[:1])
     if wrong := pipeline.strays(generate(pipeline, samples, settings).samples, than_noise=True):
         raise TrainingDivergedError(

@@ -22,10 +22,10 @@ from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings
-from fewstep.sampling.pipeline import Pipeline, load_pipeline
+from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training.checkpoint import read_state
-from fewstep.training.run_folder import RunFolder
+from fewstep.training.run_folder import RunFolder, load_checkpoint_pipeline
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import updating
 from fewstep.utils.random import permutation
@@ -308,7 +308,7 @@ def tune_run(
     is damaged.
     """
     last = run.last_checkpoint()
-    pipeline, step = load_pipeline(last).to(best_device()), read_state(last)["step"]
+    pipeline, step = load_checkpoint_pipeline(last).to(best_device()), read_state(last)["step"]
     classes = evaluator.classes(pipeline.flow_map, plan.samples, config.evaluation)
     read_tuned_steps(run.root)  # what is damaged is said before the search
     found: list[Tuning] = []

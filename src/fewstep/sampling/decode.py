@@ -1,5 +1,6 @@
 """How samples are looked at and written: as they are, or decoded where they are latents."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_ui
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import guarded
 
+DRAWN_FILE = ".drawn.json"
 _DECODED_AT_ONCE = 64
 _THUMBNAIL = 128
 _LONGEST_NAME = 60
@@ -40,7 +42,7 @@ class Viewer:
         self, samples: Tensor, labels: Tensor | None, out: Path, columns: int, class_names: tuple[str, ...] = ()
     ) -> None:
         """A grid to FILE.png; `images` and `labels` to FILE.npz, decoded ones as bytes, others cut to the range; else a
-        PNG each to a folder, named by number and class, in place of those of an earlier draw.
+        PNG each to a folder, named by number and class, in place of those that an earlier draw wrote there.
 
         Raises CheckpointError where it cannot write.
         """
@@ -58,14 +60,28 @@ class Viewer:
             for part in self._parts(samples):
                 first = len(written)
                 written.update(save_each(part, out, self.data_range, first, names[first : first + len(part)]))
-            with guarded(out):
-                for old in out.iterdir():
-                    if re.fullmatch(r"\d{6,}(-.*)?\.png", old.name) and old not in written:
-                        old.unlink()
+            replace_draw(out, {file.name for file in written})
 
     def _parts(self, samples: Tensor) -> Iterator[Tensor]:
         for part in torch.split(samples, _DECODED_AT_ONCE):
             yield self.images(part)
+
+
+def replace_draw(folder: Path, names: set[str]) -> None:
+    """Delete what an earlier draw wrote to the folder and this one did not; .drawn.json lists a draw's files.
+
+    Nothing else is touched. Raises CheckpointError where it cannot write.
+    """
+    record = folder / DRAWN_FILE
+    with guarded(folder):
+        try:
+            earlier = json.loads(record.read_text()) if record.is_file() else []
+        except ValueError:
+            earlier = []
+        for name in earlier if isinstance(earlier, list) else []:
+            if isinstance(name, str) and Path(name).name == name and name.endswith(".png") and name not in names:
+                (folder / name).unlink(missing_ok=True)
+        record.write_text(json.dumps(sorted(names)) + "\n")
 
 
 def _named(label: int, class_names: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from fewstep.utils.errors import ConfigError, FewstepWarning
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")
+MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "I_MPI_")
+SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_", *MPI)
 _OFF = ("", "no", "false", "0", "1", "default", "auto")
 _USUAL = {"RANK": ("0",), "LOCAL_RANK": ("0",), "WORLD_SIZE": ("1",)}
 

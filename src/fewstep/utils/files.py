@@ -23,6 +23,7 @@ _SECONDS = 0.1  # until a lock counts as held: its holder may be discarding it
 _WAIT = 60.0  # until another process has written its rows
 _PATIENCE = 100  # attempts to make a file in a folder that others remove
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_WITHOUT_LOCKS = "the file system of {folder} has no locks: keep other processes from writing there yourself"
 # What code that takes a stored file apart raises when the file is not what it should be.
 _SPOILT = (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, ConfigError)
 
@@ -169,6 +170,7 @@ def updating(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            warnings.warn(_WITHOUT_LOCKS.format(folder=folder), FewstepWarning, stacklevel=2)
     try:
         yield
     finally:
@@ -197,8 +199,7 @@ class Lock:
                 if error.errno not in _NO_LOCKS:
                     self._remove_made()
                     raise
-                alone = f"the file system of {folder} has no locks: keep other processes from writing there yourself"
-                warnings.warn(alone, FewstepWarning, stacklevel=2)
+                warnings.warn(_WITHOUT_LOCKS.format(folder=folder), FewstepWarning, stacklevel=2)
 
     def _acquire(self) -> None:
         for _ in range(_PATIENCE):
