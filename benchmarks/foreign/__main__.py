@@ -38,7 +38,7 @@ def tables() -> dict[str, str]:
 STUDY = Study("foreign", tables)
 
 
-def teacher(folder: Path, steps: int = 4000, batch: int = 128) -> None:
+def teacher(folder: Path, steps: int = 2000, batch: int = 128) -> None:
     """Train it and save it as a pipeline; an average of its weights, a rate that falls to a hundredth."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -108,12 +108,18 @@ def figures(folder: Path, students: dict[str, Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def run(folder: Path, /, images: int = 128_000, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+def run(
+    folder: Path,
+    /,
+    images: int = 25_600,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    preconditionings: tuple[str, ...] = ("euler", "analytic"),
+) -> None:
     """Train what is not there yet below FOLDER, measure, write benchmarks/results/foreign.json."""
     if not (folder / "teacher").exists():
         teacher(folder / "teacher")
     students = {}
-    for preconditioning in ("euler", "analytic"):
+    for preconditioning in preconditionings:
         for seed in seeds:
             place = folder / f"{preconditioning}-{seed}"
             if not (place / "export-diffusers").exists():
