@@ -182,7 +182,7 @@ def test_sample_k_is_the_same_whatever_the_count(small_run: Path, command: Comma
 def test_sample_into_a_folder_with_classes_chosen(small_run: Path, command: Command, tmp_path: Path) -> None:
     words = ("--count", 3, "--label", 1, 0, "--sampler", "heun", "--steps", 2)
     assert command("sample", small_run, "--out", tmp_path / "single", *words).code == 0
-    files = sorted((tmp_path / "single").iterdir())
+    files = sorted((tmp_path / "single").glob("*.png"))
     assert [file.name for file in files] == ["000000-1.png", "000001-0.png", "000002-1.png"]
     with Image.open(files[0]) as image:
         assert (image.size, image.mode) == ((8, 8), "L")

@@ -110,7 +110,7 @@ def test_ranges_that_can_be_misread_are_asked_for_and_pictures_keep_their_grey(
     assert pipeline.config.data_range == (-1.0, 1.0)
     shown = pipeline.viewer().images(torch.full((1, 1, 8, 8), 230 / 127.5 - 1))
     pipeline.viewer().write(shown, None, tmp_path / "shown", 1)
-    pixels = np.asarray(Image.open(next((tmp_path / "shown").iterdir())))
+    pixels = np.asarray(Image.open(next((tmp_path / "shown").glob("*.png"))))
     assert set(pixels.ravel().tolist()) <= {229, 230}
 
 

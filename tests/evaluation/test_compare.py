@@ -27,7 +27,7 @@ from fewstep.flow.preconditioning.network_scaling import EDMInputScalingConfig
 from fewstep.recipes import recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import RunFolder, build
-from fewstep.utils.errors import CheckpointError, ConfigError, DataError, ShapeError
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, ShapeError
 from fewstep.utils.parts import kind
 from fewstep.utils.serialization import FORMAT, to_json
 
@@ -406,3 +406,15 @@ def test_the_curve_watcher_measures_the_model_at_its_steps(tmp_path: Path, unlab
 def test_learning_curves_out_of_range_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"curve_\w+ is .* at least \d"):
         replace(recipe("digits").evaluation, **change)
+
+
+def test_a_damaged_line_costs_no_other(tmp_path: Path) -> None:
+    """It is named and left out; what stands after it stays."""
+    run = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        write_curve(run, [line(step, 1.0 / step)])
+    file = tmp_path / "curve.jsonl"
+    file.write_text("\n".join(["{", *file.read_text().splitlines()[1:], ""]))
+    with pytest.warns(FewstepWarning, match=r"curve\.jsonl, line 1 cannot be read"):
+        write_curve(run, [line(4, 0.1)])
+    assert [step for step, _ in read_curves(run)["frechet", 1]] == [2.0, 3.0, 4.0]

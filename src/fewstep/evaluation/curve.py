@@ -53,18 +53,20 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
 def write_curve(run: RunFolder, points: list[dict[str, Any]]) -> None:
     """Add points of one step to curve.jsonl; what an earlier start of the run wrote of it, or beyond it, goes.
 
-    A line that cannot be read is left out, with a FewstepWarning that names it.
+    A line that cannot be read is left out, with a FewstepWarning that names it, but for the last, which a stop may cut.
     """
     file, step = run.root / CURVE_FILE, points[0]["step"]
     measures = {point["measure"] for point in points}
     kept: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             found = parse_json(line)
             if found["step"] < step or (found["step"] == step and found["measure"] not in measures):
                 kept.append(found)
         except (ValueError, KeyError, TypeError):
-            warnings.warn(f"{file}, line {number} cannot be read: left out", FewstepWarning, stacklevel=2)
+            if number < len(lines):
+                warnings.warn(f"{file}, line {number} cannot be read: left out", FewstepWarning, stacklevel=2)
     write_atomically(file, "".join(json.dumps(point) + "\n" for point in [*kept, *points]))
 
 
