@@ -7,15 +7,8 @@ import pytest
 
 from fewstep.training import RunFolder
 from tests.end_to_end.test_bad_input import assert_refused
-from tests.support.commands import Command, contents
+from tests.support.commands import DISTILLED, Command, contents
 from tests.support.edm_files import Runs, save_edm, write
-
-SHORT = (
-    "--training.batch-size", "16", "--training.images", "320", "--training.checkpoint-images", "160",
-    "--training.sample-images", "0", "--evaluation.samples", "32", "--evaluation.steps", "1", "2",
-    "--evaluation.curve-images", "0", "--evaluation.reference-steps", "2",
-    "--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -34,7 +27,7 @@ def test_a_student_is_trained_in_twenty_steps(
     save_edm(tmp_path / "network.pkl", kind, channels=1, classes=10)
     run = tmp_path / "run"
     teacher = ("--teacher", str(tmp_path / "network.pkl"))
-    done = command("train", "distil-diffusers", *teacher, *options, *SHORT, "--out", str(run))
+    done = command("train", "distil-diffusers", *teacher, *options, *DISTILLED, "--out", str(run))
     assert done.code == 0, done.err
     assert RunFolder(run).pipeline().generate(2, steps=1).samples.isfinite().all()
     assert command("sample", str(run), "--steps", "2", "--count", "4").code == 0
@@ -50,7 +43,7 @@ def test_what_is_wrong_with_a_teacher_is_one_line(harm: str, tmp_path: Path, com
     if harm == "truncated":
         file.write_bytes(file.read_bytes()[:10_000])
     before = contents(tmp_path)
-    shown = command("train", "distil-diffusers", "--teacher", str(file), *SHORT, "--out", str(tmp_path / "run"))
+    shown = command("train", "distil-diffusers", "--teacher", str(file), *DISTILLED, "--out", str(tmp_path / "run"))
     message = {"call": "nothing in it was run", "truncated": "truncated", "shape": r"shape \(2, 8, 8\)"}[harm]
     assert_refused(shown, message)
     assert contents(tmp_path) == before

@@ -10,16 +10,10 @@ import torch
 
 from fewstep.training import RunFolder
 from tests.end_to_end.test_bad_input import assert_refused
-from tests.support.commands import Command, contents
+from tests.support.commands import DISTILLED, Command, contents
 from tests.support.foreign import save_foreign
 
 pytest.importorskip("diffusers")
-SHORT = (
-    "--training.batch-size", "16", "--training.images", "320", "--training.checkpoint-images", "160",
-    "--training.sample-images", "0", "--evaluation.samples", "32", "--evaluation.steps", "1", "2",
-    "--evaluation.curve-images", "0", "--evaluation.reference-steps", "2",
-    "--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +40,7 @@ def test_a_student_is_trained_in_twenty_steps_measured_and_exported(
     import diffusers
 
     run = tmp_path / "run"
-    done = command("train", "distil-diffusers", "--teacher", str(teacher), *options, *SHORT, "--out", str(run))
+    done = command("train", "distil-diffusers", "--teacher", str(teacher), *options, *DISTILLED, "--out", str(run))
     assert done.code == 0, done.err
     pipeline = RunFolder(run).pipeline()
     assert pipeline.generate(2, steps=1).samples.isfinite().all()
@@ -110,20 +104,20 @@ def test_what_is_wrong_with_a_teacher_is_one_line(
     change(tmp_path / "teacher")
     before = contents(tmp_path)
     out = tmp_path / "run"
-    shown = command("train", "distil-diffusers", "--teacher", str(tmp_path / "teacher"), *SHORT, "--out", str(out))
+    shown = command("train", "distil-diffusers", "--teacher", str(tmp_path / "teacher"), *DISTILLED, "--out", str(out))
     assert_refused(shown, message)
     assert contents(tmp_path) == before
 
 
 def test_a_recipe_without_its_teacher_asks_for_one(tmp_path: Path, command: Command) -> None:
     """The path, the scaling and the network are the teacher's."""
-    shown = command("train", "distil-diffusers", *SHORT, "--out", str(tmp_path / "run"))
+    shown = command("train", "distil-diffusers", *DISTILLED, "--out", str(tmp_path / "run"))
     assert_refused(shown, "name its run with --teacher")
 
 
 def test_a_teacher_of_other_samples_than_the_datas_is_refused(teacher: Path, tmp_path: Path, command: Command) -> None:
     """Shape and classes are said of both."""
     shown = command(
-        "train", "distil-diffusers", "--teacher", teacher, "--data.no-labels", *SHORT, "--out", tmp_path / "run"
+        "train", "distil-diffusers", "--teacher", teacher, "--data.no-labels", *DISTILLED, "--out", tmp_path / "run"
     )
     assert_refused(shown, r"makes samples of shape \(1, 8, 8\) in 10 classes, but the data digits .* 0 classes")

@@ -5,11 +5,10 @@ A folder holds a pipeline (model_index.json) or a bare network with the configur
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,16 @@ from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
 from fewstep.teachers.families import Family, NullableEmbedding, Settings, family
 from fewstep.teachers.lora import add_adapters, base_name
-from fewstep.teachers.second_time import TwoTimes, differentiable_attention, differentiable_norms, without_second_time
+from fewstep.teachers.second_time import (
+    TwoTimes,
+    TwoTimesNetwork,
+    differentiable_attention,
+    differentiable_norms,
+    without_second_time,
+)
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
-from fewstep.utils.serialization import differences, later
+from fewstep.utils.serialization import later
 from fewstep.utils.weights import read_weights
 
 NETWORK_FOLDERS = ("unet", "transformer")
@@ -76,7 +81,7 @@ class DiffusersConfig(NetworkConfig):
         return DiffusersNetwork(self, shape, num_classes)
 
 
-class DiffusersNetwork(Network):
+class DiffusersNetwork(TwoTimesNetwork):
     """A network of diffusers as F(x, t, s, cond), t and s in the times that it takes; s counts for nothing at first.
 
     The foreign layers stay in evaluation mode: no dropout, no labels dropped at random. Raises ConfigError for a class
@@ -104,12 +109,6 @@ class DiffusersNetwork(Network):
         self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time)
         self.eval()
 
-    def train(self, mode: bool = True) -> Self:
-        """Trains the second time; the foreign layers keep to evaluation mode."""
-        super().train(mode)
-        self.two_times.network.eval()
-        return self
-
     @property
     def last_layer(self) -> Tensor:
         place = self.last_adapter if self.config.lora else self.family.output
@@ -121,9 +120,8 @@ class DiffusersNetwork(Network):
         names: list[str] = [name for name, _ in self.two_times.network.named_modules() if name.endswith(".up")]
         return names[-1]
 
-    def freeze_second_time(self) -> None:
-        for parameter in self.two_times.new_parameters():
-            parameter.requires_grad_(False)
+    def foreign_name(self, key: str) -> str | None:
+        return foreign_name(key)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
@@ -140,19 +138,6 @@ class DiffusersNetwork(Network):
         for key, own in self.state_dict(keep_vars=True).items():
             if (stem := base_name(key)) is not None:
                 own.data = theirs[stem].to(own) if stem in theirs else own.data
-
-    def load_foreign(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Take the weights of the network of one time; raises CheckpointError where names or shapes differ."""
-        own = self.state_dict()
-        names = {name: key for key in own if (name := foreign_name(key)) is not None}
-        lines = differences(_shapes({name: own[key] for name, key in names.items()}), _shapes(weights))
-        if lines:
-            raise CheckpointError(f"{source}: weights do not fit the configuration: {'; '.join(lines[:3])}")
-        self.load_state_dict({**own, **{names[name]: value for name, value in weights.items()}})
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: list(value.shape) for name, value in weights.items()}
 
 
 def foreign_name(key: str) -> str | None:
