@@ -179,9 +179,11 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
 
 
 def _paragraphs(pipeline: Pipeline) -> Iterator[str]:
-    """The classes by number and name, and a paragraph on each number of steps whose times were tuned."""
+    """The classes, with numbers where names are others, and a paragraph on each number of steps with tuned times."""
     if names := pipeline.config.class_names:
-        yield f"Classes: {listed([f'{number} {name}' for number, name in enumerate(names)], 40)}."
+        plain = names == tuple(map(str, range(len(names))))  # then a number and its name would say the same twice
+        shown = names if plain else [f"{number} {name}" for number, name in enumerate(names)]
+        yield f"Classes: {listed(list(shown), 40)}."
     for each in pipeline.step_times:
         times = " ".join(f"{t:.4g}" for t in each.times)
         yield f"{each.steps} steps are taken at the times {times}, tuned on {each.source}."
