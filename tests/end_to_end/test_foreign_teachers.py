@@ -121,3 +121,14 @@ def test_a_teacher_of_other_samples_than_the_datas_is_refused(teacher: Path, tmp
         "train", "distil-diffusers", "--teacher", teacher, "--data.no-labels", *DISTILLED, "--out", tmp_path / "run"
     )
     assert_refused(shown, r"makes samples of shape \(1, 8, 8\) in 10 classes, but the data digits .* 0 classes")
+
+
+def test_a_teacher_that_is_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """A name of the Hub, whose cache is empty and which is out of reach."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    words = ("train", "distil-diffusers", "--teacher", "owner/name", *DISTILLED, "--out", str(tmp_path / "run"))
+    assert_refused(command(*words), "fewstep: owner/name .* out of reach: .*: hf download owner/name$")
+    assert contents(tmp_path) == {}

@@ -210,7 +210,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teacher: str = ""
-    """Run or saved model to distil, or FILE.py:CLASS; its statistics serve an analytic preconditioning."""
+    """Model to distil: a run, a saved model, a folder of diffusers, a network pickle of EDM, OWNER/NAME of one of these
+    folders on the Hugging Face Hub, or FILE.py:CLASS; its statistics serve an analytic preconditioning."""
     initial: str = ""
     """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

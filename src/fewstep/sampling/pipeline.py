@@ -24,6 +24,7 @@ from fewstep.sampling.generate import Generated, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
+from fewstep.utils.hub import fetching
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
 from fewstep.utils.weights import check_shapes, fit_weights, read_shapes, read_weights, save_weights, shapes
 
@@ -163,13 +164,8 @@ def from_hub(repository: str, **options: Any) -> Pipeline:
 
     Raises CheckpointError where the Hub does not give it, or gives something else.
     """
-    try:
+    with fetching(repository):
         files = [Path(hf_hub_download(repository, name, **options)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{repository} cannot be fetched from the Hub: {type(error).__name__}: {reason}"
-        ) from error
     return _load(files[0], files[1])
 
 

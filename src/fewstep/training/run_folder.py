@@ -26,12 +26,12 @@ from fewstep.training.ema import ema_names
 from fewstep.training.identity import identity, placed, run_record
 from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, read_lines, read_record, reading_line, write_atomically
+from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import fit_weights, read_weights
 
-HUB = "hf://"
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 

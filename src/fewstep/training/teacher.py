@@ -15,7 +15,8 @@ from fewstep.recipes.config import RunConfig
 from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers, load_edm
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import load
-from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import CheckpointError, ConfigError, HubError
+from fewstep.utils.hub import local_copy
 from fewstep.utils.parts import import_file, stored_class, subclasses
 
 
@@ -44,9 +45,11 @@ def teacher_of(config: RunConfig, dataset: Dataset) -> FlowMap | None:
 def load_teacher(name: Path | str, shape: tuple[int, ...] = ()) -> FlowMap:
     """A model as a denoiser on its own path, a flow map that jumps by DDIM's steps; without gradients.
 
-    name: a run's or saved model's folder, a folder of diffusers, a network pickle of EDM or EDM2, or FILE.py:CLASS, a
-    `TeacherModel` whose file is imported. shape: of its samples (C, H, W), for those whose files do not say it.
-    Raises CheckpointError for files that are missing, damaged or do not fit, ConfigError for kinds that are not known.
+    name: a run's or saved model's folder, a folder of diffusers, a network pickle of EDM or EDM2, OWNER/NAME of one of
+    these folders on the Hugging Face Hub, or FILE.py:CLASS, a `TeacherModel` whose file is imported.
+    shape: of its samples (C, H, W), for those whose files do not say it.
+    Raises CheckpointError for files that are missing, damaged or do not fit (HubError where the Hub does not give
+    them), ConfigError for kinds that are not known.
     """
     if ".py:" in str(name):
         file, _, own = str(name).rpartition(":")
@@ -60,15 +63,16 @@ def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, Polic
 
     shape: of its samples, for those whose files do not say it.
 
-    Raises CheckpointError when the folder cannot be read, ConfigError when the class is not there.
+    Raises CheckpointError when the folder cannot be read or had, ConfigError when the class is not there.
     """
     if ".py:" in name:
         return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
-    if is_diffusers(Path(name)):
-        return load_diffusers(Path(name), shape).requires_grad_(False), None
-    if is_edm(Path(name)):
-        return load_edm(Path(name)).requires_grad_(False), None
-    named = load(name)
+    place = local_copy(name)
+    if is_diffusers(place):
+        return load_diffusers(place, shape).requires_grad_(False), None
+    if is_edm(place):
+        return load_edm(place).requires_grad_(False), None
+    named = load(place)
     return named.flow_map.requires_grad_(False), named.config.policy
 
 
@@ -100,6 +104,8 @@ def _advising(role: str, option: str) -> Iterator[None]:
     """What cannot be read is said with what to do."""
     try:
         yield
+    except HubError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(
             f"the {role} cannot be read: {error}; train it first, or name another with {option}"

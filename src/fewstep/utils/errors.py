@@ -21,6 +21,10 @@ class WriteError(CheckpointError):
     """A file that cannot be written where it was to be; the command line adds --out for commands that have it."""
 
 
+class HubError(CheckpointError):
+    """A model that the Hugging Face Hub, or its cache, does not give; says what to do about it."""
+
+
 class ShapeError(FewstepError, ValueError):
     """A tensor of the wrong shape, or values outside the range where an operation is defined."""
 
