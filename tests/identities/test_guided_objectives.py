@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, drop_labels
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, dropped
 from fewstep.flow.paths import Linear, Path, Trig
 from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
@@ -161,7 +161,7 @@ def test_labels_are_dropped_with_the_objectives_probability(objective: Any) -> N
     flow_map = FlowMap(Linear(), LinearPreconditioning(), Callback(output), scalings(Linear())["unit"])
     batch = labelled_batch(400)
     dropping(flow_map, batch, Companions(teacher=labelled_map(), ema_target=labelled_map()))
-    expected = drop_labels(batch.labels, 0.4, batch.draws)  # type: ignore[arg-type]
+    expected = torch.where(dropped(0.4, batch.draws), NULL_LABEL, batch.labels)  # type: ignore[arg-type]
     share = float((expected == NULL_LABEL).double().mean())
     assert share == pytest.approx(0.4, abs=0.08)
     assert dropping.label_dropout == 0.4

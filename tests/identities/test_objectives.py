@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.flow.closed_form import GaussianData, GaussianOutput, MixtureData
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, drop_labels, guide, omega_at
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, dropped, guide, omega_at
 from fewstep.flow.paths import EDM, Linear, Path, Trig
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.times import LogitNormalTimes, LogNormalTimes, UniformTimes
@@ -256,11 +256,12 @@ def test_label_dropout_has_its_frequency_and_spares_the_rest() -> None:
     labels = torch.arange(40_000) % 7
     kept = labels.clone()
     for probability in (0.0, 0.1, 0.5, 1.0):
-        dropped = drop_labels(labels, probability, draws(40_000))
-        off = dropped == NULL_LABEL
+        left = Condition(labels).drop(dropped(probability, draws(40_000))).labels
+        assert left is not None
+        off = left == NULL_LABEL
         error = math.sqrt(probability * (1 - probability) / 40_000)
         assert abs(float(off.double().mean()) - probability) <= 4 * error
-        assert torch.equal(dropped[~off], labels[~off])
+        assert torch.equal(left[~off], labels[~off])
     assert torch.equal(labels, kept)
 
 
@@ -268,11 +269,11 @@ def test_label_dropout_has_its_frequency_and_spares_the_rest() -> None:
 def test_guidance_acts_inside_its_interval_on_labelled_samples(path: Path) -> None:
     row = torch.tensor([[math.log(3.0), 0.25, 0.75]], dtype=F64)
     t = path.time_from_unit(torch.tensor([0.1, 0.25, 0.5, 0.5, 0.75, 0.9], dtype=F64))
-    labels = torch.tensor([0, 1, 2, NULL_LABEL, 0, 0])
-    close(omega_at(path, row.expand(6, 3), t, labels), torch.tensor([1, 3, 3, 1, 3, 1], dtype=F64))
+    kept = torch.tensor([True, True, True, False, True, True])
+    close(omega_at(path, row.expand(6, 3), t, kept), torch.tensor([1, 3, 3, 1, 3, 1], dtype=F64))
     ends = torch.tensor([path.t_min, path.t_max], dtype=F64)
     full = torch.tensor([[math.log(3.0), 0.0, 1.0]], dtype=F64).expand(2, 3)
-    close(omega_at(path, full, ends, torch.zeros(2).long()), torch.full((2,), 3.0, dtype=F64))
+    close(omega_at(path, full, ends, torch.ones(2).bool()), torch.full((2,), 3.0, dtype=F64))
     null, conditional = noise(2, 3), noise(2, 3, seed=1)
     close(guide(null, conditional, torch.tensor([1.0, 0.0], dtype=F64)), torch.stack([conditional[0], null[1]]))
 

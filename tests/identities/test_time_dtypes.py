@@ -62,7 +62,7 @@ def on_another(teacher_path: Path, path: Path, times: Tensor) -> Tensor:
 def guided(path: Path, times: Tensor) -> tuple[Tensor, ...]:
     model, (t, s), cond = ClassifierFreeGuidance(flow_map(path, 2), 2.0), pairs(times), Condition(LABELS)
     rows = torch.tensor([[1.0, 0.0, 1.0]], dtype=F64).expand(3, 3)
-    return model.jump(X, t, s, cond), model.velocity(X, t, cond), omega_at(path, rows, t, LABELS)
+    return model.jump(X, t, s, cond), model.velocity(X, t, cond), omega_at(path, rows, t, LABELS >= 0)
 
 
 def along(kind: str, path: Path, times: Tensor) -> tuple[Tensor, ...]:

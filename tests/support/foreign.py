@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fewstep.networks.condition import Condition
+from fewstep.networks.condition import Condition, Prompts
 
 SD_SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -33,9 +33,11 @@ class Tiny(NamedTuple):
         draw = torch.Generator().manual_seed(3)
         classes = self.settings.get("num_class_embeds") or self.settings.get("num_embeds_ada_norm")
         labels = torch.arange(batch) % classes if classes and not self.text else None
-        text = torch.randn(batch, 5, self.text, generator=draw) if self.text else None
+        if not self.text:
+            return Condition(labels)
+        text = torch.randn(batch, 5, self.text, generator=draw)
         pooled = torch.randn(batch, self.pooled, generator=draw) if self.pooled else None
-        return Condition(labels=labels, text=text, pooled=pooled)
+        return Condition(labels, prompts=Prompts(text, pooled=pooled))
 
 
 _UNET = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import DataError
 from fewstep.utils.tensors import expand
 from fewstep.utils.text import listed
@@ -25,11 +26,12 @@ class Context:
     """What samples come with besides a label.
 
     observation: (n, To, Do) float32, normalised, what they are conditioned on. loss_mask: (n, ...) bool, over their
-    numbers or broadcasting to them: which of them a loss may count; None for all.
+    numbers or broadcasting to them: which of them a loss may count; None for all. prompts: n, embedded.
     """
 
     observation: Tensor | None = None
     loss_mask: Tensor | None = None
+    prompts: Prompts | None = None
 
 
 def source_path(root: Path | str) -> Path:
@@ -70,6 +72,12 @@ class SampleSet(ABC):
     def context(self, indices: Tensor) -> Context:
         """What the samples at `indices` (n,) come with; nothing unless a subclass says so."""
         return Context()
+
+    def conditioned(self, indices: Tensor) -> tuple[Tensor, Condition]:
+        """The samples at `indices` (n,), and what they are conditioned on."""
+        values, labels = self.fetch(indices)
+        context = self.context(indices)
+        return values, Condition(labels, observation=context.observation, prompts=context.prompts)
 
     @abstractmethod
     def moments(self) -> tuple[float, float]:

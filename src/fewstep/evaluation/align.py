@@ -25,7 +25,6 @@ from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import default_grid, edm_grid
-from fewstep.networks.condition import Condition
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
@@ -96,14 +95,14 @@ def measure_alignment(
 ) -> Record:
     """Errors of the run's jumps, and of its samples in 1, 2 and 4 steps at each stop, against its teacher's ODE.
 
-    On at most `samples` held-out samples, drawn over all of them, their labels given where there are classes. Of a
-    student that learns jumps to the data end alone, those alone, and samples in 1 step. place: of the teacher, as in
+    On at most `samples` held-out samples, drawn over all of them, under their labels and prompts. Of a student that
+    learns jumps to the data end alone, those alone, and samples in 1 step. place: of the teacher, as in
     `teacher_of_run`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student, teacher = run.pipeline().flow_map.to(device), teacher_of_run(run, place).to(device)
-    x0, labels = dataset.heldout.fetch(even_draw(dataset.heldout, samples, config.evaluation.seed))
-    cond = Condition(None if labels is None else labels.to(device))
+    x0, cond = dataset.heldout.conditioned(even_draw(dataset.heldout, samples, config.evaluation.seed))
+    cond = cond.to(device)
     times, seed = alignment_times(student.path), config.evaluation.seed
     ends_only = config.objective.endpoint_only
     settings = AlignmentSettings(seed=seed, ends_only=ends_only)

@@ -122,6 +122,11 @@ class FlowMap(nn.Module):
         return self.network.num_classes if isinstance(self.network, Network) else 0
 
     @property
+    def conditional(self) -> bool:
+        """Whether samples are drawn of classes, or of what prompts say."""
+        return self.num_classes > 0 or (isinstance(self.network, Network) and self.network.prompt_widths != (0, 0))
+
+    @property
     def guided(self) -> bool:
         """Whether the guidance strength and interval are inputs of the network."""
         return isinstance(self.network, Network) and self.network.guided

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
-from fewstep.networks.condition import NULL_LABEL, Condition
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
@@ -43,9 +43,9 @@ class TrainingGuidance(ABC):
     def draw(self, draws: Draws) -> Tensor:
         """(B, 3): log omega and the interval's ends as fractions of the path's unit clock."""
 
-    def strength(self, path: Path, draws: Draws, t: Tensor, labels: Tensor) -> Tensor:
-        """omega (B,) of targets at times t: 1 outside the interval and where no label is kept."""
-        return omega_at(path, self.draw(draws), t, torch.zeros_like(labels) if self.null_rows else labels)
+    def strength(self, path: Path, draws: Draws, t: Tensor, kept: Tensor) -> Tensor:
+        """omega (B,) of targets at times t: 1 outside the interval and where no condition is `kept` (B,) bool."""
+        return omega_at(path, self.draw(draws), t, torch.ones_like(kept) if self.null_rows else kept)
 
     def share(self, label_dropout: float) -> float:
         """Share of samples whose targets are guided, at most: those that keep their label, or all with `null_rows`."""
@@ -137,20 +137,23 @@ class DrawnGuidance(ActiveGuidance):
         drawn = self.draw(draws)
         if not self.fed_inside:
             return drawn
-        omega = omega_at(path, drawn, t, torch.zeros_like(t))
+        omega = omega_at(path, drawn, t, torch.ones_like(t, dtype=torch.bool))
         return torch.cat([omega.log()[:, None], drawn[:, 1:]], dim=1)
 
 
-def omega_at(path: Path, guidance: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Strength at time t: omega inside the interval; 1 outside it and for samples without a label. (B,) float64."""
+def omega_at(path: Path, guidance: Tensor, t: Tensor, kept: Tensor) -> Tensor:
+    """Strength at time t: omega inside the interval, 1 outside it and for samples without a condition; (B,) float64.
+
+    kept: (B,) bool, which samples have a label or a prompt (Condition.kept).
+    """
     t, low, high = path.clock(t), path.time_from_unit(guidance[:, 1]), path.time_from_unit(guidance[:, 2])
-    inside = (t >= low) & (t <= high) & (labels >= 0)
+    inside = (t >= low) & (t <= high) & kept
     return torch.where(inside, guidance[:, 0].exp(), 1.0)
 
 
-def drop_labels(labels: Tensor, probability: float, draws: Draws) -> Tensor:
-    """Labels replaced by NULL_LABEL with the given probability, per sample; a new tensor."""
-    return torch.where(draws.uniform(_STREAM_DROP) < probability, NULL_LABEL, labels)
+def dropped(probability: float, draws: Draws) -> Tensor:
+    """Which samples lose their label and prompt, each with the given probability: (B,) bool."""
+    return draws.uniform(_STREAM_DROP) < probability
 
 
 def guide(null: Tensor, conditional: Tensor, omega: Tensor) -> Tensor:
@@ -159,30 +162,36 @@ def guide(null: Tensor, conditional: Tensor, omega: Tensor) -> Tensor:
 
 
 def sampling_condition(
-    labels: Tensor | None, guided: bool, omega: float = 1.0, interval: tuple[float, float] = (0.0, 1.0)
+    labels: Tensor | None,
+    guided: bool,
+    omega: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+    prompts: Prompts | None = None,
 ) -> Condition:
     """The condition for sampling; omega and interval become inputs of a network trained with drawn guidance.
 
     Raises ShapeError unless omega > 0 is finite as float32 and 0 <= low <= high <= 1.
     """
     _check_strength(omega, interval)
-    cond = Condition(labels)
-    if not guided or labels is None:
+    cond = Condition(labels, prompts=prompts)
+    if not guided or cond.kept is None:
         return cond
-    row = torch.tensor([math.log(omega), *interval], dtype=torch.float64, device=labels.device)
-    return replace(cond, guidance=row.expand(len(labels), 3))
+    row = torch.tensor([math.log(omega), *interval], dtype=torch.float64, device=cond.kept.device)
+    return replace(cond, guidance=row.expand(len(cond.kept), 3))
 
 
 class ClassifierFreeGuidance:
-    """A flow map's jumps and velocities pushed from the null label's: null + omega (conditional - null) (2207.12598).
+    """A flow map's jumps and velocities pushed from those of no label and the empty prompt: (2207.12598)
+
+    null + omega (conditional - null).
 
     For maps trained without training guidance; every call costs two network evaluations per sample. Applied where
     low <= unit time <= high (2404.07724), the plain conditional value elsewhere.
     """
 
     def __init__(self, flow_map: FlowMap, omega: float, interval: tuple[float, float] = (0.0, 1.0)) -> None:
-        if flow_map.num_classes == 0:
-            raise ConfigError("guidance needs a model with class labels; this one has none: leave guidance at 1")
+        if not flow_map.conditional:
+            raise ConfigError("guidance needs a model with class labels or prompts: leave guidance at 1 for this one")
         _check_strength(omega, interval)
         self.flow_map, self.path = flow_map, flow_map.path
         self.row = torch.tensor([[math.log(omega), *interval]], dtype=torch.float64)
@@ -196,12 +205,12 @@ class ClassifierFreeGuidance:
         return self._guided(self.flow_map.velocity, cond, x, t)
 
     def _guided(self, value: Callable[..., Tensor], cond: Condition, x: Tensor, t: Tensor, *end: Tensor) -> Tensor:
-        """A value with its label and without, evaluated as one batch of twice the size."""
-        labels = torch.full_like(t, NULL_LABEL).long() if cond.labels is None else cond.labels
+        """A value under its condition and without, evaluated as one batch of twice the size."""
+        kept = torch.zeros_like(t, dtype=torch.bool) if cond.kept is None else cond.kept
         rows = torch.arange(len(t), device=t.device).repeat(2)
-        twice = replace(cond[rows], labels=torch.cat([labels, torch.full_like(labels, NULL_LABEL)]))
-        conditional, null = value(*(each[rows] for each in (x, t, *end)), twice).chunk(2)
-        return guide(null, conditional, omega_at(self.path, self.row.to(t.device).expand(len(t), 3), t, labels))
+        without = torch.arange(2 * len(t), device=t.device) >= len(t)
+        conditional, null = value(*(each[rows] for each in (x, t, *end)), cond[rows].drop(without)).chunk(2)
+        return guide(null, conditional, omega_at(self.path, self.row.to(t.device).expand(len(t), 3), t, kept))
 
 
 def _check_strength(omega: float, interval: tuple[float, float]) -> None:

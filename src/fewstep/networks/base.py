@@ -33,6 +33,11 @@ class Network(nn.Module, ABC):
         self.observation = tuple(observation)
 
     @property
+    def prompt_widths(self) -> tuple[int, int]:
+        """Widths of the embeddings of a prompt's tokens, and of the whole prompt, that it takes; 0 for none."""
+        return 0, 0
+
+    @property
     def last_layer(self) -> Tensor:
         """The weight of the output layer; raises ConfigError for a network that does not say."""
         raise ConfigError(f"{type(self).__name__} does not name its output layer: balance no losses on it")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.guidance import NoGuidance, TrainingGuidance, drop_labels, guide
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance, dropped, guide
 from fewstep.flow.paths import Path
-from fewstep.networks.condition import Condition
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import check_share, expand
@@ -40,7 +40,7 @@ class Batch:
     images: seen in training before this batch, which curricula are functions of. observation: (B, To, Do) that
     the samples are conditioned on. loss_mask: (B, ...) bool, broadcasting to x0: the numbers that a loss may count;
     None for all. places: (B,) int64 on the host, the samples' indices in the global batch, by which they are split
-    without asking the device; None reads those of the draws.
+    without asking the device; None reads those of the draws. prompts: that the samples are conditioned on.
     """
 
     x0: Tensor
@@ -50,13 +50,15 @@ class Batch:
     observation: Tensor | None = None
     loss_mask: Tensor | None = None
     places: Tensor | None = None
+    prompts: Prompts | None = None
 
     def __getitem__(self, rows: Tensor) -> "Batch":
         labels, observation, loss_mask = (
             None if each is None else each[rows] for each in (self.labels, self.observation, self.loss_mask)
         )
         draws = replace(self.draws, indices=self.draws.indices[rows])
-        return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask)
+        prompts = None if self.prompts is None else self.prompts[rows]
+        return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask, prompts=prompts)
 
     def matched(self, share: float) -> Tensor:
         """Which samples take s = t, a `share` of all: (B,) bool, on the device."""
@@ -174,7 +176,7 @@ class Objective(ABC):
     """Subclasses are frozen dataclasses, abstract or final; an objective holds settings and no state."""
 
     label_dropout: float = 0.0
-    """Probability in [0, 1] of hiding a sample's label; guidance needs a model without labels too."""
+    """Probability in [0, 1] of hiding a sample's label and prompt; guidance needs a model without them too."""
 
     def __post_init__(self) -> None:
         check_share("label dropout", self.label_dropout)
@@ -186,29 +188,30 @@ class Objective(ABC):
         """The losses of a batch."""
 
     def condition(self, flow_map: FlowMap, batch: Batch, t: Tensor) -> Condition:
-        """Labels with dropout, observations, and for networks that take it the guidance at times t (B,).
+        """Labels and prompts with dropout, observations, and for networks that take it the guidance at times t (B,).
 
         Raises ConfigError for drawn guidance with a network that does not take it.
         """
-        labels = None if batch.labels is None else drop_labels(batch.labels, self.label_dropout, batch.draws)
-        cond = Condition(labels, observation=batch.observation)
-        if self.guidance.conditions_network and labels is not None and not flow_map.guided:
+        cond = Condition(batch.labels, observation=batch.observation, prompts=batch.prompts)
+        if self.label_dropout and cond.kept is not None:
+            cond = cond.drop(dropped(self.label_dropout, batch.draws))
+        if self.guidance.conditions_network and cond.kept is not None and not flow_map.guided:
             raise ConfigError("drawn guidance needs a network that takes it as an input: build it with guided=True")
         return replace(cond, guidance=self.guidance.fed(flow_map.path, batch.draws, t)) if flow_map.guided else cond
 
     def guide(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition, v: Tensor) -> Tensor:
-        """v_null + omega (v - v_null), v_null the model's own velocity without a label and without gradient.
+        """v_null + omega (v - v_null), v_null the model's own velocity unconditioned and without gradient.
 
-        Guided where a label is kept and t lies in the guidance interval; v (B, ...) elsewhere.
+        Guided where a label or prompt is kept and t lies in the guidance interval; v (B, ...) elsewhere.
         """
-        if not self.guidance.active or cond.labels is None:
+        if not self.guidance.active or cond.kept is None:
             return v
-        omega = self.guidance.strength(model.path, batch.draws, t, cond.labels)
+        omega = self.guidance.strength(model.path, batch.draws, t, cond.kept)
         rows = torch.nonzero(omega != 1).squeeze(1)
         if len(rows) == 0:
             return v
         with torch.no_grad():
-            null = model.velocity(x[rows], t[rows], cond[rows].without_labels())
+            null = model.velocity(x[rows], t[rows], cond[rows].unconditional())
         return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
 
     def method(self, preconditioning: str, labelled: bool) -> str:

@@ -110,6 +110,10 @@ class DiffusersNetwork(TwoTimesNetwork):
         self.eval()
 
     @property
+    def prompt_widths(self) -> tuple[int, int]:
+        return self.family.prompt_widths(self.config.values)
+
+    @property
     def last_layer(self) -> Tensor:
         place = self.last_adapter if self.config.lora else self.family.output
         return self.two_times.network.get_submodule(place).weight  # type: ignore[return-value]

@@ -24,6 +24,7 @@ class Family:
 
     times: the names of their embeddings of t, as fnmatch reads them. output: the name of the last layer. noise_time:
     the time that the class takes where there is noise alone. packed: whether it takes blocks of 2 x 2 as tokens.
+    text, pooled: the names of the settings that say the widths of the embeddings of prompts that it takes.
     """
 
     call: Call
@@ -31,16 +32,31 @@ class Family:
     output: str
     noise_time: float = 1000.0
     packed: bool = False
+    text: str = ""
+    pooled: str = ""
 
     def num_classes(self, settings: Settings) -> int:
         """Classes that the network was made for; 0 for none."""
         return int(settings.get("num_class_embeds") or 0)
+
+    def prompt_widths(self, settings: Settings) -> tuple[int, int]:
+        """Widths of the embeddings of a prompt's tokens, and of the whole prompt; 0 where it takes none."""
+        return int(settings.get(self.text) or 0), int(settings.get(self.pooled) or 0)
 
 
 @dataclass(frozen=True)
 class _DiT(Family):
     def num_classes(self, settings: Settings) -> int:
         return int(settings.get("num_embeds_ada_norm") or 0)
+
+
+@dataclass(frozen=True)
+class _UNetWithText(Family):
+    def prompt_widths(self, settings: Settings) -> tuple[int, int]:
+        text, pooled = settings.get(self.text) or 1280, 0  # 1280 is diffusers' own where nothing is said
+        if settings.get("addition_embed_type") == "text_time":
+            pooled = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        return int(text), int(pooled)
 
 
 class NullableEmbedding(nn.Module):
@@ -150,14 +166,24 @@ def _wan(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
 
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": Family(_unet, "time_embedding", "conv_out"),
-    "UNet2DConditionModel": Family(_unet_with_text, "time_embedding", "conv_out"),
+    "UNet2DConditionModel": _UNetWithText(
+        _unet_with_text, "time_embedding", "conv_out", text="cross_attention_dim"
+    ),
     "DiTTransformer2DModel": _DiT(_dit, "transformer_blocks.*.norm1.emb.timestep_embedder", "proj_out_2"),
-    "SD3Transformer2DModel": Family(_sd3, "time_text_embed.timestep_embedder", "proj_out"),
-    "FluxTransformer2DModel": Family(_flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, packed=True),
-    "PixArtTransformer2DModel": Family(_pixart, "adaln_single.emb.timestep_embedder", "proj_out"),
-    "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out"),
-    "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out"),
-}
+    "SD3Transformer2DModel": Family(
+        _sd3, "time_text_embed.timestep_embedder", "proj_out", text="joint_attention_dim",
+        pooled="pooled_projection_dim",
+    ),
+    "FluxTransformer2DModel": Family(
+        _flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, packed=True, text="joint_attention_dim",
+        pooled="pooled_projection_dim",
+    ),
+    "PixArtTransformer2DModel": Family(
+        _pixart, "adaln_single.emb.timestep_embedder", "proj_out", text="caption_channels"
+    ),
+    "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out", text="caption_channels"),
+    "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out", text="text_dim"),
+}  # fmt: skip
 
 
 def family(name: str) -> Family:

@@ -312,7 +312,8 @@ class Trainer:
         labels, observation, loss_mask = (
             None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
         )
-        return Batch(x0.to(device), labels, draws, self.images, observation, loss_mask, places)
+        prompts = None if context.prompts is None else context.prompts.to(device)
+        return Batch(x0.to(device), labels, draws, self.images, observation, loss_mask, places, prompts)
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last, if there were any."""

@@ -37,8 +37,8 @@ _SAVE_SECONDS = 10.0
 
 
 class ConditionedDenoiser:
-    """The model's denoiser under the conditions of the samples fetched last: a callable (x, t) that knows their labels
-    and observations."""
+    """The model's denoiser under the conditions of the samples fetched last: a callable (x, t) that knows their labels,
+    prompts and observations."""
 
     def __init__(self, model: FlowMap, dataset: Dataset, seed: int) -> None:
         self.model, self.samples, self.seed = model, dataset.train, seed
@@ -48,10 +48,8 @@ class ConditionedDenoiser:
     def fetch(self, numbers: Tensor) -> Tensor:
         """Training samples number 0, 1, ... in a shuffled order, (B, ...); what follows is under their conditions."""
         rows = shuffled_rows(self.seed, numbers, len(self.samples))
-        x0, labels = self.samples.fetch(rows)
-        seen = self.samples.context(rows).observation
-        labels, seen = (None if each is None else each.to(self.device) for each in (labels, seen))
-        self.cond = Condition(labels, observation=seen)
+        x0, cond = self.samples.conditioned(rows)
+        self.cond = cond.to(self.device)
         return x0.to(self.device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
