@@ -48,7 +48,12 @@ def student_case(seed: int = 0) -> tuple[FlowMap, FlowMap, Companions]:
 
 SOLVERS = {"euler": 1, "heun": 2}
 """With their orders."""
-TAUGHT = {"cd": CD(), "ctm": MOVED, "ctm to the end": changed(MOVED, endpoint_only=True)}
+TAUGHT = {
+    "cd": CD(),
+    "ctm": MOVED,
+    "ctm to the end": changed(MOVED, endpoint_only=True),
+    "ctm where the jump ends": changed(MOVED, compare="jump-end", sigma_data=SD),
+}
 MAPS = [
     ("edm", "euler"), ("vp", "euler"), ("edm", "analytic"), ("vp", "analytic"), ("linear", "analytic"),
     ("trig", "analytic"), ("linear", "linear"), ("trig", "trig"), ("edm", "bcm"),

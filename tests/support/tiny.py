@@ -16,6 +16,7 @@ from fewstep.flow.paths import EDMPathConfig, LinearPathConfig
 from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig
+from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
 from fewstep.flow.times import LogNormalTimes
 from fewstep.networks.discriminator import DiscriminatorConfig
 from fewstep.networks.mlp import MLPConfig
@@ -81,6 +82,11 @@ STUDENTS: dict[str, RunConfig] = {
     "ctm": _CTM,
     "ctm-analytic": replace(_CTM, model=_ANALYTIC),
     "ctm-refreshed": replace(_CTM, model=_ANALYTIC, statistics=_REFRESHED),
+    "ctm-skip": replace(
+        _CTM,
+        model=replace(EDM_MODEL, preconditioning=SkipPreconditioningConfig(components=10)),
+        objective=replace(_CTM.objective, compare="jump-end"),
+    ),
     "ctm-adversarial": replace(_CTM, objective=replace(_CTM.objective, gan=0.5), gan=DISCRIMINATOR),
     "cd": replace(_CTM, objective=CD(steps=TeacherSteps(points=5, u="adjacent"), target_decay=0.9)),
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
+from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.networks.condition import Condition
 from fewstep.utils.forward_ad import jvp
 from fewstep.utils.random import Draws
@@ -57,10 +57,7 @@ class GaussianData:
 
 
 class GaussianOutput(nn.Module):
-    """The exact network of a preconditioning: N = (X - f x)/g off the diagonal, (v - f_s x)/g_s or D on it.
-
-    With an origin m, N = (X - f x - (alpha_s - alpha_t f - g) m)/g (math.md §3.6).
-    """
+    """The exact network of a preconditioning: N = (X - X of N = 0)/g off the diagonal, (v - f_s x)/g_s or D on it."""
 
     def __init__(self, data: GaussianData, path: Path, preconditioning: Preconditioning) -> None:
         super().__init__()
@@ -68,14 +65,10 @@ class GaussianOutput(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, ...), t, s (B,) in the path's clock."""
-        f, g = self.preconditioning.coefficients(t, s)
-        same, origin = t == s, self.preconditioning.origin
-        target = self.data.jump(self.path, x, t, s)
-        if origin is not None:
-            target = target - expand(origin_weight(self.path, f, g, t, s), x).to(x.dtype) * origin.to(x)
-        g = torch.where(same, 1.0, g)
-        f, g, same = expand(f, x).to(x.dtype), expand(g, x).to(x.dtype), expand(same, x)
-        jumped = (target - f * x) / g
+        g, same = self.preconditioning.coefficients(t, s)[1], t == s
+        target = self.data.jump(self.path, x, t, s) - self.preconditioning.jump(self.path, x, torch.zeros_like(x), t, s)
+        g, same = expand(torch.where(same, 1.0, g), x).to(x.dtype), expand(same, x)
+        jumped = target / g
         if not bool(same.any()):
             return jumped
         return torch.where(same, self._on_diagonal(x, t), jumped)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
+from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling, Scaling
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
@@ -81,14 +81,8 @@ class FlowMap(nn.Module):
         return c_skip * x + c_out * raw
 
     def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """f x + g N for an output N already computed at (x, t, s), about the preconditioning's origin if it has one."""
-        t, s = self.path.clock(t), self.path.clock(s)
-        f, g = self.preconditioning.coefficients(t, s)
-        jumped = expand(f, x).to(x.dtype) * x + expand(g, x).to(x.dtype) * output
-        origin = self.preconditioning.origin
-        if origin is None:
-            return jumped
-        return jumped + expand(origin_weight(self.path, f, g, t, s), x).to(x.dtype) * origin.to(x)
+        """X of an output N already computed at (x, t, s)."""
+        return self.preconditioning.jump(self.path, x, output, self.path.clock(t), self.path.clock(s))
 
     def velocity_from_output(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """v = f_s x + g_s N for an output N already computed on the diagonal (x, t, t)."""

@@ -1,7 +1,7 @@
 """Consistency trajectory models (2310.02279; math.md section 4)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
 from fewstep.objectives.losses import DistanceObjective, generator_loss, gradient_balance
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.tensors import check_least
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import check_choice, check_least
 
 STREAM_DIAGONAL, STREAM_DIAGONAL_NOISE = 14, 15
+Place = Literal["data-end", "jump-end"]
 
 
 @final
@@ -27,6 +29,9 @@ class CTM(DistanceObjective):
 
     d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
     t > u >= s grid points, X_sg the slow average, through which the gradient passes to X(x_t, t, s).
+
+    `compare` "jump-end" holds them against each other where the jump ends instead, one pass with gradient and one
+    without in place of two and two: w(s) d( X(x_t, t, s), sg X_sg(x_u, u, s) ), w = sd^2/(alpha_s^2 sd^2 + sigma_s^2).
 
     lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `gan` likewise.
 
@@ -48,6 +53,8 @@ class CTM(DistanceObjective):
     """The data's standard deviation in the denoising loss; None takes what the flow map's configuration says."""
     endpoint_only: bool = False
     """Make every jump one to the data end, s = t_min."""
+    compare: Place = later(lambda: "data-end")
+    """Where two jumps are compared: data-end, whence the slow average takes them, or jump-end, where they end."""
 
     def method(self, preconditioning: str, labelled: bool) -> str:
         return f"CTM, {preconditioning}"
@@ -55,6 +62,9 @@ class CTM(DistanceObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(0, denoising=self.denoising, gan=self.gan)
+        check_choice("compare", self.compare, get_args(Place))
+        if self.gan and self.compare != "data-end":
+            raise ConfigError("a discriminator judges samples at the data end: compare there, or set gan to 0")
 
     needs_teacher: ClassVar[bool] = True
 
@@ -71,9 +81,13 @@ class CTM(DistanceObjective):
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
         with torch.no_grad():
-            goal = jump_where_apart(target, jump_where_apart(target, x_u, u, s, cond), s, end, cond)
-        reached = jump_where_apart(target, flow_map.jump(x, t, s, cond), s, end, cond)
-        consistency = self.distance(batch, reached, goal, companions)
+            goal = jump_where_apart(target, x_u, u, s, cond)
+        reached = flow_map.jump(x, t, s, cond)
+        if self.compare == "data-end":
+            reached = jump_where_apart(target, reached, s, end, cond)
+            with torch.no_grad():
+                goal = jump_where_apart(target, goal, s, end, cond)
+        consistency = self.distance(batch, reached, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)
         terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
             denoising = self.denoising_loss(flow_map, batch, cond)
@@ -88,6 +102,13 @@ class CTM(DistanceObjective):
         total = torch.stack(list(terms.values())).sum(0)
         judged = FakeSamples(reached.detach(), cond.labels) if self.gan else None
         return Losses(total, t, s, logs, terms, judged)
+
+    def weight_at(self, flow_map: FlowMap, s: Tensor) -> Tensor:
+        """w (B,) of jumps compared at s: 1 at the data end."""
+        if self.compare == "data-end":
+            return torch.ones_like(s)
+        at, variance = flow_map.path.values(s), deviation_of(flow_map, self.sigma_data) ** 2
+        return variance / (at.alpha**2 * variance + at.sigma**2)
 
     def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:
         """What makes the second loss weigh as much as the first on the last layer; 1 when not balanced."""

@@ -11,19 +11,11 @@ from fewstep.utils.tensors import expand
 def eulerian_residual(
     flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
 ) -> Tensor:
-    """R = f_t x + f v + g_t N + g dN/dt, the derivative in t of X(x_t, t, s) along the flow (math.md section 5.1).
+    """R, the derivative in t of X(x_t, t, s) along the flow: `Preconditioning.residual`; zero at an exact flow map.
 
-    x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map. A preconditioning with an
-    origin m adds (-alpha_t' f - alpha_t f_t - g_t) m (math.md section 3.6).
+    x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,).
     """
-    d = flow_map.preconditioning.derivatives(t, s)
-    f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in d)
-    residual = f_t * x + f * v + g_t * output + g * d_output
-    origin = flow_map.preconditioning.origin
-    if origin is None:
-        return residual
-    p = flow_map.path.values(t)
-    return residual + expand(-p.d_alpha * d.f - p.alpha * d.f_t - d.g_t, x).to(x.dtype) * origin.to(x)
+    return flow_map.preconditioning.residual(flow_map.path, x, v, output, d_output, t, s)
 
 
 def eulerian_error(

@@ -59,9 +59,10 @@ class Tangent:
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
         frozen = output.detach()
         residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
-        f, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
-        share = f + g * expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
-        straight = share * (v - flow_map.velocity_from_output(x, frozen, t))
+        _, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
+        change = v - flow_map.velocity_from_output(x, frozen, t)
+        c_skip = expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
+        straight = own.passed(flow_map.path, change, t, s) + g * c_skip * change
         residual = straight + self.warmed_up(batch.images) * (residual - straight)
         scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
         step = scale * residual

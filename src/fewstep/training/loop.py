@@ -23,6 +23,7 @@ from fewstep.data.order import batch_indices
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
 from fewstep.training.checkpoint import LAST_FILE, STATE_FILE, mark_shown
+from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
@@ -115,7 +116,8 @@ class Trainer:
                 check_weights(config, dataset, newest / LAST_FILE)
             config = replace(config, initial="")  # a checkpoint has what has become of it
         statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
-        pipeline = build(config, dataset, self.teacher, statistics).to(device)
+        covariance = run_covariance(config.model.preconditioning, dataset, self.run)
+        pipeline = build(config, dataset, self.teacher, statistics, covariance).to(device)
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")

@@ -9,6 +9,7 @@ import torch
 
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig, flow_map_config
@@ -38,7 +39,11 @@ def data_record(dataset: Dataset) -> dict[str, JSON]:
 
 
 def build(
-    config: RunConfig, dataset: Dataset, teacher: FlowMap | None = None, statistics: TrajectoryStatistics | None = None
+    config: RunConfig,
+    dataset: Dataset,
+    teacher: FlowMap | None = None,
+    statistics: TrajectoryStatistics | None = None,
+    covariance: Covariance | None = None,
 ) -> Pipeline:
     """The run's model with the weights that its seed, or the model it starts from, gives.
 
@@ -53,7 +58,9 @@ def build(
         )
     policy, seen = dataset.policy, _observation(dataset)
     own = None if teacher is None else teacher.config
-    settings = flow_map_config(config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own)
+    settings = flow_map_config(
+        config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own, covariance
+    )
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()

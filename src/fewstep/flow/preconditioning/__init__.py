@@ -3,3 +3,4 @@
 # Stored settings name a class among those defined: whoever reads them has imported all there are.
 from fewstep.flow.preconditioning import analytic as analytic
 from fewstep.flow.preconditioning import jumps as jumps
+from fewstep.flow.preconditioning import skip as skip

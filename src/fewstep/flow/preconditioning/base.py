@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
+from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
+from fewstep.utils.tensors import expand
 
 
 class JumpDerivatives(NamedTuple):
@@ -35,9 +37,15 @@ class Preconditioning(ABC):
     whether jumps go to s = t_min alone, so that the network gives no velocity.
     """
 
-    target_in_network: ClassVar[bool] = False
-    denoises: ClassVar[bool] = False
     data_end_only: ClassVar[bool] = False
+
+    @property
+    def target_in_network(self) -> bool:
+        return False
+
+    @property
+    def denoises(self) -> bool:
+        return False
 
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +72,10 @@ class Preconditioning(ABC):
         """The statistics that it was computed from; None where it was not."""
         return None
 
+    def known_covariance(self) -> Covariance | None:
+        """The covariance of data that it was computed from; None where it was not."""
+        return None
+
     def with_statistics(self, statistics: TrajectoryStatistics) -> "Preconditioning":
         """The same from other statistics; raises ConfigError where they give none, or where it is of no statistics."""
         raise ConfigError(f"{type(self).__name__} is not computed from statistics")
@@ -74,16 +86,48 @@ class Preconditioning(ABC):
         (f, g), (f_t, g_t) = jvp(lambda time: self.coefficients(time, s), (t,), (torch.ones_like(t),))
         return JumpDerivatives(f, g, f_t, g_t)
 
+    def jump(self, path: Path, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """X = f x + g N, about the origin if there is one; x, N = output (B, ...), t, s (B,) float64."""
+        f, g = self.coefficients(t, s)
+        jumped = expand(f, x).to(x.dtype) * x + expand(g, x).to(x.dtype) * output
+        if self.origin is None:
+            return jumped
+        return jumped + expand(origin_weight(path, f, g, t, s), x).to(x.dtype) * self.origin.to(x)
+
+    def residual(
+        self, path: Path, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """R = f_t x + f v + g_t N + g dN/dt, the derivative in t of X(x_t, t, s) along the flow (math.md section 5.1).
+
+        x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,). Zero at an exact flow map. An origin m adds
+        (-alpha_t' f - alpha_t f_t - g_t) m (math.md section 3.6).
+        """
+        d = self.derivatives(t, s)
+        f, g, f_t, g_t = (expand(c, x).to(x.dtype) for c in d)
+        residual = f_t * x + f * v + g_t * output + g * d_output
+        if self.origin is None:
+            return residual
+        p = path.values(t)
+        return residual + expand(-p.d_alpha * d.f - p.alpha * d.f_t - d.g_t, x).to(x.dtype) * self.origin.to(x)
+
+    def passed(self, path: Path, change: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """What a jump makes of a small change of x, (B, ...), the network apart: f times it."""
+        return expand(self.coefficients(t, s)[0], change).to(change.dtype) * change
+
 
 class PreconditioningConfig(ABC):
     """Settings of a preconditioning; subclasses are final frozen dataclasses.
 
-    needs_statistics: whether it is computed from the statistics of a teacher, or of the model itself. data_end_only: as
-    of the preconditioning that it builds.
+    needs_statistics: whether it is computed from the statistics of a teacher, or of the model itself. needs_covariance:
+    whether from the data's covariance. data_end_only: as of the preconditioning that it builds.
     """
 
-    needs_statistics: ClassVar[bool] = False
+    needs_covariance: ClassVar[bool] = False
     data_end_only: ClassVar[bool] = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
 
     @abstractmethod
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
@@ -91,6 +135,10 @@ class PreconditioningConfig(ABC):
 
         Raises ConfigError where it has no meaning on that path, or lacks the statistics that it needs.
         """
+
+    def let_through(self, built: Preconditioning, path: Path, covariance: Covariance | None) -> Preconditioning:
+        """The preconditioning that `build` gave, with what it lets through besides; itself by default."""
+        return built
 
     def check_scaling(self, scaling: ScalingConfig) -> None:  # noqa: B027  (no check by default)
         """Raise ConfigError for an inner scaling that it does not go with; all go with most."""

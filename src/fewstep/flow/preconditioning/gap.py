@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.flow.ode import reference_solution
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning, origin_weight
+from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.preconditioning.estimation import STREAM_NOISE, PlainDenoiser
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
@@ -85,10 +85,8 @@ def consistency_gap(
         """N* - D of every sample (B, ...), float64."""
         x = path.interpolate(x0.double(), eps.double(), t)
         landed = reference_solution(denoise, path, x, t, s, settings.solver_steps)
-        f, g = preconditioning.coefficients(t, s)
-        student = landed - expand(f, x) * x
-        if preconditioning.origin is not None:
-            student = student - expand(origin_weight(path, f, g, t, s), x) * preconditioning.origin.to(x)
+        g = preconditioning.coefficients(t, s)[1]
+        student = landed - preconditioning.jump(path, x, torch.zeros_like(x), t, s)
         at_start = (settings.end or preconditioning.frozen_at) == "t"
         return student / expand(g, x) - (denoise(x, t) if at_start else denoise(landed, s))
 

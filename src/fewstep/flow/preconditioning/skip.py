@@ -1,0 +1,148 @@
+"""The skip: a jump lets through what the flow map of N(m, C) does; the network learns the rest (math.md §3.8)."""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.flow.paths import EDM, Path
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.covariance import Covariance, columns, denoiser_gain, flow_gain, velocity_gain
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
+from fewstep.flow.preconditioning.network_scaling import ScalingConfig
+from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.forward_ad import jvp
+from fewstep.utils.tensors import check_choice, check_least, expand, nonzero
+
+Basis = Literal["components", "cosine"]
+
+
+@final
+@dataclass(frozen=True)
+class SkipPreconditioning(Preconditioning):
+    """X = X_G(x, t, s) + g (N - N_G(x, t)), g the base's, X_G the flow map of N(m, C), N_G its N on the diagonal.
+
+    N_G is the Gaussian's denoiser D_G where the base's N denoises, else (v_G - f_s x)/g_s. At s = t the jump is x and
+    its derivative in s is f_s x + g_s N for every C: velocity, guidance and teachers mean what they do under the base.
+    f of the base cancels. Exact with N = N_G on Gaussian data of any covariance, on any path.
+    """
+
+    base: Preconditioning
+    covariance: Covariance
+    path: Path = EDM()
+
+    def __post_init__(self) -> None:
+        if self.base.data_end_only:
+            raise ConfigError("a skip needs a preconditioning with a velocity, which cm has not: take euler or bcm")
+
+    @property
+    def target_in_network(self) -> bool:
+        return self.base.target_in_network
+
+    @property
+    def denoises(self) -> bool:
+        return self.base.denoises
+
+    @property
+    def frozen_at(self) -> Literal["t", "s"]:
+        return self.base.frozen_at
+
+    @property
+    def origin(self) -> Tensor | None:
+        return self.base.origin
+
+    def check_end(self, path: Path) -> None:
+        self.base.check_end(path)
+
+    def known_statistics(self) -> TrajectoryStatistics | None:
+        return self.base.known_statistics()
+
+    def known_covariance(self) -> Covariance:
+        return self.covariance
+
+    def with_statistics(self, statistics: TrajectoryStatistics) -> "SkipPreconditioning":
+        return replace(self, base=self.base.with_statistics(statistics))
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(f, g) of the base; f is the jump's share of x only along directions where the Gaussian agrees with it."""
+        return self.base.coefficients(t, s)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.diagonal(t)
+
+    def jump(self, path: Path, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        g = expand(self.base.coefficients(t, s)[1], x).to(x.dtype)
+        return self.linear(x, t, s) + g * output
+
+    def residual(
+        self, path: Path, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+    ) -> Tensor:
+        """d/dt of the linear part along the flow, plus g_t N + g dN/dt."""
+        d = self.base.derivatives(t, s)
+        moved: Tensor = jvp(lambda x, t: self.linear(x, t, s), (x, t), (v, torch.ones_like(t)))[1]
+        return moved + expand(d.g_t, x).to(x.dtype) * output + expand(d.g, x).to(x.dtype) * d_output
+
+    def passed(self, path: Path, change: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return self.covariance.scaled(change, lambda lam: self._gain(lam, t, s))
+
+    def linear(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """X_G - g N_G = (G - g n)(x - alpha_t m) + (alpha_s - g n_m) m, (B, ...): the jump without the network."""
+        at_t, at_s, mean = self.path.values(t), self.path.values(s), self.covariance.mean.to(x)
+        centred = x - expand(at_t.alpha, x).to(x.dtype) * mean
+        g = self.base.coefficients(t, s)[1]
+        weight = expand(at_s.alpha - g * self._output_of_mean(t), x).to(x.dtype)
+        return self.passed(self.path, centred, t, s) + weight * mean
+
+    def _gain(self, lam: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """G - g n along directions of variance lam (1, k): (B, k); n the factor of N_G on the diagonal."""
+        at_t, g = columns(self.path, t), self.base.coefficients(t, s)[1][:, None]
+        flow = flow_gain(at_t, columns(self.path, s), lam)
+        if self.denoises:
+            return flow - g * denoiser_gain(at_t, lam)
+        f_s, g_s = (value[:, None] for value in self.base.diagonal(t))
+        return flow - g * (velocity_gain(at_t, lam) - f_s) / g_s
+
+    def _output_of_mean(self, t: Tensor) -> Tensor:
+        """n_m (B,): N_G at x = alpha_t m is n_m m."""
+        if self.denoises:
+            return torch.ones_like(t)
+        at_t, (f_s, g_s) = self.path.values(t), self.base.diagonal(t)
+        return (at_t.d_alpha - f_s * at_t.alpha) / nonzero(g_s)
+
+
+@final
+@dataclass(frozen=True)
+class SkipPreconditioningConfig(PreconditioningConfig):
+    """The flow map of a Gaussian with the data's mean and covariance, over another preconditioning."""
+
+    base: PreconditioningConfig = field(default_factory=EulerPreconditioningConfig)
+    """What the network's output means, and its weight g in a jump."""
+    basis: Basis = "components"
+    """components, the data's principal ones (to 4,096 numbers a sample), or cosine, for images of any size."""
+    components: int = 0
+    """Number of principal components, the others having one variance; 0 takes all."""
+
+    needs_covariance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("basis", self.basis, get_args(Basis))
+        check_least(0, components=self.components)
+        if self.base.data_end_only or self.base.needs_covariance:
+            raise ConfigError("a skip stands over a preconditioning with a velocity: take euler, linear or analytic")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.base.needs_statistics
+
+    def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
+        return self.base.build(path, sigma_data, statistics)
+
+    def let_through(self, built: Preconditioning, path: Path, covariance: Covariance | None) -> Preconditioning:
+        if covariance is None:
+            raise ConfigError("a skip needs the data's covariance: none was measured")
+        return SkipPreconditioning(built, covariance, path)
+
+    def check_scaling(self, scaling: ScalingConfig) -> None:
+        self.base.check_scaling(scaling)
