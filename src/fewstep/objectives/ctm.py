@@ -63,8 +63,6 @@ class CTM(DistanceObjective):
         super().__post_init__()
         check_least(0, denoising=self.denoising, gan=self.gan)
         check_choice("compare", self.compare, get_args(Place))
-        if self.gan and self.compare != "data-end":
-            raise ConfigError("a discriminator judges samples at the data end: compare there, or set gan to 0")
 
     needs_teacher: ClassVar[bool] = True
 
@@ -83,11 +81,14 @@ class CTM(DistanceObjective):
         with torch.no_grad():
             goal = jump_where_apart(target, x_u, u, s, cond)
         reached = flow_map.jump(x, t, s, cond)
-        if self.compare == "data-end":
+        compared = reached
+        if self.compare == "data-end" or self.gan:
             reached = jump_where_apart(target, reached, s, end, cond)
+        if self.compare == "data-end":
+            compared = reached
             with torch.no_grad():
                 goal = jump_where_apart(target, goal, s, end, cond)
-        consistency = self.distance(batch, reached, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)
+        consistency = self.distance(batch, compared, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)
         terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
             denoising = self.denoising_loss(flow_map, batch, cond)
