@@ -18,6 +18,7 @@ from tyro.conf import Positional
 
 import fewstep as fs
 from benchmarks.harness import RESULTS, Row, Study, grouped, markdown, put, read, write
+from fewstep.data.draws import even_draw
 from fewstep.flow.closed_form import toy_mixture
 from fewstep.recipes.config import StatisticsConfig
 from fewstep.training.statistics import data_mean, kept_statistics, prepared
@@ -93,7 +94,7 @@ def of_run(folder: Path, samples: int) -> list[Row]:
     """Rows of a trained teacher; with classes it is asked at each sample's own, and the statistics are not shrunk."""
     config = fs.RunFolder(folder).config()
     dataset, teacher = fs.load_dataset(config.data), fs.load(folder).flow_map.requires_grad_(False)
-    x0, labels = dataset.heldout.fetch(torch.arange(COUNT))
+    x0, labels = dataset.heldout.fetch(even_draw(dataset.heldout, COUNT, seed=1))
 
     def estimate(centred: bool) -> fs.TrajectoryStatistics:
         settings = StatisticsConfig(samples=samples, centred=centred, shrink=False)
@@ -114,11 +115,11 @@ def of_closed_form(samples: int) -> list[Row]:
         return exact.denoise(fs.EDM(), x, t)
 
     def estimate(centred: bool) -> fs.TrajectoryStatistics:
-        train = dataset.train.fetch(torch.arange(samples))[0].double()
+        train = dataset.train.fetch(even_draw(dataset.train, samples, seed=1))[0].double()
         settings = fs.EstimationSettings(samples=samples, centred=centred, shrink=False)
         return fs.estimate_statistics(denoiser, train, settings=settings, mean=data_mean(dataset))
 
-    x0 = dataset.heldout.fetch(torch.arange(COUNT))[0].double()
+    x0 = dataset.heldout.fetch(even_draw(dataset.heldout, COUNT, seed=1))[0].double()
     return gap_rows("mixture, closed form", denoiser, x0, estimate, False)
 
 

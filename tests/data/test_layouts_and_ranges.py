@@ -24,6 +24,7 @@ def in_doubt(source: str, file: Path, *parts: str) -> None:
         message = str(error)
     else:
         message = dataset.doubt
+        assert message
         with pytest.raises(DataError, match=re.escape(message)):
             train(RunConfig("toy"), dataset, RunFolder(file.parent / "run"), Runtime(cpu=True))
         assert not (file.parent / "run").exists()
@@ -78,6 +79,57 @@ def test_values_that_stand_for_another_range_are_asked_for(tmp_path: Path, image
     torch.testing.assert_close(dataset.train.fetch(rows)[0].double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(dataset.heldout.fetch(rows[:5])[0].double(), expected[:5], rtol=0, atol=1e-6)
     refused("npz", file, "beyond --data.value-range 0 0.5", value_range=(0.0, 0.5))
+
+
+def spotted(images: np.ndarray, value: float) -> np.ndarray:
+    """With one value far from the others, in sample 7."""
+    images = images.copy()
+    images[7, 3, 3] = value
+    return images
+
+
+SIGNED = WHOLE.astype(np.float32) / 127.5 - 1
+CENTRED = (np.arange(30 * 64) % 256).reshape(30, 8, 8).astype(np.float32)
+DOUBTFUL: list[tuple[str, np.ndarray, str, tuple[float, float] | None]] = [
+    ("floats from -128 to 127", CENTRED - 128, "-128 127", (-128, 127)),
+    ("floats from -127.5 to 127.5", CENTRED - 127.5, "-127.5 127.5", (-127.5, 127.5)),
+    ("floats from -0.5 to 0.5", CENTRED / 255 - 0.5, "-0.5 0.5", (-0.5, 0.5)),
+    ("floats from -125 to 125", (CENTRED / 255 - 0.5) * 250, "-128 127", (-125, 125)),
+    ("bytes to 16 and one of 255", spotted(CENTRED.astype(np.uint8) // 16, 255), "0 15", (0, 255)),
+    ("bytes to 1 and one of 255", spotted(WHOLE // 128, 255), "0 1", (0, 255)),
+    ("floats to 1 and one of 255", spotted(WHOLE / 255, 255), "0 1", None),
+    ("signed floats and one of 255", spotted(SIGNED, 255), "-1 1", None),
+    ("signed floats and one of 9", spotted(SIGNED, 9), "-1 1", None),
+    ("the whole range and one of 1.5", spotted(CENTRED / 127.5 - 1, 1.5), "-1 1", None),
+]
+
+
+@pytest.mark.parametrize(("images", "likely", "meant"), [each[1:] for each in DOUBTFUL], ids=[d[0] for d in DOUBTFUL])
+def test_what_else_is_in_doubt(
+    tmp_path: Path, images: np.ndarray, likely: str, meant: tuple[float, float] | None
+) -> None:
+    """It is asked for; what is most likely is named; a stray is named with its sample."""
+    file = tmp_path / "a.npz"
+    np.savez(file, images=images)
+    in_doubt("npz", file, str(file), f"say which stand for black and white, as --data.value-range {likely}")
+    low, high = (float(word) for word in likely.split())
+    if meant is None:
+        refused("npz", file, "in 1 of 30 samples, first in sample 7", value_range=(low, high))
+    else:
+        assert load("npz", file, value_range=meant).data_range == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_in_no_doubt(tmp_path: Path, seed: int) -> None:
+    """Latents near the normal distribution, images with bright spots, floats in [-1, 1]."""
+    generator = np.random.default_rng(seed)
+    sky = np.zeros((40, 8, 8), np.uint8)
+    sky[generator.integers(0, 40, 9), generator.integers(0, 8, 9), generator.integers(0, 8, 9)] = 255
+    noise = generator.normal(size=(40, 4, 8, 8)).astype(np.float32)
+    latents = (noise, 3 * noise, 9 * noise, generator.standard_t(5, size=(40, 4, 8, 8)))
+    for images in (*latents, sky, noise.clip(-1, 1), CENTRED / 127.5 - 1):
+        np.savez(tmp_path / "a.npz", images=images)
+        assert load("npz", tmp_path / "a.npz", npz_layout="chw").doubt == ""
 
 
 def test_values_can_be_left_as_they_are(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_another_teacher_for_a_run_begun(distil: tuple[Path, tuple[object, ...]]
     assert contents(Path("student")) == before
 
 
-@pytest.mark.parametrize("name", ["sample", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["sample", "evaluate", "tune-steps"])
 def test_a_run_without_a_checkpoint(name: str, run: Path, command: Command) -> None:
     shutil.rmtree(run / "checkpoints")
     before = contents(run)

@@ -1,9 +1,11 @@
 """Sets that are compared are drawn alike, a figure says what it rests on, and nothing that failed ends as a success."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from fewstep.evaluation import evaluate
 from fewstep.evaluation.figures import read_figures
 from fewstep.sampling.generate import Generated
 from fewstep.sampling.pipeline import Pipeline
-from tests.support.commands import SMALL, Command
+from tests.support.commands import SMALL, Command, Finished
 from tests.support.inputs import demonstrations, few_images, sorted_classes, unequal_classes
 
 SHORT = ("--training.batch-size", 32, "--training.images", 64, "--training.sample-images", 0)
@@ -73,18 +75,51 @@ def test_the_floor_is_drawn_over_all_classes(command: Command, tmp_path: Path) -
     assert rows["real data (training part)", 0]["frechet"] < 10
 
 
+def advised(shown: Finished) -> list[list[str]]:
+    """The words of the commands that a training ends with."""
+    return [shlex.split(command)[1:] for command in shown.out.splitlines()[-1].removeprefix("Next: ").split("   ")]
+
+
 @pytest.mark.parametrize(("count", "held"), [(2, 1), (5, 2)])
 def test_too_few_images_are_named(count: int, held: int, command: Command, tmp_path: Path) -> None:
+    """By the training too, which advises what works; no option is named that does not help."""
     file = few_images(tmp_path / "few.npz", count)
-    words = ("train", "digits", "--data.source", "npz", "--data.root", file, "--out", "run", *SMALL, *SHORT, *UNGUIDED)
-    assert command(*words).code == 0
-    shown = command("evaluate", "run")
+    words = ("train", "digits", "--data.source", "npz", "--data.root", file, *SMALL, *SHORT, *UNGUIDED)
+    line = f"the held-out part of few has {held} samples: measuring needs at least 4; of {count} in all no share serves"
+    trained = command(*words, "--out", "a run")
+    assert trained.code == 0
+    assert f"Not to be measured: {line}, give at least 8" in trained.out
+    assert [each[0] for each in advised(trained)] == ["sample", "report"]
+    for each in advised(trained):
+        assert command(*each).code == 0
+    for refused in (command("evaluate", "a run"), command(*words, "--out", "b", "--evaluation.curve-images", 32)):
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert line in refused.err
+        assert "--data.heldout" not in refused.err
+    assert "or train without a learning curve, --evaluation.curve-images 0" in refused.err
+    assert command(*words, "--out", "b", "--evaluation.curve-images", 0).code == 0
+
+
+def test_the_share_that_is_named_can_be_measured(command: Command, tmp_path: Path) -> None:
+    file = few_images(tmp_path / "few.npz", 9)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", file, *SMALL, *SHORT, *UNGUIDED)
+    trained = command(*words, "--out", "run")
+    assert "measuring needs at least 4; train anew with --data.heldout 0.5" in trained.out
+    trained = command(*words, "--out", "again", "--data.heldout", 0.5, "--evaluation.steps", 1)
+    assert "Not to be measured" not in trained.out
+    assert [each[0] for each in advised(trained)] == ["sample", "evaluate", "report"]
+    assert command(*advised(trained)[1], "--samples", 8).code == 0
+    shown = command("tune-steps", "again", "--samples", 20)
     assert (shown.code, shown.err.count("\n")) == (2, 1)
-    assert f"the held-out part of few has {held} samples: measuring needs at least 4" in shown.err
-    assert "--data.heldout" in shown.err
-    shown = command(*words, "--evaluation.curve-images", 32)
-    assert (shown.code, shown.err.count("\n")) == (2, 1)
-    assert "--data.heldout" in shown.err
+    assert "needs at least 40; of 9 in all no share serves, give at least 80" in shown.err
+
+
+def test_a_split_that_the_data_bring_is_not_to_be_changed_by_an_option(command: Command, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, heldout_images=images[:3])
+    words = ("train", "digits", "--data.source", "npz", "--data.root", "own.npz", *SMALL, *SHORT, *UNGUIDED)
+    trained = command(*words, "--out", "run")
+    assert "the held-out part of own has 3 samples: measuring needs at least 4; give more samples of it" in trained.out
 
 
 def test_what_a_figure_rests_on_is_said(command: Command, tmp_path: Path) -> None:
@@ -107,9 +142,9 @@ def test_a_diverged_run_is_no_success(archive: Path, command: Command) -> None:
     shown = command(*words, "--optimizer.lr", 100, "--optimizer.warmup-images", 0, "--training.images", 1600)
     assert (shown.code, shown.err.count("\n")) == (2, 1)
     assert "the training has diverged" in shown.err
-    for words in (("sample", "run", "--count", 4), ("evaluate", "run", "--steps", 1)):
+    for words, code in ((("sample", "run", "--count", 4), 0), (("evaluate", "run", "--steps", 1), 2)):
         shown = command(*words)
-        assert shown.code == 0
+        assert shown.code == code
         assert re.search(r"values up to .* while the data lie in \[-1, 1\], in \d+ of", shown.out)
 
 
@@ -126,3 +161,15 @@ def test_policies_are_measured_on_held_out_episodes(command: Command, tmp_path: 
     method, calls, error, *each = shown.out.splitlines()[1].split()
     assert (method, calls, len(each)) == ("iSD", "1", 3)
     assert 0.1 < float(error) < 5
+
+
+@pytest.mark.parametrize("task", ["nobody-knows-it", "pointmaze-ring"])
+def test_a_rollout_is_advised_where_it_can_be_done(task: str, command: Command, tmp_path: Path) -> None:
+    """Demonstrations may name a task that is not here, or be of other sizes than one that is."""
+    demos = demonstrations(tmp_path / "moves.npz", task=np.array(task))
+    words = ("train", "policy-mlp", "--data.root", demos, "--out", "run", *SMALL, "--training.images", 640)
+    trained = command(*words, "--training.batch-size", 64)
+    assert trained.code == 0, trained.err
+    assert [each[0] for each in advised(trained)] == ["evaluate", "report"]
+    for each in advised(trained):
+        assert command(*each).code == 0

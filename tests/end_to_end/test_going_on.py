@@ -11,7 +11,7 @@ import pytest
 from fewstep.cli.main import _interrupts
 from fewstep.networks.base import Network
 from fewstep.networks.mlp import MLPConfig
-from fewstep.training import RunFolder
+from fewstep.training import RunFolder, load
 from fewstep.training.loop import Trainer
 from tests.support.commands import SMALL, Command, contents
 
@@ -137,3 +137,56 @@ def test_a_run_that_cannot_be_written(command: Command, run: RunFolder, monkeypa
     assert shown.code == 2
     assert "Frechet" in shown.out
     assert "Read-only file system; make its folder writable, or work on a copy of it" in shown.err
+
+
+LINKS = (
+    "log.jsonl", "checkpoints", "checkpoints/step-00000009/weights.safetensors", "samples", "samples/step-00000005.png",
+    "samples/deep/er", "statistics", "statistics/0123.json", "tensorboard", "tensorboard/fewstep",
+    "tensorboard/fewstep/events.1", "wandb", "wandb/latest-run", "wandb/run-1/files/x", "figures.json", "new",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_nothing_is_written_through_a_link_in_a_run(
+    command: Command, run: RunFolder, tmp_path: Path, link: str
+) -> None:
+    """Wherever in the folders that are written to; by a training and by what measures."""
+    path, target = run.root / link, tmp_path / "target"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.rename(target)
+    else:
+        target.mkdir()
+        (target / "own").write_text("kept")
+    path.symlink_to(target)
+    before = contents(target) if target.is_dir() else target.read_bytes()
+    for words in (("train", "--resume", run.root, *MACHINE), ("evaluate", run.root, "--samples", 8, "--steps", 1)):
+        shown = command(*words)
+        assert (shown.code, shown.err.count("\n")) == (2, 1), shown
+        assert f"{link} is a link, which a run must not have" in shown.err
+    assert (contents(target) if target.is_dir() else target.read_bytes()) == before
+
+
+def test_links_within_a_trackers_own_folder_may_stay(command: Command, run: RunFolder) -> None:
+    (run.root / "wandb" / "run-1").mkdir(parents=True)
+    (run.root / "wandb" / "latest-run").symlink_to("run-1")
+    assert command("train", "--resume", run.root, *MACHINE).code == 0
+
+
+def test_statistics_are_not_written_through_a_link_in_a_teacher(
+    command: Command, run: RunFolder, tmp_path: Path, archive: Path
+) -> None:
+    """A saved model is no run: its folder takes a run's statistics all the same."""
+    words = ("--data.source", "npz", "--data.root", archive, "--data.labels", *SMALL[6:], "--training.images", 64)
+    small = ("--network.width", 16, "--network.depth", 1, "--network.embedding-width", 16, "--training.batch-size", 32)
+    assert command("train", "edm-digits", *words, *small, "--training.sample-images", 0, "--out", "teacher").code == 0
+    load("teacher").save(tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model" / "statistics").symlink_to(tmp_path / "elsewhere")
+    quick = ("--statistics.points", 8, "--statistics.samples", 16, "--evaluation.curve-images", 0)
+    student = ("train", "ctm-digits", *words, *small, *quick, "--teacher", "model", "--out", "student")
+    shown = command(*student)
+    assert (shown.code, "model/statistics is a link" in shown.err) == (2, True), shown
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (tmp_path / "model" / "statistics").unlink()
+    assert command(*student, "--training.sample-images", 0).code == 0

@@ -67,6 +67,34 @@ def assert_refused(shown: Finished, *parts: str) -> None:
         assert part in shown.err, shown.err
 
 
+def test_a_channel_that_never_varies_takes_no_part(studio: Path, command: Command, tmp_path: Path) -> None:
+    """It is encoded, trained beside and decoded as it was; sigma_data and the loss are of the others."""
+    model = save_autoencoder(tmp_path / "vae")
+    with torch.no_grad():
+        assert model.quant_conv is not None
+        model.quant_conv.weight[[1, 5]] = 0
+        model.quant_conv.bias[[1, 5]] = torch.tensor([0.3, -30.0])
+    model.save_pretrained(tmp_path / "vae")
+    shown = command("encode", studio / "pictures", "--autoencoder", "vae", "--out", "latents", *ENCODE)
+    assert (shown.code, shown.err) == (0, "")
+    assert "; channel 1 never varies" in shown.out
+    shown = command("train", "imagenet256-dit-b4", *TRAIN, "--data.root", "latents", "--out", "run")
+    assert shown.code == 0, shown
+    assert "channel 1 never varies" in shown.out
+    dataset = load_dataset(DataConfig(source="latents", root="latents"))  # type: ignore[arg-type]
+    x0, _ = dataset.train.fetch(torch.arange(len(dataset.train)))
+    assert torch.equal(x0[:, 1], torch.zeros_like(x0[:, 1]))
+    assert x0[:, [0, 2, 3]].std() == pytest.approx(dataset.sigma_data, rel=0.05)
+    mask = dataset.train.context(torch.arange(2)).loss_mask
+    assert mask is not None
+    assert mask.expand_as(x0[:2]).flatten(2).all(-1).tolist() == [[True, False, True, True]] * 2
+    pipeline = fewstep.load("run")
+    assert pipeline.config.latents is not None
+    decoded = pipeline.config.latents.latents(torch.randn(3, 4, 8, 8))
+    torch.testing.assert_close(decoded[:, 1], torch.full((3, 8, 8), 0.3), atol=1e-3, rtol=0)
+    assert command("sample", "run", "--count", 2, "--out", "a.png", "--cpu").code == 0
+
+
 def test_encode_says_what_it_wrote(studio: Path, command: Command, tmp_path: Path) -> None:
     shown = command(
         "encode", studio / "pictures", "--autoencoder", studio / "vae", "--out", "out", *ENCODE, "--no-flip",

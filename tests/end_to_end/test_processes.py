@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
+from fewstep.evaluation.actions import read_actions
+from fewstep.evaluation.figures import read_figures
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.policies.figures import read_rollouts
 from fewstep.training import RunFolder
 from tests.support.commands import SMALL, Command, Finished
 from tests.support.processes import Forking
@@ -82,6 +85,19 @@ def test_a_run_stopped_six_times_ends_as_an_unbroken_one(command: Command, forke
     assert grids[0] == grids[1]
     assert len(grids[0]) == 4
     assert [path.name for path in run.rglob(".*")] == [".lock"]
+
+
+def test_what_five_processes_measure_at_once_is_all_kept(forked: Forking, tmp_path: Path) -> None:
+    """Each reads, changes and writes the files of one run's figures, again and again."""
+    script, run, times = Path(__file__).with_name("one_of_five.py"), tmp_path / "run", 4
+    ended = [each.wait() for each in [forked.start(script, run, number, times) for number in range(5)]]
+    assert [each.code for each in ended] == [0] * 5, "".join(each.err for each in ended)
+    expected = {(f"process {number}", count) for number in range(5) for count in range(1, times + 1)}
+    rows = {"figures": read_figures(run), "actions": read_actions(run), "rollouts": read_rollouts(run)}
+    counts = {"figures": "nfe", "actions": "steps", "rollouts": "steps"}
+    for name, found in rows.items():
+        assert {(row["method"], row[counts[name]]) for row in found} == expected, name
+        assert len(found) == len(expected)
 
 
 def short_episodes() -> Demonstrations:

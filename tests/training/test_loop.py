@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: 
         trainer.run_to_end()
     after = snapshot(run.root)
     assert after == before | {"log.jsonl": after["log.jsonl"]}
-    assert run.read_log()[-1]["step"] == step  # what had gathered since the last line is not lost
+    assert run.read_log()[-2]["step"] == step  # what had gathered since the last line is not lost
     assert all(torch.equal(value, weights[key]) for key, value in stored_weights(trainer).items())
 
 

@@ -13,7 +13,12 @@ from fewstep.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy."""
+    """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy.
+
+    Of a policy, its actions against those of held-out episodes. Where the training diverged, the figures are of the
+    last checkpoint that it saved, which is said; if that model too makes what no trained one does, its figures are
+    kept and the exit code is 2.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run."""
@@ -39,15 +44,22 @@ class Options:
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
     out: Path | None = None
-    """Folder for figures.json and alignment.json, for a run that cannot be written to: `fewstep report` with the same
-    --out shows them. RUN when not given."""
+    """Folder for figures.json, actions.json and alignment.json, for a run that cannot be written to: `fewstep report`
+    with the same --out shows them. RUN when not given."""
 
 
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
-    from fewstep.evaluation.actions import measure_actions
+    from fewstep.evaluation.actions import actions_table, check_actions, measure_actions, write_actions
     from fewstep.evaluation.align import align, teacher_of_run, with_labels
-    from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, method_of
+    from fewstep.evaluation.evaluate import (
+        build_evaluator,
+        check_learned,
+        ending,
+        measure_real,
+        measure_run,
+        method_of,
+    )
     from fewstep.evaluation.figures import format_table, write_figures
     from fewstep.training import RunFolder
 
@@ -63,14 +75,18 @@ def run(options: Options) -> None:
             raise ConfigError(f"{options.run} has no teacher: leave out --teacher")
         teacher_of_run(run, options.teacher)
     if dataset.policy is not None:
-        print(measure_actions(run, dataset, evaluation, options.weights))
+        errors = measure_actions(run, dataset, evaluation, options.weights)
+        print("\n".join(filter(None, [actions_table(errors), ending(run)])))
+        print(f"Stored: {write_actions(errors, folder)}")
+        check_actions(run, errors)
         return
     labelled = with_labels(data, dataset)
     evaluator = build_evaluator(labelled, cache_folder(), options.inception, options.autoencoder)
     rows = measure_run(run, evaluator, evaluation, options.weights)
     rows.append(measure_real(dataset, evaluation.samples, evaluator))
-    print(format_table(rows, labelled, evaluator))
+    print("\n".join(filter(None, [format_table(rows, labelled, evaluator), ending(run)])))
     print(f"Stored: {write_figures(rows, folder)}")
     first = options.weights in ("", next(iter(run.averages())))
     if config.teacher and not config.objective.on_diagonal and first:
         print(align(run, dataset, method_of(run), folder, options.teacher))
+    check_learned(run, options.weights)

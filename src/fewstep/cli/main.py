@@ -16,6 +16,7 @@ from fewstep._version import __version__
 from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning, WriteError
 from fewstep.utils.text import printable
 
+_LONGEST = 2000  # characters of a message: it may quote what a file holds
 COMMANDS = {
     "quickstart": ("", "train on real digits, measure, write a report: minutes on a laptop"),
     "recipes": ("", "what can be trained, the figure to expect, the cost"),
@@ -44,8 +45,9 @@ for example: fewstep train digits --help. Parts of your own: --import FILE.py wi
 
 
 def _line(message: object) -> str:
-    """What went wrong in one line, with nothing in it that a terminal would obey."""
-    return printable(f"fewstep: {' '.join(str(message).split())}")
+    """What went wrong in one line, not without end, with nothing in it that a terminal would obey."""
+    text = " ".join(str(message).split())
+    return printable(f"fewstep: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}")
 
 
 class _Printed:

@@ -76,11 +76,12 @@ def _resumed(args: Sequence[str]) -> Options:
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
     from fewstep.data.sources import load_dataset
-    from fewstep.evaluation.actions import measure_actions
+    from fewstep.evaluation.actions import actions_table, check_actions, measure_actions, write_actions
     from fewstep.evaluation.align import perceptual_features
     from fewstep.evaluation.curve import curve_watcher
-    from fewstep.evaluation.evaluate import check_learned
+    from fewstep.evaluation.evaluate import check_learned, too_few
     from fewstep.evaluation.report.run import watcher
+    from fewstep.evaluation.rollouts import can_act
     from fewstep.training import Callbacks, train
     from fewstep.training.parallel import LAUNCHED
 
@@ -89,6 +90,8 @@ def run(options: Options) -> None:
     dataset, cache = load_dataset(config.data), cache_folder()
     if os.environ.get("RANK", "0") == "0" or not os.environ.keys() >= LAUNCHED:  # of several the first one speaks
         print(dataset.summary)
+        if dataset.policy is None and (line := too_few(dataset)):
+            print(f"Not to be measured: {line}")
     features = perceptual_features(config, dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)
     callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)
@@ -98,8 +101,11 @@ def run(options: Options) -> None:
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
     if dataset.policy is None:
         check_learned(run)
-        following = ["sample", "evaluate", "report"]
+        following = ["sample", *([] if too_few(dataset) else ["evaluate"]), "report"]
     else:
-        print(measure_actions(run, dataset, config.evaluation))
-        following = ["rollout" if dataset.policy.task else "evaluate", "report"]
+        errors = measure_actions(run, dataset, config.evaluation)
+        print(actions_table(errors))
+        write_actions(errors, run.root)
+        check_actions(run, errors)
+        following = ["rollout" if can_act(dataset.policy) else "evaluate", "report"]
     print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}" for command in following))

@@ -44,9 +44,9 @@ class Options:
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.evaluation.align import with_labels
-    from fewstep.evaluation.evaluate import build_evaluator
+    from fewstep.evaluation.evaluate import build_evaluator, check_counts
     from fewstep.evaluation.figures import caveats
-    from fewstep.evaluation.tune_steps import TuningPlan, format_table, tune_run
+    from fewstep.evaluation.tune_steps import LEAST, TuningPlan, format_table, tune_run
     from fewstep.sampling.step_times import TIMES_FILE
     from fewstep.training import RunFolder
 
@@ -59,6 +59,7 @@ def run(options: Options) -> None:
     plan = TuningPlan(options.steps, options.evaluations, samples, options.seed)
     plan.check_noise(own.seed)
     dataset = with_labels(*run.load_data(options.data_root))
+    check_counts(dataset, LEAST)
     evaluator = build_evaluator(dataset, cache_folder(), options.inception, options.autoencoder)
     found, unstored = tune_run(run, dataclasses.replace(config, evaluation=own), evaluator, plan)
     print("\n".join([format_table(found), *caveats(samples, dataset, evaluator)]))

@@ -180,7 +180,8 @@ class Dataset:
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
     of chunks of actions, of each action once.
     latents: how samples become images, where they are latents. policy: how they are acted on, where they are chunks
-    of actions. left_out, doubt: as of what was loaded; no run begins in doubt. Raises DataError when the parts do not
+    of actions. left_out, doubt: as of what was loaded; no run begins in doubt. split_by: what decides how much
+    is held out, empty where the data bring their own split. Raises DataError when the parts do not
     fit each other, or when the training values are not finite or all equal.
     """
 
@@ -193,6 +194,7 @@ class Dataset:
     policy: PolicySpec | None = None
     left_out: tuple[str, ...] = ()
     doubt: str = ""
+    split_by: str = ""
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 

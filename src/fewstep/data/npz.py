@@ -22,6 +22,10 @@ Layout = Literal["auto", "chw", "hwc", "rgba"]
 Range = tuple[float, float] | None
 _ARRAYS = ("images", "labels", "heldout_images", "heldout_labels")
 _FEW_LEVELS = 16  # bytes that go no higher are hardly meant as 0..255
+_RARE = 1000  # of so many values one on either side may be far from the others
+_STRAY = 3  # widths of those others
+_LOOKED_AT = 1 << 20
+_EDGE = 1e-3
 _LARGEST = 1e9  # beyond it, squares of float32 soon overflow
 _CONTENT = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)  # encrypted, packed otherwise
 _HEADER = (ValueError, TypeError, SyntaxError, tokenize.TokenError, MemoryError)  # an array's, or what it announces
@@ -87,29 +91,89 @@ def in_range(
 ) -> tuple[Tensor, Tensor | None, str]:
     """Both parts with `value_range`, the values that stand for black and white, brought to [-1, 1]; what is doubtful.
 
-    Without one they stay as they are: bytes stand for 0..255, floats for themselves, which is doubtful of floats none
-    of which is negative, and of bytes of a few low levels. Raises DataError, naming `where`, for values beyond the
-    range, and for values that are too large to compute with.
+    Without one they stay as they are: bytes stand for 0..255, floats for themselves. That is doubtful of floats of
+    which none is negative, that may be bytes about 128, or go from -0.5 to 0.5; of bytes of a few low levels; and where
+    a few values are far from all others. Raises DataError, naming `where`, for values beyond the range, with the first
+    sample that has one, and for values that are too large to compute with.
     """
-    given = [part for part in (images, heldout) if part is not None and part.numel()]
+    parts = [(name, part) for name, part in (("", images), ("held-out ", heldout)) if part is not None and part.numel()]
+    given = [part for _, part in parts]
     if not given:
         return images, heldout, ""
     low, high = min(float(part.min()) for part in given), max(float(part.max()) for part in given)
-    floats, doubt = images.is_floating_point(), ""
+    floats = images.is_floating_point()
     what = f"{where} has {'floats' if floats else 'bytes'} from {low:g} to {high:g}"
     if value_range is not None:
         black, white = value_range
         slack = 1e-4 * (white - black)
         if low < black - slack or high > white + slack:
-            raise DataError(f"{what}, beyond --data.value-range {black:g} {white:g}")
+            name, part = next((name, part) for name, part in parts if _beyond(part, black - slack, white + slack).any())
+            beyond = _beyond(part, black - slack, white + slack)
+            raise DataError(
+                f"{what}, beyond --data.value-range {black:g} {white:g} in {int(beyond.sum())} of {len(part)} {name}"
+                f"samples, first in sample {int(beyond.nonzero()[0])}"
+            )
         return _stretched(images, black, white), heldout if heldout is None else _stretched(heldout, black, white), ""
     if max(abs(low), abs(high)) > _LARGEST:
         raise DataError(f"{what}: bring them nearer to 1")
-    if 0 <= low < high and (floats or high <= _FEW_LEVELS):
-        white = 1.0 if high <= 1 else high if high <= _FEW_LEVELS else max(255.0, high)
-        kept = "" if floats and high > 1 else f" (or {'-1 1' if floats else '0 255'} to leave them as they are)"
-        doubt = f"{what}: say which stand for black and white, as --data.value-range 0 {white:g}{kept}"
-    return images, heldout, doubt
+    bulk = _bulk(given)
+    in_doubt = _floats_in_doubt(given, low, high) if floats else low < high <= _FEW_LEVELS
+    stray = _has_strays((low, high), bulk, floats)
+    if not (in_doubt or stray):
+        return images, heldout, ""
+    black, white = _likely(*(bulk if stray else (low, high)))
+    kept = "" if floats and max(-low, high) > 1 else f" (or {'-1 1' if floats else '0 255'} to leave them as they are)"
+    mostly = f", nearly all of them from {bulk[0]:g} to {bulk[1]:g}" if stray else ""
+    asked = f"say which stand for black and white, as --data.value-range {black:g} {white:g}{kept}"
+    return images, heldout, f"{what}{mostly}: {asked}{', and mend those beyond' if stray else ''}"
+
+
+def _floats_in_doubt(given: list[Tensor], low: float, high: float) -> bool:
+    """Whether floats may be meant otherwise than as themselves."""
+    reach = max(-low, high)
+    like_bytes = 120 < reach <= 130 or 250 < reach <= 256
+    shifted = reach > _FEW_LEVELS and (like_bytes or all(bool((2 * part % 1 == 0).all()) for part in given))
+    return low < high and (low >= 0 or shifted or _reaches(0.5, low, high))
+
+
+def _has_strays(ends: tuple[float, float], bulk: tuple[float, float], floats: bool) -> bool:
+    """Whether a few values are far from all others; of bytes only above a few low levels, for bright spots are none."""
+    (low, high), (bulk_low, bulk_high) = ends, bulk
+    if not bulk_low < bulk_high:
+        return False
+    if not floats:
+        return bulk_high <= _FEW_LEVELS < high
+    beyond = max(bulk_low - low, high - bulk_high)
+    return beyond > _STRAY * (bulk_high - bulk_low) or (_reaches(1.0, *bulk) and beyond > _EDGE)
+
+
+def _reaches(limit: float, low: float, high: float) -> bool:
+    """Whether data go from -limit to limit, and neither less far nor farther."""
+    return abs(low + limit) < _EDGE and abs(high - limit) < _EDGE
+
+
+def _bulk(parts: list[Tensor]) -> tuple[float, float]:
+    """Between which values all but a thousandth of them on either side lie, judged by a million of them."""
+    values = torch.cat([part.flatten() for part in parts])
+    ranked = values[:: 1 + len(values) // _LOOKED_AT].float().sort().values
+    edge = max(len(ranked) // _RARE, int(len(ranked) >= 64))
+    return float(ranked[edge]), float(ranked[-1 - edge])
+
+
+def _likely(low: float, high: float) -> tuple[float, float]:
+    """Which values most likely stand for black and white, where the data go from low to high."""
+    reach = max(-low, high)
+    if low >= 0:
+        return 0.0, 1.0 if high <= 1 else high if high <= _FEW_LEVELS else max(255.0, high)
+    if reach <= 1 + _EDGE:
+        return (-0.5, 0.5) if _reaches(0.5, low, high) else (-1.0, 1.0)
+    return (-128.0, 127.0) if _FEW_LEVELS < reach <= 128 and high <= 127 else (-reach, reach)
+
+
+def _beyond(part: Tensor, low: float, high: float) -> Tensor:
+    """Which samples have a value outside, (N,) bool."""
+    least, greatest = part.flatten(1).amin(1), part.flatten(1).amax(1)
+    return (least < low) | (greatest > high)
 
 
 def _stretched(values: Tensor, black: float, white: float) -> Tensor:

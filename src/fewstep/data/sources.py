@@ -54,6 +54,7 @@ class ImageSource(DataSource):
     def dataset(self, settings: "DataConfig") -> Dataset:
         loaded = self.load(settings)
         train, heldout = loaded.train, loaded.heldout
+        split_by = "" if heldout is not None else "train anew with --data.heldout"
         if heldout is None:
             if len(train) < 2:
                 where = settings.root or loaded.name
@@ -63,7 +64,10 @@ class ImageSource(DataSource):
         names = loaded.class_names
         if not settings.labels:
             names, train, heldout = (), Samples(train.values), Samples(heldout.values)
-        return Dataset(loaded.name, train, heldout, len(names), names, left_out=loaded.left_out, doubt=loaded.doubt)
+        left_out, doubt = loaded.left_out, loaded.doubt
+        return Dataset(
+            loaded.name, train, heldout, len(names), names, left_out=left_out, doubt=doubt, split_by=split_by
+        )
 
 
 @final

@@ -1,4 +1,11 @@
-"""How far a policy's actions are from those of held-out episodes: what can be measured without a simulator."""
+"""How far a policy's actions are from those of held-out episodes: what can be measured without a simulator.
+
+FOLDER/actions.json  a row for each method and number of calls, kept as figures.json is
+"""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,36 +18,79 @@ from fewstep.recipes.config import EvaluationConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import DataError, TrainingDivergedError
-from fewstep.utils.text import aligned
+from fewstep.utils.files import read_rows, reading, updating, write_atomically
+from fewstep.utils.text import aligned, quoted
 
+Row = dict[str, Any]
+ACTIONS_FILE = "actions.json"
+_NUMBER = int | float
+_IDENTITY = {"method": str, "steps": int, "samples": int, "seed": int}
+_KINDS = _IDENTITY | {"error": _NUMBER, "errors": list}
 _SHOWN = 8  # actions whose errors stand in the table one by one
 _LARGEST = 10.0  # of an error, in units of the actions' spread, that no trained policy makes
 
 
-def measure_actions(run: RunFolder, dataset: Dataset, settings: EvaluationConfig, weights: str = "") -> str:
-    """A table of `action_errors` for every step count, at `samples` steps of the held-out episodes.
-
-    Raises TrainingDivergedError for errors that no trained policy makes.
-    """
-    pipeline, _ = newest(run, weights)
+def measure_actions(run: RunFolder, dataset: Dataset, settings: EvaluationConfig, weights: str = "") -> list[Row]:
+    """A row of `action_errors` for every step count, at `samples` steps of the held-out episodes."""
+    pipeline, state = newest(run, weights)
     assert dataset.policy is not None
-    steps = (1,) if dataset.policy.from_zero else settings.steps
-    cells, spread = [("method", "calls", "error", "of each action, in its own units")], 0.0
-    for count in steps:
-        spread, errors = action_errors(pipeline, dataset, settings.samples, count, settings.seed)
-        each = " ".join(f"{value:.3g}" for value in errors.tolist()[:_SHOWN]) + (" ..." if len(errors) > _SHOWN else "")
-        cells.append((method_of(run), str(count), f"{spread:.3f}", each))
-        if not spread <= _LARGEST:
+    name = method_of(run) + (f", {weights}" if weights not in ("", next(iter(run.averages()))) else "")
+    rows = []
+    for count in (1,) if dataset.policy.from_zero else settings.steps:
+        error, errors = action_errors(pipeline, dataset, settings.samples, count, settings.seed)
+        drawn = min(settings.samples, len(dataset.heldout))
+        measured = {"samples": drawn, "seed": settings.seed, "error": error, "errors": errors.tolist()}
+        rows.append({"method": name, "steps": count} | measured | state)
+    return rows
+
+
+def check_actions(run: RunFolder, rows: list[Row]) -> None:
+    """Raise TrainingDivergedError for errors that no trained policy makes."""
+    for row in rows:
+        if not row["error"] <= _LARGEST:
             raise TrainingDivergedError(
-                f"{run.root}: actions are {spread:.3g} times their spread away from those of held-out episodes in "
-                f"{count} steps: the training has diverged; lower the learning rate, and train anew with another --out"
+                f"{run.root}: actions are {row['error']:.3g} times their spread away from those of held-out episodes "
+                f"in {row['steps']} steps: the training has diverged; lower the learning rate, and train anew with "
+                "another --out"
             )
-    drawn = min(settings.samples, len(dataset.heldout))
+
+
+def actions_table(rows: list[Row]) -> str:
+    """Rows as aligned text, and what they are."""
+    cells = [("method", "calls", "error", "of each action, in its own units")]
+    cells += [(row["method"], str(row["steps"]), f"{row['error']:.3f}", each_error(row)) for row in rows]
     return (
-        f"{aligned(cells)}\nRoot mean square at {drawn} steps of the held-out episodes, of the actions taken there; "
-        "error: in units\nof each action's standard deviation, 1 for the mean action. Success is another matter: see "
-        "fewstep rollout."
+        f"{aligned(cells)}\nRoot mean square at {rows[0]['samples']} steps of the held-out episodes, of the actions "
+        "taken there; error: in units\nof each action's standard deviation, 1 for the mean action. Success is another "
+        "matter: see fewstep rollout."
     )
+
+
+def each_error(row: Row) -> str:
+    """The errors of the first eight actions, each in its own units."""
+    shown = " ".join(f"{value:.3g}" for value in row["errors"][:_SHOWN])
+    return shown + (" ..." if len(row["errors"]) > _SHOWN else "")
+
+
+def write_actions(rows: list[Row], folder: Path) -> Path:
+    """Store finite rows in actions.json beside those stored earlier; a row measured anew replaces its older self."""
+    fresh, file = {tuple(row[key] for key in _IDENTITY) for row in rows}, folder / ACTIONS_FILE
+    with updating(folder):
+        kept = [row for row in read_actions(folder) if tuple(row[key] for key in _IDENTITY) not in fresh]
+        finite = [row for row in rows if row["error"] < torch.inf and all(each < torch.inf for each in row["errors"])]
+        write_atomically(file, json.dumps([*kept, *finite], indent=2) + "\n")
+    return file
+
+
+def read_actions(folder: Path) -> list[Row]:
+    """Rows stored earlier, or none; raises CheckpointError when the file is damaged."""
+    advice = f"delete it, and run fewstep evaluate {quoted(folder)} anew"
+    rows = read_rows(folder / ACTIONS_FILE, _KINDS, advice)
+    with reading(folder / ACTIONS_FILE, advice):
+        for row in rows:
+            if not all(isinstance(value, _NUMBER) for value in row["errors"]):
+                raise ValueError(f"errors of {row['method']!r} are none")
+    return rows
 
 
 @torch.no_grad()

@@ -8,14 +8,14 @@ from typing import Any
 
 from fewstep.data.base import Dataset
 from fewstep.evaluation.align import with_labels
-from fewstep.evaluation.evaluate import build_evaluator, check_counts, draw_features, sampler_settings
+from fewstep.evaluation.evaluate import build_evaluator, draw_features, sampler_settings, too_few
 from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
-from fewstep.utils.errors import FewstepWarning
+from fewstep.utils.errors import DataError, FewstepWarning
 from fewstep.utils.files import parse_json, reading_line, write_atomically
 
 CURVE_FILE = "curve.jsonl"
@@ -29,7 +29,8 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
     settings = config.evaluation
     evaluators: list[Evaluator] = []
     if settings.curve_images:  # what the data lack is said before the training
-        check_counts(dataset)
+        if line := too_few(dataset):
+            raise DataError(f"{line}; or train without a learning curve, --evaluation.curve-images 0")
         if dataset.latents or dataset.policy:
             evaluators.append(build_evaluator(dataset, cache))
 

@@ -26,8 +26,7 @@ from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import SamplerName
-from fewstep.training.checkpoint import read_state
-from fewstep.training.run_folder import RunFolder, load_checkpoint_pipeline
+from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
 
@@ -112,14 +111,29 @@ def build_evaluator(
     return Evaluator.of(dataset.heldout, f"{dataset.name} held out", extractor)
 
 
-def check_counts(dataset: Dataset) -> None:
-    """Raise DataError where a part of the data has too few samples to measure."""
-    for part, samples, share in (("held-out", dataset.heldout, "larger"), ("training", dataset.train, "smaller")):
-        if len(samples) < _FEWEST:
-            raise DataError(
-                f"the {part} part of {dataset.name} has {len(samples)} samples: measuring needs at least {_FEWEST}; "
-                f"train on more data, or with a {share} --data.heldout"
-            )
+def too_few(dataset: Dataset, least: int = _FEWEST) -> str:
+    """Why a data set has too few samples to measure, and what to do about it, in a line; empty where it has enough.
+
+    least: of the held-out part; of the training part 4.
+    """
+    held, trained = len(dataset.heldout), len(dataset.train)
+    if held >= least and trained >= _FEWEST:
+        return ""
+    part, count = ("held-out", held) if held < least else ("training", trained)
+    needed = least if part == "held-out" else _FEWEST
+    line = f"the {part} part of {dataset.name} has {count} samples: measuring needs at least {needed}; "
+    whole = held + trained
+    if not dataset.split_by:
+        return line + "give more samples of it"
+    if whole < 2 * max(least, _FEWEST):
+        return line + f"of {whole} in all no share serves, give at least {2 * max(least, _FEWEST)}"
+    return line + f"{dataset.split_by} 0.5"
+
+
+def check_counts(dataset: Dataset, least: int = _FEWEST) -> None:
+    """Raise DataError where a part of the data has too few samples to measure, as `too_few` says."""
+    if line := too_few(dataset, least):
+        raise DataError(line)
 
 
 def draw_features(
@@ -178,9 +192,9 @@ def measure_run(
     return rows
 
 
-def check_learned(run: RunFolder, samples: int = 16) -> None:
+def check_learned(run: RunFolder, weights: str = "", samples: int = 16) -> None:
     """Raise TrainingDivergedError where the newest model's samples are what no trained model gives."""
-    pipeline, config = load_checkpoint_pipeline(run.last_checkpoint()).to(best_device()), run.config()
+    pipeline, config = (run.pipeline(weights) if weights else run.model()).to(best_device()), run.config()
     (settings,) = sampler_settings(config, config.evaluation.steps[:1])
     if wrong := pipeline.strays(generate(pipeline, samples, settings).samples, than_noise=True):
         raise TrainingDivergedError(
@@ -189,11 +203,18 @@ def check_learned(run: RunFolder, samples: int = 16) -> None:
         )
 
 
+def ending(run: RunFolder) -> str:
+    """What to know of the figures of a run whose training diverged, in a line; empty for any other."""
+    if not (reason := run.divergence):
+        return ""
+    return f"The training diverged ({reason}): the figures are of its checkpoint of step {run.state()['step']}."
+
+
 def newest(run: RunFolder, weights: str = "") -> tuple[Pipeline, dict[str, Any]]:
     """The newest checkpoint's model, and its step and seconds of training, while others may be written."""
     while True:
         last = run.last_checkpoint()
-        pipeline, state = run.pipeline(weights), read_state(last)
+        pipeline, state = run.pipeline(weights), run.state()
         if run.last_checkpoint() == last:
             return pipeline.to(best_device()), {"step": state["step"], "seconds": state["seconds"]}
 
@@ -247,4 +268,4 @@ def measure_latency(pipeline: Pipeline, settings: SamplingSettings, repeats: int
 
 def training_seconds(run: RunFolder) -> float:
     """Seconds of training behind the newest checkpoint."""
-    return float(read_state(run.last_checkpoint())["seconds"])
+    return float(run.state()["seconds"])

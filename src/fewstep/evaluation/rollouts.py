@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrations
 from fewstep.data.demonstrations.importers import ROBOMIMIC_KEYS, import_minari, import_robomimic
+from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.evaluation.evaluate import method_of
 from fewstep.policies.figures import Row, rollout_row, save_film
 from fewstep.policies.policy import Policy, load_policy
@@ -15,7 +16,7 @@ from fewstep.policies.rollout import expert_rollout, film, record, roll_out
 from fewstep.policies.simulation import Task
 from fewstep.policies.tasks.registry import find_task
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
 from fewstep.utils.text import quoted
 
 Progress = Callable[[str], None]
@@ -56,9 +57,10 @@ def import_demonstrations(
 
 def describe(file: Path, found: Demonstrations) -> str:
     """Where demonstrations are, how large, and what to do next."""
+    following = f"\nNext: fewstep train policy-mlp --data.root {quoted(file)}" if len(found) > 1 else ""
     return (
         f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
-        f"numbers, actions of {found.actions.shape[1]}\nNext: fewstep train policy-mlp --data.root {quoted(file)}"
+        f"numbers, actions of {found.actions.shape[1]}{following}"
     )
 
 
@@ -96,6 +98,16 @@ def measure_rollouts(
         found = roll_out(policy, task, episodes, first_seed, at_once, report)
         rows.append(rollout_row(found, task, method, first_seed, policy))
     return rows, task, policies[0]
+
+
+def can_act(spec: PolicySpec) -> bool:
+    """Whether the task that a policy is trained for is known, is of its sizes, and has its packages here."""
+    try:
+        task = find_task(spec.task)
+        task.make(False).close()
+    except (ConfigError, MissingExtraError, UnsupportedError):
+        return False
+    return (task.observation_size, task.action_size) == (len(spec.observations.low), len(spec.actions.low))
 
 
 def _of_run(folder: Path) -> tuple[str, tuple[int, ...]]:

@@ -24,8 +24,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import StepTimes, Tuned, TunedSteps, read_tuned_steps
-from fewstep.training.checkpoint import read_state
-from fewstep.training.run_folder import RunFolder, load_checkpoint_pipeline
+from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import updating
 from fewstep.utils.random import permutation
@@ -40,6 +39,8 @@ _COARSE = 15  # candidates on the first grid of a single time
 _MOST_STEPS = 8
 _GROUPS = 10
 _SMALLEST_HALF = 2 * _GROUPS
+LEAST = 2 * _SMALLEST_HALF
+"""Held-out samples that times can be tuned on."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,8 @@ def split_in_halves(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
     middle = len(evaluator.features) // 2
     if middle < _SMALLEST_HALF:
         raise DataError(
-            f"{evaluator.name} has {len(evaluator.features)} samples: tuning needs at least {2 * _SMALLEST_HALF}, half "
-            "to search on and half to check with; train on more data, or with a larger --data.heldout"
+            f"{evaluator.name} has {len(evaluator.features)} samples: tuning needs at least {LEAST}, half to search on "
+            "and half to check with"
         )
     order = permutation(0, 0, len(evaluator.features))
     return evaluator.features[order[:middle]], evaluator.features[order[middle:]]
@@ -307,8 +308,7 @@ def tune_run(
     so that no search is lost. Raises what `tune` raises, CheckpointError when the run has no checkpoint or a file of it
     is damaged.
     """
-    last = run.last_checkpoint()
-    pipeline, step = load_checkpoint_pipeline(last).to(best_device()), read_state(last)["step"]
+    pipeline, step = run.model().to(best_device()), run.state()["step"]
     classes = evaluator.classes(pipeline.flow_map, plan.samples, config.evaluation)
     read_tuned_steps(run.root)  # what is damaged is said before the search
     found: list[Tuning] = []

@@ -1,20 +1,48 @@
 """The contract between a network and the rest: raw outputs F(x, t, s, cond), and nothing about paths."""
 
 import dataclasses
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.errors import ConfigError, MissingExtraError
+from fewstep.utils.parts import is_own
 from fewstep.utils.weights import fit_weights
 
 Shape = tuple[int, ...]
 _LARGEST = 2**24
+MOST_TENSORS = 2**11
+"""Of a network, far beyond the largest that are known."""
+
+
+@contextmanager
+def at_most(tensors: int) -> Iterator[None]:
+    """Inside, a network that takes more tensors is refused by a ConfigError before it is half built.
+
+    A parameter may be put in several places while it is made: each of the tensors counts up to four times.
+    """
+    made, thread = 0, threading.get_ident()
+
+    def count(*_: object) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > 4 * tensors + 64:
+            raise ConfigError(f"a network of more than {tensors} tensors: take a smaller network")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Network(nn.Module, ABC):
@@ -83,15 +111,18 @@ class NetworkConfig(ABC):
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         """Make the network; raises ConfigError when it cannot take this shape."""
 
-    def without_memory(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network | None:
-        """The network on the meta device, None for one that cannot be built so.
+    def without_memory(
+        self, shape: Shape, num_classes: int, guided: bool, observation: Shape = (), tensors: int = MOST_TENSORS
+    ) -> Network | None:
+        """The network on the meta device, None for one of outside code that cannot be built so.
 
-        Raises ConfigError as `build` does, and for settings so large that their product is no number of 64 bits.
+        Raises ConfigError as `build` does, for a network of more `tensors`, whatever it is made of, and for settings of
+        which none can be made, as where their product is no number of 64 bits.
         """
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), at_most(tensors):
                 return self.build(shape, num_classes, guided, observation)
-        except ConfigError:
+        except (ConfigError, MissingExtraError):
             raise
         except Exception as error:  # whatever a network does with its numbers while it is built
             for field in dataclasses.fields(self):  # type: ignore[arg-type]  # networks' settings are dataclasses
@@ -100,6 +131,9 @@ class NetworkConfig(ABC):
                     raise ConfigError(
                         f"out of memory (a network of {field.name} {value}): take a smaller network"
                     ) from error
+            if is_own(type(self)):
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ConfigError(f"no network can be made of its settings ({reason}): take a smaller one") from error
             return None
 
     def beside(self, teacher: "NetworkConfig | None") -> "NetworkConfig":
@@ -127,7 +161,9 @@ class TeacherNetworkConfig(NetworkConfig):
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         raise ConfigError("the network is the teacher's, and there is none: name one with --teacher")
 
-    def without_memory(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network | None:
+    def without_memory(
+        self, shape: Shape, num_classes: int, guided: bool, observation: Shape = (), tensors: int = MOST_TENSORS
+    ) -> Network | None:
         return None
 
     def beside(self, teacher: NetworkConfig | None) -> NetworkConfig:

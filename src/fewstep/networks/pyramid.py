@@ -1,6 +1,7 @@
 """What the U-Nets share in one and two dimensions: residual blocks on a pyramid of resolutions, with skips across."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from fewstep.networks.layers import Conv1d, Conv2d, GroupNorm, LinearLayer, atte
 from fewstep.utils.errors import ConfigError
 
 Convolution = type[Conv1d] | type[Conv2d]
+Widths = Iterable[tuple[int, int]]
 
 
 class Pyramid(EmbeddingNetwork):
@@ -42,16 +44,21 @@ class Pyramid(EmbeddingNetwork):
         return silu(self.norm(h))
 
 
-def widths_down(channels: list[int], blocks: int) -> list[list[tuple[int, int]]]:
+def widths_down(channels: list[int], blocks: int) -> list[Widths]:
     """(channels in, out) of the blocks of every stage down, from full resolution."""
     befores = [channels[0], *channels[:-1]]
-    return [[(before, own), *[(own, own)] * (blocks - 1)] for before, own in zip(befores, channels, strict=True)]
+    return [_stage((before, own), (own, own), blocks) for before, own in zip(befores, channels, strict=True)]
 
 
-def widths_up(channels: list[int], blocks: int) -> list[list[tuple[int, int]]]:
+def widths_up(channels: list[int], blocks: int) -> list[Widths]:
     """(channels in, out) of the blocks of every stage up, from the lowest resolution; a skip adds to those in."""
     rising = zip([channels[-1], *channels[:0:-1]], reversed(channels), strict=True)
-    return [[(below + own, own), *[(2 * own, own)] * (blocks - 1)] for below, own in rising]
+    return [_stage((below + own, own), (2 * own, own), blocks) for below, own in rising]
+
+
+def _stage(first: tuple[int, int], others: tuple[int, int], blocks: int) -> Widths:
+    """However many, they are listed as they are built: a file may name any number."""
+    return chain([first], repeat(others, blocks - 1))
 
 
 def same_size(convolution: Convolution, wide_in: int, wide_out: int, kernel: int) -> Conv1d | Conv2d:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from fewstep.networks.base import NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, check_inputs, silu, zeroed
-from fewstep.networks.pyramid import Pyramid, ResidualBlock, same_size, widths_down, widths_up
+from fewstep.networks.pyramid import Pyramid, ResidualBlock, Widths, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
 
 
@@ -77,7 +77,7 @@ class UNet(Pyramid):
         return functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
 
 
-def _stage(config: UNetConfig, widths: list[tuple[int, int]], height: int) -> nn.ModuleList:
+def _stage(config: UNetConfig, widths: Widths, height: int) -> nn.ModuleList:
     """The residual blocks of one level in one direction, with attention at the heights that ask for it."""
     head = config.head_width if height in config.attention else None
     width, dropout = config.embedding_width, config.dropout

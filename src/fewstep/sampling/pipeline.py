@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec, load_decoder
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
+from fewstep.networks.base import at_most
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import Generated, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
@@ -192,11 +193,13 @@ def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
 
 def _load(config_file: Path, weights_file: Path) -> Pipeline:
     config, pipeline = _read_config(config_file)
-    with reading(config_file, _ADVICE):  # compared before there is memory for it
-        network = config.network.without_memory(config.shape, config.num_classes, config.guided, config.observation)
+    stored = read_shapes(weights_file)
+    with reading(config_file, _ADVICE):  # compared before there is time or memory for it
+        given = (config.shape, config.num_classes, config.guided, config.observation)
+        network = config.network.without_memory(*given, tensors=len(stored))
         if network is not None:
-            check_shapes(shapes(network.state_dict()), read_shapes(weights_file), str(weights_file))
-        with torch.random.fork_rng([]):  # what it draws for weights that are then replaced
+            check_shapes(shapes(network.state_dict()), stored, str(weights_file))
+        with torch.random.fork_rng([]), at_most(len(stored)):  # what it draws for weights that are then replaced
             flow_map = config.build()
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
     return Pipeline(flow_map.eval(), pipeline)

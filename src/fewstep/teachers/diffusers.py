@@ -190,11 +190,15 @@ def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
     path, scaling = read_scheduler(_scheduler_file(folder, place), kind)
     shape = shape or _sample_shape(name, settings)
     stored = FlowMapConfig(path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values))
+    weights = read_model_weights(place)
+    sketch = config.without_memory(shape, stored.num_classes, guided=False, tensors=len(weights))
+    if isinstance(sketch, DiffusersNetwork):  # compared before there is time or memory for it
+        sketch.check_foreign(weights, str(place))
     with torch.random.fork_rng():
         torch.manual_seed(0)  # what no file holds, the second time, is the same whenever the teacher is read
         flow_map = stored.build()
     assert isinstance(flow_map.network, DiffusersNetwork)
-    flow_map.network.load_foreign(read_model_weights(place), str(place))
+    flow_map.network.load_foreign(weights, str(place))
     return flow_map.eval()
 
 

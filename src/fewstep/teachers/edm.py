@@ -14,7 +14,7 @@ from fewstep.flow.paths import EDM, VP
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling, Scaling
 from fewstep.flow.preconditioning.prediction import PredictionScaling
-from fewstep.networks.base import Shape
+from fewstep.networks.base import Shape, at_most
 from fewstep.teachers.edm2_networks import EDM2UNetConfig
 from fewstep.teachers.edm_networks import DhariwalUNetConfig, EDMNetwork, EDMNetworkConfig, SongUNetConfig
 from fewstep.teachers.edm_pickle import EDMRecord, read_edm
@@ -151,7 +151,8 @@ def load_edm(file: Path) -> FlowMap:
     record = read_edm(file)
     try:
         config = _configuration(record)
-        with torch.device("meta"):  # a file that announces more than it holds is refused before there is room for it
+        # A file that announces more than it holds is refused before there is room for it.
+        with torch.device("meta"), at_most(len(record.tensors)):
             sketch = config.network.build(config.shape, config.num_classes, guided=False)
         assert isinstance(sketch, EDMNetwork)
         prefix = _PRECONDITIONERS[record.class_name].prefix

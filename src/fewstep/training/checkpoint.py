@@ -2,7 +2,8 @@
 
 RUN/checkpoints/step-N/  config.json + model.safetensors (a saved Pipeline with the first EMA's weights),
                          weights.safetensors, optimizer.safetensors, ema-NAME.safetensors, discriminator.safetensors,
-                         state.json with a digest of each of these files; without it a checkpoint is not whole
+                         state.json with a digest of each of these files, and one of what itself says; without it a
+                         checkpoint is not whole
 """
 
 import hashlib
@@ -17,16 +18,17 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.sampling.pipeline import Pipeline
-from fewstep.utils.errors import CheckpointError
+from fewstep.sampling.pipeline import CONFIG_FILE, WEIGHTS_FILE, Pipeline, load_pipeline
+from fewstep.utils.errors import CheckpointError, FewstepError
 from fewstep.utils.files import guarded, parse_json, reading, write_atomically
 from fewstep.utils.serialization import JSON
-from fewstep.utils.weights import read_weights, save_weights
+from fewstep.utils.weights import check_finite, read_weights, save_weights
 
 STATE_FILE = "state.json"
 LAST_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 DISCRIMINATOR_FILE = "discriminator.safetensors"
+_KEYS = {"step", "images", "seconds", "pending", "digests", "digest"}
 
 
 def remove_folder(folder: Path) -> None:
@@ -65,7 +67,7 @@ def save_checkpoint(
             for name, tensors in files.items():
                 save_weights(tensors, aside / name)
             state = state | {"digests": {file.name: _digest(file) for file in sorted(aside.iterdir())}}
-            (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            (aside / STATE_FILE).write_text(_vouched(state))
             for file in aside.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
@@ -92,11 +94,14 @@ def stored_discriminator(folder: Path) -> tuple[dict[str, Tensor], str]:
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's step, images and seconds; whether what is shown at its step is still to be; digests of its files.
 
-    Raises CheckpointError when the file is damaged.
+    Raises CheckpointError when the file is damaged, or not what was written, as far as its own digest tells.
     """
     file = folder / STATE_FILE
     with reading(file, "its checkpoint cannot be used"):
         state = parse_json(file.read_bytes())
+        foreign = sorted(set(state) - _KEYS)  # a digest whose name is damaged would vouch for nothing
+        if foreign or state.get("digest", own := _digest_of(state)) != own:
+            raise ValueError(f"it says {foreign[0]!r}" if foreign else "it is not what was written")
         return {
             "step": int(state["step"]),
             "images": int(state["images"]),
@@ -109,7 +114,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 def mark_shown(folder: Path) -> None:
     """Say that nothing of a checkpoint's step is still to be shown."""
     state = read_state(folder) | {"pending": False}
-    write_atomically(folder / STATE_FILE, json.dumps(state, indent=2) + "\n")
+    write_atomically(folder / STATE_FILE, _vouched(state))
+
+
+def _vouched(state: dict[str, Any]) -> str:
+    """A state as it is stored, with a digest of itself."""
+    return json.dumps(state | {"digest": _digest_of(state)}, indent=2) + "\n"
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    rest = {key: value for key, value in state.items() if key != "digest"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_digests(folder: Path, *names: str) -> None:
@@ -124,3 +139,30 @@ def check_digests(folder: Path, *names: str) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]
+
+
+def step_of(checkpoint: Path) -> int:
+    """By the name of its folder."""
+    return int(checkpoint.name[5:])
+
+
+def load_checkpoint_pipeline(folder: Path) -> Pipeline:
+    """The model in a checkpoint, or one that was saved without a training; raises CheckpointError as `load` does."""
+    found = load_pipeline(folder)
+    if (folder / STATE_FILE).is_file():
+        check_digests(folder, CONFIG_FILE, WEIGHTS_FILE)
+    return found
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether a run's checkpoint can be gone on from: all of it can be read, is finite, and is what was written."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    try:
+        buffers = {name for name, _ in load_checkpoint_pipeline(checkpoint).flow_map.network.named_buffers()}
+        for file in files:
+            check_finite({key: value for key, value in read_weights(file).items() if key not in buffers}, str(file))
+        check_digests(checkpoint)
+        whole = {LAST_FILE, OPTIMIZER_FILE} <= {file.name for file in files}
+        return whole and read_state(checkpoint)["step"] == step_of(checkpoint)
+    except FewstepError:
+        return False

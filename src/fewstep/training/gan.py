@@ -10,7 +10,7 @@ from fewstep.recipes.config import GANConfig
 from fewstep.training.optimizers import FlatOptimizer
 from fewstep.utils.weights import check_finite, check_shapes, shapes
 
-_WEIGHTS, _STATE = "discriminator.", "optimizer."
+WEIGHTS, _STATE = "discriminator.", "optimizer."
 
 
 class GAN:
@@ -65,17 +65,17 @@ class GAN:
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimiser state, flat."""
-        weights = {_WEIGHTS + key: value for key, value in self.discriminator.state_dict().items()}
+        weights = {WEIGHTS + key: value for key, value in self.discriminator.state_dict().items()}
         return weights | {_STATE + key: value for key, value in self.optimizer.tensors().items()}
 
     def load(self, tensors: dict[str, Tensor], source: str) -> None:
         """Take over what `tensors` gave; raises CheckpointError when it belongs to another discriminator."""
-        own = {_WEIGHTS + key: tuple(value.shape) for key, value in self.discriminator.state_dict().items()}
+        own = {WEIGHTS + key: tuple(value.shape) for key, value in self.discriminator.state_dict().items()}
         stepped = any(key.startswith(_STATE) for key in tensors)  # it has no state before its first update
         own |= {_STATE + key: shape for key, shape in self.optimizer.shapes().items() if stepped}
         check_shapes(own, shapes(tensors), source)
         check_finite(tensors, source)
-        weights = {key: tensors[_WEIGHTS + key] for key in self.discriminator.state_dict()}
+        weights = {key: tensors[WEIGHTS + key] for key in self.discriminator.state_dict()}
         self.discriminator.load_state_dict(weights)
         if stepped:
             self.optimizer.load({key: tensors[_STATE + key] for key in self.optimizer.shapes()})

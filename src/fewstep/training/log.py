@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.recipes.config import TrainingConfig
-from fewstep.training.checkpoint import LAST_FILE
+from fewstep.training.checkpoint import is_sound
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import CheckpointError, TrainingDivergedError
+from fewstep.utils.errors import TrainingDivergedError
 from fewstep.utils.text import quoted
-from fewstep.utils.weights import check_finite, read_weights
 
 
 def progress_bar(settings: TrainingConfig, name: str, hidden: bool) -> "tqdm[Any]":
@@ -110,17 +108,9 @@ def diverged(
 
 
 def last_good(run: RunFolder) -> str:
-    """The newest checkpoint of finite weights in words, and what to do after a divergence."""
-    good = next((path for path in reversed(run.checkpoints()) if _is_finite(path / LAST_FILE)), None)
+    """The newest checkpoint that can be used in words, and what to do after a divergence."""
+    good = next((path for path in reversed(run.checkpoints()) if is_sound(path)), None)
     advice = "Lower the learning rate or the gradient clip and train anew"
     if good is None:
         return f"there is no checkpoint yet. {advice}"
     return f"the last good checkpoint is {good}. {advice}, from its weights with --initial {quoted(good)}"
-
-
-def _is_finite(file: Path) -> bool:
-    try:
-        check_finite(read_weights(file), str(file))
-    except CheckpointError:
-        return False
-    return True

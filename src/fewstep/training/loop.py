@@ -8,7 +8,8 @@ import math
 import signal
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Self, cast
 
@@ -22,7 +23,7 @@ from fewstep.data.base import Dataset
 from fewstep.data.order import batch_indices
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import LAST_FILE, STATE_FILE, mark_shown
+from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown
 from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
@@ -31,7 +32,7 @@ from fewstep.training.log import Window, diverged, last_good, progress_bar, show
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_guidance, check_run, check_weights, data_record
+from fewstep.training.setup import build, check_discriminator, check_guidance, check_run, check_weights, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
@@ -114,6 +115,7 @@ class Trainer:
             newest = self.run.last_checkpoint()
             with self.run.with_way_back(newest):
                 check_weights(config, dataset, newest / LAST_FILE)
+                check_discriminator(config, dataset, newest / DISCRIMINATOR_FILE)
             config = replace(config, initial="")  # a checkpoint has what has become of it
         statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
         covariance = run_covariance(config.model.preconditioning, dataset, self.run)
@@ -214,16 +216,12 @@ class Trainer:
         settings, device = self.config.training, self.accelerator.device
         self.learner.flow_map.train()
         seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with seeded, progress_bar(settings, self.config.recipe, self.hidden) as bar, self.stops:
+        with seeded, progress_bar(settings, self.config.recipe, self.hidden) as bar, self.stops, self.last_words():
             if self.pending:  # what an earlier start saved, and was stopped before it showed it
                 self.show()
             while not self.finished:
                 start = time.perf_counter()
-                try:
-                    self.take_step()
-                except TrainingDivergedError:
-                    self.write_log()
-                    raise
+                self.take_step()
                 self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
                 show_progress(bar, self.progress, self.images, self.seconds, self.window.last_loss)
                 if self.due(settings.log_images):
@@ -325,6 +323,18 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.append_log(record)
         self.accelerator.log(record, step=self.images)
+
+    @contextmanager
+    def last_words(self) -> Iterator[None]:
+        """A divergence within is the log's last line, after the one that had begun."""
+        try:
+            yield
+        except TrainingDivergedError as error:
+            self.write_log()
+            if self.accelerator.is_main_process:
+                seen = {"step": self.step + 1, "images": self.images, "seconds": round(self.seconds, 3)}
+                self.run.append_log(seen | {"diverged": str(error)})
+            raise
 
     def save(self) -> None:
         """A checkpoint of this step; raises TrainingDivergedError for one that is not finite."""

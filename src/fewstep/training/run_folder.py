@@ -1,7 +1,7 @@
 """Run folders: what a run is, what it logged, and the models that it has come to.
 
 RUN/config.json          the run's configuration and what the data measured
-RUN/log.jsonl            one JSON object per line
+RUN/log.jsonl            one JSON object per line; where the training diverged, the last says why
 RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.evaluation.tune_steps)
 RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 """
@@ -19,19 +19,43 @@ from typing import Any
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.recipes.config import RunConfig
-from fewstep.sampling.pipeline import CONFIG_FILE, WEIGHTS_FILE, Pipeline, from_hub, load_pipeline
+from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline, from_hub
 from fewstep.sampling.step_times import TIMES_FILE, TunedSteps, read_tuned_steps
-from fewstep.training.checkpoint import STATE_FILE, check_digests, read_state, remove_folder
+from fewstep.training.checkpoint import (
+    STATE_FILE,
+    check_digests,
+    is_sound,
+    load_checkpoint_pipeline,
+    read_state,
+    remove_folder,
+    step_of,
+)
 from fewstep.training.ema import ema_names
 from fewstep.training.identity import identity, placed, run_record
-from fewstep.utils.errors import CheckpointError, DataError, FewstepWarning
-from fewstep.utils.files import LOCK_FILE, Lock, guarded, read_lines, read_record, reading_line, write_atomically
+from fewstep.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FewstepWarning,
+    LaterFormatError,
+)
+from fewstep.utils.files import (
+    LOCK_FILE,
+    Lock,
+    guarded,
+    linked,
+    read_lines,
+    read_record,
+    reading_line,
+    write_atomically,
+)
 from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import fit_weights, read_weights
 
+_WRITTEN = ("checkpoints", "samples", "statistics", "tensorboard", "wandb")
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 
@@ -122,11 +146,14 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def refuse_links(self) -> None:
-        """Raise CheckpointError for a link among the run's files."""
-        for pattern in ("*", "checkpoints/*", "checkpoints/step-*/*", "samples/*", "statistics/*"):
-            for path in self.root.glob(pattern):
-                if path.is_symlink():
-                    raise CheckpointError(f"{path} is a link, which a run must not have: put what it leads to there")
+        """Raise CheckpointError for a link among the run's files, or in a folder of it that is written to.
+
+        Weights & Biases links its newest run: what leads from RUN/wandb to places within it may stay.
+        """
+        wandb = self.root / "wandb"
+        for path in linked(self.root, _WRITTEN):
+            if path == wandb or not (path.is_relative_to(wandb) and path.resolve().is_relative_to(wandb.resolve())):
+                raise CheckpointError(f"{path} is a link, which a run must not have: put what it leads to there")
 
     def record(self) -> dict[str, JSON]:
         """The stored configuration and data; raises CheckpointError when this is no run, or one of a later format."""
@@ -192,7 +219,7 @@ class RunFolder:
 
     def _checkpoint_folders(self) -> list[Path]:
         found = [p for p in (self.root / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(found, key=_step)
+        return sorted(found, key=step_of)
 
     def last_checkpoint(self) -> Path:
         """The newest whole checkpoint, with a FewstepWarning for those beyond; raises CheckpointError for none."""
@@ -207,24 +234,42 @@ class RunFolder:
 
     def go_back(self, step: int) -> None:
         """Set newer checkpoints than that of a step aside, as step-N.aside; raises CheckpointError where it is none."""
-        steps = [_step(path) for path in self.checkpoints()]
+        steps = [step_of(path) for path in self.checkpoints()]
         if step not in steps:
             raise CheckpointError(f"{self.root} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
         for path in self._checkpoint_folders():
-            if _step(path) > step:
+            if step_of(path) > step:
                 with guarded(path):
                     shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
                     path.rename(path.with_suffix(".aside"))
 
     @contextmanager
     def with_way_back(self, checkpoint: Path) -> Iterator[None]:
-        """What cannot be read of a checkpoint is said with how to go on from the one before it."""
+        """What cannot be read of a checkpoint is said with how to go on from the newest sound one before it."""
         try:
             yield
-        except CheckpointError as error:
-            before = [_step(path) for path in self.checkpoints() if _step(path) < _step(checkpoint)]
-            way = f"go on from the one before with {self.going_on} --from {before[-1]}" if before else "train it anew"
+        except LaterFormatError:
+            raise
+        except (CheckpointError, ConfigError) as error:
+            before = [path for path in self.checkpoints() if step_of(path) < step_of(checkpoint)]
+            sound = next((path for path in reversed(before) if is_sound(path)), None)
+            which = "the one before" if sound in before[-1:] else "the newest that can be used"
+            way = (
+                "train it anew" if sound is None else f"go on from {which} with {self.going_on} --from {step_of(sound)}"
+            )
             raise CheckpointError(f"{error}; {way}") from error
+
+    def state(self) -> dict[str, Any]:
+        """`read_state` of the newest checkpoint."""
+        newest = self.last_checkpoint()
+        with self.with_way_back(newest):
+            return read_state(newest)
+
+    def model(self) -> Pipeline:
+        """The newest checkpoint's model, without tuned times."""
+        newest = self.last_checkpoint()
+        with self.with_way_back(newest):
+            return load_checkpoint_pipeline(newest)
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -272,7 +317,7 @@ class RunFolder:
         tuned = read_tuned_steps(self.root)
         if tuned is None:
             return None
-        step = read_state(self.last_checkpoint())["step"]
+        step = self.state()["step"]
         if tuned.step == step:
             return tuned
         if tuned.step_times:
@@ -296,6 +341,12 @@ class RunFolder:
                     raise ValueError(f"{record['step']!r} is no step")
         return records
 
+    @property
+    def divergence(self) -> str:
+        """Why the training ended, where it diverged; empty otherwise. Raises CheckpointError as `read_log` does."""
+        (last,) = read_lines(self.log_file, newest=1) or [{}]
+        return str(last.get("diverged", ""))
+
     def append_log(self, record: dict[str, Any]) -> None:
         """Add one line."""
         with guarded(self.log_file), self.log_file.open("a") as file:
@@ -306,18 +357,6 @@ class RunFolder:
         kept = "".join(json.dumps(record) + "\n" for record in self.read_log() if record["step"] <= step)
         if not self.log_file.exists() or self.log_file.read_bytes() != kept.encode():
             write_atomically(self.log_file, kept)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
-
-
-def load_checkpoint_pipeline(folder: Path) -> Pipeline:
-    """The model in a checkpoint, or one that was saved without a training; raises CheckpointError as `load` does."""
-    found = load_pipeline(folder)
-    if (folder / STATE_FILE).is_file():
-        check_digests(folder, CONFIG_FILE, WEIGHTS_FILE)
-    return found
 
 
 def load(run: str | Path, weights: str = "") -> Pipeline:

@@ -11,9 +11,11 @@ from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
-from fewstep.networks.base import Network
+from fewstep.networks.base import MOST_TENSORS, Network
+from fewstep.networks.discriminator import Discriminator
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
+from fewstep.training.gan import WEIGHTS
 from fewstep.training.teacher import start_from
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
@@ -99,6 +101,8 @@ def check_run(config: RunConfig, dataset: Dataset, share: int) -> None:
     """
     network = _without_memory(config, dataset)
     parameters = 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
+    if config.objective.needs_discriminator:
+        parameters += sum(parameter.numel() for parameter in _discriminator(config, dataset).parameters())
     check_memory(4 * _COPIES * parameters, f"a network of {parameters:.3g} parameters", "take a smaller network")
     advice = "take smaller batches, or --runtime.micro-batch"
     check_memory(4 * share * math.prod(dataset.shape), f"a batch of {share} samples", advice)
@@ -106,15 +110,34 @@ def check_run(config: RunConfig, dataset: Dataset, share: int) -> None:
 
 def check_weights(config: RunConfig, dataset: Dataset, file: Path) -> None:
     """Raise CheckpointError where a file has the weights of another network; nothing takes memory for it."""
-    network = _without_memory(config, dataset)
+    stored = read_shapes(file)
+    network = _without_memory(config, dataset, len(stored))
     if network is not None:
-        check_shapes(shapes(network.state_dict()), read_shapes(file), str(file))
+        check_shapes(shapes(network.state_dict()), stored, str(file))
 
 
-def _without_memory(config: RunConfig, dataset: Dataset) -> Network | None:
+def check_discriminator(config: RunConfig, dataset: Dataset, file: Path) -> None:
+    """The same for the run's discriminator, if it has one and the file is there."""
+    if config.objective.needs_discriminator and file.is_file():
+        sketch = _discriminator(config, dataset).state_dict()
+        own = {WEIGHTS + name: value.shape for name, value in sketch.items()}
+        given = {name: shape for name, shape in read_shapes(file).items() if name.startswith(WEIGHTS)}
+        check_shapes(own, given, str(file))
+
+
+def _discriminator(config: RunConfig, dataset: Dataset) -> Discriminator:
+    settings = config.gan.discriminator
+    try:
+        with torch.device("meta"):
+            return settings.build(dataset.shape, dataset.num_classes)
+    except (RuntimeError, TypeError, OverflowError) as error:  # products that are no numbers of 64 bits
+        raise ConfigError(f"out of memory (a discriminator of width {settings.width}): take a smaller one") from error
+
+
+def _without_memory(config: RunConfig, dataset: Dataset, tensors: int = MOST_TENSORS) -> Network | None:
     classes = dataset.num_classes
     guided = config.objective.guided and classes > 0
-    return config.network.without_memory(dataset.shape, classes, guided, _observation(dataset))
+    return config.network.without_memory(dataset.shape, classes, guided, _observation(dataset), tensors)
 
 
 def _observation(dataset: Dataset) -> tuple[int, ...]:

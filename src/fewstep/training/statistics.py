@@ -26,7 +26,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, FewstepError
-from fewstep.utils.files import write_atomically
+from fewstep.utils.files import linked, write_atomically
 from fewstep.utils.random import shuffled_rows
 from fewstep.utils.serialization import to_json
 from fewstep.utils.weights import read_weights
@@ -149,6 +149,8 @@ def kept_statistics(
     folder cannot be written or what it keeps is damaged, ConfigError when the model's denoiser is not finite.
     """
     file = cache_file(folder, model, dataset, settings)
+    for link in (path for path in linked(folder, (file.parent.name,)) if path.is_relative_to(file.parent)):
+        raise CheckpointError(f"{link} is a link, to which nothing is written: put what it leads to there")
     there = torch.tensor(float(file.is_file()), device=next(model.parameters()).device)
     if int(group.total(there)) == group.count:  # without a disk in common some may have it and others not
         return prepared(_read(file), settings, dataset)
@@ -175,7 +177,9 @@ def first_statistics(
     if not config.model.preconditioning.needs_statistics or (teacher is None and not config.statistics.refresh_images):
         return None
     if config.statistics.refresh_images and run.checkpoints():
-        return read_flow_map_config(run.last_checkpoint()).preconditioning.known_statistics()
+        newest = run.last_checkpoint()
+        with run.with_way_back(newest):
+            return read_flow_map_config(newest).preconditioning.known_statistics()
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map

@@ -17,6 +17,10 @@ class CheckpointError(FewstepError):
     """A run folder, checkpoint or saved model that cannot be read, or belongs to another architecture or recipe."""
 
 
+class LaterFormatError(CheckpointError):
+    """A file that a newer fewstep wrote."""
+
+
 class WriteError(CheckpointError):
     """A file that cannot be written where it was to be; the command line adds --out for commands that have it."""
 

@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,15 @@ def check_numbers(found: Any) -> None:
         check_numbers(inner)
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path, newest: int = 0) -> list[dict[str, Any]]:
     """The JSON objects in a file of one a line, none where there is no file; a line without its end is left out.
 
-    Raises CheckpointError for a line that cannot be read.
+    newest: how many, from the end; 0 for all. Raises CheckpointError for a line that cannot be read.
     """
     with reading(file, "delete it"):
         lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in list(enumerate(lines, start=1))[-newest:]:
         with reading_line(file, number):
             found.append(_object(parse_json(line)))
     return found
@@ -175,6 +175,16 @@ def updating(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def linked(root: Path, folders: Collection[str]) -> Iterator[Path]:
+    """Links in a folder, and anywhere below those of its folders; none of them is followed."""
+    places = [root, *(root / name for name in folders if not (root / name).is_symlink())]
+    for place in places:
+        for parent, within, files in os.walk(place):
+            yield from (path for name in (*within, *files) if (path := Path(parent, name)).is_symlink())
+            if place == root:
+                break
 
 
 class Lock:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from torch import Tensor
 
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, LaterFormatError
 from fewstep.utils.files import reading
 from fewstep.utils.old_names import translated_file
 from fewstep.utils.parts import concrete_classes, stored_class, stored_name
@@ -49,7 +49,7 @@ def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{source} is damaged: its format is {found!r}, which should be a number from 1 on")
     if found > FORMAT:
-        raise CheckpointError(
+        raise LaterFormatError(
             f"{source} has format {found}, and this fewstep reads formats up to {FORMAT}: install a newer fewstep"
         )
     with reading(source, "bring back a copy of it"):

@@ -117,7 +117,8 @@ def load_chunks(file: str, chunks: ChunkConfig, heldout: float, seed: int) -> Da
     _warn_of_outliers(f"{file}: action", demonstrations.actions, steps)
     _warn_of_outliers(f"{file}: observation", demonstrations.observations, steps)
     parts = [ChunkSet(demonstrations, part, spec) for part in (train, held)]
-    return Dataset(demonstrations.task or "demonstrations", parts[0], parts[1], policy=spec)
+    name, split_by = demonstrations.task or "demonstrations", "train anew with --data.heldout"
+    return Dataset(name, parts[0], parts[1], policy=spec, split_by=split_by)
 
 
 def split_episodes(count: int, heldout: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.networks.base import MOST_TENSORS, at_most
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, ShapeError
 from fewstep.utils.files import read_record
+from fewstep.utils.tensors import nonzero
 
 CONFIG_FILE = "config.json"
 _KIND = "AutoencoderKL"
 _AT_ONCE, _AT_ONCE_ON_CPU = 16, 4  # larger batches spend more of a CPU's time on memory than they save
 # What diffusers raises on folders that hold no such model, or another.
-_UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+_UNREADABLE = (ConfigError, OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class AutoencoderIdentity:
 class LatentSpec:
     """How samples of latents become images: decode(mean + std x / scale), channel by channel.
 
-    mean, std: of the autoencoder's latents, (C,). scale: of the samples x. image_shape: of an image, (C, H, W).
-    Raises ConfigError for standard deviations that are not positive, or numbers that are not finite.
+    mean, std: of the autoencoder's latents, (C,); a channel of std 0 never varies and takes no part: x = 0 there, and
+    z = mean whatever x is. scale: of the samples x. image_shape: of an image, (C, H, W).
+    Raises ConfigError for negative standard deviations, where no channel varies, or numbers that are not finite.
     """
 
     autoencoder: AutoencoderIdentity
@@ -54,10 +57,12 @@ class LatentSpec:
 
     def __post_init__(self) -> None:
         finite = all(map(math.isfinite, (*self.mean, *self.std, self.scale)))
-        if not finite or min(*self.std, self.scale, *self.image_shape) <= 0 or len(self.mean) != len(self.std):
+        varies = min(self.std, default=-1) >= 0 < max(self.std, default=0)
+        if not (finite and varies) or min(self.scale, *self.image_shape) <= 0 or len(self.mean) != len(self.std):
             raise ConfigError(
                 f"latents of mean {self.mean}, std {self.std} and scale {self.scale}, images of {self.image_shape}: "
-                "the same number of means and positive deviations, all finite, and a positive scale and sizes"
+                "the same number of means and deviations, all finite, none negative, one positive, and a positive "
+                "scale and sizes"
             )
 
     def latents(self, samples: Tensor) -> Tensor:
@@ -66,9 +71,14 @@ class LatentSpec:
         return mean + std / self.scale * samples
 
     def samples(self, latents: Tensor) -> Tensor:
-        """x = scale (z - mean) / std: the inverse of `latents`."""
+        """x = scale (z - mean) / std: the inverse of `latents`; 0 where std is."""
         mean, std = self._channels(latents)
-        return self.scale / std * (latents - mean)
+        return self.scale / nonzero(std) * (latents - mean)
+
+    @property
+    def constant(self) -> tuple[int, ...]:
+        """Which channels never vary."""
+        return tuple(i for i, std in enumerate(self.std) if std == 0)
 
     def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.ndim != 4 or like.shape[1] != len(self.mean):
@@ -160,9 +170,10 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     except (ImportError, RuntimeError) as error:  # RuntimeError: one of its own extras does not fit torch
         raise MissingExtraError(f"autoencoders need diffusers: pip install 'fewstep[diffusers]' ({error})") from error
     try:
-        model, info = model_class.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-        )
+        with at_most(MOST_TENSORS):
+            model, info = model_class.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            )
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointError(f"{folder} holds no {_KIND} that can be read from safetensors: {reason}") from error

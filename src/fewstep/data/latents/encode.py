@@ -40,6 +40,7 @@ from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import differences, to_json
+from fewstep.utils.text import listed
 
 RECORD_FILE = "encoding.json"
 _HEADER = "fewstep_latents"
@@ -306,11 +307,13 @@ def summary(manifest: Manifest) -> str:
     """What a folder of latents holds, in one line."""
     heldout = int(held_out(manifest.count, None, manifest.settings.heldout, 0).sum())
     megabytes = sum(shard.size for shard in manifest.shards) / 1e6
-    share = max(a / b for a, b in zip(manifest.posterior_std, manifest.std, strict=True))
+    share = max(a / b for a, b in zip(manifest.posterior_std, manifest.std, strict=True) if b)
+    constant = manifest.spec.constant
+    never = f"; channel {listed([str(i) for i in constant])} never varies" if constant else ""
     return (
         f"{manifest.count:,} images ({heldout:,} held out{', mirrored too' if manifest.settings.flip else ''}) in "
         f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents, {megabytes:,.1f} MB; the "
-        f"posterior's standard deviation is at most {100 * share:.3g} % of a channel's"
+        f"posterior's standard deviation is at most {100 * share:.3g} % of a channel's{never}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.data.base import Dataset, SampleSet, source_path
+from fewstep.data.base import Context, Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out, present_classes
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
 from fewstep.utils.errors import ConfigError, DataError
@@ -25,6 +25,8 @@ from fewstep.utils.serialization import from_json
 
 VERSION = 1
 MANIFEST_FILE = "latents.json"
+_LOOKED_AT = 256
+_ROUNDING, _SMALLEST = 1e-6, 1e-3  # relative, and the size below which it no longer shrinks
 Posterior = Literal["sample", "mean"]
 StoredType = Literal["float16", "float32"]
 
@@ -74,8 +76,9 @@ class Manifest:
     """What a folder of latents holds; raises ConfigError where its numbers do not fit each other.
 
     shape: of a latent, (c, h, w); image_shape: of an image, (C, H, W). count: images. mean, std: of the training part's
-    latents by channel, unmirrored, as stored. posterior_std: root mean square by channel of all posteriors' standard
-    deviations: what a fresh draw would change. scale: the standard deviation that a channel is given when read.
+    latents by channel, unmirrored, as stored; std 0 for a channel that never varies. posterior_std: root mean square by
+    channel of all posteriors' standard deviations: what a fresh draw would change. scale: the standard deviation that a
+    channel is given when read.
     """
 
     version: int
@@ -151,7 +154,9 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
         for rows in ((~held).nonzero()[:, 0], held.nonzero()[:, 0])
     )
     names = () if kept is None else names
-    return Dataset(folder.resolve().name, train, heldout, len(names), names, manifest.spec)
+    train.check_constant()
+    name = folder.resolve().name
+    return Dataset(name, train, heldout, len(names), names, manifest.spec, split_by="encode anew with --heldout")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +180,32 @@ class LatentSamples(SampleSet):
         labels = None if self.labels is None else self.labels[indices]
         return self.shards.manifest.spec.samples(latents), labels
 
+    @property
+    def constant(self) -> tuple[int, ...]:
+        return self.shards.manifest.spec.constant
+
+    def context(self, indices: Tensor) -> Context:
+        """A channel that never varies counts in no loss."""
+        if not self.constant:
+            return Context()
+        varies = torch.tensor([std > 0 for std in self.shards.manifest.std])
+        return Context(loss_mask=varies[:, None, None].expand(len(indices), -1, 1, 1))
+
+    def check_constant(self) -> None:
+        """Raise DataError where the first samples vary in a channel that the manifest says never does."""
+        manifest = self.shards.manifest
+        if self.constant:
+            channels = self.shards.read(self.rows[:_LOOKED_AT])[:, list(self.constant)].transpose(0, 1).flatten(1)
+            low, high = channels.amin(1), channels.amax(1)
+            varies = _varies(low, high, getattr(torch, manifest.settings.dtype))
+            for channel in (channel for channel, each in zip(self.constant, varies.tolist(), strict=True) if each):
+                raise DataError(
+                    f"'{self.shards.folder / MANIFEST_FILE}' is damaged: channel {channel} has a standard deviation of "
+                    "0, but varies: run the same fewstep encode again to write it anew"
+                )
+
     def moments(self) -> tuple[float, float]:
-        """0 and the scale, which the training part's channels were measured to be brought to."""
+        """0 and the scale, which the training part's channels that vary were measured to be brought to."""
         return 0.0, self.shards.manifest.scale
 
     @property
@@ -278,11 +307,20 @@ def fingerprint(file: Path) -> str:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
+def _varies(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether values from low to high differ by more than rounding to the type that they are stored in, by channel."""
+    resolution = max(torch.finfo(dtype).eps, _ROUNDING)
+    return high - low > torch.maximum(low.abs(), high.abs()).clamp(min=_SMALLEST) * resolution
+
+
 @dataclass
 class ChannelMoments:
-    """Mean and squares by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979)."""
+    """Mean and squares by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979); and the range."""
 
     count: int = 0
+    low: Tensor = field(default_factory=lambda: torch.full((), math.inf, dtype=torch.float64))
+    high: Tensor = field(default_factory=lambda: torch.full((), -math.inf, dtype=torch.float64))
+    dtype: torch.dtype = torch.float64
     mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
@@ -296,16 +334,21 @@ class ChannelMoments:
         squares = (values - mean[:, None]).square().sum(1)
         self.squares = self.squares + squares + shift.square() * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
-        self.count = total
+        self.low, self.high = torch.minimum(self.low, values.amin(1)), torch.maximum(self.high, values.amax(1))
+        self.count, self.dtype = total, latents.dtype
 
     def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, standard deviation), each (c,); raises DataError unless they are finite and no channel is constant."""
+        """(mean, standard deviation), each (c,), 0 for a channel that never varies.
+
+        Raises DataError unless they are finite, and where no channel varies.
+        """
         if not self.count:
             raise DataError("there are no latents to measure")
-        mean, std = self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
-        wrong = [i for i, value in enumerate(std) if not 0 < value < math.inf]
+        deviation = torch.where(_varies(self.low, self.high, self.dtype), (self.squares / self.count).sqrt(), 0.0)
+        mean, std = self.mean.tolist(), deviation.tolist()
+        wrong = [i for i, value in enumerate(std) if not value < math.inf]
         if wrong:
-            raise DataError(
-                f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}: nothing can be learnt of it"
-            )
+            raise DataError(f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}")
+        if not any(std):
+            raise DataError("no channel of the latents varies: nothing can be learnt of them")
         return tuple(mean), tuple(std)

@@ -41,7 +41,8 @@ class RunReport:
     nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
     data_range: the values that black and white stand for; None for each grid's own minimum and maximum. alignments: of
     `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`. episodes:
-    of a policy's rollouts (fewstep.policies.figures). films: pictures of its episodes, one after the other.
+    of a policy's rollouts (fewstep.policies.figures). actions: (method, calls, error, errors of each,
+    samples) of held-out episodes. films: pictures of its episodes, one after the other.
     """
 
     title: str
@@ -57,6 +58,7 @@ class RunReport:
     alignments: tuple[dict[str, Any], ...] = ()
     trajectories: tuple[dict[str, Any], ...] = ()
     episodes: tuple[dict[str, Any], ...] = ()
+    actions: tuple[tuple[str, ...], ...] = ()
     films: tuple[Grid, ...] = ()
 
 

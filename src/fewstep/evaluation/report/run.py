@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import torch
 
+from fewstep.evaluation.actions import each_error, read_actions
 from fewstep.evaluation.align import read_alignment, teacher_name
 from fewstep.evaluation.evaluate import (
     best_device,
@@ -27,7 +28,6 @@ from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
 from fewstep.sampling.images import save_grid
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training.checkpoint import read_state
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.files import parse_json, reading, reading_line
@@ -80,24 +80,27 @@ def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
 def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out: Path | None = None) -> Path:
     """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run.
 
+    Of a run without a checkpoint, what it logged, and why it ended where it diverged.
+
     autoencoder: where the one that decodes latents lies now, if it was moved. out: a folder for the page, where what
     `fewstep evaluate --out` has left is shown too.
     """
     data = run.data("name", "shape", "classes", "train")
     others, folder = baselines(run), out or run.root
     config, record = run.config(), run.record()
-    pipeline = run.pipeline()
-    acts = pipeline.config.policy is not None
-    view = None if acts else pipeline.to(best_device()).viewer(autoencoder)
+    pipeline = run.pipeline() if run.checkpoints() else None
+    acts = config.data.source.of_actions if pipeline is None else pipeline.config.policy is not None
+    view = None if acts or pipeline is None else pipeline.to(best_device()).viewer(autoencoder)
     name = method_of(run)
     owners = {folder: run, run.root: run} | {other.root: other for other in others}
     rows, aligned = figures(owners), [found for place in owners for found in read_alignment(place)]
     episodes = [row for place in owners for row in read_rollouts(place)]
+    errors = [row for place in owners for row in read_actions(place)]
     logs = {method_of(r): thinned_log(r) for r in (run, *others)}
     found = RunReport(
         title=title or f"fewstep: {config.recipe}",
-        summary="\n\n".join((_summary(config, data), *_paragraphs(pipeline))),
-        facts=_policy_facts([row for row in episodes if row["method"] == name]) if acts else _facts(rows, name),
+        summary="\n\n".join((_summary(config, data), *_ending(run), *_paragraphs(pipeline))),
+        facts=_policy_facts(episodes, errors, name) if acts else _facts(rows, name),
         grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
         logs=logs,
         rows=rows,
@@ -108,6 +111,10 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out
         alignments=tuple(each["jumps"] for each in aligned),
         trajectories=tuple(row for each in aligned for row in each["trajectories"]),
         episodes=tuple(episodes),
+        actions=tuple(
+            (row["method"], str(row["steps"]), number(row["error"]), each_error(row), f"{row['samples']:,}")
+            for row in errors
+        ),
         films=tuple(film for place, owner in owners.items() for film in films(place, owner)),
     )
     return write_report(found, folder / REPORT_FILE)
@@ -178,8 +185,18 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     )
 
 
-def _paragraphs(pipeline: Pipeline) -> Iterator[str]:
+def _ending(run: RunFolder) -> Iterator[str]:
+    """Why the training ended, where it diverged, and what is missing without a checkpoint."""
+    if reason := run.divergence:
+        yield f"The training diverged: {reason}."
+    if not run.checkpoints():
+        yield "There is no checkpoint, and so no samples: what the run logged is below."
+
+
+def _paragraphs(pipeline: Pipeline | None) -> Iterator[str]:
     """The classes, with numbers where names are others, and a paragraph on each number of steps with tuned times."""
+    if pipeline is None:
+        return
     if names := pipeline.config.class_names:
         plain = names == tuple(map(str, range(len(names))))  # then a number and its name would say the same twice
         shown = names if plain else [f"{number} {name}" for number, name in enumerate(names)]
@@ -196,13 +213,15 @@ def _facts(rows: list[Row], method: str) -> tuple[tuple[str, str], ...]:
     return tuple(cards + [("real training data", f"{row['frechet']:.2f}") for row in real])
 
 
-def _policy_facts(episodes: list[Row]) -> tuple[tuple[str, str], ...]:
-    stored = [row for row in episodes if row["steps"]]
+def _policy_facts(episodes: list[Row], errors: list[Row], method: str) -> tuple[tuple[str, str], ...]:
+    stored = [row for row in episodes if row["method"] == method and row["steps"]]
     setting = itemgetter("task", "first_seed", "seed", "episodes")
     rows = sorted((r for r in stored if setting(r) == setting(stored[-1])), key=lambda row: int(row["steps"]))
     cards = [(f"Success, {_calls(row['steps'])}", f"{row['successes']} of {row['episodes']}") for row in rows[:3]]
     for row in rows[:1]:
         cards.append((f"Time per decision, {_calls(row['steps'])}", f"{number(finite(row, 'latency_ms'))} ms"))
+    for row in [row for row in errors if row["method"] == method][-1:]:
+        cards.append((f"Error of actions held out, {_calls(row['steps'])}", number(row["error"])))
     return tuple(cards)
 
 
@@ -213,8 +232,10 @@ def _calls(nfe: int) -> str:
 def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str], ...]:
     lines = []
     for each in (run, *others):
-        state = read_state(each.last_checkpoint())
-        parameters = sum(p.numel() for p in each.pipeline().flow_map.parameters())
+        if not each.checkpoints():
+            continue
+        state = each.state()
+        parameters = sum(p.numel() for p in each.model().flow_map.parameters())
         cost = (
             f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
             f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters"

@@ -13,7 +13,7 @@ from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.preconditioning.estimation import STREAM_NOISE, PlainDenoiser
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
-from fewstep.utils.random import Draws
+from fewstep.utils.random import Draws, permutation
 from fewstep.utils.tensors import expand
 
 
@@ -31,8 +31,9 @@ class ConsistencyGap(NamedTuple):
 class GapSettings:
     """How a gap is measured. Raises ConfigError for too few samples or steps.
 
-    samples: of x0 and eps, the same for every jump. seed: of the noise. solver_steps: of the Runge-Kutta method, of
-    equal length in log tau. end: of the jump at which N* is compared with D; None for Preconditioning.frozen_at.
+    samples: of x0 and eps, the same for every jump. seed: of the draw and the noise. solver_steps: of the Runge-Kutta
+    method, of equal length in log tau. end: of the jump at which N* is compared with D; None for
+    Preconditioning.frozen_at.
     """
 
     samples: int = 256
@@ -63,8 +64,9 @@ def consistency_gap(
     is what a perfect student's network gives, X by the Runge-Kutta method of order 4, and D the denoiser at (x_t, t),
     or at (X, s) where the preconditioning freezes its residual there.
 
-    denoiser: (x, t) -> (B, ...) in the path's coordinates. data (n, ...): its first rows, cycled. t, s (K,) in the
-    path's clock with s < t and sigma/alpha positive and finite at both, or ShapeError.
+    denoiser: (x, t) -> (B, ...) in the path's coordinates. data (n, ...): as many rows are drawn over all of it, and
+    kept in their order; all of it, cycled, where it has no more. t, s (K,) in the path's clock with s < t and
+    sigma/alpha positive and finite at both, or ShapeError.
     """
     if not len(data):
         raise ShapeError("the gap needs data (n, ...), n at least 1")
@@ -75,7 +77,8 @@ def consistency_gap(
     if not bool((path.values(t).alpha > 1e-9).all() and (path.values(s).sigma > 0).all()):
         raise ShapeError("the consistency gap needs a finite, positive noise level sigma/alpha at t and at s")
     numbers = torch.arange(settings.samples, device=data.device)
-    x0 = data[numbers % len(data)]
+    drawn = permutation(settings.seed, 0, len(data))[: settings.samples].sort().values
+    x0 = data[drawn.to(data.device)[numbers % len(drawn)]]
     eps = Draws(settings.seed, 0, numbers).normal(STREAM_NOISE, tuple(x0.shape[1:]), x0.dtype)
 
     def denoise(x: Tensor, time: Tensor, cond: Condition | None = None) -> Tensor:
