@@ -27,7 +27,8 @@ from tyro.conf import Positional
 STEPS = 20
 TEACHERS = {
     "ctm-digits": "edm-digits", "ctm-fashion-mnist": "edm-fashion-mnist", "ctm-mixture": "edm-mixture",
-    "cd-digits": "edm-digits", "digits-scd": "edm-digits",
+    "cd-digits": "edm-digits", "digits-scd": "edm-digits", "ctm-flow-matching": "digits-flow-matching",
+    "emd-flow-matching": "digits-flow-matching", "lmd-flow-matching": "digits-flow-matching",
 }  # fmt: skip
 LATENTS = {"imagenet256-dit-b4": 4, "celebahq256-dit-b4": 4, "imagenet256-dit-xl1": 32}
 """Recipes on latents, and the channels of those."""

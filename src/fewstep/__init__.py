@@ -64,8 +64,10 @@ if TYPE_CHECKING:
     from fewstep.objectives import CT as CT
     from fewstep.objectives import CTM as CTM
     from fewstep.objectives import ECT as ECT
+    from fewstep.objectives import EMD as EMD
     from fewstep.objectives import ESD as ESD
     from fewstep.objectives import ISD as ISD
+    from fewstep.objectives import LMD as LMD
     from fewstep.objectives import LSD as LSD
     from fewstep.objectives import PSD as PSD
     from fewstep.objectives import SCD as SCD

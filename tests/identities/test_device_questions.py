@@ -9,7 +9,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling
-from fewstep.objectives import ESD, ISD, LSD, PSD, Batch, Companions, MeanFlow, Objective, Shortcut
+from fewstep.objectives import EMD, ESD, ISD, LMD, LSD, PSD, Batch, Companions, MeanFlow, Objective, Shortcut
 from fewstep.utils.random import Draws
 from tests.support.batches import draws, labelled_batch
 from tests.support.cases import labelled_map, random_network
@@ -24,6 +24,9 @@ OBJECTIVES: list[Any] = [
     LSD(),
     PSD(),
     Shortcut(),
+    EMD(),
+    made(EMD, velocity="own", endpoint_share=0.5),
+    LMD(),
 ]
 
 
@@ -35,7 +38,7 @@ def test_losses_need_no_value_of_the_device(objective: Objective) -> None:
     own = Draws(0, 3, PLACES.to("meta"))
     labels = torch.zeros(16, dtype=torch.int64, device="meta")
     batch = Batch(torch.zeros(16, 3, device="meta"), labels, own, places=PLACES)
-    losses = objective(flow_map, batch, Companions(ema_target=flow_map))
+    losses = objective(flow_map, batch, Companions(teacher=flow_map, ema_target=flow_map))
     losses.mean().backward()
     assert losses.loss.shape == (16,)
 
@@ -43,7 +46,7 @@ def test_losses_need_no_value_of_the_device(objective: Objective) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_rows_are_those_whose_times_are_one(objective: Objective) -> None:
     flow_map, batch = labelled_map(), labelled_batch(16)
-    losses = objective(flow_map, batch, Companions(ema_target=flow_map))
+    losses = objective(flow_map, batch, Companions(teacher=flow_map, ema_target=flow_map))
     share = 1 - objective.bootstrap if isinstance(objective, Shortcut) else objective.pairs.flow_matching_ratio  # type: ignore[attr-defined]
     on, off = batch.split(share)
     assert torch.equal(on, torch.nonzero(losses.t == losses.s).squeeze(1))
@@ -53,6 +56,7 @@ def test_the_rows_are_those_whose_times_are_one(objective: Objective) -> None:
 
 def test_a_batch_without_samples_of_one_kind_has_a_loss() -> None:
     for share in (0.0, 1.0):
-        for kind in (ISD(), MeanFlow(), ESD(), LSD(), PSD()):
-            loss = changed(kind, flow_matching_ratio=share)(labelled_map(), labelled_batch()).loss
+        for kind in (ISD(), MeanFlow(), ESD(), LSD(), PSD(), EMD(), LMD()):
+            taught = Companions(teacher=labelled_map())
+            loss = changed(kind, flow_matching_ratio=share)(labelled_map(), labelled_batch(), taught).loss
             assert bool(loss.isfinite().all())

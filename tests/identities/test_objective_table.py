@@ -19,8 +19,10 @@ from fewstep.objectives import (
     CT,
     CTM,
     ECT,
+    EMD,
     ESD,
     ISD,
+    LMD,
     LSD,
     PSD,
     SCD,
@@ -39,7 +41,7 @@ from fewstep.objectives import (
 )
 from fewstep.utils.random import Draws
 from tests.support.cases import SD, Callback, noise
-from tests.support.objectives import made
+from tests.support.objectives import changed, made
 
 EXAMPLES: dict[str, Objective] = {
     "flow matching, denoising": DiagonalMatching(),
@@ -50,6 +52,8 @@ EXAMPLES: dict[str, Objective] = {
     "ECT": ECT(),
     "sCT": SCT(),
     "sCD": SCD(),
+    "EMD": made(EMD, flow_matching_ratio=0.0),
+    "LMD": made(LMD, flow_matching_ratio=0.0),
     "MeanFlow": made(MeanFlow, flow_matching_ratio=0.0),
     "iSD": ISD(),
     "iSD-T": ISD(guidance=FixedGuidance(2.0), label_dropout=0.0),
@@ -60,6 +64,8 @@ EXAMPLES: dict[str, Objective] = {
 }
 FINITE = {
     "sCT": (SCT(tangent=made(Tangent, kind="finite-difference")), 1, 2),
+    "EMD": (made(EMD, flow_matching_ratio=0.0, tangent=made(Tangent, kind="finite-difference")), 1, 2),
+    "LMD": (made(LMD, flow_matching_ratio=0.0, kind="finite-difference"), 3, 0),
     "MeanFlow": (made(MeanFlow, flow_matching_ratio=0.0, kind="finite-difference"), 1, 2),
     "iSD": (made(ISD, kind="finite-difference"), 2, 2),
     "ESD": (made(ESD, flow_matching_ratio=0.0, kind="finite-difference"), 4, 0),
@@ -147,3 +153,22 @@ def test_every_objective_has_a_row_of_its_own() -> None:
     assert {entry.objective for entry in TABLE} == exported
     assert len({entry.name for entry in TABLE}) == len(TABLE)
     assert set(EXAMPLES) == {entry.name for entry in TABLE}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["exact", "finite-difference"])
+@pytest.mark.parametrize("name", ["iSD", "EMD", "LMD"])
+def test_passes_of_a_step_are_those_measured(name: str, kind: str, bf16: bool) -> None:
+    """One with a graph is 3, forward and backward, one without 1; a difference's two points are one node of a graph."""
+    example = EXAMPLES[name]
+    if bf16 and kind == "exact":
+        pytest.skip("bf16 changes nothing in it")
+    derivative = {"tangent": made(Tangent, kind=kind)} if name == "EMD" else {"kind": kind}
+    objective = changed(example, label_dropout=0.0, **derivative)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = measured(objective, 1)
+    backward = found["backward" if kind == "exact" else "forward"]
+    expected = found["forward"] + found["frozen"] + found["tangents"] + 2 * backward + found["teacher"]
+    passes, wide = objective.forward_passes(bf16)
+    assert passes == expected
+    assert wide == (3 if name != "LMD" else 9) * (bf16 and kind != "exact")

@@ -114,5 +114,5 @@ def test_a_damaged_state_is_named(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state\.json is damaged \(.+\): its checkpoint cannot be used"):
         read_state(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps({"step": 3, "images": 96, "seconds": 0.5}))
-    older = {"pending": False, "digests": {}}  # which an older fewstep did not write
+    older = {"pending": False, "derivative": "", "digests": {}}  # which an older fewstep did not write
     assert read_state(tmp_path) == {"step": 3, "images": 96, "seconds": 0.5} | older

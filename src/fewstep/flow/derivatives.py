@@ -5,7 +5,8 @@ a foreign network with fused attention or nn.GroupNorm on non-contiguous input n
 assume a deterministic network: no dropout between the evaluations.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, final, get_args
 
@@ -22,6 +23,7 @@ RowsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 DerivativeKind = Literal["exact", "finite-difference"]
 
 MIN_STEP = 1e-4
+_LOOSE = 0.25  # of a derivative, that forward mode may be off
 
 
 def finite_difference_nodes(
@@ -46,7 +48,6 @@ def finite_derivative(
     """(N, dN/dt) with dN/dt by the parabola through offsets 0, a, b: error O(h^2) inside and at both ends.
 
     N keeps its graph. Both offsets are evaluated in one batch, (2B, ...), without a graph unless `attached`.
-    d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
     """
     rows = torch.arange(len(x), device=x.device)
     output = fn(x, t, rows)
@@ -54,12 +55,20 @@ def finite_derivative(
     # A difference over h amplifies rounding by 1/h: under bf16 its three points are taken in full precision.
     with torch.set_grad_enabled(attached and torch.is_grad_enabled()), torch.autocast(x.device.type, enabled=False):
         centre = fn(x, t, rows) if rounded else output
-        a, b = nodes
         shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
-        at_a, at_b = fn(shifted_x, torch.cat([t + a, t + b]), rows.repeat(2)).chunk(2)
-        scale = a * b * (b - a)
-        weight_a, weight_b = (expand(w, x).to(x.dtype) for w in (b * b / scale, -(a * a) / scale))
-        return output, weight_a * (at_a - centre) + weight_b * (at_b - centre)
+        shifted = fn(shifted_x, torch.cat([t + node for node in nodes]), rows.repeat(2)).chunk(2)
+        return output, parabola_slope(centre, shifted, nodes)
+
+
+def parabola_slope(centre: Tensor, values: Sequence[Tensor], nodes: tuple[Tensor, Tensor]) -> Tensor:
+    """The slope at 0 of the parabola through N_0 = centre and the values (B, ...) at the nodes a and b, (B,) each.
+
+    d = [(N_a - N_0) b^2 - (N_b - N_0) a^2] / (a b (b - a)); for a = -h, b = h it is the central difference.
+    """
+    (a, b), (at_a, at_b) = nodes, values
+    scale = a * b * (b - a)
+    weight_a, weight_b = (expand(w, centre).to(centre.dtype) for w in (b * b / scale, -(a * a) / scale))
+    return weight_a * (at_a - centre) + weight_b * (at_b - centre)
 
 
 @final
@@ -75,6 +84,12 @@ class Derivative:
     def __post_init__(self) -> None:
         check_choice("derivative", self.kind, get_args(DerivativeKind))
         check_positive(step=self.step)
+
+    def evaluations(self, bf16: bool = False) -> tuple[float, float]:
+        """What it adds to the evaluation of N, in evaluations, a tangent as one; how many bf16 leaves in float32."""
+        if self.kind == "exact":
+            return 1.0, 0.0
+        return (3.0, 3.0) if bf16 else (2.0, 0.0)
 
     def along(
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition, attached: bool = False
@@ -101,6 +116,33 @@ class Derivative:
         return finite_derivative(
             lambda x, s, rows: flow_map.output(x, t[rows], s, cond[rows]), x, s, still, nodes, attached
         )
+
+
+def forward_mode_fault(exact: Callable[[], Tensor], difference: Callable[[float], Tensor]) -> str:
+    """Why forward mode cannot be used, or is not to be trusted; '' where it can be.
+
+    exact: the derivative by forward mode. difference: the same by differences with that share of their step. Forward
+    mode fails where a layer has no formula for it, and is wrong where a layer lets a tangent fall: then differences
+    of two steps agree with each other, and not with it. Raises what `difference` raises.
+    """
+    try:
+        found = exact().double()
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        difference(1.0)  # what fails here too is no matter of forward mode
+        return " ".join(str(error).split()).partition(". ")[0][:160]
+    with torch.no_grad():
+        coarse, fine = (difference(share).double() for share in (1.0, 0.5))
+        size, spread, error_size = (float(value.norm()) for value in (fine, fine - coarse, found - fine))
+    if not math.isfinite(spread) or error_size <= _LOOSE * size + 4 * spread:
+        return ""  # where differences are not finite nothing can be told
+    return f"the derivative is off by {100 * error_size / size:.0f} % of that by differences"
+
+
+def no_forward_mode(reason: str) -> str:
+    """What is said where forward mode is given up."""
+    return f"forward-mode derivatives do not serve this network ({reason}): finite differences are taken"
 
 
 def _time_scale(flow_map: FlowMap, t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from fewstep.objectives.consistency import CT, ECT
 from fewstep.objectives.ctm import CTM
 from fewstep.objectives.distillation import CD, TeacherSteps
 from fewstep.objectives.eulerian import eulerian_error, eulerian_residual
+from fewstep.objectives.flow_map_distillation import EMD, LMD
 from fewstep.objectives.flow_matching import DiagonalMatching
 from fewstep.objectives.isd import ISD
 from fewstep.objectives.losses import Distance, Weighting
@@ -22,8 +23,10 @@ __all__ = [
     "CT",
     "CTM",
     "ECT",
+    "EMD",
     "ESD",
     "ISD",
+    "LMD",
     "LSD",
     "PSD",
     "SCD",

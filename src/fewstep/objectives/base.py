@@ -214,6 +214,10 @@ class Objective(ABC):
             null = model.velocity(x[rows], t[rows], cond[rows].unconditional())
         return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
 
+    def guided_velocity(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """v(x, t) of a model, (B, ...), guided by its own without a label."""
+        return self.guide(model, batch, x, t, cond, model.velocity(x, t, cond))
+
     def method(self, preconditioning: str, labelled: bool) -> str:
         """What figures call it; preconditioning: that of its map. labelled: whether the data have classes."""
         return type(self).__name__
@@ -232,6 +236,8 @@ class Objective(ABC):
 
     differentiates: ClassVar[bool] = False
     """Whether it compares evaluations of one network at neighbouring times, which dropout would make two."""
+    passes_back_tangents: ClassVar[bool] = False
+    """Whether its gradient flows through such a derivative, and not through the evaluation alone."""
     needs_velocity: ClassVar[bool] = True
     """Whether it reads the velocity off the diagonal, which CM preconditioning has not."""
 

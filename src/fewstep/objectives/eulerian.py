@@ -21,14 +21,21 @@ def eulerian_residual(
 def eulerian_error(
     flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
 ) -> Comparison:
-    """Error against the self-distillation target, with gradient through N = output alone, and its sides.
+    """Error against the self-distillation target, with gradient through N = output alone: `step_error` of R."""
+    residual = eulerian_residual(flow_map, x, v, output.detach(), d_output, t, s)
+    return step_error(flow_map, x, output, d_output, residual, t, s)
+
+
+def step_error(
+    flow_map: FlowMap, x: Tensor, output: Tensor, d_output: Tensor, residual: Tensor, t: Tensor, s: Tensor
+) -> Comparison:
+    """Error against a step along R = residual, or what has become of it; gradient through N = output alone; its sides.
 
     Where the preconditioning allows it the target is N_target = sg(N + R) and the error N - N_target; otherwise the
     step is taken in the map, X_target = sg(X - (t - s) R), what is compared (X - x)/(t - s), and the error
     (X - X_target)/(t - s) = g/(t - s) (N - sg N) + R, whose limit at s = t has g/(t - s) -> -g_s.
     """
     frozen = output.detach()
-    residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
     if flow_map.preconditioning.target_in_network:
         return Comparison((output - frozen) - residual, output, d_output)
     gap = torch.where(t > s, t - s, 1.0)

@@ -50,10 +50,8 @@ class ISD(JointObjective):
         A finite difference takes two points more; under bf16 all three, in float32 (flow/derivatives.py).
         """
         null, off = self.guidance.share(self.label_dropout), 1 - self.pairs.flow_matching_ratio
-        exact = self.derivative.kind == "exact"
-        tangent = 1 if exact else 3 if bf16 else 2
-        wide = 3 * off if bf16 and not exact else 0.0
-        return null + 3 * (1 - off) + (6 + tangent) * off, wide
+        added, wide = self.derivative.evaluations(bf16)
+        return null + 3 * (1 - off) + (6 + added) * off, wide * off
 
     def __post_init__(self) -> None:
         super().__post_init__()

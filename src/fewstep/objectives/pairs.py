@@ -13,7 +13,7 @@ from fewstep.flow.guidance import NoGuidance, TrainingGuidance
 from fewstep.flow.paths import Path
 from fewstep.flow.times import TimeDistribution, UniformTimes
 from fewstep.networks.condition import Condition
-from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective
+from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, Batch, Companions, Losses, Objective, Velocities
 from fewstep.objectives.losses import Comparison, Weighting
 from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_share
@@ -72,11 +72,16 @@ class AnchoredObjective(Objective):
     weighting: Weighting = Weighting()
     guidance: TrainingGuidance = NoGuidance()
 
-    def on_path(self, flow_map: FlowMap, batch: Batch, t: Tensor) -> tuple[Tensor, Condition, Tensor, Tensor]:
-        """(x_t, its condition, v(x_t, t) with its graph, v*)."""
+    def on_path(
+        self, flow_map: FlowMap, batch: Batch, t: Tensor, teacher: Velocities | None = None
+    ) -> tuple[Tensor, Condition, Tensor, Tensor]:
+        """(x_t, its condition, v(x_t, t) with its graph, v*); v* is the teacher's where there is one."""
         x, conditional = flow_map.path.sample(batch.x0, batch.noise(), t)
         cond = self.condition(flow_map, batch, t)
-        target = self.guide(flow_map, batch, x, t, cond, conditional)
+        if teacher is None:
+            target = self.guide(flow_map, batch, x, t, cond, conditional)
+        else:
+            target = self.guided_velocity(teacher, batch, x, t, cond)
         return x, cond, flow_map.velocity(x, t, cond), target
 
     def split(
@@ -86,15 +91,16 @@ class AnchoredObjective(Objective):
         times: Times,
         share: float,
         compare: Callable[[Batch, Tensor], Comparison],
+        teacher: Velocities | None = None,
     ) -> Losses:
         """The anchor on a `share` of the samples, those with s = t, the method's own error on the others alone.
 
-        compare: those others and their rows (k,) to what they give.
+        compare: those others and their rows (k,) to what they give. teacher: as in `on_path`.
         """
         on, off = rows = batch.split(share)
         anchor, own = batch.x0[on], batch[off]
         if len(on):
-            _, _, v, target = self.on_path(flow_map, batch[on], times[0][on])
+            _, _, v, target = self.on_path(flow_map, batch[on], times[0][on], teacher)
             anchor = v - target
         compared = compare(own, off) if len(off) else self.nothing(own.x0)
         errors = zip((anchor, compared.error), rows, strict=True)

@@ -19,9 +19,13 @@ from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_T, Batch, Companions, Losses, Objective
 from fewstep.objectives.eulerian import eulerian_residual
 from fewstep.objectives.losses import Comparison, error_norm, normalised
+from fewstep.objectives.pairs import Times
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import check_least, check_positive, expand
+
+LEAST = 1e-3
+"""Noise level tau below which a velocity read off a denoiser, (x - alpha D)/sigma, is rounding."""
 
 
 @final
@@ -53,21 +57,31 @@ class Tangent:
         """r, which rises from 0 to 1 over the images seen."""
         return min(images / self.warm_up_images, 1.0) if self.warm_up_images else 1.0
 
-    def compare(self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, t: Tensor, cond: Condition) -> Comparison:
-        """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
-        own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
+    def residual(
+        self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, times: Times, cond: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, dN/dt, R) at (x, t, s), times = (t, s), along v (B, ...); R is warmed up and has no gradient."""
+        t, s = times
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
         frozen = output.detach()
         residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
-        _, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
+        g = expand(flow_map.preconditioning.coefficients(t, s)[1], x).to(x.dtype)
         change = v - flow_map.velocity_from_output(x, frozen, t)
         c_skip = expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
-        straight = own.passed(flow_map.path, change, t, s) + g * c_skip * change
-        residual = straight + self.warmed_up(batch.images) * (residual - straight)
+        straight = flow_map.preconditioning.passed(flow_map.path, change, t, s) + g * c_skip * change
+        return output, d_output, straight + self.warmed_up(batch.images) * (residual - straight)
+
+    def normalised(self, batch: Batch, step: Tensor) -> Tensor:
+        """h / (rms(h) + constant) where that is asked for, the rms of those numbers that a loss may count."""
+        return normalised(step, self.constant, batch.masked(step)) if self.normalise else step
+
+    def compare(self, flow_map: FlowMap, batch: Batch, x: Tensor, v: Tensor, t: Tensor, cond: Condition) -> Comparison:
+        """N, or the map, against itself moved by h, with gradient through N alone; v (B, ...) drives the tangent."""
+        own, s = flow_map.preconditioning, torch.full_like(t, flow_map.path.t_min)
+        output, d_output, residual = self.residual(flow_map, batch, x, v, (t, s), cond)
+        _, g, _, g_t = (expand(c, x).to(x.dtype) for c in own.derivatives(t, s))
         scale = -g_t if own.target_in_network else -expand(t - s, x).to(x.dtype)
-        step = scale * residual
-        step = normalised(step, self.constant, batch.masked(step)) if self.normalise else step
-        moved = output - frozen
+        step, moved = self.normalised(batch, scale * residual), output - output.detach()
         if own.target_in_network:
             return Comparison(moved - step, output, d_output)
         return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s), d_output)
@@ -137,7 +151,7 @@ class SCD(ContinuousObjective):
     ) -> tuple[Tensor, Tensor]:
         teacher = TeacherVelocity(flow_map.path, companions.teacher)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
-        return x, self.guide(teacher, batch, x, t, cond, teacher.velocity(x, t, cond))
+        return x, self.guided_velocity(teacher, batch, x, t, cond)
 
 
 @final
@@ -149,9 +163,15 @@ class TeacherVelocity:
     teacher: FlowMap
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """v(x, t), (B, ...)."""
+        """v(x, t), (B, ...); times of less noise than the teacher knows, or than LEAST, are taken there."""
         cond = cond if self.teacher.guided else replace(cond, guidance=None)
+        t = self.path.clock(t).clamp(min=self.lowest())
         with torch.no_grad():
             if self.teacher.path == self.path:
                 return self.teacher.velocity(x, t, cond)
             return self.path.velocity_from_denoised(x, denoiser_on(self.path, self.teacher)(x, t, cond), t)
+
+    def lowest(self) -> float:
+        """The time of the least noise at which the teacher has a velocity."""
+        known = self.teacher.path.tau(torch.tensor(self.teacher.path.t_min, dtype=torch.float64))
+        return float(self.path.time_from_tau(known.clamp(min=LEAST)))

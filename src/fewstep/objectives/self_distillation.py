@@ -34,6 +34,8 @@ class ESD(JointObjective):
 
     derivative: Derivative = Derivative()
 
+    passes_back_tangents: ClassVar[bool] = True
+
     def off_diagonal(
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
     ) -> Comparison:
@@ -58,16 +60,12 @@ class LSD(PairObjective):
         return self.pairs.flow_matching_ratio > 0
 
     differentiates: ClassVar[bool] = True
+    passes_back_tangents: ClassVar[bool] = True
 
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         cond = self.condition(flow_map, batch, t)
-        output, d_output = self.derivative.at_end(flow_map, x, t, s, cond, attached=True)
-
-        def jump(s: Tensor, output: Tensor) -> Tensor:
-            return flow_map.apply_jump(x, output, t, s)
-
-        reached, d_reached = jvp(jump, (s, output), (torch.ones_like(s), d_output))
+        reached, d_reached, d_output = moving_end(self.derivative, flow_map, x, t, s, cond)
         with torch.no_grad():
             v = flow_map.velocity(reached, s, cond)
         return Comparison(d_reached - v, d_reached, d_output)
@@ -100,6 +98,19 @@ class PSD(PairObjective):
     def between(self, path: Path, batch: Batch) -> Tensor:
         """u of samples with s < t, (B,): a draw, or the middle, between the quantiles of s and t."""
         return self.pairs.between(path, batch, batch.draws.uniform(STREAM_U) if self.u == "uniform" else 0.5)
+
+
+def moving_end(
+    derivative: Derivative, flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(X, d_s X, dN/ds) at (x, t, s), each with its graph: where a jump ends, and how fast its end moves with s."""
+    output, d_output = derivative.at_end(flow_map, x, t, s, cond, attached=True)
+
+    def jump(s: Tensor, output: Tensor) -> Tensor:
+        return flow_map.apply_jump(x, output, t, s)
+
+    reached, d_reached = jvp(jump, (s, output), (torch.ones_like(s), d_output))
+    return reached, d_reached, d_output
 
 
 def semigroup(flow_map: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, goal: Tensor) -> Comparison:

@@ -6,6 +6,7 @@ from fewstep.objectives.base import Objective
 from fewstep.objectives.consistency import CT, ECT
 from fewstep.objectives.ctm import CTM
 from fewstep.objectives.distillation import CD
+from fewstep.objectives.flow_map_distillation import EMD, LMD
 from fewstep.objectives.flow_matching import DiagonalMatching
 from fewstep.objectives.isd import ISD
 from fewstep.objectives.mean_flow import MeanFlow
@@ -87,6 +88,14 @@ TABLE = (
     Entry(
         "sCD", SCD, "|N - sg(N + h)|^2, h = c R / (rms(c R) + 0.1), s = t_min",
         "the teacher's", "N", Passes(1, 0, 1, 1, 1), "2410.11081",
+    ),
+    Entry(
+        "EMD", EMD, "|N - sg(N + h)|^2, h = R / (rms(R) + 0.1), any s; |v(x_t, t) - v_teacher|^2 where s = t",
+        "the teacher's", "N", Passes(1, 0, 1, 1, 1), "2506.14603",
+    ),
+    Entry(
+        "LMD", LMD, "|d_s X - sg v_teacher(X, s)|^2, any s; |v(x_t, t) - v_teacher|^2 where s = t",
+        "the teacher's at the jump's end", "N and dN/ds", Passes(1, 0, 1, 2, 1), "2406.07507",
     ),
     Entry(
         "MeanFlow", MeanFlow, "w |N - sg(N + R)|^2",

@@ -11,7 +11,7 @@ from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, TeacherScalingConfig
 from fewstep.networks.base import TeacherNetworkConfig
-from fewstep.objectives import CD, CTM, TeacherSteps
+from fewstep.objectives import CD, CTM, EMD, LMD, TeacherSteps
 from fewstep.recipes.config import (
     EvaluationConfig,
     ModelConfig,
@@ -106,6 +106,22 @@ def ctm_flow_matching() -> RunConfig:
         teacher="runs/digits-flow-matching",
         initial="teacher",
     )
+
+
+def emd_flow_matching() -> RunConfig:
+    """Eulerian map distillation (AYF-EMD) from the teacher `digits-flow-matching`: its velocity drives the tangent.
+
+    FIGURES-EMD
+    """
+    return replace(ctm_flow_matching(), recipe="emd-flow-matching", objective=EMD())
+
+
+def lmd_flow_matching() -> RunConfig:
+    """Lagrangian map distillation from the teacher `digits-flow-matching`: the end of a jump moves as the teacher says.
+
+    FIGURES-LMD
+    """
+    return replace(ctm_flow_matching(), recipe="lmd-flow-matching", objective=LMD())
 
 
 def distil_diffusers() -> RunConfig:

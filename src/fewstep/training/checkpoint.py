@@ -94,6 +94,8 @@ def stored_discriminator(folder: Path) -> tuple[dict[str, Tensor], str]:
 def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's step, images and seconds; whether what is shown at its step is still to be; digests of its files.
 
+    derivative: what a probe chose in place of the objective's own, '' for nothing.
+
     Raises CheckpointError when the file is damaged, or not what was written, as far as its own digest tells.
     """
     file = folder / STATE_FILE
@@ -107,6 +109,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             "images": int(state["images"]),
             "seconds": float(state["seconds"]),
             "pending": bool(state.get("pending", False)),
+            "derivative": str(state.get("derivative", "")),
             "digests": dict(state.get("digests", {})),
         }
 

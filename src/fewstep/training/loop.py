@@ -21,15 +21,18 @@ from torch import Tensor, nn
 from fewstep.data.augment import random_flips
 from fewstep.data.base import Dataset
 from fewstep.data.order import batch_indices
-from fewstep.objectives import Batch, Companions
+from fewstep.flow.derivatives import no_forward_mode
+from fewstep.flow.flow_map import FlowMap
+from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown
+from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown, read_state
 from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
 from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
+from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
 from fewstep.training.setup import build, check_discriminator, check_guidance, check_run, check_weights, data_record
@@ -128,13 +131,31 @@ class Trainer:
             shape, classes, seed = dataset.shape, dataset.num_classes, config.training.seed
             gan = GAN(config.gan, shape, classes, seed, device, self.mean_over_processes)
         self.learner = Learner(config, pipeline, statistics, gan)
-        self.loss = TrainStep(pipeline.flow_map, config.objective, config.training.precision == "bf16")
+        self.step, self.seconds, self.pending = 0, 0.0, False
+        objective, self.derivative = self.differentiable(pipeline.flow_map)
+        self.loss = TrainStep(pipeline.flow_map, objective, config.training.precision == "bf16")
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
             self.module = self.accelerator.prepare(self.loss)
-        self.step, self.seconds, self.pending = 0, 0.0, False
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping = False
+
+    def differentiable(self, flow_map: FlowMap) -> tuple[Objective, str]:
+        """The objective with derivatives that serve the network, and their kind where that is not the objective's own.
+
+        A checkpoint says which were chosen; before the first step they are tried, with a FewstepWarning where forward
+        mode is given up.
+        """
+        objective, bf16 = self.config.objective, self.config.training.precision == "bf16"
+        if self.run.checkpoints():
+            chosen = read_state(self.run.last_checkpoint())["derivative"]
+        elif needs_probe(objective) and (reason := fault(objective, flow_map, self.batch(0, 2), bf16)):
+            chosen = "finite-difference"
+            if self.accelerator.is_main_process:
+                warnings.warn(no_forward_mode(reason), FewstepWarning, stacklevel=4)
+        else:
+            chosen = ""
+        return (with_derivatives(objective, chosen) if chosen else objective), chosen
 
     def __enter__(self) -> Self:
         return self
@@ -345,7 +366,8 @@ class Trainer:
             raise TrainingDivergedError(f"after step {self.step}, {error}; {last_good(self.run)}") from error
         if self.accelerator.is_main_process:
             state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            self.learner.save(self.run.checkpoint(self.step), state | {"pending": bool(self.watchers())})
+            state |= {"pending": bool(self.watchers()), "derivative": self.derivative}
+            self.learner.save(self.run.checkpoint(self.step), state)
             self.run.keep_newest(self.config.training.keep)
 
     def watchers(self) -> list[Watcher]:

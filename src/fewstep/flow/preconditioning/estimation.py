@@ -9,24 +9,24 @@ number of samples. Every noise level sees the same (x0, eps), so that estimates 
 
 import math
 import time
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from fewstep.flow.derivatives import no_forward_mode
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.interpolation import derivative, widths
 from fewstep.flow.preconditioning.statistics import HIGH_NOISE, TrajectoryStatistics
-from fewstep.utils.errors import ConfigError, ShapeError
-from fewstep.utils.forward_ad import jvp
+from fewstep.flow.preconditioning.tangents import DenoiserTangents, PlainDenoiser
+from fewstep.utils.errors import ConfigError, FewstepWarning, ShapeError
 from fewstep.utils.random import Draws, shuffled_rows
 from fewstep.utils.tensors import expand
 
-PlainDenoiser = Callable[[Tensor, Tensor], Tensor]
-"""D(x, t) under no condition: x (B, ...), t (B,) -> (B, ...)."""
 FedData = Tensor | Callable[[Tensor], Tensor]
 
 STREAM_NOISE, STREAM_PROBES = 1, 2
@@ -167,6 +167,17 @@ class StatisticsEstimator:
         self.lam = noise_grid(path, settings.points)
         self.sums = torch.zeros(settings.points, min(BLOCKS, self.samples), len(Moments._fields), dtype=torch.float64)
         self.sums = self.sums.to(self.device)
+        self.tangents = DenoiserTangents(self._denoise, (math.exp(-float(self.lam[-1])), math.exp(-float(self.lam[0]))))
+        self._probe()
+
+    def _probe(self) -> None:
+        """Take differences, with a FewstepWarning, where forward mode fails at the data's own noise level."""
+        numbers = torch.arange(2, device=self.device)
+        x0, eps = self._rows(numbers), Draws(self.seed, 0, numbers).normal(STREAM_NOISE, self.shape, self.dtype)
+        tau = torch.full((2,), self.sigma_data, dtype=torch.float64, device=self.device).clamp(*self.tangents.ends)
+        if reason := self.tangents.fault(x0 + expand(tau, x0).to(x0.dtype) * eps, tau):
+            warnings.warn(no_forward_mode(reason), FewstepWarning, stacklevel=3)
+            self.tangents = replace(self.tangents, kind="finite-difference")
 
     @property
     def seen(self) -> int:
@@ -235,6 +246,7 @@ class StatisticsEstimator:
             seed=self.seed,
             probes=self.probes,
             seconds=seconds,
+            derivative=self.tangents.kind,
         )
 
     def _solve(self, sums: Tensor) -> Estimate:
@@ -253,7 +265,7 @@ class StatisticsEstimator:
         y = x0 + expand(tau, x0).to(x0.dtype) * eps
         trace, denoised = self._trace(y, tau, probes)
         moved = denoised - y
-        _, change = jvp(self._denoise, (y, tau), (moved, -tau))
+        change = self.tangents.change(y, tau, moved)
         noise, w, u = eps.double(), change.double(), moved.double()
         c, d, k = y.double() - self.origin, denoised.double() - self.origin, x0.double() - self.origin
         a, p, q = _dot(noise, d) / tau, _dot(noise, k) / tau, _dot(noise, noise) - 1
@@ -281,7 +293,7 @@ class StatisticsEstimator:
         if not probes:
             return trace, self._denoise(y, tau)
         for probe in probes:
-            denoised, along = jvp(lambda y: self._denoise(y, tau), (y,), (probe,))
+            denoised, along = self.tangents.along(y, tau, probe)
             trace = trace + _dot(probe.double(), along.double()) / (self.probes or 1)
         return trace, denoised
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from fewstep.flow.ode import reference_solution
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.estimation import STREAM_NOISE, PlainDenoiser
+from fewstep.flow.preconditioning.estimation import STREAM_NOISE
+from fewstep.flow.preconditioning.tangents import PlainDenoiser
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws, permutation

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.files import read_record, write_atomically
-from fewstep.utils.serialization import from_json, to_json
+from fewstep.utils.serialization import from_json, later, to_json
 
 # Noise above this many deviations of the data counts as high: the limits of math.md §3.6 are drawn in from here, and
 # hold in full at twice this level.
@@ -29,7 +29,8 @@ class TrajectoryStatistics:
     own error may have moved s at high noise, a bound (`StatisticsEstimator.statistics` derives it).
     s_without_l, and its errors: s estimated afresh for l = 0. mean: of a sample's shape; zeros for raw data.
     sigma_data: the data's standard deviation. limit: of s at high noise. samples, seed, probes (None: exact trace, 0:
-    Stein's identity): how they were estimated; samples = 0 for closed forms. seconds: what it took; not compared by ==.
+    Stein's identity), derivative: how they were estimated; samples = 0 for closed forms. seconds: what it took; not
+    compared by ==.
     """
 
     lam: Tensor
@@ -49,6 +50,7 @@ class TrajectoryStatistics:
     probes: int | None
     is_shrunk: bool = False
     seconds: float = 0.0
+    derivative: Literal["exact", "finite-difference"] = later(lambda: "exact")
 
     def __post_init__(self) -> None:
         if self.lam.ndim != 1 or len(self.lam) < 3 or not self.sigma_data > 0:
