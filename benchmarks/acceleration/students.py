@@ -204,8 +204,12 @@ GRID = Grid(RESULTS / "acceleration" / "cells.jsonl", ("dataset", "method", "see
 
 def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
     """Train one student, measuring at the plan's moments."""
-    config = replace(methods(cell.dataset)[cell.method], teacher=str(teacher))
-    config = replace(config, training=replace(config.training, seed=cell.seed))
+    return train_student(methods(cell.dataset)[cell.method], cell.seed, teacher, truth)
+
+
+def train_student(config: fs.RunConfig, seed: int, teacher: Path, truth: Truth) -> Row:
+    """Train a configuration's student, measuring at the plan's moments."""
+    config = replace(config, teacher=str(teacher), training=replace(config.training, seed=seed))
     curve: list[Row] = []
     gamma, spent = 1.0 if isinstance(config.objective, fs.CD) else 0.0, 0.0
     with trainer_of(config, truth.dataset) as trainer:

@@ -77,8 +77,15 @@ class FlowMap(nn.Module):
         t, s = self.path.clock(t), self.path.clock(s)
         c_skip, c_out, c_in = (expand(value, x).to(x.dtype) for value in self.scaling.values(t))
         clock_t, clock_s = (self.scaling.c_noise(time).to(x.dtype) for time in (t, s))
-        raw: Tensor = self.network(c_in * x, clock_t, clock_s, cond)
+        raw: Tensor = self.network(c_in * x, clock_t, clock_s, self._shown(x, t, s, cond))
         return c_skip * x + c_out * raw
+
+    def _shown(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None) -> Condition | None:
+        """The condition with what the skip lets through, for networks that see it; 0 at s = t."""
+        if not (isinstance(self.network, Network) and self.network.sees_skip):
+            return cond
+        seen = self.preconditioning.shown(self.path, x, t, s)
+        return cond if seen is None else replace(cond or Condition(), seen=seen)
 
     def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """X of an output N already computed at (x, t, s)."""

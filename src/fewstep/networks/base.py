@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fewstep.networks.condition import Condition
-from fewstep.networks.layers import ConditionEmbedding
+from fewstep.networks.layers import ConditionEmbedding, LinearLayer, zeroed
 from fewstep.utils.errors import ConfigError, MissingExtraError
 from fewstep.utils.parts import is_own
+from fewstep.utils.tensors import expand
 from fewstep.utils.weights import fit_weights
 
 Shape = tuple[int, ...]
@@ -65,6 +66,9 @@ class Network(nn.Module, ABC):
         """Widths of the embeddings of a prompt's tokens, and of the whole prompt, that it takes; 0 for none."""
         return 0, 0
 
+    sees_skip: bool = False
+    """Whether it is shown what a skip lets through (`Condition.seen`)."""
+
     @property
     def last_layer(self) -> Tensor:
         """The weight of the output layer; raises ConfigError for a network that does not say."""
@@ -90,6 +94,33 @@ class EmbeddingNetwork(Network):
 
     embedding: ConditionEmbedding
     output: nn.Linear | nn.Conv1d | nn.Conv2d
+    seen: nn.Module
+    gate: LinearLayer
+
+    def see_skip(self, layer: nn.Module, width: int) -> None:
+        """Build what takes `Condition.seen`: a layer beside the first, and a gate on the output, both zero at first.
+
+        The weights of a network that sees none still fit. width: of the embedding.
+        """
+        self.sees_skip = True
+        self.seen, self.gate = zeroed(layer), zeroed(LinearLayer(width, 1))
+
+    def with_seen(self, h: Tensor, cond: Condition | None, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """First features with those of what the skip lets through; prepare: as the first layer's input is prepared."""
+        if cond is None or cond.seen is None or not self.sees_skip:
+            return h
+        found: Tensor = h + self.seen(prepare(cond.seen))
+        return found
+
+    def gated(self, out: Tensor, embedding: Tensor, cond: Condition | None) -> Tensor:
+        """The output, with the gate's share of what the skip lets through; embedding (B, width)."""
+        if cond is None or cond.seen is None or not self.sees_skip:
+            return out
+        return out + expand(self.gate(embedding)[:, 0], out) * cond.seen
+
+    def take(self, other: Network, name: str) -> None:
+        own = {key: value for key, value in self.state_dict().items() if key.startswith(("seen.", "gate."))}
+        fit_weights(self, own | other.state_dict(), name)
 
     @property
     def last_layer(self) -> Tensor:

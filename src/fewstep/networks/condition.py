@@ -62,12 +62,14 @@ class Condition:
         path's range (Path.time_from_unit); only for networks built with guided=True, where None means omega = 1.
     observation: (B, To, Do) normalised, what a policy saw last; for networks built to take it, which must have it.
     prompts: embedded; only for foreign networks of text (fewstep.teachers).
+    seen: (B, ...), what a skip lets through (`Preconditioning.shown`), which the flow map fills in.
     """
 
     labels: Tensor | None = None
     guidance: Tensor | None = None
     observation: Tensor | None = None
     prompts: Prompts | None = None
+    seen: Tensor | None = None
 
     @property
     def text(self) -> Tensor | None:

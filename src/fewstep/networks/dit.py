@@ -22,6 +22,7 @@ from fewstep.networks.layers import (
     zeroed,
 )
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 
 _PUBLISHED = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth and heads of each size in table 1 of 2212.09748."""
@@ -49,6 +50,9 @@ class DiTConfig(NetworkConfig):
     """Recompute each block in the backward pass, for less memory and about a third more work."""
     max_frequency: float = 64.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
+
+    sees_skip: bool = later(bool)
+    """Show it what a skip lets through (--model.preconditioning skip)."""
 
     @staticmethod
     def of(
@@ -92,11 +96,13 @@ class DiT(EmbeddingNetwork):
         self.norm = RMSNorm(config.width)
         self.modulation = zeroed(LinearLayer(config.width, 2 * config.width))
         self.output = zeroed(LinearLayer(config.width, size))
+        if config.sees_skip:
+            self.see_skip(LinearLayer(size, config.width, bias=False), config.width)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))
-        h = self.input(self._to_tokens(x)) + self.position
+        h = self.with_seen(self.input(self._to_tokens(x)) + self.position, cond, self._to_tokens)
         for block in self.blocks:
             if self.checkpoint and torch.is_grad_enabled() and not carries_tangent(h, embedding):
                 # Nothing random happens in a block, so there is no generator state to keep.
@@ -104,7 +110,7 @@ class DiT(EmbeddingNetwork):
             else:
                 h = block(h, embedding, self.rotary)
         scale, shift = self.modulation(embedding)[:, None].chunk(2, -1)
-        return self._to_image(self.output(self.norm(h) * (1 + scale) + shift))
+        return self.gated(self._to_image(self.output(self.norm(h) * (1 + scale) + shift)), embedding, cond)
 
     def _to_tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, C * patch^2), tokens in row-major order."""

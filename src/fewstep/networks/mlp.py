@@ -10,6 +10,7 @@ from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, LinearLayer, check_inputs, layer_norm, silu, zeroed
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class MLPConfig(NetworkConfig):
     """Width of the embedding of times and conditions."""
     max_frequency: float = 64.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
+
+    sees_skip: bool = later(bool)
+    """Show it what a skip lets through (--model.preconditioning skip)."""
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "MLP":
         return MLP(self, shape, num_classes, guided, observation)
@@ -49,16 +53,20 @@ class MLP(EmbeddingNetwork):
         self.input = LinearLayer(size + seen, config.width)
         self.blocks = nn.ModuleList([MLPBlock(config.width, hidden) for _ in range(config.depth)])
         self.output = zeroed(LinearLayer(config.width, size))
+        if config.sees_skip:
+            self.see_skip(LinearLayer(size, config.width, bias=False), width)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
-        modulation = self.modulation(silu(self.embedding(t, s, cond)))
+        embedding = silu(self.embedding(t, s, cond))
+        modulation = self.modulation(embedding)
         scales, shifts = (part.unbind(1) for part in modulation.unflatten(1, (2, len(self.blocks), -1)).unbind(1))
         h = self.input(torch.cat([x.reshape(x.shape[0], -1), *self._seen(x, cond)], 1))
+        h = self.with_seen(h, cond, lambda seen: seen.flatten(1))
         for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
             h = block(h, scale, shift)
         out: Tensor = self.output(layer_norm(h))
-        return out.reshape(x.shape)
+        return self.gated(out.reshape(x.shape), embedding, cond)
 
     def _seen(self, x: Tensor, cond: Condition | None) -> list[Tensor]:
         """The observations, flat; the embedding has checked that they are there."""

@@ -10,6 +10,7 @@ from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, check_inputs, silu, zeroed
 from fewstep.networks.pyramid import Pyramid, ResidualBlock, Widths, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class UNetConfig(NetworkConfig):
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
     patch: int = 1
     """Side of the pixel blocks folded into channels (2301.11093): 2 makes every level a quarter as large and costly."""
+
+    sees_skip: bool = later(bool)
+    """Show it what a skip lets through (--model.preconditioning skip)."""
 
     @property
     def stochastic(self) -> bool:
@@ -66,15 +70,19 @@ class UNet(Pyramid):
         self.up = nn.ModuleList(_stage(config, *stage) for stage in zip(up, reversed(heights), strict=True))
         self.norm = GroupNorm(channels[0])
         self.output = zeroed(same_size(Conv2d, channels[0], folded, 3))
+        if config.sees_skip:
+            self.see_skip(Conv2d(folded, channels[0], 3, padding=1, bias=False), width)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))
         h = self.input(functional.pixel_unshuffle(x, self.patch))
+        h = self.with_seen(h, cond, lambda seen: functional.pixel_unshuffle(seen, self.patch))
         h, skips = self.descend(h, embedding, functional.avg_pool2d)
         for block in self.middle:
             h = block(h, embedding)
-        return functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
+        out = functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
+        return self.gated(out, embedding, cond)
 
 
 def _stage(config: UNetConfig, widths: Widths, height: int) -> nn.ModuleList:

@@ -11,6 +11,7 @@ from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, Conv1d, GroupNorm, check_inputs, silu, zeroed
 from fewstep.networks.pyramid import Pyramid, ResidualBlock, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class UNet1dConfig(NetworkConfig):
     """Width of the embedding of times and observations."""
     max_frequency: float = 16.0
     """Highest frequency of the time embedding, radians per unit of t: the higher, the finer, but d/dt is noisier."""
+
+    sees_skip: bool = later(bool)
+    """Show it what a skip lets through (--model.preconditioning skip)."""
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "UNet1d":
         return UNet1d(self, shape, num_classes, guided, observation)
@@ -59,13 +63,18 @@ class UNet1d(Pyramid):
         self.up.extend(nn.ModuleList(map(block, stage)) for stage in up)
         self.norm = GroupNorm(channels[0])
         self.output = zeroed(same_size(Conv1d, channels[0], size, config.kernel))
+        if config.sees_skip:
+            half = config.kernel // 2
+            self.see_skip(Conv1d(size, channels[0], config.kernel, padding=half, bias=False), width)
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         embedding = silu(self.embedding(t, s, cond))
-        h, skips = self.descend(self.input(x.transpose(1, 2)), embedding, functional.avg_pool1d)
+        h = self.input(x.transpose(1, 2))
+        h = self.with_seen(h, cond, lambda seen: seen.transpose(1, 2))
+        h, skips = self.descend(h, embedding, functional.avg_pool1d)
         out: Tensor = self.output(self.climb(self.middle(h, embedding), embedding, skips))
-        return out.transpose(1, 2)
+        return self.gated(out.transpose(1, 2), embedding, cond)
 
 
 def _check(config: UNet1dConfig, shape: tuple[int, ...]) -> None:

@@ -110,6 +110,10 @@ class Preconditioning(ABC):
         p = path.values(t)
         return residual + expand(-p.d_alpha * d.f - p.alpha * d.f_t - d.g_t, x).to(x.dtype) * self.origin.to(x)
 
+    def shown(self, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor | None:
+        """What a network may be shown of the jump besides x and the times, (B, ...); None for nothing."""
+        return None
+
     def passed(self, path: Path, change: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """What a jump makes of a small change of x, (B, ...), the network apart: f times it."""
         return expand(self.coefficients(t, s)[0], change).to(change.dtype) * change

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import final
 
 import torch
@@ -39,6 +39,16 @@ class Covariance(ABC):
     def __hash__(self) -> int:
         return hash((type(self), self.mean.shape, float(self.mean.sum())))
 
+    @cached_property
+    def deviation(self) -> float:
+        """The root of the mean variance of a number."""
+        return math.sqrt(self.total / self.mean.numel())
+
+    @property
+    @abstractmethod
+    def total(self) -> float:
+        """The sum of all variances."""
+
     @abstractmethod
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         """V diag(gain(lam)) V' x, each direction of x (B, ...) times the gain of its variance."""
@@ -62,6 +72,10 @@ class PrincipalComponents(Covariance):
             )
         # As it is read back from a file: products of another layout round otherwise.
         object.__setattr__(self, "vectors", self.vectors.contiguous())
+
+    @property
+    def total(self) -> float:
+        return float(self.variances.sum()) + (self.mean.numel() - len(self.variances)) * self.rest
 
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         vectors, flat = self.vectors.to(x), x.flatten(1)
@@ -89,6 +103,10 @@ class CosineVariances(Covariance):
                 f"variances of cosine coefficients of shape {tuple(self.variances.shape)} do not fit images of shape "
                 f"{tuple(self.mean.shape)}"
             )
+
+    @property
+    def total(self) -> float:
+        return float(self.variances.sum())
 
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         gains = gain(self.variances.flatten()[None].to(x.device)).to(x.dtype)

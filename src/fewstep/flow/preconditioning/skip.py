@@ -87,6 +87,11 @@ class SkipPreconditioning(Preconditioning):
     def passed(self, path: Path, change: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return self.covariance.scaled(change, lambda lam: self._gain(lam, t, s))
 
+    def shown(self, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """(G - g n - f)(x - alpha_t m)/sd: what a jump lets through beyond f x, which N must undo where it is wrong."""
+        centred = x - expand(self.path.values(t).alpha, x).to(x.dtype) * self.covariance.mean.to(x)
+        return (self.passed(path, centred, t, s) - self.base.passed(path, centred, t, s)) / self.covariance.deviation
+
     def linear(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """X_G - g N_G = (G - g n)(x - alpha_t m) + (alpha_s - g n_m) m, (B, ...): the jump without the network."""
         at_t, at_s, mean = self.path.values(t), self.path.values(s), self.covariance.mean.to(x)
