@@ -28,7 +28,7 @@ STATE_FILE = "state.json"
 LAST_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 DISCRIMINATOR_FILE = "discriminator.safetensors"
-_KEYS = {"step", "images", "seconds", "pending", "digests", "digest"}
+_KEYS = {"step", "images", "seconds", "pending", "derivative", "digests", "digest"}
 
 
 def remove_folder(folder: Path) -> None:
