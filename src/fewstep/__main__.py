@@ -5,7 +5,17 @@ On CPUs accelerate launches one process whatever is asked for: take torchrun for
 
 import sys
 
-from fewstep.cli.main import main
+
+def run() -> int:
+    """The command line; an interrupt is one line from the very first, while it is still being imported."""
+    try:
+        from fewstep.cli.main import main
+
+        return main()
+    except KeyboardInterrupt:
+        sys.stderr.write("fewstep: interrupted\n")
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

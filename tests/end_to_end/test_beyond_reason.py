@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewstep import __main__ as fewstep_main
 from fewstep.training import RunFolder
 from tests.support.commands import SMALL, STEPS, Command, Finished, contents
 
 BINARY = b"\x80\xff\x00\n" * 9
 DEEP = b"[" * 100_000
+CLOCK: dict[str, Any] = {
+    "type": "DiscreteVP", "schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "steps": 10**9, "betas": [],
+    "zero_snr": False,
+}  # fmt: skip
 FIGURE: dict[str, Any] = {"method": "iSD", "nfe": 1, "frechet": 1.5, "extractor": "e", "reference": "r", "samples": 8}
 
 
@@ -64,6 +71,19 @@ def test_figures_that_are_none_are_named(rows: list[object], run: Path, command:
     assert_refused(command("report", run), r"figures\.json is damaged .*: delete it, and run fewstep evaluate")
 
 
+def test_a_report_of_any_number_of_names_ends_soon_and_without_a_word(run: Path, command: Command) -> None:
+    """Hundreds of quantities in a log, many extractors, names that a terminal would obey and no font has."""
+    record = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    (run / "log.jsonl").write_text(json.dumps(record | {f"k{i}\x1b": 1.0 for i in range(300)}) + "\n")
+    rows = [FIGURE | {"method": f"m{i}\x1b[31m", "extractor": f"e{i // 2}\x1b"} for i in range(40)]
+    (run / "figures.json").write_text(json.dumps(rows))
+    shown = command("report", run)
+    assert (shown.code, shown.err) == (0, "")
+    page = (run / "report.html").read_text()
+    assert page.count("<picture>") == 9  # eight extractors and the training
+    assert "\x1b" not in shown.out
+
+
 @pytest.mark.parametrize("data", [{"classes": 10}, [], None, {"classes": "two"}])
 def test_a_run_that_does_not_say_what_its_data_are(data: object, run: Path, command: Command) -> None:
     change(run / "config.json", "data", value=data)
@@ -79,6 +99,11 @@ def test_a_run_that_does_not_say_what_its_data_are(data: object, run: Path, comm
         (("flow_map", "network", "width"), -5, r"config\.json is damaged \(an MLP needs width"),
         (("flow_map", "network", "expansion"), float("nan"), r"config\.json is damaged \(an MLP needs"),
         (("flow_map",), [1], r"config\.json must be an object"),
+        (("flow_map", "sigma_data"), float("nan"), r"config\.json: sigma_data is nan; it must be positive"),
+        (("flow_map", "path"), CLOCK, r"config\.json\.path: a variance-preserving path of 1000000000 steps"),
+        (("pipeline", "class_names"), ["cat"], r"config\.json is damaged \(1 names of 2 classes\)"),
+        (("pipeline", "data_range"), [1.0, 1.0], r"config\.json: pipeline: data_range is .*black must be below white"),
+        (("flow_map", "shape"), [1, 10**9, 10**9], r"config\.json is damaged \(no network can be made"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_named(
@@ -165,6 +190,20 @@ def test_memory_that_runs_out(error: Exception, command: Command, monkeypatch: p
 
     monkeypatch.setattr("fewstep.training.train", exhaust)
     assert_refused(command("train", "digits", *SMALL), r"out of memory \(.+\): take a smaller network")
+
+
+def test_an_interrupt_while_the_command_line_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting(MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "fewstep.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fewstep.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    assert fewstep_main.run() == 130
+    assert capsys.readouterr().err == "fewstep: interrupted\n"
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Inputs that went wrong for new users, on the command line: each is done right, or refused in one line."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -85,6 +86,20 @@ def test_two_class_folders_that_are_one(tmp_path: Path, command: Command) -> Non
     shutil.rmtree(tmp_path / "images" / "2")
     (tmp_path / "images" / "2").symlink_to("1")
     refused(train(command, "images", tmp_path / "images"), "are one folder")
+
+
+def test_a_class_folder_that_cannot_be_read_shifts_no_other(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, scan = numbered_folders(tmp_path / "images", 3), os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path).name == "2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    refused(train(command, "images", folder), "images/2", "Permission denied")
 
 
 def test_layouts_that_can_be_misread_are_asked_for(tmp_path: Path, command: Command) -> None:

@@ -73,7 +73,7 @@ def _plain_warnings() -> Iterator[None]:
     ) -> str:
         if issubclass(category, FewstepWarning):
             return _line(message) + "\n"
-        return usual(message, category, filename, lineno, line)
+        return printable(usual(message, category, filename, lineno, line))
 
     warnings.formatwarning = plain
     try:

@@ -15,6 +15,7 @@ from fewstep.utils.tensors import in_float64
 BetaSchedule = Literal["linear", "scaled-linear", "cosine", "given"]
 _LEAST_SIGNAL = 2.0**-24  # alpha^2 in place of the 0 of schedules that end in pure noise
 _NEWTON_STEPS = 40
+_MOST_STEPS = 10**6
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class DiscreteVP(Path):
 
     schedule: betas linear in the step, `scaled-linear` in their roots (2112.10752), `cosine` (2102.09672), or `given`.
     zero_snr: the last step is pure noise (2305.08891); its signal is held at alpha^2 = 2^-24.
-    Raises ConfigError for fewer than two steps, and for betas outside (0, 1).
+    Raises ConfigError for fewer than two steps or more than a million, and for betas outside (0, 1).
     """
 
     schedule: BetaSchedule = "linear"
@@ -38,8 +39,8 @@ class DiscreteVP(Path):
 
     def __post_init__(self) -> None:
         count = len(self.betas) if self.schedule == "given" else self.steps
-        if count < 2:
-            raise ConfigError(f"a variance-preserving path of {count} steps: it needs at least 2")
+        if not 2 <= count <= _MOST_STEPS:
+            raise ConfigError(f"a variance-preserving path of {count} steps: it needs from 2 to {_MOST_STEPS}")
         betas = self._betas()
         if not bool(((betas > 0) & (betas < 1)).all()):
             raise ConfigError(f"betas from {float(betas.min()):g} to {float(betas.max()):g}: they lie between 0 and 1")

@@ -12,7 +12,7 @@ from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_batch, expand
+from fewstep.utils.tensors import check_batch, check_positive, expand
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class FlowMapConfig:
 
     shape: of one sample. guided: whether the network takes guidance's strength and interval. sigma_data: the data's
     standard deviation. observation: shape (To, Do) of what a policy sees; () for anything else.
-    Raises ConfigError for sizes below 1.
+    Raises ConfigError for sizes below 1, and a sigma_data that is not positive and finite.
     """
 
     path: Path
@@ -40,6 +40,7 @@ class FlowMapConfig:
                 f"samples of shape {self.shape}, observations of shape {self.observation} and {self.num_classes} "
                 "classes: sizes must be at least 1, and the number of classes at least 0"
             )
+        check_positive(sigma_data=self.sigma_data)
 
     def build(self) -> "FlowMap":
         """A flow map with freshly initialised weights."""

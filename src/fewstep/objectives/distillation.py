@@ -19,6 +19,8 @@ from fewstep.objectives.losses import DistanceObjective
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 
+_MOST_POINTS = 10**6
+
 
 @final
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class TeacherSteps:
     """Most grid cells between t and u; 0 for no limit."""
 
     def __post_init__(self) -> None:
-        if self.points < 2 or self.longest < 0:
-            raise ConfigError(f"a teacher's grid needs at least 2 points and longest of at least 0, got {self}")
+        if not 2 <= self.points <= _MOST_POINTS or self.longest < 0:
+            raise ConfigError(
+                f"a teacher's grid needs at least 2 points, {_MOST_POINTS} at most, and longest of at least 0: {self}"
+            )
 
     def draw(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Grid indices n < k <= j of t, u and s, (B,) int64; j is the last where every jump goes to the data end."""

@@ -50,6 +50,11 @@ class PipelineConfig:
     latents: LatentSpec | None = later(lambda: None)
     policy: PolicySpec | None = later(lambda: None)
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a range whose ends do not rise."""
+        if self.data_range is not None and not -math.inf < self.data_range[0] < self.data_range[1] < math.inf:
+            raise ConfigError(f"data_range is {self.data_range}: black must be below white, both finite")
+
 
 class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-step-generation"]):
     """A flow map with what its samples are: draws them, makes images of them, is saved and loaded.
@@ -193,6 +198,9 @@ def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
 
 def _load(config_file: Path, weights_file: Path) -> Pipeline:
     config, pipeline = _read_config(config_file)
+    if config.num_classes and pipeline.class_names and len(pipeline.class_names) != config.num_classes:
+        reason = f"{len(pipeline.class_names)} names of {config.num_classes} classes"
+        raise CheckpointError(f"{config_file} is damaged ({reason}): {_ADVICE}")
     stored = read_shapes(weights_file)
     with reading(config_file, _ADVICE):  # compared before there is time or memory for it
         given = (config.shape, config.num_classes, config.guided, config.observation)

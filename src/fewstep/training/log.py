@@ -14,14 +14,14 @@ from fewstep.training.checkpoint import is_sound
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import TrainingDivergedError
-from fewstep.utils.text import quoted
+from fewstep.utils.text import printable, quoted
 
 
 def progress_bar(settings: TrainingConfig, name: str, hidden: bool) -> "tqdm[Any]":
     """Counts images, or seconds where they end the run; shows speed, loss and the time left."""
     unit, total = ("s", settings.seconds) if settings.seconds else ("img", settings.images)
     return tqdm(
-        total=total, unit=unit, unit_scale=True, disable=hidden, desc=name, file=sys.stderr, mininterval=0.5,
+        total=total, unit=unit, unit_scale=True, disable=hidden, desc=printable(name), file=sys.stderr, mininterval=0.5,
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ Each figure is drawn on a canvas of its own: pyplot and its global state are nev
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from PIL import Image
 
 from fewstep.evaluation.report.numbers import tick
 from fewstep.sampling.images import png_bytes
+from fewstep.utils.text import printable
 
 Record = Mapping[str, object]
 
@@ -143,8 +145,8 @@ def legend_beside_title(axis: Axes, handles: Sequence[Line2D], labels: Sequence[
 
 
 def shorten(text: str, length: int) -> str:
-    """At most `length` characters, the middle left out; dollar signs are not mathematics."""
-    half = (length - 1) // 2
+    """At most `length` characters, all of them visible, the middle left out; dollar signs are not mathematics."""
+    half, text = (length - 1) // 2, printable(text)
     short = text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
     return short.replace("$", r"\$")
 
@@ -154,6 +156,8 @@ def to_png(figure: Figure, shades: bool = False) -> bytes:
     with more care, for figures that measure by colour.
     """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})
+    with warnings.catch_warnings():  # of letters that no font has, and of legends that take all room
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})
     colours, method = (256, Image.Quantize.MEDIANCUT) if shades else (128, Image.Quantize.FASTOCTREE)
     return png_bytes(Image.open(buffer).convert("RGB").quantize(colours, method=method))

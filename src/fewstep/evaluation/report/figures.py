@@ -27,6 +27,7 @@ from fewstep.utils.errors import DataError, ShapeError
 Points = tuple[list[float], list[float]]
 Style = Literal["-", "--", ":", "-."]
 
+_MOST_KEYS = 40
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLES: tuple[Style, ...] = ("-", "--", ":", "-.")
 _NORMS = {"grad_norm": "mean", "grad_norm_max": "largest", "grad_norm_q50": "median", "grad_norm_q99": "99 % quantile"}
@@ -44,10 +45,11 @@ def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark:
     """The course of one or several runs against images seen: loss, gradient and what they are made of.
 
     logs: by name of the run, the records of its log. Panels without a finite value are left out. Gradient norms
-    and sizes are on a log axis, losses too when they are positive and spread over more than a factor of three.
+    and sizes are on a log axis, losses too when they are positive and spread over more than a factor of three. Of
+    quantities that objectives name themselves 40 are drawn.
     Raises DataError when nothing is left.
     """
-    logged = sorted({key for log in logs.values() for record in log for key in record} - _LEFT_OUT)
+    logged = sorted({key for log in logs.values() for record in log for key in record} - _LEFT_OUT)[:_MOST_KEYS]
     norms = {key: key.removeprefix("grad_norm_") for key in logged if key.startswith("grad_norm")}
     panels = {
         "Loss": {"loss": "loss"},

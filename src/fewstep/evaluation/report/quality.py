@@ -13,12 +13,13 @@ from fewstep.evaluation.report.html import Plot, plot
 from fewstep.evaluation.report.numbers import NOTHING, count, finite, number, with_error
 
 Row = Mapping[str, Any]
+_MOST_DRAWN, _MOST_LINES = 8, 40  # extractors, and methods in a figure: no run has as many
 
 
 def quality_parts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the section shows of each extractor apart: distances between different features do not compare."""
-    extractors = dict.fromkeys(str(row["extractor"]) for row in rows)
-    return [_part(name, [row for row in rows if str(row["extractor"]) == name]) for name in extractors]
+    """What the section shows of the first eight extractors, each apart: distances between features do not compare."""
+    extractors = list(dict.fromkeys(str(row["extractor"]) for row in rows))
+    return [_part(name, [row for row in rows if str(row["extractor"]) == name]) for name in extractors[:_MOST_DRAWN]]
 
 
 def _part(extractor: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def _sampled(rows: Sequence[Row]) -> list[Row]:
 def _figure(extractor: str, rows: Sequence[Row]) -> Plot | None:
     if all(finite(row, key) is None for row in rows for key in ("frechet", "accuracy", "precision", "recall")):
         return None
+    shown = list(dict.fromkeys(str(row["method"]) for row in rows))[:_MOST_LINES]
+    rows = [row for row in rows if row["method"] in shown]
     methods = ", ".join(dict.fromkeys(str(row["method"]) for row in _sampled(rows)))
     alt = f"Fréchet distance with features {extractor} against network calls: {methods}"
     return plot(lambda columns, dark: quality_curves(rows, columns=columns, dark=dark), 3, alt)
