@@ -120,13 +120,13 @@ def test_no_part_of_a_state_can_change_unnoticed(key: str, command: Command, run
     other: Any = {"model.safetensors": "0"} if key == "digests" else "0" if key == "digest" else value + 1
     for spoilt in (state | {key: other}, {name + "_" * (name == key): each for name, each in state.items()}):
         file.write_text(json.dumps(spoilt))
-        refused(command("report", run.root), "step-00000010/state.json is damaged", "--from 9")
+        refused(command("sample", run.root), "step-00000010/state.json is damaged", "--from 9")
     file.write_text(json.dumps(state))
-    assert command("report", run.root).code == 0
+    assert command("sample", run.root).code == 0
     for name in ("digest", "digests"):
         del state[name]  # as a checkpoint was before there were any
     file.write_text(json.dumps(state))
-    assert command("report", run.root).code == 0
+    assert command("sample", run.root).code == 0
 
 
 # Runs that diverged

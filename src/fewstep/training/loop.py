@@ -25,7 +25,7 @@ from fewstep.flow.derivatives import no_forward_mode
 from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown, read_state
+from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown
 from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
@@ -148,7 +148,7 @@ class Trainer:
         """
         objective, bf16 = self.config.objective, self.config.training.precision == "bf16"
         if self.run.checkpoints():
-            chosen = read_state(self.run.last_checkpoint())["derivative"]
+            chosen = self.run.state()["derivative"]
         elif needs_probe(objective) and (reason := fault(objective, flow_map, self.batch(0, 2), bf16)):
             chosen = "finite-difference"
             if self.accelerator.is_main_process:
