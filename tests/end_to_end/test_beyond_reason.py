@@ -202,7 +202,7 @@ def test_an_interrupt_while_the_command_line_is_imported(
 
     monkeypatch.delitem(sys.modules, "fewstep.cli.main")
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    assert fewstep_main.run() == 130
+    assert fewstep_main.main() == 130
     assert capsys.readouterr().err == "fewstep: interrupted\n"
 
 
