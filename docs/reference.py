@@ -53,7 +53,7 @@ def parser_of(command: str, args: Sequence[str] = ()) -> Any:
 
     real, tyro.cli = tyro.cli, capture
     try:
-        run_command(command, [*args, "--help"])
+        run_command(command, [*args, "--help-all" if args else "--help"])
     except _CapturedError:
         pass
     except Exception:

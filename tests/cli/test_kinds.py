@@ -116,7 +116,7 @@ def test_no_two_kinds_of_a_setting_share_a_name(owner: object, field: str) -> No
     assert len({kind_name(cls) for cls in own}) == len(own) > 1
 
 
-@pytest.mark.parametrize("words", ["--help", "--network --help"])
+@pytest.mark.parametrize("words", ["--help-all", "--network --help-all"])
 def test_help_lists_the_kinds(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")  # a narrow one breaks the lines
     with pytest.raises(SystemExit):

@@ -45,7 +45,7 @@ def choose_kinds(settings: T, args: Sequence[str], prefix: str = "") -> tuple[T,
         position = _position(rest, option)
         while position is not None:  # the last one counts, as of any option
             word, rest = _taken(rest, position)
-            if word or not {"-h", "--help"} & set(rest):
+            if word or not {"-h", "--help", "--help-all"} & set(rest):
                 name, annotation = known[option]
                 settings = _with_kind(settings, name.split("."), _kind(annotation, word, option))
             position = _position(rest, option)

@@ -1,6 +1,7 @@
 """The command line: which command, and what becomes of its failures."""
 
 import contextlib
+import difflib
 import errno
 import importlib
 import os
@@ -138,7 +139,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            raise ConfigError(f"unknown command {arguments[0]!r}; commands: {', '.join(COMMANDS)}")
+            close = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; commands: {', '.join(COMMANDS)}"
+            raise ConfigError(f"unknown command {arguments[0]!r}{hint}")
         with _plain_warnings(), _interrupts():
             run_command(arguments[0], arguments[1:])
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 import tyro
 
+from fewstep.cli.help import short_help
 from fewstep.cli.kinds import choices, choose_kinds
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kinds
@@ -25,8 +26,14 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
     description = None
     args = [_SHORT.get(word, word) for word in args]
     if default is not None:
+        asked = tuple(name.removeprefix("run.") for name, _ in choices(default))
+        asked = tuple(name for name in asked if f"--{name}" in {word.partition("=")[0] for word in args})
         default, args = choose_kinds(default, args, prefix="run.")
+        if hasattr(default, "run") and {"-h", "--help"} & set(args):
+            print(short_help(default, f"fewstep {command}", asked))
+            raise SystemExit(0)
         description = _with_choices(default)
+    args = ["--help" if word == "--help-all" else word for word in args]
     try:
         with contextlib.redirect_stderr(complaint):
             parsed, unknown = tyro.cli(

@@ -26,7 +26,7 @@ A recipe of your own is a function in FILE.py or FILE.py:FUNCTION; any run's is 
 The same command goes on where a run stopped, and so does --resume RUN with no other option; --from STEP goes back to
 the checkpoint of that step, --data.root FOLDER says where its data lie now. --initial RUN starts a new run from the
 weights of another.
-fewstep train RECIPE --help shows every option and the recipe's own values."""
+fewstep train RECIPE --help shows the options that people change, with the recipe's values; --help-all every one."""
 
 
 @dataclass(frozen=True)
