@@ -1,5 +1,6 @@
 """What leaves fewstep gives the same samples where it arrives."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from fewstep import FlowMapConfig, LinearPreconditioning, MLPConfig, Pipeline
 from fewstep.export.diffusers import export_diffusers
 from fewstep.export.traced import export_traced
+from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling
 from fewstep.networks.condition import Condition
@@ -50,29 +52,73 @@ def own_words(kind: str, cond: Condition) -> dict[str, Any]:
     return words
 
 
+FLOWS = [kind for kind, tiny in TINY.items() if "flow" in str(tiny.scheduler).lower()]
+
+
 @pytest.mark.parametrize("kind", TINY)
 def test_diffusers_draws_the_same_samples(kind: str, tmp_path: Path) -> None:
     """In 1 and 2 calls from the same noise, to 1e-5 of the largest, by a pipeline that imports nothing of fewstep."""
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     tiny = TINY[kind]
     save_foreign(tmp_path / "teacher", kind)
     student = trained(Pipeline(load_diffusers(tmp_path / "teacher", tiny.shape)))
     export_diffusers(student, tmp_path / "out", (1, 2))
     assert "fewstep." not in (tmp_path / "out" / "pipeline.py").read_text().replace("fewstep/", "")
-    found = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    found.set_progress_bar_config(disable=True)
-    cond, path = tiny.condition(2), student.flow_map.path
+    found = load_pipeline(tmp_path / "out", trust_remote_code=True)
+    cond = tiny.condition(2)
     for calls in (1, 2):
-        times = torch.linspace(path.t_max, path.t_min, calls + 1, dtype=torch.float64)
-        with torch.no_grad():
-            draws = Draws(0, 0, torch.arange(2))
-            own = map_sampler(student.flow_map, path.prior(noise(tiny.shape, 2)), times, cond, draws)
-        theirs = found(
-            num_inference_steps=calls, latents=noise(tiny.shape, 2), output_type="pt", **own_words(kind, cond)
-        ).images
-        torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
-    with pytest.raises(ValueError, match="num_inference_steps is 3; this folder has 1, 2"):
-        found(num_inference_steps=3)
+        assert_drawn_alike(student, found, calls, cond, own_words(kind, cond))
+    if kind not in FLOWS:
+        with pytest.raises(ValueError, match="num_inference_steps is 3; this folder has 1, 2"):
+            found(num_inference_steps=3)
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_student_of_velocities_is_stepped_by_diffusers_scheduler(kind: str, tmp_path: Path) -> None:
+    """With linear preconditioning, in any number of calls, at tuned times where there are any."""
+    pytest.importorskip("diffusers")
+    tiny = TINY[kind]
+    save_foreign(tmp_path / "teacher", kind)
+    student = trained(linear(load_diffusers(tmp_path / "teacher", tiny.shape)))
+    student = student.with_step_times((StepTimes("map", 0.0, 1.0, (1.0, 0.8, 0.0), "a test"),))
+    export_diffusers(student, tmp_path / "out", (1, 2))
+    found = load_pipeline(tmp_path / "out", trust_remote_code=True)
+    assert type(found.scheduler).__name__ == "FlowMapEulerDiscreteScheduler"
+    cond = tiny.condition(2)
+    for calls, times in ((1, (1.0, 0.0)), (2, (1.0, 0.8, 0.0)), (3, (1.0, 2 / 3, 1 / 3, 0.0))):
+        assert_drawn_alike(student, found, calls, cond, own_words(kind, cond), times)
+
+
+def linear(flow_map: FlowMap) -> Pipeline:
+    """The same network under linear jumps."""
+    assert flow_map.config is not None
+    config, jumps = flow_map.config, LinearPreconditioning()
+    scaling = config.scaling.on(config.path, jumps.denoises)
+    made = replace(config, preconditioning=jumps, scaling=scaling).build()
+    made.network.load_state_dict(flow_map.network.state_dict())
+    return Pipeline(made.eval())
+
+
+def load_pipeline(folder: Path, **options: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    found = DiffusionPipeline.from_pretrained(folder, **options)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def assert_drawn_alike(
+    student: Pipeline, found: Any, calls: int, cond: Condition, words: dict[str, Any], times: tuple[float, ...] = ()
+) -> None:
+    """The same samples from the same noise, at these times or evenly spaced ones."""
+    path, shape = student.flow_map.path, student.flow_map.sample_shape
+    grid = torch.tensor(times, dtype=torch.float64)
+    if not times:
+        grid = torch.linspace(path.t_max, path.t_min, calls + 1, dtype=torch.float64)
+    with torch.no_grad():
+        own = map_sampler(student.flow_map, path.prior(noise(shape, 2)), grid, cond, Draws(0, 0, torch.arange(2)))
+    theirs = found(num_inference_steps=calls, latents=noise(shape, 2), output_type="latent", **words).images
+    torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from typing import Any
 
 from fewstep.data.base import Dataset
 from fewstep.evaluation.metrics.measure import ENOUGH, Evaluator
+from fewstep.training.run_folder import FIGURES_FILE
 from fewstep.utils.files import read_rows, reading, updating, write_atomically
 from fewstep.utils.text import aligned, quoted
 
 Row = dict[str, Any]
-FIGURES_FILE = "figures.json"
 _IDENTITY = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
 _NUMBER = int | float
 _KINDS = {"method": str, "extractor": str, "reference": str, "nfe": int, "frechet": _NUMBER, "samples": int}

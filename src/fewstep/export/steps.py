@@ -17,6 +17,8 @@ from fewstep.sampling.generate import SamplingSettings
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.errors import ConfigError
 
+_EXACT = 1e-12
+
 
 @dataclass(frozen=True)
 class Step:
@@ -36,6 +38,15 @@ class StepTable:
 
     prior: float
     steps: dict[int, tuple[Step, ...]]
+
+    def is_flow(self, noise_time: float) -> bool:
+        """Whether every step is x + (s - t) F(x, t, s) on times from 1 to 0, in a clock of `noise_time` at noise."""
+        flow = self.prior == 1.0
+        for step in (step for steps in self.steps.values() for step in steps):
+            change = (step.s - step.t) / noise_time
+            numbers = step.c_in - 1, step.a - 1, step.b - change, step.origin
+            flow = flow and all(abs(number) < _EXACT for number in numbers)
+        return flow
 
     def to_json(self) -> str:
         """{"prior", "steps": {calls: [{t, s, c_in, a, b, origin}]}}."""

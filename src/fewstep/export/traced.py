@@ -8,110 +8,151 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.export.cards import traced_card, write_card
 from fewstep.export.steps import Step, step_table
 from fewstep.flow.flow_map import FlowMap
-from fewstep.networks.condition import Condition
+from fewstep.networks.base import Network
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.errors import ConfigError, MissingExtraError
+from fewstep.utils.files import new_folder
 
 Format = Literal["onnx", "torch"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+OPSET = 18
+_TOKENS = 8  # of the prompts that are traced; those that are given may have any number
+
+
+def condition_of(given: dict[str, Tensor]) -> Condition:
+    """labels (B,) int64, guidance_scale (B,), text (B, L, D), text_mask (B, L) bool, pooled (B, P), as far as given."""
+    guidance, scale = None, given.get("guidance_scale")
+    if scale is not None:
+        guidance = torch.stack([scale.log(), torch.zeros_like(scale), torch.ones_like(scale)], 1)
+    prompts = Prompts(given["text"], given.get("text_mask"), given.get("pooled")) if "text" in given else None
+    return Condition(given.get("labels"), guidance, prompts=prompts)
 
 
 class JumpModule(nn.Module):
-    """X(x, t, s): x (B, *shape), t, s (B,) float32 in the path's clock, labels (B,) int64 where there are classes."""
+    """X(x, t, s, *given): x (B, *shape), t, s (B,) float32 in the path's clock; given by `names` to `condition_of`."""
 
-    def __init__(self, flow_map: FlowMap) -> None:
+    def __init__(self, flow_map: FlowMap, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.flow_map = flow_map
+        self.flow_map, self.names = flow_map, names
 
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.flow_map.jump(x, t, s, Condition(labels))
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, *given: Tensor) -> Tensor:
+        return self.flow_map.jump(x, t, s, condition_of(dict(zip(self.names, given, strict=True))))
 
 
 class SamplerModule(nn.Module):
-    """Standard normal noise (B, *shape), and labels (B,) where there are classes, to samples: the steps unrolled."""
+    """Standard normal noise (B, *shape), and what is given by `names`, to samples: the steps unrolled."""
 
-    def __init__(self, flow_map: FlowMap, prior: float, steps: tuple[Step, ...]) -> None:
+    def __init__(self, flow_map: FlowMap, names: tuple[str, ...], prior: float, steps: tuple[Step, ...]) -> None:
         super().__init__()
-        self.network, self.prior, self.steps = flow_map.network, prior, steps
+        self.network, self.names, self.prior, self.steps = flow_map.network, names, prior, steps
         origin = flow_map.preconditioning.origin
         self.origin = nn.Buffer(torch.zeros(()) if origin is None else origin.float())
 
-    def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.prior * noise
+    def forward(self, noise: Tensor, *given: Tensor) -> Tensor:
+        x, cond = self.prior * noise, condition_of(dict(zip(self.names, given, strict=True)))
         for step in self.steps:
             t, s = (torch.full_like(x[:, 0].flatten(1)[:, 0], time) for time in (step.t, step.s))
-            raw = self.network(step.c_in * x, t, s, Condition(labels))
+            raw = self.network(step.c_in * x, t, s, cond)
             x = step.a * x + step.b * raw + step.origin * self.origin
         return x
 
 
-def export_traced(pipeline: Pipeline, folder: Path, kind: Format, calls: tuple[int, ...] = (1, 2, 4)) -> list[Path]:
+def conditions(flow_map: FlowMap) -> dict[str, Tensor]:
+    """What the network takes besides x and times: an example of each, of a batch of two."""
+    network = flow_map.network
+    found = {"labels": torch.zeros(2, dtype=torch.long)} if flow_map.num_classes else {}
+    found |= {"guidance_scale": torch.ones(2)} if flow_map.guided else {}
+    assert isinstance(network, Network)
+    text, pooled = network.prompt_widths
+    if text:
+        found["text"] = torch.randn(2, _TOKENS, text)
+    if text and network.masks_prompts:
+        found["text_mask"] = torch.ones(2, _TOKENS, dtype=torch.bool)
+    return found | ({"pooled": torch.randn(2, pooled)} if pooled else {})
+
+
+def export_traced(
+    pipeline: Pipeline, folder: Path, kind: Format, calls: tuple[int, ...] = (1, 2, 4), teacher: Path | None = None
+) -> list[Path]:
     """Write FOLDER/jump and FOLDER/sampler-K for each number of calls K, of any batch size; returns the files.
 
-    Beside them: fewstep.json with the shape, classes, range, the clock's ends and the steps. Raises ConfigError for a
-    folder that has something in it, a policy, and a network that cannot be traced; MissingExtraError without onnx.
+    Beside them: fewstep.json with the shape, inputs, classes, range, the clock's ends and the steps; the card, with the
+    licence in the folder of its `teacher`. Raises ConfigError for a folder that has something in it, a policy, and a
+    network that cannot be traced, MissingExtraError without onnx; nothing is written then.
     """
     flow_map = pipeline.flow_map.cpu().eval()
     if flow_map.config is not None and flow_map.config.observation:
         raise ConfigError("a policy's observations have no place in these files: export models of images")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} has something in it: give an empty folder, or one that is not there")
-    write = _writer(kind)
-    table = step_table(pipeline, calls)
-    x, labels = torch.randn(2, *flow_map.sample_shape), torch.zeros(2, dtype=torch.long)
-    times = torch.full((2,), flow_map.path.t_max), torch.full((2,), flow_map.path.t_min)
-    classes = (labels,) if flow_map.num_classes else ()
-    folder.mkdir(parents=True, exist_ok=True)
-    modules: dict[str, tuple[nn.Module, tuple[Tensor, ...], list[str]]] = {
-        "jump": (JumpModule(flow_map), (x, *times, *classes), ["x", "t", "s", "labels"])
-    }
+    write, table, given = _writer(kind), step_table(pipeline, calls), conditions(flow_map)
+    x, names = torch.randn(2, *flow_map.sample_shape), tuple(given)
+    times = {"t": torch.full((2,), flow_map.path.t_max), "s": torch.full((2,), flow_map.path.t_min)}
+    modules: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {"jump": (JumpModule(flow_map, names), {"x": x, **times})}
     for count, steps in table.steps.items():
-        modules[f"sampler-{count}"] = SamplerModule(flow_map, table.prior, steps), (x, *classes), ["noise", "labels"]
-    files = []
-    for name, (module, inputs, names) in modules.items():
-        file = folder / f"{name}{SUFFIX[kind]}"
-        try:
-            with torch.no_grad():
-                write(module.eval(), inputs, names[: len(inputs)], file)
-        except Exception as error:  # whatever a tracer meets in a network
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{type(flow_map.network).__name__} cannot be traced to {kind}: {reason}") from error
-        files.append(file)
-    record = {
-        "shape": list(flow_map.sample_shape),
-        "num_classes": flow_map.num_classes,
-        "class_names": list(pipeline.config.class_names),
-        "range": pipeline.config.data_range,
-        "clock": [flow_map.path.t_min, flow_map.path.t_max],
-        **json.loads(table.to_json()),
-    }
-    (folder / "fewstep.json").write_text(json.dumps(record, indent=1) + "\n")
-    return files
+        modules[f"sampler-{count}"] = SamplerModule(flow_map, names, table.prior, steps), {"noise": x}
+    with new_folder(folder) as aside:
+        for name, (module, inputs) in modules.items():
+            try:
+                with torch.no_grad():
+                    write(module.eval(), inputs, given, aside / f"{name}{SUFFIX[kind]}")
+            except MissingExtraError:
+                raise
+            except Exception as error:  # whatever a tracer meets in a network
+                reason = " ".join(str(error).split())[:200]
+                raise ConfigError(f"{type(flow_map.network).__name__} cannot be traced to {kind}: {reason}") from error
+        record = {
+            "shape": list(flow_map.sample_shape),
+            "inputs": {name: list(value.shape[1:]) for name, value in given.items()},
+            "num_classes": flow_map.num_classes,
+            "class_names": list(pipeline.config.class_names),
+            "range": pipeline.config.data_range,
+            "clock": [flow_map.path.t_min, flow_map.path.t_max],
+            **json.loads(table.to_json()),
+        }
+        (aside / "fewstep.json").write_text(json.dumps(record, indent=1) + "\n")
+        words = {name: _expression(kind, value) for name, value in {"noise": x, **given}.items()}
+        write_card(pipeline, traced_card(pipeline, kind, words, min(table.steps)), aside, teacher)
+    return [folder / f"{name}{SUFFIX[kind]}" for name in modules]
 
 
-Writer = Callable[[nn.Module, tuple[Tensor, ...], list[str], Path], None]
+def _expression(kind: Format, value: Tensor) -> str:
+    """Python for four of an input: an array of NumPy or a tensor."""
+    shape = (4, *value.shape[1:])
+    if value.is_floating_point():
+        return f"torch.randn{shape}" if kind == "torch" else f'np.random.standard_normal({shape}).astype("float32")'
+    word, kinds = ("torch", ("bool", "int64")) if kind == "torch" else ("np", ("bool_", "int64"))
+    return f"{word}.ones({shape}, dtype={word}.{kinds[value.dtype != torch.bool]})"
+
+
+Writer = Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Path], None]
 
 
 def _writer(kind: Format) -> Writer:
     return {"onnx": _write_onnx, "torch": _write_program}[kind]
 
 
-def _dynamic(names: list[str]) -> dict[str, Any]:
-    return {name: {0: torch.export.Dim.AUTO} for name in names}
+def _dynamic(inputs: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Any]:
+    """Any batch size, and prompts of any length."""
+    auto = torch.export.Dim.AUTO
+    free = tuple({0: auto, 1: auto} if name in ("text", "text_mask") else {0: auto} for name in given)
+    return {**{name: {0: auto} for name in inputs}, "given": free}
 
 
-def _write_program(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], file: Path) -> None:
-    torch.export.save(torch.export.export(module, inputs, dynamic_shapes=_dynamic(names)), file)
+def _write_program(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
+    everything = (*inputs.values(), *given.values())
+    torch.export.save(torch.export.export(module, everything, dynamic_shapes=_dynamic(inputs, given)), file)
 
 
-def _write_onnx(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], file: Path) -> None:
+def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"ONNX needs onnx and onnxscript: pip install 'fewstep[onnx]' ({error})") from error
     torch.onnx.export(
-        module, inputs, str(file), input_names=names, output_names=["samples"], dynamic_shapes=_dynamic(names),
-        dynamo=True, external_data=False, verbose=False,
+        module, (*inputs.values(), *given.values()), str(file), input_names=[*inputs, *given],
+        output_names=["samples"], dynamic_shapes=_dynamic(inputs, given), opset_version=OPSET, dynamo=True,
+        external_data=False, verbose=False,
     )  # fmt: skip

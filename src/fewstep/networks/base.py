@@ -70,6 +70,11 @@ class Network(nn.Module, ABC):
     """Whether it is shown what a skip lets through (`Condition.seen`)."""
 
     @property
+    def masks_prompts(self) -> bool:
+        """Whether it looks at which of a prompt's tokens count."""
+        return False
+
+    @property
     def last_layer(self) -> Tensor:
         """The weight of the output layer; raises ConfigError for a network that does not say."""
         raise ConfigError(f"{type(self).__name__} does not name its output layer: balance no losses on it")

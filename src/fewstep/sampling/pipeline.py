@@ -7,31 +7,33 @@ FOLDER/model.safetensors  the network's weights
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from torch import Tensor
 
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec, load_decoder
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
-from fewstep.networks.base import at_most
+from fewstep.networks.base import Network, at_most
+from fewstep.sampling.card import Card, Provenance
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import Generated, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
-from fewstep.utils.hub import fetching
+from fewstep.utils.hub import HUB, cached_copy, fetching
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
 from fewstep.utils.weights import check_shapes, fit_weights, read_shapes, read_weights, save_weights, shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _ADVICE = "bring back a copy of it"
+_DRAWING = "\nsamples = pipeline.generate(4, steps=2).samples"
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,27 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
     `from_pretrained` and `push_to_hub` are huggingface_hub's; robots act by `fewstep.Policy(pipeline)`.
     """
 
-    def __init__(self, flow_map: FlowMap, config: PipelineConfig = PipelineConfig()) -> None:
-        self.flow_map, self.config = flow_map, config
+    def __init__(
+        self,
+        flow_map: FlowMap,
+        config: PipelineConfig = PipelineConfig(),
+        provenance: Callable[[], Provenance] | None = None,
+    ) -> None:
+        """provenance: reads where the weights come from, when a card is written."""
+        self.flow_map, self.config, self._provenance = flow_map, config, provenance
 
     @property
     def step_times(self) -> tuple[StepTimes, ...]:
         """The step times found for these weights."""
         return self.config.step_times
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Where the weights come from; None where nothing is known, and for a run whose record cannot be read."""
+        try:
+            return None if self._provenance is None else self._provenance()
+        except CheckpointError:
+            return None
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +98,11 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
 
     def with_step_times(self, step_times: tuple[StepTimes, ...]) -> "Pipeline":
         """The same flow map, sampled at other times."""
-        return Pipeline(self.flow_map, replace(self.config, step_times=step_times))
+        return Pipeline(self.flow_map, replace(self.config, step_times=step_times), self._provenance)
+
+    def from_run(self, provenance: Callable[[], Provenance]) -> "Pipeline":
+        """The same, knowing where it comes from."""
+        return Pipeline(self.flow_map, self.config, provenance)
 
     def generate(
         self,
@@ -155,6 +175,44 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
+        """Upload to OWNER/NAME of the Hugging Face Hub, with a card; options: huggingface_hub's."""
+        named = {"repo_id": repo_id, **(model_card_kwargs or {})}
+        address: str = super().push_to_hub(repo_id, model_card_kwargs=named, **options)
+        return address
+
+    def generate_model_card(self, *args: Any, repo_id: str = "", **options: Any) -> ModelCard:
+        """The card that is saved beside the weights. repo_id: OWNER/NAME, where it is pushed to the Hub."""
+        place = f"{HUB}{repo_id}" if repo_id else "."
+        code = f'import fewstep\n\npipeline = fewstep.load("{place}")' + ("" if repo_id else "  # this folder")
+        code += "\npolicy = fewstep.Policy(pipeline)" if self.config.policy else _DRAWING
+        provenance = self.provenance
+        teacher = None if provenance is None else cached_copy(provenance.teacher)
+        return ModelCard(Card(self.words(), code, "fewstep", self.task).text(provenance, teacher))
+
+    @property
+    def task(self) -> str:
+        """What the Hub calls the model's task; "" for none."""
+        if self.config.policy is not None:
+            return "robotics"
+        network, shape = self.flow_map.network, self.flow_map.sample_shape
+        prompts = isinstance(network, Network) and network.prompt_widths != (0, 0)
+        if len(shape) == 4:
+            return "text-to-video" if prompts else ""
+        images = len(shape) == 3
+        return ("text-to-image" if prompts else "unconditional-image-generation") if images else ""
+
+    def words(self) -> str:
+        """What the model is, for a card."""
+        flow_map, shape = self.flow_map, " x ".join(map(str, self.flow_map.sample_shape))
+        kind = "latents" if self.config.latents is not None else "samples"
+        of = f" of {flow_map.num_classes} classes" if flow_map.num_classes else ""
+        count = sum(parameter.numel() for parameter in flow_map.network.parameters())
+        return (
+            f"A flow map of fewstep: it draws {kind} of shape {shape}{of} in one to a few network calls. Its network, "
+            f"{type(flow_map.network).__name__}, has {count:,} weights."
+        )
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> "Pipeline":

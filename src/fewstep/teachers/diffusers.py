@@ -114,6 +114,10 @@ class DiffusersNetwork(TwoTimesNetwork):
         return self.family.prompt_widths(self.config.values)
 
     @property
+    def masks_prompts(self) -> bool:
+        return self.family.masked
+
+    @property
     def last_layer(self) -> Tensor:
         place = self.last_adapter if self.config.lora else self.family.output
         return self.two_times.network.get_submodule(place).weight  # type: ignore[return-value]

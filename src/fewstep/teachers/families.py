@@ -16,6 +16,8 @@ from fewstep.utils.errors import ConfigError
 
 Settings = dict[str, Any]
 Call = Callable[[Any, Tensor, Tensor, Condition], Tensor]
+_FLUX_GUIDANCE, _SANA_GUIDANCE = 3.5, 4.5
+"""Strengths that networks made to take one are given: those their pipelines give by themselves."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Family:
     times: the names of their embeddings of t, as fnmatch reads them. output: the name of the last layer. noise_time:
     the time that the class takes where there is noise alone. packed: whether it takes blocks of 2 x 2 as tokens.
     text, pooled: the names of the settings that say the widths of the embeddings of prompts that it takes.
+    guidance: the strength that those made to take one are given. masked: whether it looks at a mask of tokens.
     """
 
     call: Call
@@ -34,6 +37,8 @@ class Family:
     packed: bool = False
     text: str = ""
     pooled: str = ""
+    guidance: float = 0.0
+    masked: bool = False
 
     def num_classes(self, settings: Settings) -> int:
         """Classes that the network was made for; 0 for none."""
@@ -43,11 +48,22 @@ class Family:
         """Widths of the embeddings of a prompt's tokens, and of the whole prompt; 0 where it takes none."""
         return int(settings.get(self.text) or 0), int(settings.get(self.pooled) or 0)
 
+    def null_label(self, settings: Settings) -> int | None:
+        """The row of "no class" among its embeddings of classes; None where there is no such row."""
+        return None
+
+    def guidance_input(self, settings: Settings) -> float | None:
+        """The strength of guidance that it is given as an input; None for a network that takes none."""
+        return self.guidance * settings.get("guidance_embeds_scale", 1.0) if settings.get("guidance_embeds") else None
+
 
 @dataclass(frozen=True)
 class _DiT(Family):
     def num_classes(self, settings: Settings) -> int:
         return int(settings.get("num_embeds_ada_norm") or 0)
+
+    def null_label(self, settings: Settings) -> int | None:
+        return self.num_classes(settings)
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,7 @@ def _flux(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     places[..., 1] = torch.arange(rows, device=x.device)[:, None]
     places[..., 2] = torch.arange(columns, device=x.device)
     text, pooled = _text(x, cond, config.joint_attention_dim), _pooled(x, cond, config.pooled_projection_dim)
-    guidance = x.new_full((batch,), 3.5) if config.guidance_embeds else None
+    guidance = x.new_full((batch,), _FLUX_GUIDANCE) if config.guidance_embeds else None
     found: Tensor = model(
         tokens, timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
         img_ids=places.reshape(-1, 3), txt_ids=x.new_zeros(text.shape[1], 3), guidance=guidance,
@@ -151,7 +167,9 @@ def _pixart(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
 
 def _sana(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     config = model.config
-    guidance = x.new_full(x.shape[:1], 4.5) * config.guidance_embeds_scale if config.guidance_embeds else None
+    guidance = (
+        x.new_full(x.shape[:1], _SANA_GUIDANCE) * config.guidance_embeds_scale if config.guidance_embeds else None
+    )
     found: Tensor = model(
         x, timestep=t * config.timestep_scale, encoder_hidden_states=_text(x, cond, config.caption_channels),
         encoder_attention_mask=cond.text_mask, guidance=guidance,
@@ -176,12 +194,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "FluxTransformer2DModel": Family(
         _flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, packed=True, text="joint_attention_dim",
-        pooled="pooled_projection_dim",
+        pooled="pooled_projection_dim", guidance=_FLUX_GUIDANCE,
     ),
     "PixArtTransformer2DModel": Family(
-        _pixart, "adaln_single.emb.timestep_embedder", "proj_out", text="caption_channels"
+        _pixart, "adaln_single.emb.timestep_embedder", "proj_out", text="caption_channels", masked=True
     ),
-    "SanaTransformer2DModel": Family(_sana, "time_embed*timestep_embedder", "proj_out", text="caption_channels"),
+    "SanaTransformer2DModel": Family(
+        _sana, "time_embed*timestep_embedder", "proj_out", text="caption_channels", guidance=_SANA_GUIDANCE,
+        masked=True,
+    ),
     "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out", text="text_dim"),
 }  # fmt: skip
 

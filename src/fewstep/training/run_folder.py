@@ -6,6 +6,7 @@ RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.ev
 RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.recipes.config import RunConfig
+from fewstep.sampling.card import Provenance
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline, from_hub
 from fewstep.sampling.step_times import TIMES_FILE, TunedSteps, read_tuned_steps
 from fewstep.training.checkpoint import (
@@ -46,16 +48,19 @@ from fewstep.utils.files import (
     linked,
     read_lines,
     read_record,
+    read_rows,
     reading_line,
     write_atomically,
 )
 from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
-from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
+from fewstep.utils.serialization import JSON, differences, from_json, in_this_format, to_json
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import fit_weights, read_weights
 
 _WRITTEN = ("checkpoints", "samples", "statistics", "tensorboard", "wandb")
+FIGURES_FILE = "figures.json"
+_FIGURES = {"method": str, "nfe": int, "frechet": int | float, "samples": int, "extractor": str, "reference": str}
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 
@@ -291,13 +296,20 @@ class RunFolder:
         if weights and weights not in files:
             raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
         with self.with_way_back(folder):
-            found = load_checkpoint_pipeline(folder)
+            found = load_checkpoint_pipeline(folder).from_run(self.provenance)
             if weights and files[weights].name != WEIGHTS_FILE:
                 fit_weights(found.flow_map.network, read_weights(files[weights]), str(files[weights]))
                 check_digests(folder, files[weights].name)
                 return found
         tuned = self.tuned_steps()
         return found.with_step_times(() if tuned is None else tuned.step_times)
+
+    def provenance(self) -> Provenance:
+        """Where the run's weights come from; raises CheckpointError when its record is damaged."""
+        config, data = self.config(), self.data()
+        figures = read_rows(self.root / FIGURES_FILE, _FIGURES, "delete it, and run fewstep evaluate anew")
+        digest = hashlib.blake2b(json.dumps(to_json(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+        return Provenance(config.recipe, digest, str(data.get("name")), config.teacher, tuple(figures))
 
     def averages(self) -> dict[str, Path]:
         """Names and files of the newest checkpoint's weights: the EMAs, the sampled one first, and "last".

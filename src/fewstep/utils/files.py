@@ -6,6 +6,7 @@ Reading stored JSON: whatever is wrong with a file ends in one line that names i
 import errno
 import json
 import os
+import shutil
 import uuid
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -142,6 +143,24 @@ def replacing(file: Path) -> Iterator[Path]:
             os.replace(aside, file)
         finally:
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to, renamed to it at the end of the block and removed when the block fails.
+
+    Raises ConfigError where `folder` has something in it, CheckpointError when the disk refuses.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} has something in it: give an empty folder, or one that is not there")
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    with guarded(folder):
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

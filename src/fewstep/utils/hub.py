@@ -49,6 +49,16 @@ def local_copy(name: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(_DATA), ignore_patterns=list(_LEFT_OUT)))
 
 
+def cached_copy(name: str) -> Path | None:
+    """The folder of a model where it is here already, in a folder or in the Hub's cache; asks nobody."""
+    if not is_repository(name):
+        return Path(name) if name and Path(name).exists() else None
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB), local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def fetching(repository: str) -> Iterator[None]:
     """What the Hub or its cache does not give becomes a HubError: one line with what to do."""
