@@ -6,7 +6,6 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +27,6 @@ CHANGED = (
 _NAMES_WIDTH, _WIDEST = 36, 110
 
 
-@cache
 def words_of(cls: type) -> dict[str, str]:
     """The words that stand under each field of a dataclass, its bases' among them."""
     found: dict[str, str] = {}
@@ -75,9 +73,12 @@ def usable(run: RunConfig, name: str) -> bool:
 def _rows(options: Any, run: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     """(name of a field, (its value, its words)) of everything that can be set, kinds among them."""
     chosen = {name.removeprefix("run."): annotation for name, annotation in choices(options)}
+    known: dict[type, dict[str, str]] = {}
     for path, owner, value in [*_fields(options, ""), *_fields(run, "")]:
         name = path.removeprefix("run.")
-        words = words_of(type(owner)).get(name.rpartition(".")[2], "")
+        if type(owner) not in known:
+            known[type(owner)] = words_of(type(owner))
+        words = known[type(owner)].get(name.rpartition(".")[2], "")
         if name in chosen:
             yield name, (kind_name(type(value)), f"{words} One of {listed(list(kinds(chosen[name])), 16)}.".strip())
         elif not dataclasses.is_dataclass(value) and usable(run, name):
