@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fewstep.evaluation import evaluate
+from fewstep.evaluation.actions import read_actions, write_actions
 from fewstep.evaluation.align import read_alignment
 from fewstep.evaluation.figures import read_figures, write_figures
 from fewstep.evaluation.report.html import is_harmless
@@ -20,7 +21,7 @@ from fewstep.evaluation.report.page import RunReport, render
 from fewstep.evaluation.report.run import thinned_log
 from fewstep.policies.figures import read_rollouts, read_strip
 from fewstep.training import RunFolder
-from fewstep.utils.errors import CheckpointError
+from fewstep.utils.errors import CheckpointError, FewstepWarning
 from tests.support.commands import Command
 
 FIGURE: dict[str, Any] = {"method": "iSD", "nfe": 1, "frechet": 1.5, "extractor": "e", "reference": "r", "samples": 8}
@@ -116,6 +117,7 @@ def test_rows_of_several_at_once_are_all_kept(tmp_path: Path) -> None:
 def test_a_row_has_its_own_checkpoints_seconds(run: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint that is written while samples are drawn is another one's."""
     state = json.loads((RunFolder(run).last_checkpoint() / "state.json").read_text())
+    del state["digest"]
     usual = evaluate.generate
 
     def late(*given: Any, **others: Any) -> Any:
@@ -243,3 +245,16 @@ def test_arrays_of_samples_lie_in_the_range(run: Path, command: Command, tmp_pat
     assert command("sample", run, "--out", tmp_path / "s.npz", "--steps", 1).code == 0
     with np.load(tmp_path / "s.npz") as stored:
         assert np.abs(stored["images"]).max() == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e31])
+def test_what_could_not_be_read_again_is_not_stored(value: float, tmp_path: Path) -> None:
+    """Figures of a run that diverged: the others stay readable, and it is said."""
+    acted = {"method": "policy", "steps": 1, "samples": 8, "seed": 0, "error": 1.0, "errors": [1.0]}
+    for write, read, row, wrong in (
+        (write_figures, read_figures, FIGURE, FIGURE | {"nfe": 2, "frechet": value}),
+        (write_actions, read_actions, acted, acted | {"steps": 2, "errors": [value]}),
+    ):
+        with pytest.warns(FewstepWarning, match=rf"{row['method']} is not stored: .* is no measured number"):
+            write([row, wrong], tmp_path)
+        assert read(tmp_path) == [row]

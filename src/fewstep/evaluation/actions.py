@@ -18,7 +18,7 @@ from fewstep.recipes.config import EvaluationConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import DataError, TrainingDivergedError
-from fewstep.utils.files import read_rows, reading, updating, write_atomically
+from fewstep.utils.files import read_rows, readable, reading, updating, write_atomically
 from fewstep.utils.text import aligned, quoted
 
 Row = dict[str, Any]
@@ -61,8 +61,8 @@ def actions_table(rows: list[Row]) -> str:
     cells += [(row["method"], str(row["steps"]), f"{row['error']:.3f}", each_error(row)) for row in rows]
     return (
         f"{aligned(cells)}\nRoot mean square at {rows[0]['samples']} steps of the held-out episodes, of the actions "
-        "taken there; error: in units\nof each action's standard deviation, 1 for the mean action. Success is another "
-        "matter: see fewstep rollout."
+        "taken there; error: in units\nof each action's standard deviation, 1 for the mean action. Whether a task "
+        "succeeds, fewstep rollout measures, where there is one."
     )
 
 
@@ -73,12 +73,11 @@ def each_error(row: Row) -> str:
 
 
 def write_actions(rows: list[Row], folder: Path) -> Path:
-    """Store finite rows in actions.json beside those stored earlier; a row measured anew replaces its older self."""
+    """Store rows in actions.json beside those stored earlier; a row measured anew replaces its older self."""
     fresh, file = {tuple(row[key] for key in _IDENTITY) for row in rows}, folder / ACTIONS_FILE
     with updating(folder):
         kept = [row for row in read_actions(folder) if tuple(row[key] for key in _IDENTITY) not in fresh]
-        finite = [row for row in rows if row["error"] < torch.inf and all(each < torch.inf for each in row["errors"])]
-        write_atomically(file, json.dumps([*kept, *finite], indent=2) + "\n")
+        write_atomically(file, json.dumps([*kept, *readable(rows)], indent=2) + "\n")
     return file
 
 

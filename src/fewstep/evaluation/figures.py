@@ -7,7 +7,7 @@ from typing import Any
 from fewstep.data.base import Dataset
 from fewstep.evaluation.metrics.measure import ENOUGH, Evaluator
 from fewstep.training.run_folder import FIGURES_FILE
-from fewstep.utils.files import read_rows, reading, updating, write_atomically
+from fewstep.utils.files import read_rows, readable, reading, updating, write_atomically
 from fewstep.utils.text import aligned, quoted
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ def write_figures(rows: list[Row], folder: Path) -> Path:
     file = folder / FIGURES_FILE
     with updating(folder):
         kept = [row for row in read_figures(folder) if tuple(row.get(key) for key in _IDENTITY) not in fresh]
-        write_atomically(file, json.dumps([*rows, *kept], indent=2) + "\n")
+        write_atomically(file, json.dumps([*readable(rows), *kept], indent=2) + "\n")
     return file
 
 

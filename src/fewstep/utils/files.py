@@ -104,6 +104,18 @@ def check_numbers(found: Any) -> None:
         check_numbers(inner)
 
 
+def readable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that `read_rows` will take; a FewstepWarning names the method of one with a number that is none."""
+    kept = []
+    for row in rows:
+        try:
+            check_numbers(row)
+            kept.append(row)
+        except ValueError as error:
+            warnings.warn(f"{row.get('method')} is not stored: {error}", FewstepWarning, stacklevel=3)
+    return kept
+
+
 def read_lines(file: Path, newest: int = 0) -> list[dict[str, Any]]:
     """The JSON objects in a file of one a line, none where there is no file; a line without its end is left out.
 
