@@ -1,7 +1,10 @@
 """Tensors in safetensors files, and into modules: strictly, with one line on what does not fit."""
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -11,6 +14,21 @@ from fewstep.utils.errors import CheckpointError
 from fewstep.utils.serialization import differences
 
 Shapes = Mapping[str, Collection[int]]
+
+
+def digest_of_settings(settings: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of settings that JSON takes, but for keys with an underscore first: versions and places."""
+    own = {key: value for key, value in settings.items() if not key.startswith("_")}
+    return hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits of tensors, their names and shapes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def save_weights(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -1,7 +1,5 @@
 """Autoencoders between images and latents: loaded from a local folder, identified, and put to work both ways."""
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from fewstep.networks.base import MOST_TENSORS, at_most
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, ShapeError
 from fewstep.utils.files import read_record
 from fewstep.utils.tensors import nonzero
+from fewstep.utils.weights import digest_of_settings, digest_of_tensors
 
 CONFIG_FILE = "config.json"
 _KIND = "AutoencoderKL"
@@ -185,11 +184,5 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 
 def _identify(folder: Path, settings: dict[str, Any], model: Any) -> AutoencoderIdentity:
-    """Keys of the configuration that begin with an underscore tell of versions and places, not of the model."""
-    own = {key: value for key, value in settings.items() if not key.startswith("_")}
-    config = hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=8)
-    weights = hashlib.blake2b(digest_size=8)
-    for key, value in sorted(model.state_dict().items()):
-        weights.update(f"{key}{tuple(value.shape)}".encode())
-        weights.update(value.contiguous().numpy().data)
-    return AutoencoderIdentity(_KIND, config.hexdigest(), weights.hexdigest(), str(folder.resolve()))
+    digests = digest_of_settings(settings), digest_of_tensors(model.state_dict())
+    return AutoencoderIdentity(_KIND, *digests, str(folder.resolve()))
