@@ -127,3 +127,18 @@ def save_pipeline(folder: Path, name: str = "StableDiffusionPipeline") -> Any:
     pipeline = make_pipeline(name)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def save_captioned_digits(folder: Path, count: int = 24) -> Path:
+    """Digits as grey PNGs of 16 x 16, each with a caption beside it."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    digits = load_digits()
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = Image.fromarray((digits.images[number] * 15).astype("uint8")).resize((16, 16))
+        image.save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"a {names[digits.target[number]]}\n")
+    return folder

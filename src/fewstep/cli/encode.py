@@ -1,4 +1,4 @@
-"""`fewstep encode FOLDER`: images into latents."""
+"""`fewstep encode FOLDER`: images into latents, and their captions into embeddings."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import tyro
 from fewstep.data.folder import list_images
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.shards import EncodingSettings
+from fewstep.data.latents.target import TeacherSettings
 from fewstep.utils.text import listed, quoted
 
 
@@ -16,15 +17,17 @@ from fewstep.utils.text import listed, quoted
 class Options:
     """Encode a folder of images into latents, in shards, or go on where it was stopped: the same files come out.
 
-    Repeat the same command to go on; batch size, device and where the autoencoder lies may change.
+    For a teacher of text, captions become embeddings beside them. Repeat the same command to go on; batch size, device
+    and where the autoencoder and the teacher lie may change.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of images; its first-level subfolders, if it has any, are the classes."""
-    autoencoder: Path
-    """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
     out: Path
     """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
+    autoencoder: Path | None = None
+    """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
+    target: Annotated[TeacherSettings, tyro.conf.arg(name="")] = TeacherSettings()
     settings: Annotated[EncodingSettings, tyro.conf.arg(name="")] = EncodingSettings()
     std: float = 1.0
     """Standard deviation that each channel is given when it is read; may be changed later by the same command."""
@@ -34,8 +37,13 @@ class Options:
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     where = options.folder, options.autoencoder, options.out
-    manifest = encode_folder(*where, options.settings, options.std, options.work)
+    manifest = encode_folder(*where, options.settings, options.std, options.work, options.target)
     print(f"{options.out}: {summary(manifest)}")
-    if left_out := list_images(str(options.folder)).left_out:
+    left_out = list_images(str(options.folder)).left_out
+    if manifest.prompts is not None:  # those were read
+        left_out = tuple(each for each in left_out if not each.endswith((" .txt", " .jsonl")))
+    if left_out:
         print(f"Left out: {listed(left_out)}")
-    print(f"Next: fewstep train RECIPE --data.source latents --data.root {quoted(options.out)}")
+    teacher = options.target.teacher
+    recipe = "RECIPE" if teacher is None else f"distil-diffusers --teacher {quoted(teacher)}"
+    print(f"Next: fewstep train {recipe} --data.source latents --data.root {quoted(options.out)}")

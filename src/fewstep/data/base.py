@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec
 from fewstep.networks.condition import Condition, Prompts
+from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import DataError
 from fewstep.utils.tensors import expand
 from fewstep.utils.text import listed
@@ -78,6 +79,10 @@ class SampleSet(ABC):
         values, labels = self.fetch(indices)
         context = self.context(indices)
         return values, Condition(labels, observation=context.observation, prompts=context.prompts)
+
+    def captions(self, indices: Tensor) -> list[str]:
+        """What is said of the samples at `indices` (n,); none unless a subclass says so."""
+        return []
 
     @abstractmethod
     def moments(self) -> tuple[float, float]:
@@ -180,9 +185,9 @@ class Dataset:
     mean, sigma_data: mean and standard deviation of all training elements, as fetched, about that one mean;
     of chunks of actions, of each action once.
     latents: how samples become images, where they are latents. policy: how they are acted on, where they are chunks
-    of actions. left_out, doubt: as of what was loaded; no run begins in doubt. split_by: what decides how much
-    is held out, empty where the data bring their own split. Raises DataError when the parts do not
-    fit each other, or when the training values are not finite or all equal.
+    of actions. text: which encoders made the prompts that come with them. left_out, doubt: as of what was loaded; no
+    run begins in doubt. split_by: what decides how much is held out, empty where the data bring their own split. Raises
+    DataError when the parts do not fit each other, or when the training values are not finite or all equal.
     """
 
     name: str
@@ -195,6 +200,7 @@ class Dataset:
     left_out: tuple[str, ...] = ()
     doubt: str = ""
     split_by: str = ""
+    text: TextSpec | None = None
     mean: float = field(init=False)
     sigma_data: float = field(init=False)
 
@@ -234,6 +240,11 @@ class Dataset:
             )
 
     @property
+    def conditional(self) -> bool:
+        """Whether samples come with classes or prompts."""
+        return self.num_classes > 0 or self.text is not None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """A sample's shape, (C, H, W) for images."""
         return self.train.shape
@@ -261,6 +272,7 @@ class Dataset:
         classes = f" in {len(names)} classes ({listed(names)})" if names else ""
         shape, count = "x".join(map(str, self.shape)), len(self.train) + len(self.heldout)
         remarks = [f"{self.name}: {count:,} {kind} of {shape}{classes}, {len(self.heldout):,} of them held out"]
+        remarks += [f"with prompts of {self.text.length} x {self.text.width}"] if self.text else []
         remarks += [f"{part} {listed([str(i) for i in self.train.constant])} never varies"] * bool(self.train.constant)
         untrained = set(range(len(names))).difference(() if self.train.labels is None else self.train.labels.tolist())
         remarks += [f"{len(untrained)} classes without a sample to train on"] * bool(untrained)

@@ -117,7 +117,7 @@ class LatentsSource(DataSource):
             raise ConfigError(
                 "latents keep the size and channels they were encoded to: leave image_size and channels at 0"
             )
-        return load_latents(settings.root, settings.labels)
+        return load_latents(settings.root, settings.labels, settings.prompts)
 
 
 @final
@@ -201,6 +201,9 @@ class DataConfig:
     chunks: ChunkConfig = later(ChunkConfig)
     value_range: tuple[float, float] | None = later(lambda: None)
     """Values of npz and idx that stand for black and white, such as 0 1; None: 0 255 in bytes, -1 1 in floats."""
+
+    prompts: bool = later(lambda: True)
+    """Whether to keep the prompts of latents that were encoded with captions."""
 
     def __post_init__(self) -> None:
         """Take a source by its name too; raise ConfigError for values outside these ranges."""

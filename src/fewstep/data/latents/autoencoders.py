@@ -86,6 +86,14 @@ class LatentSpec:
         return mean[:, None, None], std[:, None, None]
 
 
+@dataclass(frozen=True)
+class Units:
+    """How a diffusion pipeline reads its autoencoder's latents z: as (z - shift) factor, channel by channel."""
+
+    shift: tuple[float, ...]
+    factor: tuple[float, ...]
+
+
 class Autoencoder:
     """A diffusers AutoencoderKL in float32: images (n, C, H, W) in [-1, 1] to latents (n, c, h, w) and back.
 
@@ -98,6 +106,15 @@ class Autoencoder:
         self.image_channels = int(model.config.in_channels)
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
         """Pixels to a latent's side."""
+
+    @property
+    def units(self) -> Units:
+        """Its pipeline's: by its scaling and shift factors, and its latents' mean and deviation where it has these."""
+        settings = self._model.config
+        channels = int(settings.latent_channels)
+        mean = getattr(settings, "latents_mean", None) or [getattr(settings, "shift_factor", None) or 0.0] * channels
+        std = getattr(settings, "latents_std", None) or [1.0] * channels
+        return Units(tuple(map(float, mean)), tuple(float(settings.scaling_factor) / float(each) for each in std))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from fewstep.data.folder import Listing, decode_or_reason, list_images, quiet_bombs, read_ahead, report_unreadable
 from fewstep.data.labels import held_out
-from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
+from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, Units, load_autoencoder
+from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
     MANIFEST_FILE,
     VERSION,
@@ -36,10 +37,13 @@ from fewstep.data.latents.shards import (
     map_shard,
     read_manifest,
 )
+from fewstep.data.latents.target import TeacherSettings
+from fewstep.teachers.text import TextSpec, prompt_bytes
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import differences, to_json
+from fewstep.utils.tensors import check_memory
 from fewstep.utils.text import listed
 
 RECORD_FILE = "encoding.json"
@@ -70,35 +74,46 @@ class EncodingWork:
             raise ConfigError(f"batches of {self.batch_size} images: give at least 1")
 
 
-ORDINARY = EncodingWork()
+ORDINARY, FOR_NOBODY = EncodingWork(), TeacherSettings()
 
 
 def encode_folder(
     images: Path,
-    autoencoder: Path,
+    autoencoder: Path | None,
     out: Path,
     settings: EncodingSettings,
     scale: float = 1.0,
     work: EncodingWork = ORDINARY,
+    target: TeacherSettings = FOR_NOBODY,
 ) -> Manifest:
     """Encode a folder of images (fewstep.data.folder) into `out`, or go on where it was stopped.
 
     scale: the standard deviation that the latents' channels are given when they are read; it may be changed by encoding
-    again, which keeps the shards. Raises DataError for images that cannot be found or read, CheckpointError for an
-    autoencoder that cannot be read, or for a folder that cannot be written or holds other latents.
+    again, which keeps the shards. target: the teacher that reads them in its own units instead, and embeds their
+    captions. Raises DataError for images and captions that cannot be found or read, CheckpointError for an
+    autoencoder or text encoders that cannot be read, or for a folder that cannot be written or holds other latents.
     """
     if not 0 < scale < math.inf:
         raise ConfigError(f"the latents' standard deviation is {scale}; it must be positive and finite")
+    if scale != 1.0 and target.teacher is not None:
+        raise ConfigError("a teacher reads latents in its own units: leave out --std")
     listing = list_images(str(images))
     device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
-    model = load_autoencoder(autoencoder, device)
+    captions = target.caption_encoder(listing, _DTYPES[settings.dtype], device)
+    model = load_autoencoder(target.autoencoder(autoencoder), device)
     _check_sizes(model, settings)
+    if captions is not None:
+        size = min(settings.shard_size, len(listing.files)) * prompt_bytes(captions.encoders.spec, settings.bytes)
+        check_memory(size, "a shard's prompts", "give a smaller --shard-size, or fewer --tokens")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
     lock = Lock(out, f"{out} is being encoded into by another process: wait for it, or give another folder with --out")
     try:
-        _check_folder(out, model.identity, settings)
-        encoder = Encoder(listing, model, out, settings, work)
+        _check_folder(out, model.identity, settings, None if captions is None else captions.encoders.spec)
+        if captions is not None and not (out / EMPTY_FILE).is_file():
+            write_atomically(out / EMPTY_FILE, captions.empty_file())
+        units = None if target.teacher is None else model.units
+        encoder = Encoder(listing, model, out, settings, work, captions, units)
         with quiet_bombs():
             fresh = encoder.write_shards()
         manifest = encoder.measure(scale, fresh)
@@ -118,24 +133,28 @@ def _check_sizes(model: Autoencoder, settings: EncodingSettings) -> None:
         raise CheckpointError(f"the autoencoder takes images of {model.image_channels} channels, not of 1 or 3")
 
 
-def _check_folder(out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings) -> None:
+def _check_folder(
+    out: Path, autoencoder: AutoencoderIdentity, settings: EncodingSettings, text: TextSpec | None
+) -> None:
     """Start the folder, or raise CheckpointError showing every difference to what it holds already."""
     file = out / RECORD_FILE
     record: dict[str, Any] = {"version": VERSION, "autoencoder": to_json(autoencoder), "settings": to_json(settings)}
+    record |= {} if text is None else {"text": to_json(text)}
     if not file.is_file():
         if any(path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()):
             raise CheckpointError(f"{out} is not empty and holds no latents: give another folder with --out")
         write_atomically(file, json.dumps(record, indent=2) + "\n")
     with reading(file, "delete its folder and encode anew"):
         records = (parse_json(file.read_bytes()), record)
-        # where the autoencoder lies may change between starts
-        old, new = (each | {"autoencoder": {**each["autoencoder"], "path": ""}} for each in records)
+        # where the encoders lie may change between starts
+        models = [key for key in ("autoencoder", "text") if all(key in each for each in records)]
+        old, new = (each | {key: {**each[key], "path": ""} for key in models} for each in records)
     if lines := differences(old, new):
         raise CheckpointError(
             f"{out} holds latents that were encoded otherwise ({'; '.join(lines[:8])}): repeat the command that began "
             "them, or give another folder with --out"
         )
-    for pattern in (f".{RECORD_FILE}.*", f".{MANIFEST_FILE}.*", ".latents-*"):
+    for pattern in (f".{RECORD_FILE}.*", f".{MANIFEST_FILE}.*", ".latents-*", f".{EMPTY_FILE}.*"):
         for leftover in out.glob(pattern):
             with guarded(leftover):
                 leftover.unlink()
@@ -150,6 +169,8 @@ class Encoder:
     out: Path
     settings: EncodingSettings
     work: EncodingWork
+    captions: CaptionEncoder | None = None
+    units: Units | None = None
 
     def write_shards(self) -> set[str]:
         """Write the shards that are missing; the names of those written. Raises as `encode_folder` does."""
@@ -213,7 +234,14 @@ class Encoder:
             std=std,
             posterior_std=tuple(variance.sqrt().tolist()),
             shards=tuple(shards),
+            units=self.units,
+            prompts=self._prompt_record(),
         )
+
+    def _prompt_record(self) -> PromptRecord | None:
+        if self.captions is None:
+            return None
+        return PromptRecord(self.captions.encoders.spec, fingerprint(self.out / EMPTY_FILE))
 
     def _check_shard(self, file: Path, positions: range) -> list[Failure]:
         """Raise CheckpointError unless a shard is of these images; the unreadable ones among them."""
@@ -234,12 +262,15 @@ class Encoder:
         return str(self.listing.files[position].relative_to(self.listing.root))
 
     def _content(self, positions: range) -> str:
-        """Sixteen hex digits of the images' names, sizes in bytes, and classes; other pixels in as many bytes pass."""
+        """Sixteen hex digits of the images' names, sizes in bytes, classes and captions; other pixels in as many bytes
+        pass."""
         digest = hashlib.blake2b(digest_size=8)
         for position in positions:
             file = self.listing.files[position]
             label = None if self.listing.labels is None else self.listing.labels[position]
             digest.update(f"{self._name(position)}\0{file.stat().st_size}\0{label}\0".encode())
+            if self.captions is not None:
+                digest.update(f"{self.captions.captions[position]}\0".encode())
         return digest.hexdigest()
 
     def _encode_shard(self, positions: range, bar: "tqdm[Any]") -> tuple[bytes, list[Failure]]:
@@ -259,8 +290,11 @@ class Encoder:
         if failures and not skip:
             report_unreadable(failures, self.listing, skip=False)
         named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
-        header = json.dumps({"images": images, "failures": named})
-        return safetensors.torch.save(self._joined(parts), {_HEADER: header}), failures
+        header = {_HEADER: json.dumps({"images": images, "failures": named})}
+        tensors = self._joined(parts)
+        if self.captions is not None:
+            header |= self.captions.header(tensors["indices"].tolist())
+        return safetensors.torch.save(tensors, header), failures
 
     def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Batches as one shard, perhaps of no image at all; the posterior's variance is averaged over images."""
@@ -284,7 +318,7 @@ class Encoder:
         stored["posterior_variance"] = std.double().square().mean((2, 3)).cpu()
         if self.settings.flip:
             stored["mirrored"] = self._drawn(*self.model.encode(images.flip(-1)), indices, _MIRRORED)
-        return stored
+        return stored if self.captions is None else stored | self.captions.tensors(numbers)
 
     def _drawn(self, mean: Tensor, std: Tensor, indices: Tensor, side: int) -> Tensor:
         """The posterior's mean, or one draw from it, as stored; the draw is a function of seed, image and side."""
@@ -310,10 +344,12 @@ def summary(manifest: Manifest) -> str:
     share = max(a / b for a, b in zip(manifest.posterior_std, manifest.std, strict=True) if b)
     constant = manifest.spec.constant
     never = f"; channel {listed([str(i) for i in constant])} never varies" if constant else ""
+    text = None if manifest.prompts is None else manifest.prompts.text
+    prompts = "" if text is None else f" and prompts of {text.length} x {text.width}"
     return (
         f"{manifest.count:,} images ({heldout:,} held out{', mirrored too' if manifest.settings.flip else ''}) in "
-        f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents, {megabytes:,.1f} MB; the "
-        f"posterior's standard deviation is at most {100 * share:.3g} % of a channel's{never}"
+        f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents{prompts}, {megabytes:,.1f} MB; "
+        f"the posterior's standard deviation is at most {100 * share:.3g} % of a channel's{never}"
     )
 
 

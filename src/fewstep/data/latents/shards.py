@@ -2,7 +2,8 @@
 
 DIR/latents.json            the manifest: autoencoder, settings, shapes, classes, what was measured, the shards
 DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where flips are stored, `labels` (n,) where
-                            there are classes, `indices` (n,): each image's number in the folder's listing
+                            there are classes, `indices` (n,): each image's number in the folder's listing; the prompts
+                            of their captions (fewstep.data.latents.prompts)
 """
 
 import hashlib
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from fewstep.data.base import Context, Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out, present_classes
-from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec, Units
+from fewstep.data.latents.prompts import EMPTY_FILE, PromptRecord, captions_of, prompt_keys, prompts_of, read_empty
+from fewstep.networks.condition import Prompts
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.files import parse_json, reading
-from fewstep.utils.serialization import from_json
+from fewstep.utils.serialization import from_json, later
 
 VERSION = 1
 MANIFEST_FILE = "latents.json"
@@ -53,6 +56,11 @@ class EncodingSettings:
     seed: int = 0
     """Of the posterior's draws and of the split."""
 
+    @property
+    def bytes(self) -> int:
+        """Of a stored number."""
+        return 2 if self.dtype == "float16" else 4
+
     def __post_init__(self) -> None:
         if self.image_size < 1 or self.shard_size < 1 or not 0 < self.heldout < 1 or not 0 <= self.seed < 2**63:
             raise ConfigError(
@@ -78,7 +86,8 @@ class Manifest:
     shape: of a latent, (c, h, w); image_shape: of an image, (C, H, W). count: images. mean, std: of the training part's
     latents by channel, unmirrored, as stored; std 0 for a channel that never varies. posterior_std: root mean square by
     channel of all posteriors' standard deviations: what a fresh draw would change. scale: the standard deviation that a
-    channel is given when read.
+    channel is given when read. units: those of a pipeline, in which latents are read instead. prompts: of the images'
+    captions, if there are any.
     """
 
     version: int
@@ -93,10 +102,13 @@ class Manifest:
     std: tuple[float, ...]
     posterior_std: tuple[float, ...]
     shards: tuple[Shard, ...]
+    units: Units | None = later(lambda: None)
+    prompts: PromptRecord | None = later(lambda: None)
 
     def __post_init__(self) -> None:
         counts, foreign = [shard.count for shard in self.shards], [shard.file for shard in self.shards]
-        if len(self.spec.mean) != self.shape[0] or min(self.shape) < 1:
+        channels = {len(self.mean), len(self.spec.mean), len(self.spec.std)}
+        if channels != {self.shape[0]} or min(self.shape) < 1:
             raise ConfigError(f"latents of shape {self.shape} have no {len(self.mean)} channels")
         if min(counts, default=0) < 0 or self.count != sum(counts):
             raise ConfigError(f"count is {self.count}, but the shards have {sum(counts)} images")
@@ -107,12 +119,27 @@ class Manifest:
     @property
     def spec(self) -> LatentSpec:
         """How samples read from the folder become images."""
-        return LatentSpec(self.autoencoder, self.mean, self.std, self.scale, self.image_shape)
+        if self.units is None:
+            return LatentSpec(self.autoencoder, self.mean, self.std, self.scale, self.image_shape)
+        std = tuple(1.0 / factor for factor in self.units.factor)
+        return LatentSpec(self.autoencoder, self.units.shift, std, 1.0, self.image_shape)
+
+    def moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of all numbers of the training part, as they are read."""
+        if self.units is None:  # each channel was brought to these
+            return 0.0, self.scale
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.mean, self.std))
+        shift, factor = (torch.tensor(values, dtype=torch.float64) for values in (self.units.shift, self.units.factor))
+        mean, std = (mean - shift) * factor, std * factor
+        return float(mean.mean()), float((std.square().mean() + mean.var(correction=0)).sqrt())
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any latent, label or statistic; not with where the autoencoder lies."""
-        parts = (self.scale, self.mean, self.std, self.class_names, tuple(shard.fingerprint for shard in self.shards))
+        parts: tuple[object, ...] = (self.scale, self.mean, self.std, self.class_names)
+        parts += (tuple(shard.fingerprint for shard in self.shards),)
+        if self.units is not None or self.prompts is not None:  # older folders keep the digits that runs know
+            parts += (self.units, self.prompts and self.prompts.empty)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -134,8 +161,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{error}: run the same fewstep encode again to write it anew") from error
 
 
-def load_latents(root: str, with_labels: bool = True) -> Dataset:
+def load_latents(root: str, with_labels: bool = True, with_prompts: bool = True) -> Dataset:
     """The latents of a folder, each channel brought to mean 0 and the manifest's standard deviation.
+
+    In a pipeline's units instead where they were encoded for it, and with the prompts of their captions.
 
     Split as they were when encoded. Shards are mapped, not read: their content is checked when first used, their
     names, sizes and labels here. Raises DataError for a folder without manifest, and shards missing or damaged.
@@ -149,23 +178,25 @@ def load_latents(root: str, with_labels: bool = True) -> Dataset:
     names, (labels,) = present_classes(str(folder), manifest.class_names, [labels])
     held = held_out(manifest.count, labels, manifest.settings.heldout, manifest.settings.seed)
     kept = labels if with_labels else None
+    text = manifest.prompts.text if manifest.prompts is not None and with_prompts else None
     train, heldout = (
-        LatentSamples(shards, rows, None if kept is None else kept[rows])
+        LatentSamples(shards, rows, None if kept is None else kept[rows], text is not None)
         for rows in ((~held).nonzero()[:, 0], held.nonzero()[:, 0])
     )
     names = () if kept is None else names
     train.check_constant()
-    name = folder.resolve().name
-    return Dataset(name, train, heldout, len(names), names, manifest.spec, split_by="encode anew with --heldout")
+    name, advice = folder.resolve().name, "encode anew with --heldout"
+    return Dataset(name, train, heldout, len(names), names, manifest.spec, split_by=advice, text=text)
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSamples(SampleSet):
-    """Some rows of the latents in a folder: rows (N,) int64; labels (N,) int64 or None."""
+    """Some rows of the latents in a folder: rows (N,) and labels (N,) int64, or None; prompted: with prompts."""
 
     shards: "LatentShards"
     rows: Tensor
     labels: Tensor | None = None
+    prompted: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,11 +216,15 @@ class LatentSamples(SampleSet):
         return self.shards.manifest.spec.constant
 
     def context(self, indices: Tensor) -> Context:
-        """A channel that never varies counts in no loss."""
+        """Prompts, and that a channel that never varies counts in no loss."""
+        prompts = self.shards.prompts(self.rows[indices.cpu()]) if self.prompted else None
         if not self.constant:
-            return Context()
+            return Context(prompts=prompts)
         varies = torch.tensor([std > 0 for std in self.shards.manifest.std])
-        return Context(loss_mask=varies[:, None, None].expand(len(indices), -1, 1, 1))
+        return Context(None, varies[:, None, None].expand(len(indices), -1, 1, 1), prompts)
+
+    def captions(self, indices: Tensor) -> list[str]:
+        return self.shards.captions(self.rows[indices.cpu()]) if self.prompted else []
 
     def check_constant(self) -> None:
         """Raise DataError where the first samples vary in a channel that the manifest says never does."""
@@ -205,8 +240,8 @@ class LatentSamples(SampleSet):
                 )
 
     def moments(self) -> tuple[float, float]:
-        """0 and the scale, which the training part's channels that vary were measured to be brought to."""
-        return 0.0, self.shards.manifest.scale
+        """Of the training part, as measured when it was encoded."""
+        return self.shards.manifest.moments()
 
     @property
     def has_mirrors(self) -> bool:
@@ -217,6 +252,8 @@ class LatentSamples(SampleSet):
         digest.update(self.rows.numpy().data)
         if self.labels is not None:
             digest.update(self.labels.numpy().data)
+        if self.shards.manifest.prompts is not None and not self.prompted:
+            digest.update(b"without prompts")
 
 
 class LatentShards:
@@ -228,6 +265,11 @@ class LatentShards:
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
         self._mapped: dict[int, dict[str, Tensor]] = {}
+        self._null: Prompts | None = None
+        if manifest.prompts is not None:
+            self._null = read_empty(folder, manifest.prompts.text)
+            if fingerprint(folder / EMPTY_FILE) != manifest.prompts.empty:
+                raise DataError(f"'{folder / EMPTY_FILE}' is damaged: delete it and run the same fewstep encode again")
         for shard in manifest.shards:
             file = checked_place(folder / shard.file)
             size = file.stat().st_size if file.is_file() else None
@@ -256,12 +298,29 @@ class LatentShards:
         if mirror is not None and not self.manifest.settings.flip:
             raise DataError(f"'{self.folder}' holds no latents of mirrored images: encode with --flip")
         found = torch.empty(len(rows), *self.manifest.shape)
-        numbers = torch.bucketize(rows, self._ends, right=True)
-        places = (rows - self._starts[numbers]).tolist()
         flipped = [False] * len(rows) if mirror is None else mirror.tolist()
-        for i, (number, place, flip) in enumerate(zip(numbers.tolist(), places, flipped, strict=True)):
+        for i, ((number, place), flip) in enumerate(zip(self._places(rows), flipped, strict=True)):
             found[i] = self._tensors(number)["mirrored" if flip else "latents"][place]
         return found
+
+    def prompts(self, rows: Tensor) -> Prompts:
+        """Stored prompts of rows (n,) int64 in float32, with the empty one."""
+        places = [(self._tensors(number), place) for number, place in self._places(rows)]
+        keys = [key for key in ("text", "text_mask", "pooled") if key in self._tensors(0)]
+        return prompts_of({key: torch.stack([each[key][at] for each, at in places]) for key in keys}, self._null)
+
+    def captions(self, rows: Tensor) -> list[str]:
+        """What was said of the images of rows (n,) int64."""
+        headers: dict[int, list[str]] = {}
+        for number, _ in (places := self._places(rows)):
+            if number not in headers:
+                headers[number] = captions_of(shard_header(self.folder / self.manifest.shards[number].file))
+        return [headers[number][place] for number, place in places]
+
+    def _places(self, rows: Tensor) -> list[tuple[int, int]]:
+        """Each row's shard and its number there."""
+        numbers = torch.bucketize(rows, self._ends, right=True)
+        return list(zip(numbers.tolist(), (rows - self._starts[numbers]).tolist(), strict=True))
 
     def _tensors(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard, its content checked when it is first used."""
@@ -269,12 +328,16 @@ class LatentShards:
             shard = self.manifest.shards[number]
             file = self.folder / shard.file
             tensors = map_shard(file)
-            shape = (shard.count, *self.manifest.shape)
             keys = ("latents", "mirrored") if self.manifest.settings.flip else ("latents",)
-            fits = all(key in tensors and tuple(tensors[key].shape) == shape for key in keys)
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(keys, self.manifest.shape)
+            if self.manifest.prompts is not None and self._null is not None:
+                shapes |= prompt_keys(self.manifest.prompts.text, self._null.mask is not None)
+            fits = all(
+                key in tensors and tuple(tensors[key].shape) == (shard.count, *shape) for key, shape in shapes.items()
+            )
             if not fits or fingerprint(file) != shard.fingerprint:
                 raise DataError(f"'{file}' is damaged: delete it and run the same fewstep encode again")
-            for key in keys:
+            for key in shapes:
                 if not all(bool(part.isfinite().all()) for part in tensors[key].split(256)):
                     raise DataError(f"'{file}' has {key} that are not finite: delete it and run fewstep encode again")
             self._mapped[number] = tensors
@@ -299,6 +362,12 @@ def map_shard(file: Path) -> dict[str, Tensor]:
             return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise DataError(f"'{file}' is damaged ({error}): delete it and run the same fewstep encode again") from error
+
+
+def shard_header(file: Path) -> dict[str, str]:
+    """The words in a shard's header."""
+    with safe_open(checked_place(file), framework="pt") as handle:
+        return dict(handle.metadata() or {})
 
 
 def fingerprint(file: Path) -> str:
