@@ -58,8 +58,8 @@ def evaluator() -> Evaluator:
 def test_an_exact_model_is_near_its_data(count: int, pipeline: Pipeline, evaluator: Evaluator) -> None:
     found = {}
     for shares in ("data", "uniform"):
-        classes = evaluator.classes(pipeline.flow_map, count, replace(EvaluationConfig(), classes=shares))
-        _, features = draw_features(pipeline, count, SamplingSettings(steps=1), evaluator.extractor, classes)
+        asked = evaluator.asked(pipeline.flow_map, count, replace(EvaluationConfig(), classes=shares))
+        _, features = draw_features(pipeline, count, SamplingSettings(steps=1), evaluator.extractor, asked)
         found[shares] = frechet_distance(features, evaluator.features)
     assert found["data"] < 0.05
     assert found["uniform"] > 2
@@ -67,8 +67,8 @@ def test_an_exact_model_is_near_its_data(count: int, pipeline: Pipeline, evaluat
 
 def test_a_placement_is_judged_by_classes_in_their_shares(pipeline: Pipeline, evaluator: Evaluator) -> None:
     plan, settings = TuningPlan(samples=200, evaluations=4), SamplingSettings(steps=2, spacing="uniform")
-    classes = evaluator.classes(pipeline.flow_map, plan.samples, EvaluationConfig())
-    assert tune(pipeline, settings, evaluator, plan, classes).check.default < 0.3
+    asked = evaluator.asked(pipeline.flow_map, plan.samples, EvaluationConfig())
+    assert tune(pipeline, settings, evaluator, plan, asked).check.default < 0.3
     assert tune(pipeline, settings, evaluator, plan).check.default > 2
 
 

@@ -105,15 +105,15 @@ def class_name(kind: str) -> str:
     return "UNet2DConditionModel" if kind == "SDXL" else kind
 
 
-def make_model(kind: str, seed: int = 0) -> Any:
-    """The network with weights drawn from a seed, none of them zero."""
+def make_model(kind: str, seed: int = 0, scale: float = 0.2, **changes: Any) -> Any:
+    """The network with weights of that scale drawn from a seed, none of them zero; changes: to its settings."""
     import diffusers
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(diffusers, class_name(kind))(**TINY[kind].settings).eval()
+        model = getattr(diffusers, class_name(kind))(**{**TINY[kind].settings, **changes}).eval()
         for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=scale)
     return model
 
 

@@ -100,8 +100,11 @@ def autoencoder(seed: int = 0) -> Any:
         )  # fmt: skip
 
 
-def make_pipeline(name: str, seed: int = 0) -> Any:
-    """The pipeline by its own class, weights drawn from a seed; with an autoencoder where it is one of images."""
+def make_pipeline(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The pipeline by its own class, weights drawn from a seed; with an autoencoder where it is one of images.
+
+    changes: to the settings of its network.
+    """
     import diffusers
 
     with torch.random.fork_rng():
@@ -113,18 +116,20 @@ def make_pipeline(name: str, seed: int = 0) -> Any:
         parts |= {f"text_encoder{end}": model.eval(), f"tokenizer{end}": tokenizer}
     kind = PIPELINES[name]
     settings = dict(TINY[kind].scheduler)
+    if name == "StableDiffusionPipeline":  # so that an untrained network's samples stay small
+        settings |= {"prediction_type": "v_prediction", "steps_offset": 1}
     scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
     own = "unet" if kind in ("UNet2DConditionModel", "SDXL") else "transformer"
-    parts |= {own: make_model(kind), "scheduler": scheduler}
+    parts |= {own: make_model(kind, scale=0.05, **changes), "scheduler": scheduler}
     parts["vae"] = None if name in ("WanPipeline", "SanaPipeline") else autoencoder()
     if name == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return getattr(diffusers, name)(**parts)
 
 
-def save_pipeline(folder: Path, name: str = "StableDiffusionPipeline") -> Any:
+def save_pipeline(folder: Path, name: str = "StableDiffusionPipeline", seed: int = 0, **changes: Any) -> Any:
     """Save it as diffusers does; returns it."""
-    pipeline = make_pipeline(name)
+    pipeline = make_pipeline(name, seed, **changes)
     pipeline.save_pretrained(folder)
     return pipeline
 

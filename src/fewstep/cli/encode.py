@@ -45,5 +45,5 @@ def run(options: Options) -> None:
     if left_out:
         print(f"Left out: {listed(left_out)}")
     teacher = options.target.teacher
-    recipe = "RECIPE" if teacher is None else f"distil-diffusers --teacher {quoted(teacher)}"
+    recipe = f"distil-diffusers --teacher {quoted(teacher)}" if teacher else "RECIPE"
     print(f"Next: fewstep train {recipe} --data.source latents --data.root {quoted(options.out)}")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,6 +11,10 @@ from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.text import listed, quoted
+
+if TYPE_CHECKING:
+    from fewstep.networks.condition import Prompts
+    from fewstep.sampling.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Options:
     label: tuple[str, ...] = ()
     """Class of each image by its name, or its number where no class is called so; repeated as needed, -1 for none. All
     classes in turn when not given."""
+    prompt: tuple[str, ...] = ()
+    """What images are of, in words, for a model of text; repeated as needed, in turn. Some of the data's own captions
+    when not given."""
+    prompts: Path | None = None
+    """Embedded prompts in place of words: FILE.safetensors with text (n, L, D), text_mask, pooled, null_text and so on,
+    as prompts.safetensors beside a model's weights."""
+    text_encoders: Path | None = None
+    """Where the pipeline whose text encoders embed prompts lies now; where it lay when the data were encoded when not
+    given."""
     guidance_scale: float | None = None
     """Guidance strength: a model trained with drawn guidance takes it as an input, any other pays a second call. Not
     given: the one that the run is measured by; for a saved model the one that all its tuned times are for, else 1."""
@@ -80,21 +93,39 @@ def run(options: Options) -> None:
     names = pipeline.config.class_names
     own = [class_number(name, names) for name in options.label]
     labels = [own[k % len(own)] for k in range(options.count)] if own else None
-    drawn = pipeline.generate(options.count, settings, labels)
+    words, prompts = asked_prompts(options, pipeline)
+    drawn = pipeline.generate(options.count, settings, labels, prompts=prompts)
     drawn.check_finite()
     if view is None:
         save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
+    elif words and drawn.labels is None and not out.suffix:  # files are named by what they are of
+        view.write(drawn.samples, torch.arange(options.count) % len(words), out, options.columns, words)
     else:
         view.write(drawn.samples, drawn.labels, out, options.columns, names)
     guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
     print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
     if stray := pipeline.strays(drawn.samples):
         print(f"The model has diverged, or learned nothing yet: {stray}")
+    if words and not options.prompt:
+        print(f"Captions of the data in turn: {listed(words)}; --prompt WORDS draws another")
     if names and not own:
         print(f"Classes in turn: {listed(names)}; --label NAME draws one")
     tuned = settings.tuned(pipeline.step_times)
     if tuned is not None:
         print(f"Times tuned for {tuned.steps} steps: {' '.join(f'{t:.4g}' for t in tuned.times)}")
+
+
+def asked_prompts(options: Options, pipeline: "Pipeline") -> tuple[tuple[str, ...], "Prompts | None"]:
+    """What images are of, in words as far as they are known, and embedded where it is not what the model keeps."""
+    if options.prompt and options.prompts is not None:
+        raise ConfigError("--prompt has words and --prompts embedded ones: give one of them")
+    if options.prompts is not None:
+        from fewstep.data.latents.prompts import read_prompts
+
+        return (), read_prompts(options.prompts)
+    if options.prompt:
+        return options.prompt, pipeline.encode_prompts(options.prompt, options.text_encoders)
+    return pipeline.config.captions, None
 
 
 def class_number(name: str, names: tuple[str, ...]) -> int:

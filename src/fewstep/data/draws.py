@@ -1,10 +1,13 @@
 """What stands for a set of samples: some of them drawn over all of it, classes in the shares that they have there."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.data.base import SampleSet
+from fewstep.networks.condition import Prompts
 from fewstep.utils.random import permutation
 
 _CLASSES, _SAMPLES = -2, -3  # epochs of their own: those from 0 on order the training data
@@ -23,6 +26,22 @@ def even_draw(samples: SampleSet, count: int, seed: int) -> Tensor:
     taken = min(count, size)
     rising: Tensor = order[torch.arange(taken) * size // taken].sort().values
     return rising
+
+
+@dataclass(frozen=True)
+class DrawnPrompts:
+    """The prompts of samples with these numbers, (n,) int64, read as they are needed."""
+
+    samples: SampleSet
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Prompts:
+        found = self.samples.context(self.rows[index]).prompts
+        assert found is not None  # they are of samples that have them
+        return found
 
 
 def classes_like(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -38,11 +38,11 @@ def curve_watcher(run: RunFolder, config: RunConfig, dataset: Dataset, cache: Pa
         if not evaluators:  # at the first point: its classifier may have to be trained
             evaluators.append(build_evaluator(with_labels(config.data, dataset), cache))
         evaluator = evaluators[0]
-        classes = evaluator.classes(pipeline.flow_map, settings.curve_samples, settings)
+        asked = evaluator.asked(pipeline.flow_map, settings.curve_samples, settings)
         at = {"images": step * config.training.batch_size, "step": step, "seconds": _seconds_at(run, step)}
         points: list[dict[str, Any]] = []
         for each in sampler_settings(config, settings.curve_steps):
-            drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluator.extractor, classes)
+            drawn, features = draw_features(pipeline, settings.curve_samples, each, evaluator.extractor, asked)
             sound = bool(features.isfinite().all())  # a model may break down and recover; its point reaches nothing
             value = frechet_distance(features, evaluator.features) if sound else math.nan
             points.append(at | {"measure": "frechet", "nfe": round(drawn.nfe), "value": value})

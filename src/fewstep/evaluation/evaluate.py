@@ -3,6 +3,7 @@
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fewstep.evaluation.metrics.features import (
     RandomConvExtractor,
     default_extractor,
 )
-from fewstep.evaluation.metrics.measure import Evaluator
+from fewstep.evaluation.metrics.measure import Asked, Evaluator
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
@@ -60,7 +61,7 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
     run = RunFolder(folder)
     if run.config_file.is_file() and run.checkpoints():
         own = sampler_settings(run.config(), (1,))[0]
-        scale = own.guidance_scale if pipeline.flow_map.num_classes else 1.0
+        scale = own.guidance_scale if pipeline.flow_map.conditional else 1.0
         return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, guidance_scale=scale)
     scales = {each.guidance_scale for each in pipeline.step_times}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -79,12 +80,13 @@ def spacing(config: RunConfig) -> Spacing:
 
 def method_of(run: RunFolder) -> str:
     """The run's objective as figures name it; raises CheckpointError where the run does not say what its data are."""
-    return method_name(run.config(), run.data("classes")["classes"])
+    return method_name(run.config(), run.data("classes"))
 
 
-def method_name(config: RunConfig, classes: int) -> str:
-    """The objective as figures name it; classes: how many the data have, without which nothing is guided."""
-    return config.objective.method(kind_name(type(config.model.preconditioning)), classes > 0)
+def method_name(config: RunConfig, data: Mapping[str, Any]) -> str:
+    """The objective as figures name it; data: as the run keeps it, without classes and prompts nothing is guided."""
+    conditional = data["classes"] > 0 or "prompts" in data
+    return config.objective.method(kind_name(type(config.model.preconditioning)), conditional)
 
 
 def build_evaluator(
@@ -137,10 +139,10 @@ def check_counts(dataset: Dataset, least: int = _FEWEST) -> None:
 
 
 def draw_features(
-    pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor, classes: Tensor | None
+    pipeline: Pipeline, count: int, settings: SamplingSettings, extractor: Extractor, asked: Asked
 ) -> tuple[Generated, Tensor]:
-    """`count` samples of these classes (`Evaluator.classes`), and their features (count, d)."""
-    drawn = generate(pipeline, count, settings, classes)
+    """`count` samples of what is asked for (`Evaluator.asked`), and their features (count, d)."""
+    drawn = generate(pipeline, count, settings, asked.labels, prompts=asked.prompts)
     return drawn, extractor.features(_within_range(pipeline, drawn.samples))
 
 
@@ -177,10 +179,10 @@ def measure_run(
     plans += [(f"{name}, tuned times", tuned) for _, each in plans if (tuned := tuned_settings(pipeline, each))]
     if not (config.objective.on_diagonal or config.objective.endpoint_only):
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
-    classes = evaluator.classes(pipeline.flow_map, settings.samples, settings)
+    asked = evaluator.asked(pipeline.flow_map, settings.samples, settings)
     rows, broken = [], []
     for label, each in plans:
-        drawn = generate(pipeline, settings.samples, each, classes)
+        drawn = generate(pipeline, settings.samples, each, asked.labels, prompts=asked.prompts)
         if bool(drawn.samples.isfinite().all()):
             rows.append(state | _measured(pipeline, label, each, drawn, evaluator))
         else:

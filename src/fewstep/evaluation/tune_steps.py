@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fewstep.evaluation.evaluate import best_device, draw_features, sampler_settings
 from fewstep.evaluation.metrics.fidelity import frechet_distance
-from fewstep.evaluation.metrics.measure import Evaluator
+from fewstep.evaluation.metrics.measure import ANYTHING, Asked, Evaluator
 from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.recipes.config import RunConfig
@@ -210,11 +210,11 @@ def tune(
     settings: SamplingSettings,
     evaluator: Evaluator,
     plan: TuningPlan,
-    classes: Tensor | None = None,
+    asked: Asked = ANYTHING,
 ) -> Tuning:
     """Search the times between t_max and t_min for these settings' sampler and steps, and check what is found.
 
-    The settings' own placement is the default. classes: of the plan's samples (`Evaluator.classes`). Raises DataError
+    The settings' own placement is the default. asked: of the plan's samples (`Evaluator.asked`). Raises DataError
     for too few held-out samples, ShapeError where the model's samples are not finite.
     """
     half, other = split_in_halves(evaluator)
@@ -222,7 +222,7 @@ def tune(
 
     def features(times: Point, seed: int) -> Tensor:
         placed = replace(settings, times=times, seed=seed)
-        return draw_features(pipeline, plan.samples, placed, evaluator.extractor, classes)[1]
+        return draw_features(pipeline, plan.samples, placed, evaluator.extractor, asked)[1]
 
     def distance(times: Point) -> float:
         drawn = features(times, plan.seed)
@@ -309,12 +309,12 @@ def tune_run(
     is damaged.
     """
     pipeline, step = run.model().to(best_device()), run.state()["step"]
-    classes = evaluator.classes(pipeline.flow_map, plan.samples, config.evaluation)
+    asked = evaluator.asked(pipeline.flow_map, plan.samples, config.evaluation)
     read_tuned_steps(run.root)  # what is damaged is said before the search
     found: list[Tuning] = []
     unstored: CheckpointError | None = None
     for settings in sampler_settings(config, plan.steps):
-        found.append(tune(pipeline, settings, evaluator, plan, classes))
+        found.append(tune(pipeline, settings, evaluator, plan, asked))
         try:
             with updating(run.root):
                 stored = read_tuned_steps(run.root)

@@ -14,6 +14,8 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import ClassifierFreeGuidance, sampling_condition
 from fewstep.flow.paths import Path
 from fewstep.flow.times import GRIDS, check_grid
+from fewstep.networks.base import Network
+from fewstep.networks.condition import Prompts
 from fewstep.sampling.samplers import Model, Sampler, sampler_of
 from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
 from fewstep.utils.errors import ShapeError
@@ -105,6 +107,16 @@ def prior_noise(flow_map: FlowMap, draws: Draws) -> Tensor:
     return flow_map.path.prior(draws.normal(STREAM_PRIOR, flow_map.sample_shape))
 
 
+class PromptSource(Protocol):
+    """Embedded prompts by their numbers: Prompts, or what reads them as they are needed."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: Tensor) -> Prompts:
+        """Those with these numbers, (n,) int64."""
+
+
 class Timed(Protocol):
     """A flow map with the step times found for it: a Pipeline."""
 
@@ -116,6 +128,10 @@ class Timed(Protocol):
     def step_times(self) -> tuple[StepTimes, ...]:
         """Where, as far as times were tuned."""
 
+    @property
+    def prompts(self) -> Prompts | None:
+        """What samples are drawn of where nothing else is asked for."""
+
 
 @torch.no_grad()
 def generate(
@@ -124,18 +140,23 @@ def generate(
     settings: SamplingSettings,
     labels: Tensor | Sequence[int] | None = None,
     first: int = 0,
+    prompts: PromptSource | None = None,
 ) -> Generated:
     """Draw samples first .. first + count - 1 of the seed in batches, on the model's device.
 
     model: a flow map, or a pipeline, which knows the step times found for it.
-    labels: (count,) whole numbers, -1 for no class, default k mod num_classes. Raises ShapeError for labels out of
-    range, a count or batch size below 1, or settings that do not fit.
+    labels: (count,) whole numbers, -1 for no class, default k mod num_classes. prompts: sample k is of prompt k mod
+    their number; default the pipeline's own. Raises ShapeError for labels out of range, prompts of other widths than
+    the network takes, a count or batch size below 1, or settings that do not fit.
     """
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
     flow_map, known = (model, ()) if isinstance(model, FlowMap) else (model.flow_map, model.step_times)
     check_memory(4 * count * math.prod(flow_map.sample_shape), f"drawing {count} samples", "draw fewer")
     labels = _check_labels(labels, count, first, flow_map.num_classes)
+    if prompts is None and not isinstance(model, FlowMap):
+        prompts = model.prompts
+    _check_prompts(prompts, flow_map)
     times, sampler = settings.grid(flow_map.path, known), settings.function()
     guided: Model = flow_map
     if settings.guidance_scale != 1.0 and not flow_map.guided:
@@ -146,12 +167,27 @@ def generate(
         start = time.perf_counter()
         for low in range(0, count, settings.batch_size):
             part = slice(low, min(low + settings.batch_size, count))
-            draws = Draws(settings.seed, 0, torch.arange(first + part.start, first + part.stop, device=device))
+            numbers = torch.arange(first + part.start, first + part.stop)
+            draws = Draws(settings.seed, 0, numbers.to(device))
             own = None if labels is None else labels[part].to(device)
-            cond = sampling_condition(own, flow_map.guided, settings.guidance_scale, settings.interval)
+            asked = None if prompts is None else prompts[numbers % len(prompts)].to(device)
+            cond = sampling_condition(own, flow_map.guided, settings.guidance_scale, settings.interval, asked)
             batches.append(sampler(guided, prior_noise(flow_map, draws), times, cond, draws).cpu())
         seconds = time.perf_counter() - start
     return Generated(torch.cat(batches), labels, sum(rows) / count, seconds)
+
+
+def _check_prompts(prompts: PromptSource | None, flow_map: FlowMap) -> None:
+    if prompts is None:
+        return
+    if not isinstance(flow_map.network, Network) or flow_map.network.prompt_widths == (0, 0):
+        raise ShapeError("prompts given, but this model takes none: leave them out")
+    if not len(prompts):
+        raise ShapeError("no prompts given: give at least one")
+    found, widths = prompts[torch.zeros(1, dtype=torch.int64)], flow_map.network.prompt_widths
+    own = found.text.shape[-1], 0 if found.pooled is None else found.pooled.shape[-1]
+    if own != widths:
+        raise ShapeError(f"prompts embedded with widths {own} (tokens, pooled), but this model takes {widths}")
 
 
 def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 FOLDER/config.json        {"format", "flow_map": FlowMapConfig, "pipeline": PipelineConfig}
 FOLDER/model.safetensors  the network's weights
+FOLDER/prompts.safetensors  some embedded prompts and the empty one, of a model of text
 """
 
 import json
@@ -18,12 +19,15 @@ from torch import Tensor
 
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec, load_decoder
+from fewstep.data.latents.prompts import encode_prompts, read_prompts, save_prompts
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
 from fewstep.networks.base import Network, at_most
+from fewstep.networks.condition import Prompts
 from fewstep.sampling.card import Card, Provenance
 from fewstep.sampling.decode import Viewer
-from fewstep.sampling.generate import Generated, SamplingSettings, generate
+from fewstep.sampling.generate import Generated, PromptSource, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
+from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
 from fewstep.utils.hub import HUB, cached_copy, fetching
@@ -32,6 +36,7 @@ from fewstep.utils.weights import check_shapes, fit_weights, read_shapes, read_w
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PROMPTS_FILE = "prompts.safetensors"
 _ADVICE = "bring back a copy of it"
 _DRAWING = "\nsamples = pipeline.generate(4, steps=2).samples"
 
@@ -43,7 +48,7 @@ class PipelineConfig:
     class_names: of the labels. data_range: the values that samples are clipped to when shown, None when the data has no
     such range (latents). step_times: where they are best drawn at, found for these weights (`fewstep tune-steps`).
     latents: how they become images, where they are latents. policy: how they are acted on, where they are chunks of
-    actions.
+    actions. text: which encoders embed their prompts. captions: of the prompts that are kept with the model.
     """
 
     class_names: tuple[str, ...] = ()
@@ -51,6 +56,8 @@ class PipelineConfig:
     step_times: tuple[StepTimes, ...] = later(tuple)
     latents: LatentSpec | None = later(lambda: None)
     policy: PolicySpec | None = later(lambda: None)
+    text: TextSpec | None = later(lambda: None)
+    captions: tuple[str, ...] = later(tuple)
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a range whose ends do not rise."""
@@ -69,9 +76,10 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         flow_map: FlowMap,
         config: PipelineConfig = PipelineConfig(),
         provenance: Callable[[], Provenance] | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
-        """provenance: reads where the weights come from, when a card is written."""
-        self.flow_map, self.config, self._provenance = flow_map, config, provenance
+        """provenance: reads where the weights come from, when a card is written. prompts: what is drawn if not told."""
+        self.flow_map, self.config, self._provenance, self.prompts = flow_map, config, provenance, prompts
 
     @property
     def step_times(self) -> tuple[StepTimes, ...]:
@@ -98,11 +106,22 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
 
     def with_step_times(self, step_times: tuple[StepTimes, ...]) -> "Pipeline":
         """The same flow map, sampled at other times."""
-        return Pipeline(self.flow_map, replace(self.config, step_times=step_times), self._provenance)
+        config = replace(self.config, step_times=step_times)
+        return Pipeline(self.flow_map, config, self._provenance, self.prompts)
 
     def from_run(self, provenance: Callable[[], Provenance]) -> "Pipeline":
         """The same, knowing where it comes from."""
-        return Pipeline(self.flow_map, self.config, provenance)
+        return Pipeline(self.flow_map, self.config, provenance, self.prompts)
+
+    def encode_prompts(self, prompts: Sequence[str], teacher: Path | None = None) -> Prompts:
+        """Embed prompts by the text encoders that the model's data were embedded by; each stays in memory meanwhile.
+
+        teacher: where their pipeline lies now, if it was moved. Raises ConfigError for a model of no prompts,
+        CheckpointError for text encoders that are missing, damaged or others.
+        """
+        if self.config.text is None:
+            raise ConfigError("this model was not trained with prompts: leave them out")
+        return encode_prompts(self.config.text, prompts, teacher, self.device)
 
     def generate(
         self,
@@ -110,10 +129,15 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         settings: SamplingSettings = SamplingSettings(),
         labels: Tensor | Sequence[int] | None = None,
         first: int = 0,
+        prompts: Sequence[str] | PromptSource | None = None,
         **changes: Any,
     ) -> Generated:
-        """`count` samples, as `fewstep.generate` draws them; changes: to the settings, such as steps=1."""
-        return generate(self, count, replace(settings, **changes), labels, first)
+        """`count` samples, as `fewstep.generate` draws them; changes: to the settings, such as steps=1.
+
+        prompts: in words, as `encode_prompts` embeds them, or embedded; in turn.
+        """
+        embedded = self.encode_prompts(prompts) if isinstance(prompts, Sequence) else prompts
+        return generate(self, count, replace(settings, **changes), labels, first, embedded)
 
     def strays(self, samples: Tensor, than_noise: bool = False) -> str:
         """What no trained model gives, in words: values that are not finite, or far from the data's; else nothing.
@@ -172,6 +196,8 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         record: dict[str, JSON] = {"format": FORMAT}
         record |= {"flow_map": to_json(flow_map.config), "pipeline": to_json(self.config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        if self.prompts is not None:
+            save_prompts(self.prompts, folder / PROMPTS_FILE)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
@@ -230,13 +256,15 @@ def from_hub(repository: str, **options: Any) -> Pipeline:
     """
     with fetching(repository):
         files = [Path(hf_hub_download(repository, name, **options)) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    return _load(files[0], files[1])
+        if _read_config(files[0])[1].text is not None:
+            files.append(Path(hf_hub_download(repository, PROMPTS_FILE, **options)))
+    return _load(files[0], files[1], files[-1])
 
 
 def load_pipeline(folder: Path | str) -> Pipeline:
     """Read what `Pipeline.save` wrote; raises CheckpointError when files are missing, truncated or do not fit."""
     folder = Path(folder)
-    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / PROMPTS_FILE)
 
 
 def read_flow_map_config(folder: Path | str) -> FlowMapConfig:
@@ -254,7 +282,7 @@ def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
     return from_json(FlowMapConfig, record["flow_map"], str(file)), pipeline
 
 
-def _load(config_file: Path, weights_file: Path) -> Pipeline:
+def _load(config_file: Path, weights_file: Path, prompts_file: Path) -> Pipeline:
     config, pipeline = _read_config(config_file)
     if config.num_classes and pipeline.class_names and len(pipeline.class_names) != config.num_classes:
         reason = f"{len(pipeline.class_names)} names of {config.num_classes} classes"
@@ -268,4 +296,5 @@ def _load(config_file: Path, weights_file: Path) -> Pipeline:
         with torch.random.fork_rng([]), at_most(len(stored)):  # what it draws for weights that are then replaced
             flow_map = config.build()
     fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
-    return Pipeline(flow_map.eval(), pipeline)
+    prompts = None if pipeline.text is None else read_prompts(prompts_file)
+    return Pipeline(flow_map.eval(), pipeline, prompts=prompts)

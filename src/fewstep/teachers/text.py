@@ -277,6 +277,9 @@ def _load_encoder(folder: Path, name: str, index: Index, device: torch.device) -
         raise MissingExtraError(
             f"text encoders need transformers: pip install 'fewstep[diffusers]' ({error})"
         ) from error
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model, info = classes[0].from_pretrained(
             folder / name, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -288,6 +291,9 @@ def _load_encoder(folder: Path, name: str, index: Index, device: torch.device) -
             f"{folder / name} and {tokenizer_name} hold no {kinds[0]} with its tokenizer that can be read from "
             f"safetensors: {reason}"
         ) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     if info["missing_keys"]:
         raise CheckpointError(
             f"{folder / name} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}"
@@ -303,8 +309,8 @@ def check_prompt_widths(spec: TextSpec, widths: tuple[int, int], network: str) -
     if spec.widths != widths:
         own, theirs = (f"{text} wide and {pooled or 'no'} pooled" for text, pooled in (spec.widths, widths))
         raise ConfigError(
-            f"the data's prompts are embedded {spec.length} x {own}, by a {spec.pipeline}, but {network} takes "
-            f"embeddings {theirs}: encode with this teacher's own text encoders"
+            f"the data's prompts are {own}, embedded by a {spec.pipeline}, but {network} takes prompts {theirs}: "
+            "encode with its own text encoders"
         )
 
 

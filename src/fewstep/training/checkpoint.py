@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fewstep.sampling.pipeline import CONFIG_FILE, WEIGHTS_FILE, Pipeline, load_pipeline
+from fewstep.sampling.pipeline import CONFIG_FILE, PROMPTS_FILE, WEIGHTS_FILE, Pipeline, load_pipeline
 from fewstep.utils.errors import CheckpointError, FewstepError
 from fewstep.utils.files import guarded, parse_json, reading, write_atomically
 from fewstep.utils.serialization import JSON
@@ -153,7 +153,7 @@ def load_checkpoint_pipeline(folder: Path) -> Pipeline:
     """The model in a checkpoint, or one that was saved without a training; raises CheckpointError as `load` does."""
     found = load_pipeline(folder)
     if (folder / STATE_FILE).is_file():
-        check_digests(folder, CONFIG_FILE, WEIGHTS_FILE)
+        check_digests(folder, CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE)
     return found
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 import torch
 
 from fewstep.data.base import Dataset
+from fewstep.data.draws import even_draw
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import MOST_TENSORS, Network
+from fewstep.networks.condition import Prompts
 from fewstep.networks.discriminator import Discriminator
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
+from fewstep.teachers.text import check_prompt_widths
 from fewstep.training.gan import WEIGHTS
 from fewstep.training.teacher import start_from
 from fewstep.utils.errors import ConfigError, FewstepWarning
@@ -23,11 +26,13 @@ from fewstep.utils.tensors import check_memory
 from fewstep.utils.weights import check_shapes, read_shapes, shapes
 
 _COPIES = 4
+_EXAMPLES = 8
 
 
 def data_record(dataset: Dataset) -> dict[str, JSON]:
     """What the data measured, stored with the run; a resume on other data is refused by it."""
-    return {
+    prompts: dict[str, JSON] = {} if dataset.text is None else {"prompts": dataset.text.pipeline}
+    return prompts | {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "shape": list(dataset.shape),
@@ -63,6 +68,7 @@ def build(
     settings = flow_map_config(
         config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own, covariance
     )
+    settings = replace(settings, guided=config.objective.guided and dataset.conditional)
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
@@ -70,25 +76,44 @@ def build(
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
     policy = None if policy is None else replace(policy, sampler=config.objective.acting)
-    samples = PipelineConfig(dataset.class_names, dataset.data_range, latents=dataset.latents, policy=policy)
-    return Pipeline(flow_map, samples)
+    _check_prompts(flow_map, dataset)
+    captions, prompts = _examples(dataset)
+    samples = PipelineConfig(
+        dataset.class_names, dataset.data_range, (), dataset.latents, policy, dataset.text, tuple(captions)
+    )
+    return Pipeline(flow_map, samples, prompts)
+
+
+def _check_prompts(flow_map: FlowMap, dataset: Dataset) -> None:
+    """Raise ConfigError where the network does not take the prompts that the data come with, and warn of none."""
+    widths = flow_map.network.prompt_widths if isinstance(flow_map.network, Network) else (0, 0)
+    if dataset.text is not None and widths == (0, 0):
+        raise ConfigError(f"{dataset.name} has prompts, which this network does not take: add --data.no-prompts")
+    if dataset.text is not None:
+        check_prompt_widths(dataset.text, widths, "this network")
+
+
+def _examples(dataset: Dataset) -> tuple[list[str], Prompts | None]:
+    """Captions of some held-out samples, and their prompts: what the model is asked for where nobody says."""
+    rows = even_draw(dataset.heldout, _EXAMPLES, seed=0)
+    return dataset.heldout.captions(rows), dataset.heldout.context(rows).prompts
 
 
 def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> None:
-    """A FewstepWarning for training guidance on data without classes, where it has no effect.
+    """A FewstepWarning for training guidance on data without classes or prompts, where it has no effect.
 
     Raises ConfigError where such a run would be measured with guidance, which it could not be.
     """
-    if config.evaluation.guidance_scale != 1.0 and not dataset.num_classes:
+    if config.evaluation.guidance_scale != 1.0 and not dataset.conditional:
         raise ConfigError(
-            f"{dataset.name} has no classes to guide samples to: leave --evaluation.guidance-scale at 1 (it is "
-            f"{config.evaluation.guidance_scale:g})"
+            f"{dataset.name} has no classes or prompts to guide samples to: leave --evaluation.guidance-scale at 1 (it "
+            f"is {config.evaluation.guidance_scale:g})"
         )
     guidance = config.objective.guidance
-    if warn and guidance.active and not dataset.num_classes:
+    if warn and guidance.active and not dataset.conditional:
         off = f" ({guidance.turned_off_by} turns it off)" if guidance.turned_off_by else ""
         warnings.warn(
-            f"{dataset.name} has no classes to guide to: training guidance{off} has no effect",
+            f"{dataset.name} has no classes or prompts to guide to: training guidance{off} has no effect",
             FewstepWarning,
             stacklevel=5,
         )
@@ -136,7 +161,7 @@ def _discriminator(config: RunConfig, dataset: Dataset) -> Discriminator:
 
 def _without_memory(config: RunConfig, dataset: Dataset, tensors: int = MOST_TENSORS) -> Network | None:
     classes = dataset.num_classes
-    guided = config.objective.guided and classes > 0
+    guided = config.objective.guided and dataset.conditional
     return config.network.without_memory(dataset.shape, classes, guided, _observation(dataset), tensors)
 
 

@@ -87,10 +87,10 @@ def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig)
 def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: Dataset) -> TrajectoryStatistics:
     """Shrunk and ablated as the settings say.
 
-    Never shrunk for data with classes or observations: a conditional denoiser tends to its condition's mean at high
-    noise, so that the residual about the mean of all data has no limit to be drawn to.
+    Never shrunk for data with classes, prompts or observations: a conditional denoiser tends to its condition's mean
+    at high noise, so that the residual about the mean of all data has no limit to be drawn to.
     """
-    conditional = dataset.num_classes > 0 or dataset.policy is not None
+    conditional = dataset.conditional or dataset.policy is not None
     found = found.shrunk() if settings.shrink and not conditional else found
     return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
 

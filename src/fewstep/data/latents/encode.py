@@ -27,6 +27,7 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, Units, load_autoencoder
 from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
+    HEADER,
     MANIFEST_FILE,
     VERSION,
     ChannelMoments,
@@ -47,7 +48,6 @@ from fewstep.utils.tensors import check_memory
 from fewstep.utils.text import listed
 
 RECORD_FILE = "encoding.json"
-_HEADER = "fewstep_latents"
 _POSTERIOR_STREAM = 60
 _PLAIN, _MIRRORED = 0, 1
 _MEASURED_AT_ONCE = 256
@@ -95,7 +95,7 @@ def encode_folder(
     """
     if not 0 < scale < math.inf:
         raise ConfigError(f"the latents' standard deviation is {scale}; it must be positive and finite")
-    if scale != 1.0 and target.teacher is not None:
+    if scale != 1.0 and target.teacher:
         raise ConfigError("a teacher reads latents in its own units: leave out --std")
     listing = list_images(str(images))
     device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
@@ -112,7 +112,7 @@ def encode_folder(
         _check_folder(out, model.identity, settings, None if captions is None else captions.encoders.spec)
         if captions is not None and not (out / EMPTY_FILE).is_file():
             write_atomically(out / EMPTY_FILE, captions.empty_file())
-        units = None if target.teacher is None else model.units
+        units = model.units if target.teacher else None
         encoder = Encoder(listing, model, out, settings, work, captions, units)
         with quiet_bombs():
             fresh = encoder.write_shards()
@@ -247,7 +247,7 @@ class Encoder:
         """Raise CheckpointError unless a shard is of these images; the unreadable ones among them."""
         try:
             with safe_open(file, framework="pt") as handle:
-                header = parse_json(handle.metadata()[_HEADER])
+                header = parse_json(handle.metadata()[HEADER])
             made_of, failures = header["images"], header["failures"]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it and run the same command again") from error
@@ -290,11 +290,10 @@ class Encoder:
         if failures and not skip:
             report_unreadable(failures, self.listing, skip=False)
         named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
-        header = {_HEADER: json.dumps({"images": images, "failures": named})}
-        tensors = self._joined(parts)
+        header, tensors = {"images": images, "failures": named}, self._joined(parts)
         if self.captions is not None:
-            header |= self.captions.header(tensors["indices"].tolist())
-        return safetensors.torch.save(tensors, header), failures
+            header["captions"] = [self.captions.captions[number] for number in tensors["indices"].tolist()]
+        return safetensors.torch.save(tensors, {HEADER: json.dumps(header)}), failures
 
     def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Batches as one shard, perhaps of no image at all; the posterior's variance is averaged over images."""

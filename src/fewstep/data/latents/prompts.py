@@ -4,7 +4,6 @@ DIR/empty-prompt.safetensors  the empty prompt's `text` (1, L, D), `text_mask` (
 DIR/latents-N.safetensors     `text` (n, L, D), and `text_mask` and `pooled` where the encoders give any
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fewstep.networks.condition import Prompts
-from fewstep.teachers.text import TextEncoders, TextSpec
-from fewstep.utils.errors import CheckpointError, DataError
-from fewstep.utils.weights import read_weights
+from fewstep.teachers.text import TextEncoders, TextSpec, load_text_encoders
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError
+from fewstep.utils.weights import check_finite, read_weights, save_weights
 
 EMPTY_FILE = "empty-prompt.safetensors"
 _KEYS = {"text": "text", "text_mask": "mask", "pooled": "pooled"}
-_CAPTIONS = "captions"
+_MOST = 6e4  # of half precision
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,52 @@ class CaptionEncoder:
         """The content of the empty prompt's file."""
         return safetensors.torch.save(tensors_of(self.encoders.null, self.dtype))
 
-    def header(self, numbers: Sequence[int]) -> dict[str, str]:
-        """The captions, for the header of a shard."""
-        return {_CAPTIONS: json.dumps([self.captions[number] for number in numbers])}
+
+def encode_prompts(spec: TextSpec, prompts: Sequence[str], place: Path | None, device: torch.device) -> Prompts:
+    """Embed prompts by the encoders of `spec`, found in the pipeline at `place`, or where they lay.
+
+    Raises CheckpointError where they are missing, damaged or others.
+    """
+    folder = Path(spec.path) if place is None else place
+    try:
+        encoders = load_text_encoders(folder, device, spec.tokens)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"the text encoders of this model cannot be read: {error}; give where their pipeline lies now with "
+            "--text-encoders, or embedded prompts with --prompts"
+        ) from error
+    if not encoders.spec.same_as(spec):
+        raise CheckpointError(
+            f"{folder} holds other text encoders than the prompts were embedded by: give those with --text-encoders"
+        )
+    return encoders.encode(prompts)
 
 
-def captions_of(metadata: Mapping[str, str]) -> list[str]:
-    """The captions in a shard's header; none where it has none."""
-    found = json.loads(metadata.get(_CAPTIONS, "[]"))
-    return [str(caption) for caption in found]
+def save_prompts(prompts: Prompts, file: Path) -> None:
+    """Write prompts, and the empty one's under names with `null_`; in half precision where that holds them."""
+    tensors = tensors_of(prompts, torch.float32)
+    if prompts.null is not None:
+        tensors |= {f"null_{key}": value for key, value in tensors_of(prompts.null, torch.float32).items()}
+    half = all(float(value.abs().max()) < _MOST for value in tensors.values() if value.dtype != torch.bool)
+    stored = {key: value.half() if half and value.is_floating_point() else value for key, value in tensors.items()}
+    save_weights(stored, file)
+
+
+def read_prompts(file: Path) -> Prompts:
+    """What `save_prompts` wrote, in float32; raises CheckpointError where it is missing, damaged or no such file."""
+    tensors = read_weights(file)
+    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()}, str(file))
+    own = {key: value for key, value in tensors.items() if not key.startswith("null_")}
+    null = {key.removeprefix("null_"): value for key, value in tensors.items() if key.startswith("null_")}
+    text = own.get("text", torch.empty(0))
+    sound = text.ndim == 3 and len(text) > 0 and own.keys() <= _KEYS.keys()
+    sound = sound and all(len(value) == len(text) for value in own.values())
+    if not sound or (null and (null.keys() != own.keys() or any(len(value) != 1 for value in null.values()))):
+        raise CheckpointError(
+            f"{file} holds no embedded prompts: text (n, L, D), text_mask (n, L) and pooled (n, P) if there are any, "
+            "and the empty one's as null_text and so on"
+        )
+    return prompts_of(own, prompts_of(null) if null else None)
 
 
 def read_empty(folder: Path, spec: TextSpec) -> Prompts:

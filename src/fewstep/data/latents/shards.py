@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.data.base import Context, Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out, present_classes
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec, Units
-from fewstep.data.latents.prompts import EMPTY_FILE, PromptRecord, captions_of, prompt_keys, prompts_of, read_empty
+from fewstep.data.latents.prompts import EMPTY_FILE, PromptRecord, prompt_keys, prompts_of, read_empty
 from fewstep.networks.condition import Prompts
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.files import parse_json, reading
@@ -30,6 +30,7 @@ VERSION = 1
 MANIFEST_FILE = "latents.json"
 _LOOKED_AT = 256
 _ROUNDING, _SMALLEST = 1e-6, 1e-3  # relative, and the size below which it no longer shrinks
+HEADER = "fewstep_latents"
 Posterior = Literal["sample", "mean"]
 StoredType = Literal["float16", "float32"]
 
@@ -314,7 +315,7 @@ class LatentShards:
         headers: dict[int, list[str]] = {}
         for number, _ in (places := self._places(rows)):
             if number not in headers:
-                headers[number] = captions_of(shard_header(self.folder / self.manifest.shards[number].file))
+                headers[number] = shard_captions(self.folder / self.manifest.shards[number].file)
         return [headers[number][place] for number, place in places]
 
     def _places(self, rows: Tensor) -> list[tuple[int, int]]:
@@ -364,10 +365,12 @@ def map_shard(file: Path) -> dict[str, Tensor]:
         raise DataError(f"'{file}' is damaged ({error}): delete it and run the same fewstep encode again") from error
 
 
-def shard_header(file: Path) -> dict[str, str]:
-    """The words in a shard's header."""
-    with safe_open(checked_place(file), framework="pt") as handle:
-        return dict(handle.metadata() or {})
+def shard_captions(file: Path) -> list[str]:
+    """The captions in a shard's header; raises DataError where it has none that can be read."""
+    with reading(f"'{file}'", "delete it and run the same fewstep encode again", DataError):
+        with safe_open(checked_place(file), framework="pt") as handle:
+            found = parse_json(handle.metadata()[HEADER].encode())["captions"]
+        return [str(caption) for caption in found]
 
 
 def fingerprint(file: Path) -> str:

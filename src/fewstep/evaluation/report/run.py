@@ -179,7 +179,7 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     distilled = config.objective.needs_teacher
     origin = f"distilled from {teacher_name(config)}" if distilled else "trained from scratch"
     return (
-        f"{method_name(config, data['classes'])}, {origin} on {data['train']} samples of {data['name']} "
+        f"{method_name(config, data)}, {origin} on {data['train']} samples of {data['name']} "
         f"({'x'.join(str(n) for n in data['shape'])}), {kind_name(type(config.model.path))} path, "
         f"{kind_name(type(config.model.preconditioning))} preconditioning."
     )

@@ -1,0 +1,208 @@
+"""From captioned pictures and a pipeline of text to a student that draws what prompts say; and what goes wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fewstep
+from fewstep.cli.main import main
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.evaluation.evaluate import build_evaluator, measure_run
+from fewstep.recipes.config import EvaluationConfig
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training import RunFolder
+from tests.end_to_end.test_bad_input import assert_refused
+from tests.support.commands import Command, contents
+from tests.support.text import save_captioned_digits, save_pipeline
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+ENCODE = ("--image-size", 16, "--shard-size", 10, "--heldout", 0.25, "--batch-size", 8, "--cpu", "--quiet")
+TRAIN = (
+    "--data.source", "latents", "--training.batch-size", 8, "--training.images", 16, "--training.checkpoint-images", 8,
+    "--training.sample-images", 16, "--evaluation.samples", 6, "--evaluation.steps", 1, 2,
+    "--evaluation.curve-images", 0, "--evaluation.reference-steps", 2, "--objective.label-dropout", 0.5,
+    "--runtime.cpu", "--runtime.quiet", "--runtime.threads", 1,
+)  # fmt: skip
+
+
+def words(*parts: object) -> list[str]:
+    return [str(part) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline, captioned digits, their latents and a student; tests that change them take copies."""
+    root = tmp_path_factory.mktemp("studio")
+    save_pipeline(root / "sd")
+    save_captioned_digits(root / "digits")
+    assert main(words("encode", root / "digits", "--teacher", root / "sd", "--out", root / "latents", *ENCODE)) == 0
+    where = words("--teacher", root / "sd", "--data.root", root / "latents", "--out", root / "run")
+    assert main(["train", "distil-diffusers", *where, *words(*TRAIN)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(studio: Path) -> Dataset:
+    return load_dataset(DataConfig("latents", str(studio / "latents")))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def pipeline(studio: Path) -> Pipeline:
+    return fewstep.load(studio / "run")
+
+
+def test_latents_are_in_the_pipelines_units_and_their_deviation_is_measured(studio: Path, dataset: Dataset) -> None:
+    """x = (z - shift) factor, with what is stored as z; sigma_data is the training part's own."""
+    (file, *_) = sorted((studio / "latents").glob("latents-*.safetensors"))
+    stored = load_file(file)["latents"].float()
+    rows = torch.arange(len(dataset.train))
+    assert any(torch.allclose(dataset.train.fetch(rows)[0][0], 0.5 * (z - 0.25)) for z in stored)
+    values = dataset.train.fetch(rows)[0].double()
+    assert dataset.mean == pytest.approx(float(values.mean()), abs=1e-6)
+    assert dataset.sigma_data == pytest.approx(float(values.std(correction=0)), rel=1e-6)
+
+
+def test_every_sample_comes_with_its_own_caption(dataset: Dataset, pipeline: Pipeline) -> None:
+    """Embedded as the pipeline embeds it, in half precision; the empty prompt is the null condition."""
+    rows = torch.tensor([3, 0])
+    captions, (_, cond) = dataset.train.captions(rows), dataset.train.conditioned(rows)
+    expected = pipeline.encode_prompts(captions)
+    assert cond.text is not None
+    torch.testing.assert_close(cond.text, expected.text, rtol=1e-3, atol=1e-3)
+    null, empty = cond.unconditional().text, pipeline.encode_prompts([""]).text
+    assert null is not None
+    torch.testing.assert_close(null, empty.expand_as(null), rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_decide_what_is_drawn(pipeline: Pipeline) -> None:
+    """In words or embedded they give the same; guidance from the empty prompt at strength 1 changes nothing."""
+    settings: dict[str, Any] = {"steps": 1, "seed": 3}
+    one = pipeline.generate(2, prompts=["a three"], **settings).samples
+    again = pipeline.generate(2, prompts=pipeline.encode_prompts(["a three"]), **settings).samples
+    other = pipeline.generate(2, prompts=["a seven"], **settings).samples
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+    guided = pipeline.generate(2, prompts=["a three"], guidance_scale=2.0, **settings)
+    assert guided.nfe == 2
+    assert not torch.allclose(guided.samples, one)
+
+
+def test_a_saved_model_keeps_captions_and_their_prompts(pipeline: Pipeline, tmp_path: Path) -> None:
+    pipeline.save(tmp_path)
+    found = fewstep.load(tmp_path)
+    assert found.config.captions == pipeline.config.captions
+    assert len(found.config.captions) == 6
+    assert torch.equal(found.generate(3, steps=1).samples, pipeline.generate(3, steps=1).samples)
+
+
+def test_samples_of_the_held_out_prompts_are_measured(studio: Path, dataset: Dataset) -> None:
+    evaluator = build_evaluator(dataset, None)
+    rows = measure_run(RunFolder(studio / "run"), evaluator, EvaluationConfig(samples=6, steps=(1,), reference_steps=2))
+    assert rows[0]["samples"] == 6
+    assert rows[0]["frechet"] >= 0
+    assert evaluator.prompts is not None
+    assert len(evaluator.prompts) == 6
+
+
+def test_a_stopped_encoding_goes_on_to_the_same_files(studio: Path, tmp_path: Path, command: Command) -> None:
+    shutil.copytree(studio / "latents", tmp_path / "latents")
+    before = contents(tmp_path / "latents")
+    for name in ("latents-00001.safetensors", "latents.json"):
+        (tmp_path / "latents" / name).unlink()
+    again = command("encode", studio / "digits", "--teacher", studio / "sd", "--out", tmp_path / "latents", *ENCODE)
+    assert again.code == 0, again.err
+    assert contents(tmp_path / "latents") == before
+
+
+def test_files_are_named_by_their_prompts(studio: Path, tmp_path: Path, command: Command) -> None:
+    drawn = command(
+        "sample", studio / "run", "--prompt", "a three", "--count", 2, "--steps", 1, "--out", tmp_path / "o"
+    )
+    assert drawn.code == 0, drawn.err
+    assert {file.name for file in (tmp_path / "o").glob("*.png")} == {"000000-a_three.png", "000001-a_three.png"}
+    embedded = studio / "run" / "checkpoints" / "step-00000002" / "prompts.safetensors"
+    drawn = command("sample", studio / "run", "--prompts", embedded, "--count", 2, "--out", tmp_path / "grid.png")
+    assert drawn.code == 0, drawn.err
+
+
+def lines(file: Path, **captions: str) -> None:
+    rows = [{"file_name": name.replace("_", ".", 1), "text": text} for name, text in captions.items()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "001.txt").unlink(), r"has no caption of 001\.png"),
+        (lambda folder: (folder / "001.png").unlink(), r"captions without image for 001\.txt"),
+        (lambda folder: (folder / "001.txt").write_text(" \n"), r"captions without a word for 001\.png"),
+        (lambda folder: (folder / "001.txt").write_bytes(b"\xff\xfe\xff"), r"001\.txt' cannot be read"),
+        (lambda folder: lines(folder / "metadata.jsonl", a_png="a one"), "has no caption of 000"),
+        (lambda folder: (folder / "captions.jsonl").write_text("{}"), r"captions\.jsonl', line 1: give an object"),
+        (lambda folder: [(folder / f"{n}.jsonl").touch() for n in ("metadata", "captions")], "say which"),
+    ],
+)
+def test_what_is_wrong_with_captions_is_one_line(
+    change: Callable[[Path], Any], message: str, studio: Path, tmp_path: Path, command: Command
+) -> None:
+    """Exit code 2, the image named, nothing written."""
+    shutil.copytree(studio / "digits", tmp_path / "digits")
+    change(tmp_path / "digits")
+    before = contents(tmp_path)
+    shown = command("encode", tmp_path / "digits", "--teacher", studio / "sd", "--out", tmp_path / "out", *ENCODE)
+    assert_refused(shown, message)
+    assert contents(tmp_path) == before
+
+
+def test_captions_of_one_file_are_those_beside_the_images(studio: Path, tmp_path: Path, command: Command) -> None:
+    """metadata.jsonl, as Hugging Face's imagefolder has it, gives the same latents and prompts."""
+    shutil.copytree(studio / "digits", tmp_path / "digits")
+    texts = sorted((tmp_path / "digits").glob("*.txt"))
+    lines(tmp_path / "digits" / "metadata.jsonl", **{f"{file.stem}_png": file.read_text() for file in texts})
+    for file in texts:
+        file.unlink()
+    out = tmp_path / "out"
+    shown = command("encode", tmp_path / "digits", "--teacher", studio / "sd", "--out", out, *ENCODE)
+    assert shown.code == 0, shown.err
+    assert contents(out).keys() == contents(studio / "latents").keys()
+    for file in sorted(out.glob("*.safetensors")):
+        assert file.read_bytes() == (studio / "latents" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "message"),
+    [
+        ("distil-diffusers", {"width": 8}, "prompts 8 wide and no pooled"),
+        ("edm-digits", {}, "does not take: add --data.no-prompts"),
+    ],
+)
+def test_prompts_that_do_not_fit_the_network_are_refused(
+    recipe: str, change: dict[str, int], message: str, studio: Path, tmp_path: Path, command: Command
+) -> None:
+    options = ["--data.root", studio / "latents", *TRAIN[:2], "--runtime.cpu", "--out", tmp_path / "run"]
+    if change:
+        shutil.copytree(studio / "sd", tmp_path / "sd")
+        shutil.rmtree(tmp_path / "sd" / "unet")
+        save_pipeline(tmp_path / "other", cross_attention_dim=8)
+        shutil.copytree(tmp_path / "other" / "unet", tmp_path / "sd" / "unet")
+        options += ["--teacher", tmp_path / "sd"]
+    shown = command("train", recipe, *options)
+    assert_refused(shown, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_text_encoders_are_refused(studio: Path, tmp_path: Path, command: Command) -> None:
+    save_pipeline(tmp_path / "other", seed=1)
+    shown = command("sample", studio / "run", "--prompt", "a one", "--text-encoders", tmp_path / "other", "--cpu")
+    assert_refused(shown, "other text encoders")
+    shown = command("sample", studio / "run", "--prompt", "a one", "--text-encoders", tmp_path / "no", "--cpu")
+    assert_refused(shown, r"no has no model_index\.json.*--text-encoders")
