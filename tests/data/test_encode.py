@@ -19,7 +19,8 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents import encode as encoding
 from fewstep.data.latents.autoencoders import Autoencoder, load_autoencoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder
-from fewstep.data.latents.shards import ChannelMoments, EncodingSettings, read_manifest
+from fewstep.data.latents.moments import ChannelMoments
+from fewstep.data.latents.shards import EncodingSettings, read_manifest
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock
 from fewstep.utils.random import Draws

@@ -25,12 +25,12 @@ from tqdm import tqdm
 from fewstep.data.folder import Listing, decode_or_reason, list_images, quiet_bombs, read_ahead, report_unreadable
 from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, Units, load_autoencoder
+from fewstep.data.latents.moments import ChannelMoments
 from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
     HEADER,
     MANIFEST_FILE,
     VERSION,
-    ChannelMoments,
     EncodingSettings,
     Manifest,
     Shard,
@@ -147,7 +147,7 @@ def _check_folder(
     with reading(file, "delete its folder and encode anew"):
         records = (parse_json(file.read_bytes()), record)
         # where the encoders lie may change between starts
-        models = [key for key in ("autoencoder", "text") if all(key in each for each in records)]
+        models = ["autoencoder", *(["text"] if all("text" in each for each in records) else [])]
         old, new = (each | {key: {**each[key], "path": ""} for key in models} for each in records)
     if lines := differences(old, new):
         raise CheckpointError(

@@ -7,9 +7,8 @@ DIR/latents-N.safetensors   `latents` (n, c, h, w), `mirrored` likewise where fl
 """
 
 import hashlib
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from fewstep.data.base import Context, Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out, present_classes
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec, Units
+from fewstep.data.latents.moments import varies
 from fewstep.data.latents.prompts import EMPTY_FILE, PromptRecord, prompt_keys, prompts_of, read_empty
 from fewstep.networks.condition import Prompts
 from fewstep.utils.errors import ConfigError, DataError
@@ -29,7 +29,6 @@ from fewstep.utils.serialization import from_json, later
 VERSION = 1
 MANIFEST_FILE = "latents.json"
 _LOOKED_AT = 256
-_ROUNDING, _SMALLEST = 1e-6, 1e-3  # relative, and the size below which it no longer shrinks
 HEADER = "fewstep_latents"
 Posterior = Literal["sample", "mean"]
 StoredType = Literal["float16", "float32"]
@@ -233,8 +232,8 @@ class LatentSamples(SampleSet):
         if self.constant:
             channels = self.shards.read(self.rows[:_LOOKED_AT])[:, list(self.constant)].transpose(0, 1).flatten(1)
             low, high = channels.amin(1), channels.amax(1)
-            varies = _varies(low, high, getattr(torch, manifest.settings.dtype))
-            for channel in (channel for channel, each in zip(self.constant, varies.tolist(), strict=True) if each):
+            moving = varies(low, high, getattr(torch, manifest.settings.dtype))
+            for channel in (channel for channel, each in zip(self.constant, moving.tolist(), strict=True) if each):
                 raise DataError(
                     f"'{self.shards.folder / MANIFEST_FILE}' is damaged: channel {channel} has a standard deviation of "
                     "0, but varies: run the same fewstep encode again to write it anew"
@@ -377,50 +376,3 @@ def fingerprint(file: Path) -> str:
     """Sixteen hex digits of a file's content."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-
-
-def _varies(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """Whether values from low to high differ by more than rounding to the type that they are stored in, by channel."""
-    resolution = max(torch.finfo(dtype).eps, _ROUNDING)
-    return high - low > torch.maximum(low.abs(), high.abs()).clamp(min=_SMALLEST) * resolution
-
-
-@dataclass
-class ChannelMoments:
-    """Mean and squares by channel, in float64, merged part by part (Chan, Golub and LeVeque 1979); and the range."""
-
-    count: int = 0
-    low: Tensor = field(default_factory=lambda: torch.full((), math.inf, dtype=torch.float64))
-    high: Tensor = field(default_factory=lambda: torch.full((), -math.inf, dtype=torch.float64))
-    dtype: torch.dtype = torch.float64
-    mean: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    squares: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-
-    def add(self, latents: Tensor) -> None:
-        """Latents (n, c, h, w) of any type; n may be 0."""
-        if len(latents) == 0:
-            return
-        values = latents.double().transpose(0, 1).flatten(1)
-        count, mean = values.shape[1], values.mean(1)
-        total, shift = self.count + count, mean - self.mean
-        squares = (values - mean[:, None]).square().sum(1)
-        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.low, self.high = torch.minimum(self.low, values.amin(1)), torch.maximum(self.high, values.amax(1))
-        self.count, self.dtype = total, latents.dtype
-
-    def result(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, standard deviation), each (c,), 0 for a channel that never varies.
-
-        Raises DataError unless they are finite, and where no channel varies.
-        """
-        if not self.count:
-            raise DataError("there are no latents to measure")
-        deviation = torch.where(_varies(self.low, self.high, self.dtype), (self.squares / self.count).sqrt(), 0.0)
-        mean, std = self.mean.tolist(), deviation.tolist()
-        wrong = [i for i, value in enumerate(std) if not value < math.inf]
-        if wrong:
-            raise DataError(f"channel {wrong[0]} of the latents has standard deviation {std[wrong[0]]}")
-        if not any(std):
-            raise DataError("no channel of the latents varies: nothing can be learnt of them")
-        return tuple(mean), tuple(std)
