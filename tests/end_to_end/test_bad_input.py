@@ -61,7 +61,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
         ("quickstart --seconds nan", r"nan seconds .*finite number"),
         ("train digits --evaluation.gamma 2", r"gamma is 2.*\[0, 1\]"),
         ("train digits --evaluation.guidance-scale -1", r"guidance_scale is -1.*positive"),
-        ("train digits --data.no-labels --evaluation.guidance-scale 2", r"no classes to guide samples to"),
+        ("train digits --data.no-labels --evaluation.guidance-scale 2", r"no classes or prompts to guide samples to"),
         ("train digits --data.root nowhere", r"'digits' is built in and reads nothing from 'nowhere'.*--data\.source"),
         ("train digits --model.sigma-data -1", r"sigma_data is -1\.0"),
         ("train digits --evaluation.steps 0", r"steps is \(0,\); it needs at least one step count"),

@@ -352,7 +352,7 @@ def test_quickstart_trains_two_methods_distils_one_and_writes_a_page(
 
 def test_guidance_without_classes_is_said_and_not_claimed(archive: Path, command: Command) -> None:
     words = ("train", "digits", "--data.source", "npz", "--data.root", archive, "--data.no-labels", "--out", "plain")
-    with pytest.warns(FewstepWarning, match=r"no classes to guide to: .*--objective\.guidance\.omega 1"):
+    with pytest.warns(FewstepWarning, match=r"no classes or prompts to guide to: .*--objective\.guidance\.omega 1"):
         assert command(*words, *SMALL, *STEPS).code == 0
     assert command("report", "plain").code == 0
     assert "iSD-T" not in Path("plain/report.html").read_text()

@@ -75,7 +75,7 @@ def test_guidance_without_classes_is_said(
         if said is None:
             check_guidance(config, plain)
         else:
-            with pytest.warns(FewstepWarning, match=rf"^digits has no classes to guide to: {said}$"):
+            with pytest.warns(FewstepWarning, match=rf"^digits has no classes or prompts to guide to: {said}$"):
                 check_guidance(config, plain)
 
 

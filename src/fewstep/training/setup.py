@@ -81,7 +81,7 @@ def build(
     samples = PipelineConfig(
         dataset.class_names, dataset.data_range, (), dataset.latents, policy, dataset.text, tuple(captions)
     )
-    return Pipeline(flow_map, samples, prompts)
+    return Pipeline(flow_map, samples, prompts=prompts)
 
 
 def _check_prompts(flow_map: FlowMap, dataset: Dataset) -> None:
