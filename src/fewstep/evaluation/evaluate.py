@@ -113,17 +113,17 @@ def build_evaluator(
     return Evaluator.of(dataset.heldout, f"{dataset.name} held out", extractor)
 
 
-def too_few(dataset: Dataset, least: int = _FEWEST) -> str:
+def too_few(dataset: Dataset, least: int = _FEWEST, purpose: str = "measuring") -> str:
     """Why a data set has too few samples to measure, and what to do about it, in a line; empty where it has enough.
 
-    least: of the held-out part; of the training part 4.
+    least: of the held-out part; of the training part 4. purpose: what needs so many, in a word.
     """
     held, trained = len(dataset.heldout), len(dataset.train)
     if held >= least and trained >= _FEWEST:
         return ""
     part, count = ("held-out", held) if held < least else ("training", trained)
     needed = least if part == "held-out" else _FEWEST
-    line = f"the {part} part of {dataset.name} has {count} samples: measuring needs at least {needed}; "
+    line = f"the {part} part of {dataset.name} has {count} samples: {purpose} needs at least {needed}; "
     whole = held + trained
     if not dataset.split_by:
         return line + "give more samples of it"
@@ -132,9 +132,9 @@ def too_few(dataset: Dataset, least: int = _FEWEST) -> str:
     return line + f"{dataset.split_by} 0.5"
 
 
-def check_counts(dataset: Dataset, least: int = _FEWEST) -> None:
+def check_counts(dataset: Dataset, least: int = _FEWEST, purpose: str = "measuring") -> None:
     """Raise DataError where a part of the data has too few samples to measure, as `too_few` says."""
-    if line := too_few(dataset, least):
+    if line := too_few(dataset, least, purpose):
         raise DataError(line)
 
 
