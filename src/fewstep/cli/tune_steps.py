@@ -59,7 +59,8 @@ def run(options: Options) -> None:
     plan = TuningPlan(options.steps, options.evaluations, samples, options.seed)
     plan.check_noise(own.seed)
     dataset = with_labels(*run.load_data(options.data_root))
-    check_counts(dataset, LEAST, "tuning")
+    if dataset.policy is None:
+        check_counts(dataset, LEAST, "tuning")
     evaluator = build_evaluator(dataset, cache_folder(), options.inception, options.autoencoder)
     found, unstored = tune_run(run, dataclasses.replace(config, evaluation=own), evaluator, plan)
     print("\n".join([format_table(found), *caveats(samples, dataset, evaluator)]))
