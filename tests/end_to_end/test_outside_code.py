@@ -54,7 +54,9 @@ def test_a_run_of_outside_parts_is_stopped_resumed_measured_and_compared(
         interrupt_after(patch, Trainer, "take_step", 5)
         with pytest.raises(Killed):
             command("train", OUTSIDE, *QUIET)
-    assert command("train", OUTSIDE, *QUIET).code == 0
+    trained = command("train", OUTSIDE, *QUIET)
+    assert trained.code == 0
+    assert trained.out.splitlines()[-1].count(f" --import {OUTSIDE}") == 3
     assert_same_run(tmp_path / "runs" / "outside", outside_run)
     shown = command("evaluate", "runs/outside")
     assert (shown.code, shown.err) == (0, "")

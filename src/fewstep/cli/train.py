@@ -15,6 +15,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.parts import outside_files
 from fewstep.utils.text import quoted
 
 USAGE = f"""usage: fewstep train RECIPE [options]
@@ -108,4 +109,10 @@ def run(options: Options) -> None:
         write_actions(errors, run.root)
         check_actions(run, errors)
         following = ["rollout" if can_act(dataset.policy) else "evaluate", "report"]
-    print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}" for command in following))
+    also = "".join(f" --import {quoted(_from_here(file))}" for file in outside_files(config))
+    print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}{also}" for command in following))
+
+
+def _from_here(file: Path) -> Path:
+    """A file as a command in this folder names it."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file

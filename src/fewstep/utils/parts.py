@@ -140,6 +140,15 @@ def stored_class(candidates: list[type], name: object) -> type:
     raise ConfigError(f"type must be one of {', '.join(own)}, got {name!r}")
 
 
+def outside_files(value: Any) -> list[Path]:
+    """The files of the user's own parts among a dataclass's values, which whoever reads it again must import."""
+    if not dataclasses.is_dataclass(value):
+        return []
+    own = [] if is_own(type(value)) else [_file_of(type(value))]
+    inner = (file for field in dataclasses.fields(value) for file in outside_files(getattr(value, field.name)))
+    return list(dict.fromkeys([*own, *inner]))
+
+
 def import_file(file: str | Path) -> types.ModuleType:
     """Import a Python file of the user's, so that its parts can be chosen, and runs that have them be loaded.
 
