@@ -96,6 +96,16 @@ def test_prompts_decide_what_is_drawn(pipeline: Pipeline) -> None:
     assert not torch.allclose(guided.samples, one)
 
 
+def test_drawn_guidance_of_a_teacher_is_an_input_of_its_student(studio: Path, tmp_path: Path, command: Command) -> None:
+    """So that a strength costs no second call."""
+    where = words("--teacher", studio / "sd", "--data.root", studio / "latents", "--out", tmp_path / "run")
+    done = command("train", "distil-diffusers", *where, *words(*TRAIN), "--objective.guidance", "drawn")
+    assert done.code == 0, done.err
+    found = fewstep.load(tmp_path / "run")
+    assert found.flow_map.guided
+    assert found.generate(2, steps=1, guidance_scale=3.0).nfe == 1
+
+
 def test_a_saved_model_keeps_captions_and_their_prompts(pipeline: Pipeline, tmp_path: Path) -> None:
     pipeline.save(tmp_path)
     found = fewstep.load(tmp_path)

@@ -11,13 +11,15 @@ from torch import Tensor
 from fewstep.flow.closed_form import GaussianData, GaussianOutput
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, TrainingGuidance, dropped
-from fewstep.flow.paths import Linear, Path, Trig
+from fewstep.flow.paths import EDM, Linear, Path, Trig
 from fewstep.flow.preconditioning.base import Preconditioning
-from fewstep.flow.preconditioning.jumps import LinearPreconditioning, TrigPreconditioning
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning, TrigPreconditioning
 from fewstep.networks.base import Network
 from fewstep.networks.condition import NULL_LABEL, Condition
 from fewstep.objectives import (
+    CD,
     CT,
+    CTM,
     ECT,
     ESD,
     ISD,
@@ -31,7 +33,9 @@ from fewstep.objectives import (
     Objective,
     Shortcut,
     Tangent,
+    TeacherSteps,
 )
+from fewstep.objectives.distillation import teacher_denoiser
 from fewstep.utils.errors import ConfigError
 from tests.support.batches import draws, labelled_batch, part
 from tests.support.cases import F64, Callback, close, labelled_map, noise, random_network, scalings
@@ -108,6 +112,42 @@ def test_guidances_expected_gradient_is_zero_at_the_guided_oracle(name: str, kin
         assert float(guided_scores(objective, path, preconditioning, *wrong).abs().max()) > 8
         if kind == "drawn":  # without guidance such a network is told that omega is 1
             assert float(guided_scores(GUIDED[name], path, preconditioning, *right).abs().max()) < 4
+
+
+def oracles(omega: float) -> FlowMap:
+    """The exact map of the guided Gaussians."""
+    path = EDM()
+    kind = EulerPreconditioning()
+    return FlowMap(path, kind, GuidedOracle(path, kind, omega, torch.zeros(2, 1, 1, dtype=F64)))
+
+
+@pytest.mark.parametrize("omega", [1.0, 2.0])
+def test_a_guided_teacher_is_the_formulas(omega: float) -> None:
+    """D_null + omega (D - D_null), which for Gaussians of one width is exact; omega 1 changes no bit."""
+    x, t, labels = noise(8, 1, seed=2), torch.linspace(0.1, 20.0, 8, dtype=F64), torch.arange(8) % 3 - 1
+    cond = Condition(labels, torch.tensor([[math.log(omega), 0.0, 1.0]], dtype=F64).expand(8, 3))
+    found = teacher_denoiser(EDM(), oracles(1.0))(x, t, cond)
+    close(found, oracles(omega).denoise(x, t, Condition(labels)), rtol=1e-12)
+    if omega == 1:
+        assert torch.equal(found, oracles(1.0).denoise(x, t, Condition(labels)))
+
+
+@pytest.mark.parametrize("objective", [CD, CTM])
+def test_a_guided_teacher_is_met_by_the_guided_map(objective: type[CD] | type[CTM]) -> None:
+    """To the solver's error along the grid, and exactly where the denoising loss looks; the unguided map is far off."""
+    labels = torch.arange(256) % 2
+    batch = Batch(CENTRES[labels] + SPREAD * noise(256, 1, seed=6), labels, draws(256))
+    distil = objective(guidance=FixedGuidance(2.0), steps=TeacherSteps(points=80, u="adjacent"))
+    if isinstance(distil, CTM):
+        distil = replace(distil, balance=False, sigma_data=SPREAD)
+    right, wrong = (
+        distil(oracles(omega), batch, Companions(teacher=oracles(1.0), ema_target=oracles(omega)))
+        for omega in (2.0, 1.0)
+    )
+    assert float(right.logs["consistency"].mean()) < 1e-3 * float(wrong.logs["consistency"].mean())
+    if isinstance(distil, CTM):
+        assert float(right.logs["denoising"].max()) < 1e-20
+        assert float(wrong.logs["denoising"].mean()) > 1e-3
 
 
 @pytest.mark.parametrize("name", GUIDED)

@@ -134,6 +134,11 @@ class FlowMap(nn.Module):
         return isinstance(self.network, Network) and self.network.guided
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether a strength of guidance may be given: to a guided network, or one of elsewhere with its own input."""
+        return self.guided or (isinstance(self.network, Network) and self.network.own_guidance)
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one sample; raises ShapeError when the network does not say."""
         if not isinstance(self.network, Network):

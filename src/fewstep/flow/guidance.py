@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.ode import Denoiser
 from fewstep.flow.paths import Path
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import ConfigError, ShapeError
@@ -159,6 +160,27 @@ def dropped(probability: float, draws: Draws) -> Tensor:
 def guide(null: Tensor, conditional: Tensor, omega: Tensor) -> Tensor:
     """v_null + omega (v_cond - v_null); omega (B,)."""
     return null + expand(omega, null).to(null.dtype) * (conditional - null)
+
+
+def guided_denoiser(path: Path, denoise: Denoiser) -> Denoiser:
+    """D_null + omega (D - D_null), by the strength and interval of cond.guidance; D itself where there is none.
+
+    denoise: D, which takes no guidance. Where a label or prompt is kept and t lies in the interval; D elsewhere.
+    """
+
+    def guided(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        own = replace(cond, guidance=None)
+        denoised = denoise(x, t, own)
+        if cond.guidance is None or cond.kept is None:
+            return denoised
+        omega = omega_at(path, cond.guidance, t, cond.kept)
+        rows = torch.nonzero(omega != 1).squeeze(1)
+        if len(rows) == 0:
+            return denoised
+        null = denoise(x[rows], t[rows], own[rows].unconditional())
+        return denoised.index_copy(0, rows, guide(null, denoised[rows], omega[rows]))
+
+    return guided
 
 
 def sampling_condition(

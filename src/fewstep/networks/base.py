@@ -75,6 +75,11 @@ class Network(nn.Module, ABC):
         return False
 
     @property
+    def own_guidance(self) -> bool:
+        """Whether it was made with a strength of guidance as an input, which is a constant where none is given."""
+        return False
+
+    @property
     def last_layer(self) -> Tensor:
         """The weight of the output layer; raises ConfigError for a network that does not say."""
         raise ConfigError(f"{type(self).__name__} does not name its output layer: balance no losses on it")

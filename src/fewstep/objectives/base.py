@@ -167,6 +167,10 @@ class Velocities(Protocol):
     def path(self) -> Path:
         """Whose clock the times are in."""
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the condition's guidance is an input."""
+
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """v(x, t), (B, ...); x (B, ...), t (B,)."""
 
@@ -215,8 +219,16 @@ class Objective(ABC):
         return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
 
     def guided_velocity(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        """v(x, t) of a model, (B, ...), guided by its own without a label."""
+        """v(x, t) of a model, (B, ...), guided by its own without a label, or by its own input of a strength."""
+        asked = self.teacher_condition(batch, cond)
+        if model.takes_guidance:
+            return model.velocity(x, t, asked)
+        cond = replace(cond, guidance=None)
         return self.guide(model, batch, x, t, cond, model.velocity(x, t, cond))
+
+    def teacher_condition(self, batch: Batch, cond: Condition) -> Condition:
+        """The condition with the strength and interval that a teacher is guided by; with none where it is not."""
+        return replace(cond, guidance=self.guidance.draw(batch.draws) if self.guidance.active else None)
 
     def method(self, preconditioning: str, labelled: bool) -> str:
         """What figures call it; preconditioning: that of its map. labelled: whether the data have classes."""

@@ -11,9 +11,9 @@ from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, Batch, Companions, FakeSamples, Losses
-from fewstep.objectives.distillation import TeacherSteps, jump_where_apart
+from fewstep.objectives.distillation import GuidedDistillation, TeacherSteps, jump_where_apart, teacher_denoiser
 from fewstep.objectives.flow_matching import denoising_loss, deviation_of
-from fewstep.objectives.losses import DistanceObjective, generator_loss, gradient_balance
+from fewstep.objectives.losses import generator_loss, gradient_balance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_choice, check_least
@@ -24,7 +24,7 @@ Place = Literal["data-end", "jump-end"]
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CTM(DistanceObjective):
+class CTM(GuidedDistillation):
     """Consistency trajectory model: jumps between any two levels, compared at the data end,
 
     d( X_sg(X(x_t, t, s), s, t_min), X_sg(X_sg(x_u, u, s), s, t_min) ) + lambda * denoising loss on the diagonal,
@@ -77,7 +77,7 @@ class CTM(DistanceObjective):
         t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
         cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
-        x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
+        x_u = self.steps.walk(flow_map, x, n, k, self.teacher_condition(batch, cond), companions.teacher)
         with torch.no_grad():
             goal = jump_where_apart(target, x_u, u, s, cond)
         reached = flow_map.jump(x, t, s, cond)
@@ -91,7 +91,7 @@ class CTM(DistanceObjective):
         consistency = self.distance(batch, compared, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)
         terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
-            denoising = self.denoising_loss(flow_map, batch, cond)
+            denoising = self.denoising_loss(flow_map, batch, cond, companions)
             scale = self.denoising * self.weight(consistency, denoising, flow_map, companions)
             terms["denoising"] = scale * denoising
             logs |= {"denoising": denoising.detach(), "balance": scale.expand(len(t))}
@@ -117,10 +117,20 @@ class CTM(DistanceObjective):
             return first.new_ones(())
         return gradient_balance(first, second, last_layer(flow_map), companions.average)
 
-    def denoising_loss(self, flow_map: FlowMap, batch: Batch, cond: Condition) -> Tensor:
-        """EDM's denoising loss of the same images at noise levels and noise of its own."""
+    def denoising_loss(
+        self, flow_map: FlowMap, batch: Batch, cond: Condition, companions: Companions = ALONE
+    ) -> Tensor:
+        """EDM's denoising loss of the same images at noise levels and noise of its own.
+
+        Against the guided teacher's denoiser where it is guided: the images are no draws of that.
+        """
         t = self.times.quantile(flow_map.path, batch.draws.uniform(STREAM_DIAGONAL))
         eps = batch.draws.normal(STREAM_DIAGONAL_NOISE, tuple(batch.x0.shape[1:]), batch.x0.dtype)
+        if self.guidance.active and cond.kept is not None:
+            x, teacher = flow_map.path.interpolate(batch.x0, eps, t), companions.teacher
+            with torch.no_grad():
+                target = teacher_denoiser(flow_map.path, teacher)(x, t, self.teacher_condition(batch, cond))
+            return denoising_loss(flow_map, batch, eps, t, cond, deviation_of(flow_map, self.sigma_data), target)
         return denoising_loss(flow_map, batch, eps, t, cond, deviation_of(flow_map, self.sigma_data))
 
 

@@ -4,20 +4,23 @@ The teacher's ODE carries x_t down to x_u; the student's jump from t must end wh
 ends.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.ode import SolverName, solve
+from fewstep.flow.guidance import NoGuidance, TrainingGuidance, guided_denoiser
+from fewstep.flow.ode import Denoiser, SolverName, solve
+from fewstep.flow.paths import Path
 from fewstep.flow.times import edm_grid
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, STREAM_U, Batch, Companions, Losses
 from fewstep.objectives.losses import DistanceObjective
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later_value
 
 _MOST_POINTS = 10**6
 
@@ -55,18 +58,35 @@ class TeacherSteps:
         return n, k, j
 
     def walk(self, flow_map: FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: FlowMap) -> Tensor:
-        """x_u: the teacher's solution at grid point k from x at grid point n; without gradient."""
+        """x_u: the teacher's solution at grid point k from x at grid point n; without gradient.
+
+        cond: with the strength and interval by which the teacher is guided, if it is (`Objective.teacher_condition`).
+        """
         grid = edm_grid(flow_map.path, self.points - 1).to(x.device)
         cells = torch.arange(int((k - n).max()) + 1, device=x.device)
         times = grid[torch.minimum(n[:, None] + cells, k[:, None])]
-        cond = cond if teacher.guided else replace(cond, guidance=None)
         with torch.no_grad():
-            return solve(denoiser_on(flow_map.path, teacher), flow_map.path, x, times, self.solver, cond)
+            return solve(teacher_denoiser(flow_map.path, teacher), flow_map.path, x, times, self.solver, cond)
+
+
+def teacher_denoiser(path: Path, teacher: FlowMap) -> Denoiser:
+    """The teacher's denoiser on a path, guided as the condition says: by its own input, or from its own without label
+    and prompt."""
+    denoise = denoiser_on(path, teacher)
+    return denoise if teacher.takes_guidance else guided_denoiser(path, denoise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedDistillation(DistanceObjective):
+    """Compares jumps with those from where a teacher, guided or not, arrives."""
+
+    guidance: TrainingGuidance = later_value(NoGuidance())
+    """How the teacher is guided: fixed, which the student has distilled in, or drawn, which it takes as an input."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CD(DistanceObjective):
+class CD(GuidedDistillation):
     """Consistency distillation: d( X(x_t, t, t_min), sg X_ema(x_u, u, t_min) ), u adjacent to t.
 
     Source: 2303.01469.
@@ -91,7 +111,7 @@ class CD(DistanceObjective):
         t, u, s = grid[n], grid[k], grid[j]
         cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
-        x_u = self.steps.walk(flow_map, x, n, k, cond, companions.teacher)
+        x_u = self.steps.walk(flow_map, x, n, k, self.teacher_condition(batch, cond), companions.teacher)
         with torch.no_grad():
             goal = jump_where_apart(target, x_u, u, s, cond)
         error = self.distance(batch, flow_map.jump(x, t, s, cond), goal, companions)

@@ -71,13 +71,19 @@ def deviation_of(flow_map: FlowMap, stated: float | None) -> float:
 
 
 def denoising_loss(
-    flow_map: FlowMap, batch: Batch, eps: Tensor, t: Tensor, cond: Condition, sigma_data: float
+    flow_map: FlowMap,
+    batch: Batch,
+    eps: Tensor,
+    t: Tensor,
+    cond: Condition,
+    sigma_data: float,
+    target: Tensor | None = None,
 ) -> Tensor:
     """EDM's weighted denoising loss (2206.00364), (B,): (alpha^2 sd^2 + sigma^2)/(sigma sd)^2 |D(x_t, t) - x0|^2.
 
-    0 at sigma = 0, where D = x0.
+    0 at sigma = 0, where D = x0. target: what D is compared with in place of x0.
     """
     p, x = flow_map.path.values(t), flow_map.path.interpolate(batch.x0, eps, t)
     weight = (p.alpha**2 * sigma_data**2 + p.sigma**2).sqrt() / nonzero(p.sigma * sigma_data)
-    error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - batch.x0)
+    error = expand(weight, x).to(x.dtype) * (flow_map.denoise(x, t, cond) - (batch.x0 if target is None else target))
     return per_sample_mean(batch.masked(error).square())

@@ -4,7 +4,7 @@ Neighbours in the limit: the difference of adjacent points is a derivative. The 
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -164,12 +164,15 @@ class TeacherVelocity:
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """v(x, t), (B, ...); times of less noise than the teacher knows, or than LEAST, are taken there."""
-        cond = cond if self.teacher.guided else replace(cond, guidance=None)
         t = self.path.clock(t).clamp(min=self.lowest())
         with torch.no_grad():
             if self.teacher.path == self.path:
                 return self.teacher.velocity(x, t, cond)
             return self.path.velocity_from_denoised(x, denoiser_on(self.path, self.teacher)(x, t, cond), t)
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.teacher.takes_guidance
 
     def lowest(self) -> float:
         """The time of the least noise at which the teacher has a velocity."""

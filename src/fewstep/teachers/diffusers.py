@@ -35,10 +35,11 @@ from fewstep.teachers.second_time import (
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import later
-from fewstep.utils.weights import read_weights
+from fewstep.utils.weights import fit_weights, read_weights
 
 NETWORK_FOLDERS = ("unet", "transformer")
 _ADVICE = "bring back a copy of it"
+_GUIDANCE = "two_times.guidance."
 _SCHEDULES: dict[str, BetaSchedule] = {
     "linear": "linear",
     "scaled_linear": "scaled-linear",
@@ -76,9 +77,9 @@ class DiffusersConfig(NetworkConfig):
         return replace(self, lora=rank)
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "DiffusersNetwork":
-        if guided or observation:
-            raise ConfigError(f"a {self.model} takes no guidance strength and no observations as inputs")
-        return DiffusersNetwork(self, shape, num_classes)
+        if observation:
+            raise ConfigError(f"a {self.model} takes no observations as inputs")
+        return DiffusersNetwork(self, shape, num_classes, guided)
 
 
 class DiffusersNetwork(TwoTimesNetwork):
@@ -86,10 +87,13 @@ class DiffusersNetwork(TwoTimesNetwork):
 
     The foreign layers stay in evaluation mode: no dropout, no labels dropped at random. Raises ConfigError for a class
     that is not known, for settings that it refuses, and where it was made for other channels or classes.
+
+    guided: the guidance enters where the network has an input for its strength, which is then all of it that counts;
+    else beside s, and counts for nothing at first.
     """
 
-    def __init__(self, config: DiffusersConfig, shape: Shape, num_classes: int) -> None:
-        super().__init__(shape, num_classes, guided=False)
+    def __init__(self, config: DiffusersConfig, shape: Shape, num_classes: int, guided: bool = False) -> None:
+        super().__init__(shape, num_classes, guided)
         self.config, self.family = config, family(config.model)
         channels = config.values.get("in_channels")
         if self.family.packed and channels:
@@ -106,12 +110,17 @@ class DiffusersNetwork(TwoTimesNetwork):
         differentiable_norms(network)
         if config.lora:
             add_adapters(network, config.lora)
-        self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time)
+        beside = guided and not self.own_guidance
+        self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time, beside)
         self.eval()
 
     @property
     def prompt_widths(self) -> tuple[int, int]:
         return self.family.prompt_widths(self.config.values)
+
+    @property
+    def own_guidance(self) -> bool:
+        return self.family.guidance_input(self.config.values) is not None
 
     @property
     def masks_prompts(self) -> bool:
@@ -133,14 +142,19 @@ class DiffusersNetwork(TwoTimesNetwork):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
-        with self.two_times.at(s.to(x.dtype)), differentiable_attention(x, t, s):
-            found = self.family.call(self.two_times.network, x, t, Condition() if cond is None else cond)
+        cond = Condition() if cond is None else cond
+        with self.two_times.at(s.to(x.dtype), cond.guidance), differentiable_attention(x, t, s):
+            found = self.family.call(self.two_times.network, x, t, cond)
         return found[:, : x.shape[1]]
 
     def take(self, other: Network, name: str) -> None:
-        """Take the weights of a network of the same class, with or without adapters; a frozen base is shared."""
+        """Take the weights of a network of the same class, with or without adapters; a frozen base is shared.
+
+        What enters guidance stays as it is where the other takes none.
+        """
         if not (self.config.lora and isinstance(other, DiffusersNetwork)):
-            super().take(other, name)
+            added = {key: value for key, value in self.state_dict().items() if key.startswith(_GUIDANCE)}
+            fit_weights(self, {**added, **other.state_dict()}, name)
             return
         theirs = {base_name(key): value for key, value in other.state_dict().items()}
         for key, own in self.state_dict(keep_vars=True).items():

@@ -101,6 +101,11 @@ def _pooled(x: Tensor, cond: Condition, width: int) -> Tensor:
     return x.new_zeros(x.shape[0], width) if cond.pooled is None else cond.pooled.to(x.dtype)
 
 
+def _strength(x: Tensor, cond: Condition, usual: float) -> Tensor:
+    """omega (B,) for networks with an input for it; the pipeline's usual one where none is given."""
+    return x.new_full(x.shape[:1], usual) if cond.guidance is None else cond.guidance[:, 0].exp().to(x.dtype)
+
+
 def _unet(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     labels = None if model.config.num_class_embeds is None else _labels(x, cond, -1)
     found: Tensor = model(x, t, class_labels=labels).sample
@@ -144,7 +149,7 @@ def _flux(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     places[..., 1] = torch.arange(rows, device=x.device)[:, None]
     places[..., 2] = torch.arange(columns, device=x.device)
     text, pooled = _text(x, cond, config.joint_attention_dim), _pooled(x, cond, config.pooled_projection_dim)
-    guidance = x.new_full((batch,), _FLUX_GUIDANCE) if config.guidance_embeds else None
+    guidance = _strength(x, cond, _FLUX_GUIDANCE) if config.guidance_embeds else None
     found: Tensor = model(
         tokens, timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
         img_ids=places.reshape(-1, 3), txt_ids=x.new_zeros(text.shape[1], 3), guidance=guidance,
@@ -167,9 +172,7 @@ def _pixart(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
 
 def _sana(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     config = model.config
-    guidance = (
-        x.new_full(x.shape[:1], _SANA_GUIDANCE) * config.guidance_embeds_scale if config.guidance_embeds else None
-    )
+    guidance = _strength(x, cond, _SANA_GUIDANCE) * config.guidance_embeds_scale if config.guidance_embeds else None
     found: Tensor = model(
         x, timestep=t * config.timestep_scale, encoder_hidden_states=_text(x, cond, config.caption_channels),
         encoder_attention_mask=cond.text_mask, guidance=guidance,

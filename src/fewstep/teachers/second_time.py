@@ -91,10 +91,11 @@ class TwoTimes(nn.Module):
     """A foreign network whose embeddings of time take a second one: `with at(s): network(...)`.
 
     pattern: the names of its embeddings of time, as fnmatch reads them: layers, or modules with a last one `linear_2`.
-    time_factor: brings its clock to a range of about 1000. Raises ConfigError where the network has no such embedding.
+    time_factor: brings its clock to a range of about 1000. guided: whether guidance (B, 3) enters beside s, as
+    e(t) + P (h(s) + k(guidance)). Raises ConfigError where the network has no such embedding.
     """
 
-    def __init__(self, network: nn.Module, pattern: str, time_factor: float = 1.0) -> None:
+    def __init__(self, network: nn.Module, pattern: str, time_factor: float = 1.0, guided: bool = False) -> None:
         super().__init__()
         places = [name for name, _ in network.named_modules() if fnmatch(name, pattern)]
         if not places:
@@ -102,6 +103,7 @@ class TwoTimes(nn.Module):
         self.network, self.shared = network, _Shared()
         width = _outputs(network.get_submodule(places[0]))
         self.second_time = SecondTime(width, time_factor)
+        self.guidance = LinearLayer(3, width) if guided else None
         for place in places:
             owner, _, name = place.rpartition(".")
             embedding = network.get_submodule(place)
@@ -109,17 +111,23 @@ class TwoTimes(nn.Module):
             setattr(network.get_submodule(owner), name, two_times)
 
     @contextmanager
-    def at(self, s: Tensor) -> Iterator[None]:
-        """The time where jumps end, (B,), for the passes within."""
-        self.shared.value = self.second_time(s)
+    def at(self, s: Tensor, guidance: Tensor | None = None) -> Iterator[None]:
+        """The time where jumps end, (B,), and the guidance, (B, 3), for the passes within."""
+        value: Tensor = self.second_time(s)
+        if self.guidance is not None:
+            given = s.new_tensor([0.0, 0.0, 1.0]).expand(len(s), 3) if guidance is None else guidance.to(s.dtype)
+            value = value + silu(self.guidance(given))
+        self.shared.value = value
         try:
             yield
         finally:
             self.shared.value = None
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the second time."""
+        """Those of the second time, and of guidance."""
         yield from self.second_time.parameters()
+        if self.guidance is not None:
+            yield from self.guidance.parameters()
         for module in self.network.modules():
             if isinstance(module, TwoTimeEmbedding):
                 yield from module.project.parameters()
@@ -130,8 +138,8 @@ def _outputs(embedding: nn.Module) -> int:
 
 
 def without_second_time(name: str) -> str | None:
-    """A parameter's name in the network of one time; None for one that only the second time has."""
-    if name.startswith("second_time.") or ".project." in name:
+    """A parameter's name in the network of one time; None for one that only the second time or guidance has."""
+    if name.startswith(("second_time.", "guidance.")) or ".project." in name:
         return None
     return name.removeprefix("network.").replace(".embedding.linear_", ".linear_")
 

@@ -40,6 +40,11 @@ def later(make: Callable[[], T]) -> T:
     return dataclasses.field(default_factory=make, metadata={_LATER: True})
 
 
+def later_value(value: T) -> T:
+    """The same with an immutable value, for a field in the place of a property of the base class."""
+    return dataclasses.field(default=value, metadata={_LATER: True})
+
+
 def in_this_format(record: dict[str, Any], source: str) -> dict[str, Any]:
     """A file's record in today's names (fewstep.utils.old_names); a file without a format number is of the first.
 
