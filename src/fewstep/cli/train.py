@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -85,17 +85,19 @@ def run(options: Options) -> None:
     from fewstep.evaluation.rollouts import can_act
     from fewstep.training import Callbacks, train
     from fewstep.training.parallel import LAUNCHED
+    from fewstep.training.teacher_samples import run_data
 
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)
-    dataset, cache = load_dataset(config.data), cache_folder()
+    data = run_data(config, run, options.runtime.cpu, options.runtime.quiet)
+    dataset, cache = load_dataset(data), cache_folder()
     if os.environ.get("RANK", "0") == "0" or not os.environ.keys() >= LAUNCHED:  # of several the first one speaks
         print(dataset.summary)
         if dataset.policy is None and (line := too_few(dataset)):
             print(f"Not to be measured: {line}")
-    features = perceptual_features(config, dataset, cache)
+    features = perceptual_features(replace(config, data=data), dataset, cache)
     pictures = None if dataset.policy is not None else watcher(run, config)
-    callbacks = Callbacks(pictures, curve_watcher(run, config, dataset, cache), features)
+    callbacks = Callbacks(pictures, curve_watcher(run, replace(config, data=data), dataset, cache), features)
     result = train(config, dataset, run, options.runtime, callbacks)
     if not result.main_process:
         return

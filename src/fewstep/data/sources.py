@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Literal, final
 
 import torch
@@ -12,6 +13,7 @@ from fewstep.data.base import Dataset, Loaded, Samples, chunks
 from fewstep.data.demonstrations.chunks import load_chunks
 from fewstep.data.demonstrations.normaliser import ChunkConfig
 from fewstep.data.folder import load_folder
+from fewstep.data.generated import FOLDER, DrawSettings, load_set
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import split
 from fewstep.data.latents.shards import load_latents
@@ -38,6 +40,11 @@ class DataSource(ABC):
 
     reads_root: ClassVar[bool] = True
     of_actions: ClassVar[bool] = False
+
+    @property
+    def of_teacher(self) -> DrawSettings | None:
+        """How the run's teacher is sampled for it, before it can be read; None for any other."""
+        return None
 
     @abstractmethod
     def dataset(self, settings: "DataConfig") -> Dataset:
@@ -170,6 +177,24 @@ class RandomSource(ImageSource):
         return Loaded("random", Samples(values, labels), None, tuple(map(str, range(settings.random_classes))))
 
 
+@final
+@dataclass(frozen=True)
+class TeacherSamplesSource(ImageSource):
+    """Samples that the run's teacher draws before training: no data are needed, and some of them are held out."""
+
+    draw: DrawSettings = DrawSettings()
+
+    @property
+    def of_teacher(self) -> DrawSettings:
+        return self.draw
+
+    def load(self, settings: "DataConfig") -> Loaded:
+        return load_set(settings.root)[0]
+
+    def dataset(self, settings: "DataConfig") -> Dataset:
+        return replace(super().dataset(settings), latents=load_set(settings.root)[1])
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """A data source and how to read it."""
@@ -177,7 +202,8 @@ class DataConfig:
     source: DataSource = field(default_factory=DigitsSource)
     """Where the samples come from."""
     root: str = ""
-    """The folder or file; empty for digits, mixture, random and Debian's Fashion-MNIST (idx)."""
+    """The folder or file; empty for digits, mixture, random, Debian's Fashion-MNIST (idx) and teacher-samples, which
+    then lie in the run."""
     image_size: int = 0
     """Side in pixels of the square that images are cut to; 0 keeps sizes. Other sources must already have it."""
     heldout: float = 0.33
@@ -223,6 +249,12 @@ class DataConfig:
                 f"random data of shape {self.random_shape}, {self.random_classes} classes and {self.random_count} "
                 "samples: give positive sizes, classes from 0 and at least 2 samples"
             )
+
+
+def placed_in(run: Path, config: DataConfig) -> DataConfig:
+    """The same where a run's teacher draws the samples and no root is given: they lie in the run's folder."""
+    own = config.source.of_teacher is not None and not config.root
+    return replace(config, root=str(run / FOLDER)) if own else config
 
 
 def load_dataset(config: DataConfig) -> Dataset:

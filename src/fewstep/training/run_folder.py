@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.base import Dataset
-from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.data.generated import FOLDER
+from fewstep.data.sources import DataConfig, load_dataset, placed_in
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.card import Provenance
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline, from_hub
@@ -58,7 +59,7 @@ from fewstep.utils.serialization import JSON, differences, from_json, in_this_fo
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import fit_weights, read_weights
 
-_WRITTEN = ("checkpoints", "samples", "statistics", "tensorboard", "wandb")
+_WRITTEN = ("checkpoints", "samples", "statistics", FOLDER, "tensorboard", "wandb")
 FIGURES_FILE = "figures.json"
 _FIGURES = {"method": str, "nfe": int, "frechet": int | float, "samples": int, "extractor": str, "reference": str}
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
@@ -128,6 +129,7 @@ class RunFolder:
                 LOCK_FILE,
                 ".config.json.",
                 "statistics",
+                FOLDER,
             )  # by a run that was killed before it had its configuration
             if self.root.exists() and any(not path.name.startswith(left) for path in self.root.iterdir()):
                 raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
@@ -189,7 +191,7 @@ class RunFolder:
         Raises what `load_dataset` raises, and CheckpointError for other data than the run was trained on.
         """
         config = self.config().data
-        config = config if root is None else replace(config, root=str(root))
+        config = placed_in(self.root, config if root is None else replace(config, root=str(root)))
         advice = "where the run's data lie now is said with --data.root"
         try:
             dataset = load_dataset(config)

@@ -29,7 +29,7 @@ def teacher_of(config: RunConfig, dataset: Dataset) -> FlowMap | None:
         if config.objective.needs_teacher or config.initial == "teacher":
             raise ConfigError(f"recipe {config.recipe} distils a teacher: name its run with --teacher RUN")
         return None
-    with _advising("teacher", "--teacher"):
+    with advising("teacher", "--teacher"):
         teacher, policy = find_teacher(config.teacher, dataset.shape)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
         raise ConfigError(
@@ -100,7 +100,7 @@ def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None)
 
 
 @contextmanager
-def _advising(role: str, option: str) -> Iterator[None]:
+def advising(role: str, option: str) -> Iterator[None]:
     """What cannot be read is said with what to do."""
     try:
         yield
@@ -124,7 +124,7 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
         assert teacher is not None  # teacher_of has seen to it
         source = teacher
     else:
-        with _advising("model to start from", "--initial"):
+        with advising("model to start from", "--initial"):
             source = load(config.initial).flow_map
     name = config.teacher if from_teacher else config.initial
     try:
