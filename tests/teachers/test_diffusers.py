@@ -11,9 +11,14 @@ from torch import Tensor
 import fewstep
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
+from fewstep.objectives import CTM, EMD, Batch, Companions, Objective, TeacherSteps
+from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline
+from fewstep.sampling.samplers import map_sampler
 from fewstep.teachers.diffusers import load_diffusers
 from fewstep.teachers.lora import base_name, merged
+from fewstep.training.probe import fault, needs_probe
 from fewstep.utils.errors import CheckpointError
+from fewstep.utils.random import Draws
 from tests.support.foreign import TINY, Tiny, save_foreign
 
 
@@ -143,6 +148,51 @@ def test_adapters_start_as_the_teacher_share_its_base_and_merge(
         plain.network.load_state_dict(merged(network.state_dict()))
         torch.testing.assert_close(plain.output(x, t, s, cond), student.output(x, t, s, cond), rtol=1e-4, atol=1e-4)
         assert not torch.equal(student.output(x, t, s, cond), teacher.output(x, t, s, cond))
+
+
+STUDIED: dict[str, Objective] = {"ctm": CTM(steps=TeacherSteps(points=4)), "emd": EMD(label_dropout=0.1)}
+TRAINED = 2
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_its_students_train_are_saved_loaded_and_sampled(
+    kind: str, teachers: dict[str, tuple[Any, FlowMap]], tmp_path: Path
+) -> None:
+    """CTM and a continuous objective move its weights, with its own conditions; forward mode passes all its layers."""
+    _, teacher = teachers[kind]
+    assert teacher.config is not None
+    for name, objective in STUDIED.items():
+        student, average = (teacher.config.build() for _ in range(2))
+        for each in (student, average):
+            each.network.load_state_dict(teacher.network.state_dict())
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        companions = Companions(teacher=teacher, ema_target=average.requires_grad_(False))
+        assert not needs_probe(objective) or fault(objective, student, batch(kind, 0)) == ""
+        for step in range(TRAINED):
+            loss = objective(student, batch(kind, step), companions).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert bool(loss.isfinite())
+        network: Any = student.network
+        assert all(bool(parameter.abs().max() > 0) for parameter in network.two_times.new_parameters())
+        Pipeline(student, PipelineConfig()).save(tmp_path / name)
+        loaded = load_pipeline(tmp_path / name).flow_map
+        x, cond = teacher.path.prior(batch(kind, 0).noise()), TINY[kind].condition(2)
+        times = torch.linspace(teacher.path.t_max, teacher.path.t_min, 3, dtype=torch.float64)
+        with torch.no_grad():
+            first, second = (
+                map_sampler(each, x, times, cond, batch(kind, 0).draws) for each in (student.eval(), loaded)
+            )
+        assert torch.equal(first, second)
+        assert bool(first.isfinite().all())
+
+
+def batch(kind: str, step: int) -> Batch:
+    """Two samples of noise with the family's own conditions."""
+    draws, cond = Draws(0, step, torch.arange(2)), TINY[kind].condition(2)
+    x0 = 0.5 * draws.normal(0, TINY[kind].shape)
+    return Batch(x0, cond.labels, draws, images=2 * step, prompts=cond.prompts)
 
 
 def test_load_teacher_reads_what_a_run_takes(tmp_path: Path) -> None:

