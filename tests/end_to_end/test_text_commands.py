@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import fewstep
 from fewstep.cli.main import main
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.evaluation.align import guided_teacher
 from fewstep.evaluation.evaluate import build_evaluator, measure_run
+from fewstep.flow.guidance import ClassifierFreeGuidance, FixedGuidance
 from fewstep.recipes.config import EvaluationConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import RunFolder
@@ -94,6 +97,23 @@ def test_prompts_decide_what_is_drawn(pipeline: Pipeline) -> None:
     guided = pipeline.generate(2, prompts=["a three"], guidance_scale=2.0, **settings)
     assert guided.nfe == 2
     assert not torch.allclose(guided.samples, one)
+
+
+def test_a_student_with_guidance_distilled_in_is_compared_with_the_guided_teacher(
+    studio: Path, dataset: Dataset
+) -> None:
+    """v_null + omega (v - v_null) of the held-out prompts, as guidance at sampling has it."""
+    config = RunFolder(studio / "run").config()
+    fixed = replace(config, objective=replace(config.objective, guidance=FixedGuidance(50.0)))  # type: ignore[call-arg]
+    teacher = fewstep.load_teacher(studio / "sd").double()
+    x, cond = dataset.heldout.conditioned(torch.arange(3))
+    t = torch.full((3,), 0.5 * teacher.path.t_max, dtype=torch.float64)
+    x = x.double()
+    v = ClassifierFreeGuidance(teacher, 50.0).velocity(x, t, cond)
+    found = guided_teacher(fixed, teacher).denoise(x, t, cond)
+    torch.testing.assert_close(found, teacher.path.denoised_from_velocity(x, v, t), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, teacher.denoise(x, t, cond), rtol=0, atol=1e-6)
+    assert guided_teacher(config, teacher) is teacher
 
 
 def test_drawn_guidance_of_a_teacher_is_an_input_of_its_student(studio: Path, tmp_path: Path, command: Command) -> None:

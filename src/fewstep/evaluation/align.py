@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from fewstep.evaluation.metrics.alignment import AlignmentSettings, alignment, t
 from fewstep.evaluation.metrics.features import default_extractor
 from fewstep.evaluation.report.statistics import statistics_figure
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.guidance import TrainingGuidance
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import default_grid, edm_grid
+from fewstep.networks.condition import Condition
+from fewstep.objectives.distillation import teacher_denoiser
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.generate import STREAM_PRIOR
+from fewstep.teachers import Teacher
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup, join_processes
 from fewstep.training.run_folder import RunFolder
@@ -78,6 +82,31 @@ def teacher_of_run(run: RunFolder, place: Path | None = None) -> FlowMap:
     return teacher
 
 
+@dataclass(frozen=True)
+class GuidedTeacher:
+    """A teacher at the strength of guidance that its student has distilled in."""
+
+    teacher: FlowMap
+    guidance: TrainingGuidance
+
+    @property
+    def path(self) -> TimePath:
+        """The teacher's own; the guidance's interval is of its range."""
+        return self.teacher.path
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        """D_null + omega (D - D_null), (B, ...)."""
+        drawn = self.guidance.draw(Draws(0, 0, torch.arange(len(x), device=x.device)))
+        return teacher_denoiser(self.path, self.teacher)(x, t, replace(cond, guidance=drawn))
+
+
+def guided_teacher(config: RunConfig, teacher: FlowMap) -> Teacher:
+    """What the run's student should follow: its teacher, guided where the strength is distilled in."""
+    guidance, distils = config.objective.guidance, config.objective.needs_teacher
+    fixed = distils and guidance.active and not guidance.conditions_network
+    return GuidedTeacher(teacher, guidance) if fixed else teacher
+
+
 def alignment_times(path: TimePath) -> Tensor:
     """Times from t_max to t_min, float64: on the EDM path 80, 12.9, 1.9, 0.59 and 0.002.
 
@@ -100,7 +129,8 @@ def measure_alignment(
     `teacher_of_run`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
     config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = run.pipeline().flow_map.to(device), teacher_of_run(run, place).to(device)
+    student = run.pipeline().flow_map.to(device)
+    teacher = guided_teacher(config, teacher_of_run(run, place).to(device))
     x0, cond = dataset.heldout.conditioned(even_draw(dataset.heldout, samples, config.evaluation.seed))
     cond = cond.to(device)
     times, seed = alignment_times(student.path), config.evaluation.seed

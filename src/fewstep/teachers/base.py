@@ -14,7 +14,9 @@ from fewstep.utils.tensors import expand
 class Teacher(Protocol):
     """A model of the denoiser on a path of its own: a flow map, or a foreign model wrapped."""
 
-    path: Path
+    @property
+    def path(self) -> Path:
+        """Whose clock its times are in."""
 
     def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """D(x, t) = E[x0 | x_t], (B, ...); x (B, ...), t (B,) in the clock of `path`."""
