@@ -1,131 +1,195 @@
-"""A teacher made by diffusers, its student, and the student back in its format (docs/tutorials/distil-your-own.md).
+"""Teachers in formats of elsewhere and their students in few calls (docs/studies/distil-foreign.md).
 
-teacher: a UNet2DModel on digits with classes, trained with diffusers' DDPMScheduler. student: CTM from it, one for each
-preconditioning and seed. table: Frechet distance of what diffusers itself samples: the teacher by DDIM, the student
-from its exported folder.
+Teachers are trained on digits with classes: a `UNet2DModel` by diffusers, and a DDPM++ stored in the layout of EDM's
+network pickles. Students are CTM's, trained on the command line. Samples of the first kind are drawn by diffusers
+itself, the students' from their exported folders.
 """
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.harness import RESULTS, Study, markdown, read
+import benchmarks.harness as h
+from benchmarks.foreign.teachers import EDM_NETWORK, NETWORK, NOISE_MEAN, NOISE_STD, diffusers_teacher, edm_teacher
 from fewstep.data.sources import DataConfig, DigitsSource, load_dataset
 from fewstep.evaluation.evaluate import build_evaluator
-from fewstep.utils.files import write_atomically
+from fewstep.evaluation.metrics.measure import Evaluator
+from fewstep.sampling.generate import SamplingSettings
+from fewstep.sampling.pipeline import Pipeline
+from fewstep.training import load
+from fewstep.training.teacher import load_teacher
 
-FILE = RESULTS / "foreign.json"
-NETWORK: dict[str, Any] = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (32, 64),
-    "norm_num_groups": 8, "num_class_embeds": 10, "attention_head_dim": 32,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
-SAMPLES = 1204
+SAMPLES, NOISE_SEED, STEPS, SEEDS = 1204, 1000, 2000, (0, 1, 2)
+TEACHER = "teacher"
+TEACHERS = {"diffusers": "A diffusers teacher and its students", "EDM": "A teacher in EDM's layout and its students"}
+STUDENTS: dict[str, dict[str, list[str]]] = {
+    "diffusers": {
+        "euler": ["--model.preconditioning", "euler"],
+        "analytic": ["--model.preconditioning", "analytic"],
+        "euler, LoRA": ["--model.preconditioning", "euler", "--network.lora", "8", "--optimizer.lr", "1e-3"],
+    },
+    "EDM": {
+        "euler": ["--model.preconditioning", "euler"],
+        "analytic": ["--model.preconditioning", "analytic"],
+        "analytic, LoRA": ["--model.preconditioning", "analytic", "--network.lora", "8", "--optimizer.lr", "1e-3"],
+    },
+}
+LENGTH = ["--training.images", "12800", "--training.batch-size", "64", "--optimizer.warmup-images", "3200"]
+STATISTICS = ["--statistics.points", "60", "--statistics.samples", "128"]
+Samples = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A teacher's own samplers, or one of its students."""
+
+    teacher: str
+    student: str
+    seed: int
+
+
+def plan() -> Iterator[Cell]:
+    """All cells, a teacher's own first."""
+    for teacher, students in STUDENTS.items():
+        yield Cell(teacher, TEACHER, 0)
+        yield from (Cell(teacher, student, seed) for student in students for seed in SEEDS)
+
+
+def words(cell: Cell) -> list[str]:
+    """What a student is trained with, besides its teacher and folder."""
+    own = STUDENTS[cell.teacher][cell.student]
+    return ["--optimizer.lr", "3e-4", *LENGTH, *STATISTICS, *own, "--training.seed", str(cell.seed)]
+
+
+def settings(cell: Cell) -> str:
+    """The digest of what a cell trains and how it is measured."""
+    network = {"diffusers": [NETWORK], "EDM": [EDM_NETWORK, NOISE_MEAN, NOISE_STD]}[cell.teacher]
+    trained = [] if cell.student == TEACHER else words(cell)
+    return h.digest(json.dumps([network, STEPS, trained, SAMPLES, NOISE_SEED], sort_keys=True))
+
+
+GRID = h.Grid(h.RESULTS / "foreign" / "cells.jsonl", ("teacher", "student", "seed"), plan, settings)
 
 
 def tables() -> dict[str, str]:
-    """What is stored."""
-    rows = [(row["method"], row["calls"], f"{row['frechet']:.2f}", f"{row['accuracy']:.3f}") for row in read(FILE)]
-    table = markdown(("method", "calls", "Fréchet distance", "class accuracy"), rows)
-    return {"A diffusers teacher and its students": table or "Nothing is stored yet."}
+    """One for each teacher: every sampler and student in so many calls, over its seeds."""
+    places = {name: place for place, name in enumerate(GRID.cells())}
+    rows = sorted(GRID.rows(), key=lambda row: places[GRID.name(row)])
+    return {title: section(h.chosen(rows, teacher=name)) for name, title in TEACHERS.items()}
 
 
-STUDY = Study("foreign", tables)
+def section(rows: list[h.Row]) -> str:
+    """A teacher's table."""
+    lines = []
+    for (method, calls), own in h.grouped(rows, lambda row: (str(row["method"]), int(row["calls"]))).items():
+        distance = h.interval([row["frechet"] for row in own])
+        accuracy = h.interval([row["accuracy"] for row in own], 3)
+        lines.append((method, calls, distance, accuracy, own[0].get("trained", "")))
+    return h.markdown(("method", "calls", "Fréchet distance", "class accuracy", "trained"), lines)
 
 
-def teacher(folder: Path, steps: int = 2000, batch: int = 128) -> None:
-    """Train it and save it as a pipeline; an average of its weights, a rate that falls to a hundredth."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    data = load_dataset(DataConfig(DigitsSource())).train
-    x0, labels = data.fetch(torch.arange(len(data)))
-    assert labels is not None
-    model = UNet2DModel(**NETWORK)
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.997))
-    for _ in range(steps):
-        rows, t = torch.randint(len(x0), (batch,)), torch.randint(1000, (batch,))
-        eps = torch.randn(batch, 1, 8, 8)
-        predicted = model(scheduler.add_noise(x0[rows], eps, t), t, class_labels=labels[rows]).sample
-        (predicted - scheduler.get_velocity(x0[rows], eps, t)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update_parameters(model)
-    DDPMPipeline(average.module, scheduler).save_pretrained(folder)
+STUDY = h.Study("foreign", tables, grid=GRID)
 
 
-def student(folder: Path, preconditioning: str, seed: int, images: int, out: Path) -> None:
-    """Train it by the command line, and export it."""
+def teacher_place(name: str, work: Path) -> Path:
+    """Where a teacher lies, trained now if it is not there."""
+    make, place = {"diffusers": (diffusers_teacher, "diffusers"), "EDM": (edm_teacher, "edm.pkl")}[name]
+    if not (work / place).exists():
+        make(work / place, STEPS)
+    return work / place
+
+
+def student_place(cell: Cell, work: Path) -> Path:
+    """Where a student lies, trained on the command line, or further if it is there; and exported, if it can be."""
+    place = work / f"{cell.teacher}-{cell.student.replace(', ', '-')}-{cell.seed}"
     command = [sys.executable, "-m", "fewstep"]
-    train = ["train", "distil-diffusers", "--teacher", str(folder), "--model.preconditioning", preconditioning]
-    train += ["--training.seed", str(seed), "--training.images", str(images), "--optimizer.lr", "3e-4"]
-    train += ["--evaluation.curve-images", "0", "--out", str(out), "--runtime.threads", "1"]
-    subprocess.run([*command, *train], check=True)
-    shutil.rmtree(out / "export-diffusers", ignore_errors=True)
-    subprocess.run([*command, "export", str(out), "--to", "diffusers"], check=True)
+    train = ["train", "distil-diffusers", "--teacher", str(teacher_place(cell.teacher, work)), *words(cell)]
+    train += ["--evaluation.curve-images", "0", "--training.sample-images", "0", "--runtime.threads", "1"]
+    subprocess.run([*command, *train, "--runtime.quiet", "--out", str(place)], check=True)
+    if cell.teacher == "diffusers":
+        shutil.rmtree(place / "export-diffusers", ignore_errors=True)
+        subprocess.run([*command, "export", str(place), "--to", "diffusers"], check=True)
+    return place
 
 
-def figures(folder: Path, students: dict[str, Path]) -> list[dict[str, Any]]:
-    """Rows {method, calls, frechet, accuracy}: classes in turn, noise of one seed."""
-    from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
-
+def measure(cell: Cell, work: Path) -> list[h.Row]:
+    """Train, and a row {method, calls, frechet, accuracy, trained} for each sampler and number of calls."""
     evaluator = build_evaluator(load_dataset(DataConfig(DigitsSource())), None)
     labels = torch.arange(SAMPLES) % 10
-    noise = torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(1000))
-    rows = []
-
-    def add(method: str, calls: int, samples: torch.Tensor) -> None:
-        found = evaluator.measure(samples.clamp(-1, 1), labels)
-        rows.append({"method": method, "calls": calls, "frechet": found["frechet"], "accuracy": found["accuracy"]})
-        print(rows[-1], flush=True)
-
-    model = UNet2DModel.from_pretrained(folder / "unet").eval()
-    for calls in (1, 2, 4, 50):
-        scheduler, x = DDIMScheduler.from_pretrained(folder / "scheduler", timestep_spacing="trailing"), noise
-        scheduler.set_timesteps(calls)
-        with torch.no_grad():
-            for t in scheduler.timesteps:
-                x = scheduler.step(model(x, t, class_labels=labels).sample, t, x).prev_sample
-        add("teacher, DDIM", calls, x)
-    for name, place in students.items():
-        pipeline = DiffusionPipeline.from_pretrained(place / "export-diffusers", trust_remote_code=True)
-        pipeline.set_progress_bar_config(disable=True)
-        for calls in (1, 2, 4):
-            add(
-                name,
-                calls,
-                pipeline(num_inference_steps=calls, latents=noise, class_labels=labels, output_type="pt").images,
-            )
-    return rows
+    if cell.student == TEACHER:
+        found = [(f"teacher, {name}", calls, draw) for name, calls, draw in teacher_samples(cell.teacher, work, labels)]
+        return [row(evaluator, method, calls, draw(), labels) for method, calls, draw in found]
+    place = student_place(cell, work)
+    pipeline = load(place)
+    draw = exported_samples(place, labels) if cell.teacher == "diffusers" else own_samples(pipeline, labels)
+    parameters = list(pipeline.flow_map.network.parameters())
+    share = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
+    rows = [row(evaluator, cell.student, calls, draw(calls), labels) for calls in (1, 2, 4)]
+    return [each | {"trained": f"{share:.1%}"} for each in rows]
 
 
-def run(
-    folder: Path,
-    /,
-    images: int = 25_600,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    preconditionings: tuple[str, ...] = ("euler", "analytic"),
-) -> None:
-    """Train what is not there yet below FOLDER, measure, write benchmarks/results/foreign.json."""
-    if not (folder / "teacher").exists():
-        teacher(folder / "teacher")
-    students = {}
-    for preconditioning in preconditionings:
-        for seed in seeds:
-            place = folder / f"{preconditioning}-{seed}"
-            if not (place / "export-diffusers").exists():
-                student(folder / "teacher", preconditioning, seed, images, place)
-            students[f"{preconditioning}, seed {seed}"] = place
-    write_atomically(FILE, json.dumps(figures(folder / "teacher", students), indent=1) + "\n")
+def row(evaluator: Evaluator, method: str, calls: int, samples: Tensor, labels: Tensor) -> h.Row:
+    found = evaluator.measure(samples.clamp(-1, 1), labels)
+    return {"method": method, "calls": calls, "frechet": found["frechet"], "accuracy": found["accuracy"]}
+
+
+def teacher_samples(name: str, work: Path, labels: Tensor) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """(sampler, calls, its samples) of a teacher by itself."""
+    place = teacher_place(name, work)
+    if name == "diffusers":
+        yield from (("DDIM", calls, lambda calls=calls: ddim(place, calls, labels)) for calls in (1, 2, 4, 50))
+        return
+    draw = own_samples(Pipeline(load_teacher(place)), labels)
+    yield from (("DDIM", calls, lambda calls=calls: draw(calls)) for calls in (1, 2, 4, 35))
+    heun = own_samples(Pipeline(load_teacher(place)), labels, "heun")
+    yield from (("Heun", 2 * steps - 1, lambda steps=steps: heun(steps)) for steps in (2, 3, 4, 18))
+
+
+def ddim(place: Path, calls: int, labels: Tensor) -> Tensor:
+    """Samples of diffusers' own network and scheduler."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    model = UNet2DModel.from_pretrained(place / "unet").eval()
+    scheduler, x = DDIMScheduler.from_pretrained(place / "scheduler", timestep_spacing="trailing"), noise()
+    scheduler.set_timesteps(calls)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, class_labels=labels).sample, t, x).prev_sample
+    return x
+
+
+def exported_samples(place: Path, labels: Tensor) -> Samples:
+    """What diffusers draws from an exported student in so many calls."""
+    from diffusers import DiffusionPipeline
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(place / "export-diffusers", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"latents": noise(), "class_labels": labels, "output_type": "latent"}
+    return lambda calls: pipeline(num_inference_steps=calls, **given).images  # type: ignore[no-any-return]
+
+
+def own_samples(pipeline: Pipeline, labels: Tensor, sampler: Any = "map") -> Samples:
+    """What fewstep draws in so many steps of a sampler; DDIM's, where the map is a teacher's."""
+    drawn = SamplingSettings(sampler=sampler, seed=NOISE_SEED, spacing="edm")
+    return lambda steps: pipeline.generate(len(labels), drawn, labels, steps=steps).samples
+
+
+def noise() -> Tensor:
+    return torch.randn(SAMPLES, 1, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEED))
+
+
+def run(work: Path, /, worker: h.Worker = "0/1", teachers: tuple[str, ...] = tuple(TEACHERS)) -> None:
+    """Train what has no result yet below WORK, where models are kept, and measure it: about an hour of one core."""
+    torch.set_num_threads(1)
+    GRID.run([cell for cell in plan() if cell.teacher in teachers], lambda cell: measure(cell, work), worker)
 
 
 if __name__ == "__main__":

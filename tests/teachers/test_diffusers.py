@@ -1,6 +1,5 @@
 """Teachers of diffusers: each family is its library's own model, and its student equals it to the last bit at first."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from fewstep.objectives import CTM, EMD, Batch, Companions, Objective, TeacherSt
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline
 from fewstep.sampling.samplers import map_sampler
 from fewstep.teachers.diffusers import load_diffusers
-from fewstep.teachers.lora import base_name, merged
 from fewstep.training.probe import fault, needs_probe
 from fewstep.utils.errors import CheckpointError
 from fewstep.utils.random import Draws
@@ -118,36 +116,6 @@ def test_its_student_equals_it_at_first_wherever_jumps_end(kind: str, teachers: 
         assert not torch.equal(teacher.output(x, t, s, cond), teacher.output(x, t, t, cond))
         for parameter in moved:
             parameter.sub_(0.1)
-
-
-@pytest.mark.parametrize("kind", TINY)
-def test_adapters_start_as_the_teacher_share_its_base_and_merge(
-    kind: str, teachers: dict[str, tuple[Any, FlowMap]]
-) -> None:
-    """Equal to the last bit at first, on the same tensors; only adapters and the second time are trained; W + B A."""
-    _, teacher = teachers[kind]
-    assert teacher.config is not None
-    student = replace(teacher.config, network=teacher.config.network.with_lora(2)).build().eval()
-    network: Any = student.network
-    network.take(teacher.network, kind)
-    cond, x = TINY[kind].condition(2), torch.randn(2, *TINY[kind].shape, generator=torch.Generator().manual_seed(0))
-    t, s = torch.full((2,), 0.6 * teacher.path.t_max), torch.full((2,), 0.2 * teacher.path.t_max)
-    with torch.no_grad():
-        assert torch.equal(student.output(x, t, s, cond), teacher.output(x, t, s, cond))
-    trained = {key for key, value in network.named_parameters() if value.requires_grad}
-    assert all(".down." in key or ".up." in key or ".project." in key or "second_time" in key for key in trained)
-    assert any(".up." in key for key in trained)
-    own, theirs = network.state_dict(), teacher.network.state_dict()
-    frozen = {key: name for key in own if (name := base_name(key)) is not None and key not in trained}
-    assert all(own[key].data_ptr() == theirs[name].data_ptr() for key, name in frozen.items())
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in (value for value in network.parameters() if value.requires_grad):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
-        plain = teacher.config.build().eval()
-        plain.network.load_state_dict(merged(network.state_dict()))
-        torch.testing.assert_close(plain.output(x, t, s, cond), student.output(x, t, s, cond), rtol=1e-4, atol=1e-4)
-        assert not torch.equal(student.output(x, t, s, cond), teacher.output(x, t, s, cond))
 
 
 STUDIED: dict[str, Objective] = {"ctm": CTM(steps=TeacherSteps(points=4)), "emd": EMD(label_dropout=0.1)}

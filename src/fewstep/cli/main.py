@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("RUN", "measure its samples against held-out data"),
     "report": ("RUN", "write RUN/report.html, one self-contained page"),
     "encode": ("FOLDER", "turn a folder of images into latents to train on, with an autoencoder of yours"),
+    "merge": ("RUN", "make a model with adapters (--lora) a whole one, without its teacher"),
     "export": ("RUN", "write it for programs without fewstep: diffusers, onnx, torch"),
     "statistics": ("RUN", "what an analytic preconditioning computes from a teacher: estimated, drawn, its cost"),
     "policy-quickstart": ("", "the same for a robot: a maze with two ways, its policy, its page"),

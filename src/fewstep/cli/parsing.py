@@ -17,7 +17,7 @@ from fewstep.utils.parts import kinds
 
 T = TypeVar("T")
 
-_SHORT = {"--track": "--runtime.track", "--from": "--runtime.from-step"}
+_SHORT = {"--track": "--runtime.track", "--from": "--runtime.from-step", "--lora": "--network.lora"}
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:

@@ -101,7 +101,8 @@ def run(options: Options) -> None:
     result = train(config, dataset, run, options.runtime, callbacks)
     if not result.main_process:
         return
-    print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s")
+    memory = f", {result.peak_memory}" if result.peak_memory else ""
+    print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s{memory}")
     if dataset.policy is None:
         check_learned(run)
         following = ["sample", *([] if too_few(dataset) else ["evaluate"]), "report"]

@@ -3,10 +3,10 @@
 import dataclasses
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,12 @@ from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, LinearLayer, zeroed
 from fewstep.utils.errors import ConfigError, MissingExtraError
 from fewstep.utils.parts import is_own
-from fewstep.utils.tensors import expand
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import check_choice, check_least, expand
 from fewstep.utils.weights import fit_weights
 
 Shape = tuple[int, ...]
+AdaptedLayers = Literal["attention", "all"]
 _LARGEST = 2**24
 MOST_TENSORS = 2**11
 """Of a network, far beyond the largest that are known."""
@@ -44,6 +46,31 @@ def at_most(tensors: int) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on a frozen network (2106.09685): W + (alpha/rank) B A, A (rank, in), B (out, rank).
+
+    alpha: 0 for the rank itself. layers: attention alone, or all layers within blocks. base: where the network's own
+    weights lie, which files with the adapters then do not hold; digest: of those weights.
+    """
+
+    rank: int
+    alpha: float = 0.0
+    layers: AdaptedLayers = "attention"
+    base: str = ""
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        check_least(1, **{"the rank of lora": self.rank})
+        check_least(0, lora_alpha=self.alpha)
+        check_choice("lora_layers", self.layers, ("attention", "all"))
+
+    @property
+    def scale(self) -> float:
+        """alpha/rank, 1 where alpha is not given."""
+        return self.alpha / self.rank if self.alpha else 1.0
 
 
 class Network(nn.Module, ABC):
@@ -88,6 +115,18 @@ class Network(nn.Module, ABC):
         """Take the weights of a network of the same settings; raises CheckpointError, with its name, for others."""
         fit_weights(self, other.state_dict(), name)
 
+    def checkpoint_blocks(self) -> None:
+        """Keep no activations within blocks for the backward pass, which computes them anew.
+
+        Raises ConfigError for a network that cannot.
+        """
+        kinds = "networks of diffusers, EDM and EDM2"
+        raise ConfigError(f"{type(self).__name__} keeps its activations: gradient checkpointing is for {kinds}")
+
+    def elsewhere(self) -> Collection[str]:
+        """Names of tensors that files leave out, because the base of adapters holds them."""
+        return ()
+
     def freeze_second_time(self) -> None:
         """Keep the branch of s, which starts at zero, out of training on the diagonal, where s says nothing new.
 
@@ -97,6 +136,22 @@ class Network(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, *shape), t (B,), s (B,) -> (B, *shape)."""
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """What files hold of a module: its state, without what lies elsewhere."""
+    left_out = module.elsewhere() if isinstance(module, Network) else ()
+    return {key: value for key, value in module.state_dict().items() if key not in left_out}
+
+
+def fit_stored(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load what a file holds of a module; a base that it holds besides, as older files do, is left aside.
+
+    Raises CheckpointError as `fit_weights` does.
+    """
+    left_out = module.elsewhere() if isinstance(module, Network) else ()
+    given = {key: value for key, value in weights.items() if key not in left_out}
+    fit_weights(module, given, source, stored_state(module))
 
 
 class EmbeddingNetwork(Network):
@@ -181,9 +236,13 @@ class NetworkConfig(ABC):
         """The network of a run that has a teacher of that network: these settings, but where it is the teacher's."""
         return self
 
-    def with_lora(self, rank: int) -> "NetworkConfig":
-        """The same, frozen, with adapters of that rank; raises ConfigError where there are none."""
-        raise ConfigError("adapters (lora) are for teachers of diffusers: train the whole network")
+    def with_lora(self, lora: LoRA) -> "NetworkConfig":
+        """The same, frozen, with adapters; raises ConfigError where there are none."""
+        raise ConfigError("adapters (lora) are for teachers of diffusers, EDM and EDM2: train the whole network")
+
+    def without_lora(self) -> "NetworkConfig":
+        """The same without adapters."""
+        return self
 
     @property
     def stochastic(self) -> bool:
@@ -197,7 +256,18 @@ class TeacherNetworkConfig(NetworkConfig):
     """The network of the teacher that is distilled, with a second time."""
 
     lora: int = 0
-    """Rank of adapters that are trained on the teacher's frozen weights; 0 trains the whole network."""
+    """Rank of adapters that are trained on the teacher's frozen weights, for short --lora; 0 trains the whole."""
+    lora_alpha: float = later(float)
+    """Adapters count alpha/rank times; 0 takes the rank."""
+    lora_layers: AdaptedLayers = later(lambda: "attention")
+    """Which layers have adapters: those of attention, or all within blocks."""
+
+    def __post_init__(self) -> None:
+        if self.lora:
+            self._adapters()
+
+    def _adapters(self) -> LoRA:
+        return LoRA(self.lora, self.lora_alpha, self.lora_layers)
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> Network:
         raise ConfigError("the network is the teacher's, and there is none: name one with --teacher")
@@ -210,4 +280,4 @@ class TeacherNetworkConfig(NetworkConfig):
     def beside(self, teacher: NetworkConfig | None) -> NetworkConfig:
         if teacher is None:
             raise ConfigError("the network is the teacher's, which does not say its settings: name a network")
-        return teacher.with_lora(self.lora) if self.lora else teacher
+        return teacher.with_lora(self._adapters()) if self.lora else teacher.without_lora()

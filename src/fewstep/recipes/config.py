@@ -50,8 +50,9 @@ class ModelConfig:
 class OptimizerConfig:
     """What moves the weights, and how far."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw for everything, or muon for the matrices of the network's blocks and AdamW for the rest."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw for everything, adamw8bit for the same with moments in 8 bits (extra [bnb]), or muon for the matrices of
+    the network's blocks and AdamW for the rest."""
     lr: float = 1e-4
     """Learning rate of AdamW."""
     matrix_lr: float = 5e-4

@@ -21,18 +21,20 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.latents.autoencoders import LatentSpec, load_decoder
 from fewstep.data.latents.prompts import encode_prompts, read_prompts, save_prompts
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
-from fewstep.networks.base import Network, at_most
+from fewstep.networks.base import MOST_TENSORS, Network, at_most, fit_stored, stored_state
 from fewstep.networks.condition import Prompts
 from fewstep.sampling.card import Card, Provenance
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import Generated, PromptSource, SamplingSettings, generate
 from fewstep.sampling.step_times import StepTimes
+from fewstep.teachers.base_weights import has_base, moved, put_base, read_base
+from fewstep.teachers.second_time import merged_flow_map
 from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record, reading
 from fewstep.utils.hub import HUB, cached_copy, fetching
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
-from fewstep.utils.weights import check_shapes, fit_weights, read_shapes, read_weights, save_weights, shapes
+from fewstep.utils.weights import check_shapes, read_shapes, read_weights, save_weights, shapes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -186,21 +188,26 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
     def save(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; `weights` replaces the network's own (an EMA's, say).
 
-        Raises CheckpointError when the map was not built from a FlowMapConfig.
+        Of a network with adapters, the weights beneath them stay where the teacher lies: `merged` is whole. Raises
+        CheckpointError when the map was not built from a FlowMapConfig.
         """
         folder, flow_map = Path(folder), self.flow_map
         if flow_map.config is None:
             raise CheckpointError("this flow map was made by hand; build it with FlowMapConfig(...).build() to save it")
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(flow_map.network.state_dict() if weights is None else weights, folder / WEIGHTS_FILE)
+        save_weights(stored_state(flow_map.network) if weights is None else weights, folder / WEIGHTS_FILE)
         record: dict[str, JSON] = {"format": FORMAT}
         record |= {"flow_map": to_json(flow_map.config), "pipeline": to_json(self.config)}
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
         if self.prompts is not None:
             save_prompts(self.prompts, folder / PROMPTS_FILE)
 
+    def merged(self) -> "Pipeline":
+        """The same model whole, its adapters merged into the weights beneath them; itself where it has none."""
+        return Pipeline(merged_flow_map(self.flow_map), self.config, self._provenance, self.prompts)
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        self.save(save_directory)
+        self.merged().save(save_directory)
 
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any) -> str:
         """Upload to OWNER/NAME of the Hugging Face Hub, with a card; options: huggingface_hub's."""
@@ -261,10 +268,13 @@ def from_hub(repository: str, **options: Any) -> Pipeline:
     return _load(files[0], files[1], files[-1])
 
 
-def load_pipeline(folder: Path | str) -> Pipeline:
-    """Read what `Pipeline.save` wrote; raises CheckpointError when files are missing, truncated or do not fit."""
+def load_pipeline(folder: Path | str, base: str = "") -> Pipeline:
+    """Read what `Pipeline.save` wrote; raises CheckpointError when files are missing, truncated or do not fit.
+
+    base: where the teacher beneath adapters lies now, if it was moved.
+    """
     folder = Path(folder)
-    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / PROMPTS_FILE)
+    return _load(folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / PROMPTS_FILE, base)
 
 
 def read_flow_map_config(folder: Path | str) -> FlowMapConfig:
@@ -282,19 +292,23 @@ def _read_config(file: Path) -> tuple[FlowMapConfig, PipelineConfig]:
     return from_json(FlowMapConfig, record["flow_map"], str(file)), pipeline
 
 
-def _load(config_file: Path, weights_file: Path, prompts_file: Path) -> Pipeline:
+def _load(config_file: Path, weights_file: Path, prompts_file: Path, base: str = "") -> Pipeline:
     config, pipeline = _read_config(config_file)
     if config.num_classes and pipeline.class_names and len(pipeline.class_names) != config.num_classes:
         reason = f"{len(pipeline.class_names)} names of {config.num_classes} classes"
         raise CheckpointError(f"{config_file} is damaged ({reason}): {_ADVICE}")
     stored = read_shapes(weights_file)
+    config = replace(config, network=moved(config.network, base))
+    most = MOST_TENSORS if has_base(config.network) else len(stored)
     with reading(config_file, _ADVICE):  # compared before there is time or memory for it
         given = (config.shape, config.num_classes, config.guided, config.observation)
-        network = config.network.without_memory(*given, tensors=len(stored))
+        network = config.network.without_memory(*given, tensors=most)
         if network is not None:
-            check_shapes(shapes(network.state_dict()), stored, str(weights_file))
-        with torch.random.fork_rng([]), at_most(len(stored)):  # what it draws for weights that are then replaced
-            flow_map = config.build()
-    fit_weights(flow_map.network, read_weights(weights_file), str(weights_file))
+            check_shapes(shapes(stored_state(network)), stored, str(weights_file))
+    beneath = read_base(network)
+    with reading(config_file, _ADVICE), torch.random.fork_rng([]), at_most(most):  # what it draws is then replaced
+        flow_map = config.build()
+    put_base(flow_map.network, beneath)
+    fit_stored(flow_map.network, read_weights(weights_file), str(weights_file))
     prompts = None if pipeline.text is None else read_prompts(prompts_file)
     return Pipeline(flow_map.eval(), pipeline, prompts=prompts)

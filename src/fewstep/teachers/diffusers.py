@@ -5,7 +5,7 @@ A folder holds a pipeline (model_index.json) or a bare network with the configur
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from fewstep.flow.paths import Path as TimePath
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling, Scaling
 from fewstep.flow.preconditioning.prediction import Prediction, PredictionScaling
-from fewstep.networks.base import Network, NetworkConfig, Shape
+from fewstep.networks.base import LoRA, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
 from fewstep.teachers.families import Family, NullableEmbedding, Settings, family
-from fewstep.teachers.lora import add_adapters, base_name
+from fewstep.teachers.lora import add_adapters, base_name, last_adapter
 from fewstep.teachers.second_time import (
     TwoTimes,
+    TwoTimesConfig,
     TwoTimesNetwork,
     differentiable_attention,
     differentiable_norms,
@@ -35,11 +36,10 @@ from fewstep.teachers.second_time import (
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import later
-from fewstep.utils.weights import fit_weights, read_weights
+from fewstep.utils.weights import read_weights
 
 NETWORK_FOLDERS = ("unet", "transformer")
 _ADVICE = "bring back a copy of it"
-_GUIDANCE = "two_times.guidance."
 _SCHEDULES: dict[str, BetaSchedule] = {
     "linear": "linear",
     "scaled_linear": "scaled-linear",
@@ -54,13 +54,18 @@ _PREDICTIONS: dict[str, Prediction] = {
 
 
 @dataclass(frozen=True)
-class DiffusersConfig(NetworkConfig):
+class DiffusersConfig(TwoTimesConfig):
     """A network of diffusers with a second time: its class, and its config.json as text."""
 
     model: str
     settings: str
     lora: int = later(int)
-    """Rank of adapters on a frozen network; 0 trains the whole."""
+    """Of older files, whose adapters have this rank and no other settings; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.lora:
+            object.__setattr__(self, "adapters", LoRA(self.lora))
+            object.__setattr__(self, "lora", 0)
 
     @cached_property
     def values(self) -> Settings:
@@ -72,9 +77,6 @@ class DiffusersConfig(NetworkConfig):
         if not isinstance(found, dict):
             raise ConfigError(f"settings of a {self.model}: a JSON object is needed")
         return {key: value for key, value in found.items() if not key.startswith("_")}
-
-    def with_lora(self, rank: int) -> "DiffusersConfig":
-        return replace(self, lora=rank)
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "DiffusersNetwork":
         if observation:
@@ -108,8 +110,9 @@ class DiffusersNetwork(TwoTimesNetwork):
         if isinstance(classes, nn.Embedding):
             network.class_embedding = NullableEmbedding(classes)
         differentiable_norms(network)
-        if config.lora:
-            add_adapters(network, config.lora)
+        if config.adapters is not None:
+            add_adapters(network, config.adapters, self.family.attention, self.family.times)
+        self.adapters = config.adapters
         beside = guided and not self.own_guidance
         self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time, beside)
         self.eval()
@@ -128,14 +131,10 @@ class DiffusersNetwork(TwoTimesNetwork):
 
     @property
     def last_layer(self) -> Tensor:
-        place = self.last_adapter if self.config.lora else self.family.output
-        return self.two_times.network.get_submodule(place).weight  # type: ignore[return-value]
-
-    @property
-    def last_adapter(self) -> str:
-        """The name of the last layer that is trained on a frozen network."""
-        names: list[str] = [name for name, _ in self.two_times.network.named_modules() if name.endswith(".up")]
-        return names[-1]
+        network = self.two_times.network
+        if self.adapters is not None:
+            return last_adapter(network)
+        return network.get_submodule(self.family.output).weight  # type: ignore[return-value]
 
     def foreign_name(self, key: str) -> str | None:
         return foreign_name(key)
@@ -146,20 +145,6 @@ class DiffusersNetwork(TwoTimesNetwork):
         with self.two_times.at(s.to(x.dtype), cond.guidance), differentiable_attention(x, t, s):
             found = self.family.call(self.two_times.network, x, t, cond)
         return found[:, : x.shape[1]]
-
-    def take(self, other: Network, name: str) -> None:
-        """Take the weights of a network of the same class, with or without adapters; a frozen base is shared.
-
-        What enters guidance stays as it is where the other takes none.
-        """
-        if not (self.config.lora and isinstance(other, DiffusersNetwork)):
-            added = {key: value for key, value in self.state_dict().items() if key.startswith(_GUIDANCE)}
-            fit_weights(self, {**added, **other.state_dict()}, name)
-            return
-        theirs = {base_name(key): value for key, value in other.state_dict().items()}
-        for key, own in self.state_dict(keep_vars=True).items():
-            if (stem := base_name(key)) is not None:
-                own.data = theirs[stem].to(own) if stem in theirs else own.data
 
 
 def foreign_name(key: str) -> str | None:
@@ -208,7 +193,7 @@ def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
     path, scaling = read_scheduler(_scheduler_file(folder, place), kind)
     shape = shape or _sample_shape(name, settings)
     stored = FlowMapConfig(path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values))
-    weights = read_model_weights(place)
+    weights = _read_weights(place)
     sketch = config.without_memory(shape, stored.num_classes, guided=False, tensors=len(weights))
     if isinstance(sketch, DiffusersNetwork):  # compared before there is time or memory for it
         sketch.check_foreign(weights, str(place))
@@ -280,6 +265,11 @@ def _sample_shape(name: str, settings: Settings) -> Shape:
 
 
 def read_model_weights(folder: Path) -> dict[str, Tensor]:
+    """Of the network in a folder of diffusers, by its own names; raises CheckpointError as `load_diffusers` does."""
+    return _read_weights(_network_folder(folder))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Weights in one safetensors file, in shards with an index, or in a pickle that holds tensors alone.
 
     Raises CheckpointError where there are none, or where they cannot be read.

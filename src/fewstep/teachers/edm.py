@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.flow.discrete_vp import DiscreteVP
 from fewstep.flow.flow_map import FlowMap, FlowMapConfig
@@ -27,7 +28,7 @@ _TRAINING = {"use_fp16", "augment_dim", "dropout", "label_dropout", "logvar_chan
 """Arguments that say nothing about samples."""
 _LOG_FACTOR = 100.0
 """Brings a logarithm of the noise, over four or not, to a range of some hundreds."""
-_OWN = {"log_half", "time_factor", "learned_variance"}
+_OWN = {"log_half", "time_factor", "learned_variance", "adapters"}
 """Fields of our configurations that no file names."""
 _DDPM_SIGMA_MAX = 81.0
 _MOST = 2**20
@@ -149,18 +150,13 @@ def load_edm(file: Path) -> FlowMap:
     Raises CheckpointError, in one line, where the file is none, is damaged, or says what these networks do not know.
     """
     record = read_edm(file)
+    weights = _weights(record)
     try:
         config = _configuration(record)
         # A file that announces more than it holds is refused before there is room for it.
         with torch.device("meta"), at_most(len(record.tensors)):
             sketch = config.network.build(config.shape, config.num_classes, guided=False)
         assert isinstance(sketch, EDMNetwork)
-        prefix = _PRECONDITIONERS[record.class_name].prefix
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in record.tensors.items()
-            if name.startswith(prefix) and name != f"{prefix}map_augment.weight"
-        }
         sketch.check_foreign(weights, str(file))
     except (ConfigError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -171,6 +167,20 @@ def load_edm(file: Path) -> FlowMap:
     assert isinstance(flow_map.network, EDMNetwork)
     flow_map.network.load_foreign(weights, str(file))
     return flow_map.eval()
+
+
+def read_edm_weights(file: Path) -> dict[str, Tensor]:
+    """Of the network in a network pickle, by its own names; raises CheckpointError as `load_edm` does."""
+    return _weights(read_edm(file))
+
+
+def _weights(record: EDMRecord) -> dict[str, Tensor]:
+    prefix = _PRECONDITIONERS[record.class_name].prefix
+    return {
+        name.removeprefix(prefix): value
+        for name, value in record.tensors.items()
+        if name.startswith(prefix) and name != f"{prefix}map_augment.weight"
+    }
 
 
 def _configuration(record: EDMRecord) -> FlowMapConfig:

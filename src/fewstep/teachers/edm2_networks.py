@@ -7,7 +7,7 @@ stores in half precision is computed with in float32, the gains too.
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fewstep.networks.base import Shape
 from fewstep.networks.layers import affine, attention, silu
-from fewstep.teachers.edm_blocks import Resampling, check_taps, filter_taps, resample, split_heads
+from fewstep.teachers.edm_blocks import CheckpointableBlocks, Resampling, check_taps, filter_taps, resample, split_heads
 from fewstep.teachers.edm_networks import EDMNetworkConfig
 from fewstep.utils.tensors import check_positive
 
@@ -56,8 +56,12 @@ class MPLayer(nn.Module):
         self.weight = nn.Parameter(torch.randn(wide_out, wide_in, *sides))
 
     def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
-        weight = unit_magnitude(self.weight, tuple(range(1, self.weight.ndim)))
-        weight = weight * ((1.0 if gain is None else gain) / math.sqrt(self.weight[0].numel()))
+        return self.with_weight(self.weight, x, gain)
+
+    def with_weight(self, weight: Tensor, x: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Of this weight in place of its own."""
+        weight = unit_magnitude(weight, tuple(range(1, weight.ndim)))
+        weight = weight * ((1.0 if gain is None else gain) / math.sqrt(weight[0].numel()))
         if weight.ndim == 2:
             return affine(x, weight, None, lambda x, _: functional.linear(x, weight))
         return affine(x, weight, None, lambda x, _: functional.conv2d(x, weight, padding=weight.shape[-1] // 2))
@@ -119,7 +123,7 @@ class MPBlock(nn.Module):
         return x if most is None else x.clamp(-most, most)
 
 
-class EDM2UNet(nn.Module):
+class EDM2UNet(CheckpointableBlocks):
     """(x, t, one-hot labels) -> raw outputs. A channel of ones joins the input in place of biases."""
 
     def __init__(self, config: "EDM2UNetConfig", shape: Shape, num_classes: int) -> None:
@@ -170,11 +174,11 @@ class EDM2UNet(nn.Module):
         skips: list[Tensor] = []
         h = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         for name, block in self.enc.items():
-            h = block(h) if name.endswith("_conv") else block(h, embedding)
+            h = block(h) if name.endswith("_conv") else self.apply_block(block, h, embedding)
             skips.append(h)
         for name, block in self.dec.items():
             h = mp_cat(h, skips.pop(), self.config.concat_balance) if "_block" in name else h
-            h = block(h, embedding)
+            h = self.apply_block(block, h, embedding)
         outputs: Tensor = self.out_conv(h, self.out_gain)
         return outputs
 
@@ -197,6 +201,7 @@ class EDM2UNetConfig(EDMNetworkConfig):
     res_balance: float = 0.3
     attn_balance: float = 0.3
     clip_act: float | None = 256.0
+    attention: ClassVar[tuple[str, ...]] = ("attn_qkv", "attn_proj")
 
     def __post_init__(self) -> None:
         super().__post_init__()

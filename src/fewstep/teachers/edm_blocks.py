@@ -1,6 +1,7 @@
 """What the networks of EDM and EDM2 are made of (2206.00364): resampling, residual blocks, features of time."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,9 +74,13 @@ class ResamplingConv2d(Conv2d):
         self.register_buffer("resample_filter", filter_taps(taps))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.after:
-            return resample(super().forward(x), self.resample_filter, self.mode, 0)
-        return super().forward(resample(x, self.resample_filter, self.mode))
+        return self.with_weight(self.weight, x)
+
+    def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Of this weight in place of its own."""
+        x = x if self.after else resample(x, self.resample_filter, self.mode)
+        x = affine(x, weight, self.bias, lambda x, bias: self._conv_forward(x, weight, bias))
+        return resample(x, self.resample_filter, self.mode, 0) if self.after else x
 
 
 class Norm(GroupNorm):
@@ -116,6 +121,24 @@ class BlockSettings:
         if wide_in != wide_out or (self.project and mode != "keep"):
             return self.convolution(wide_in, wide_out, 1, mode)
         return nn.Identity() if mode == "keep" else Resample(self.taps, mode)
+
+
+class CheckpointableBlocks(nn.Module):
+    """A network whose blocks may be computed anew for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checkpointing: Callable[..., Tensor] | None = None
+
+    def enable_gradient_checkpointing(self, function: Callable[..., Tensor]) -> None:
+        """Apply blocks by function(block, *args) where gradients are taken, as networks of diffusers do."""
+        self.checkpointing = function
+
+    def apply_block(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        """block(h, embedding)."""
+        apply = self.checkpointing if torch.is_grad_enabled() else None
+        found: Tensor = block(h, embedding) if apply is None else apply(block, h, embedding)
+        return found
 
 
 class Block(nn.Module):

@@ -13,20 +13,22 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.base import NetworkConfig, Shape
+from fewstep.networks.base import Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import Conv2d, LinearLayer, check_inputs, silu
 from fewstep.networks.pyramid import same_size
 from fewstep.teachers.edm_blocks import (
     Block,
     BlockSettings,
+    CheckpointableBlocks,
     FourierFeatures,
     Resample,
     ResamplingConv2d,
     check_taps,
     sinusoids,
 )
-from fewstep.teachers.second_time import TwoTimes, TwoTimesNetwork, without_second_time
+from fewstep.teachers.lora import add_adapters, base_name, last_adapter
+from fewstep.teachers.second_time import TwoTimes, TwoTimesConfig, TwoTimesNetwork, without_second_time
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.tensors import check_choice, check_positive
 
@@ -34,7 +36,7 @@ _HALF = math.sqrt(0.5)
 
 
 @dataclass(frozen=True)
-class EDMNetworkConfig(NetworkConfig):
+class EDMNetworkConfig(TwoTimesConfig):
     """What the networks of EDM and EDM2 share.
 
     model_channels: at full resolution, times channel_mult at each level. attn_resolutions: heights with self-attention.
@@ -43,6 +45,7 @@ class EDMNetworkConfig(NetworkConfig):
     """
 
     of_files: ClassVar[bool] = True
+    attention: ClassVar[tuple[str, ...]] = ("qkv", "proj")
     model_channels: int
     channel_mult: tuple[int, ...]
     num_blocks: int
@@ -90,16 +93,23 @@ class EDMNetwork(TwoTimesNetwork):
     def __init__(self, config: EDMNetworkConfig, shape: Shape, num_classes: int) -> None:
         super().__init__(shape, num_classes, guided=False)
         self.config = config
-        self.two_times = TwoTimes(config.network(shape, num_classes), config.time_layer, config.time_factor)
+        network = config.network(shape, num_classes)
+        if config.adapters is not None:
+            add_adapters(network, config.adapters, config.attention, config.time_layer)
+        self.adapters = config.adapters
+        self.two_times = TwoTimes(network, config.time_layer, config.time_factor)
         self.eval()
 
     @property
     def last_layer(self) -> Tensor:
+        if self.adapters is not None:
+            return last_adapter(self.two_times.network)
         output = self.two_times.network.get_submodule(self.config.output_name(self.shape[1]))
         return output.weight  # type: ignore[return-value]
 
     def foreign_name(self, key: str) -> str | None:
         name = without_second_time(key.removeprefix("two_times."))
+        name = None if name is None else base_name(name)
         if name is None:
             return None
         name = name.replace(f"{self.config.time_layer}.embedding.", f"{self.config.time_layer}.")
@@ -125,7 +135,7 @@ class EDMNetwork(TwoTimesNetwork):
         return (labels[:, None] == torch.arange(self.num_classes, device=x.device)).to(x.dtype)
 
 
-class _UNet(nn.Module):
+class _UNet(CheckpointableBlocks):
     """Levels of blocks down and up by the names of the files, with skips across."""
 
     def __init__(self, config: EDMNetworkConfig, height: int, settings: BlockSettings, wide: int, last: bool) -> None:
@@ -160,13 +170,13 @@ class _UNet(nn.Module):
         skips = [h]
         for level, name in enumerate(self.names):
             if level:
-                h, x = self.join(self.enc[f"{name}_down"](h, embedding), x, name)
+                h, x = self.join(self.apply_block(self.enc[f"{name}_down"], h, embedding), x, name)
                 skips.append(h)
             for index in range(self.blocks):
-                h = self.enc[f"{name}_block{index}"](h, embedding)
+                h = self.apply_block(self.enc[f"{name}_block{index}"], h, embedding)
                 skips.append(h)
-        h = self.dec[f"{self.names[-1]}_in0"](h, embedding)
-        return self.dec[f"{self.names[-1]}_in1"](h, embedding), skips
+        h = self.apply_block(self.dec[f"{self.names[-1]}_in0"], h, embedding)
+        return self.apply_block(self.dec[f"{self.names[-1]}_in1"], h, embedding), skips
 
     def join(self, h: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """h after a level's step down, and the side input for the next; here there is none."""
@@ -176,9 +186,9 @@ class _UNet(nn.Module):
         """h after one level up, which takes the level's skips off."""
         name = self.names[level]
         if level < len(self.names) - 1:
-            h = self.dec[f"{name}_up"](h, embedding)
+            h = self.apply_block(self.dec[f"{name}_up"], h, embedding)
         for index in range(self.blocks + 1):
-            h = self.dec[f"{name}_block{index}"](torch.cat([h, skips.pop()], 1), embedding)
+            h = self.apply_block(self.dec[f"{name}_block{index}"], torch.cat([h, skips.pop()], 1), embedding)
         return h
 
 

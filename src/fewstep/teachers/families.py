@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 Settings = dict[str, Any]
 Call = Callable[[Any, Tensor, Tensor, Condition], Tensor]
 _FLUX_GUIDANCE, _SANA_GUIDANCE = 3.5, 4.5
@@ -28,6 +29,7 @@ class Family:
     the time that the class takes where there is noise alone. packed: whether it takes blocks of 2 x 2 as tokens.
     text, pooled: the names of the settings that say the widths of the embeddings of prompts that it takes.
     guidance: the strength that those made to take one are given. masked: whether it looks at a mask of tokens.
+    attention: last parts of the names of attention's layers.
     """
 
     call: Call
@@ -39,6 +41,7 @@ class Family:
     pooled: str = ""
     guidance: float = 0.0
     masked: bool = False
+    attention: tuple[str, ...] = ATTENTION
 
     def num_classes(self, settings: Settings) -> int:
         """Classes that the network was made for; 0 for none."""

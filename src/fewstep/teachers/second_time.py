@@ -8,20 +8,27 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from fewstep.networks.base import Network
+from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.base import LoRA, Network, NetworkConfig, fit_stored, stored_state
 from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
+from fewstep.teachers.lora import adapters_of, merged
 from fewstep.utils.errors import CheckpointError, ConfigError
-from fewstep.utils.serialization import differences
+from fewstep.utils.serialization import differences, later
+from fewstep.utils.weights import digest, fit_weights, save_weights
 
 _FEATURES = 256
 _LONGEST_PERIOD = 10_000.0
+_GUIDANCE = "two_times.guidance."
 
 
 class _ContiguousGroupNorm(nn.GroupNorm):
@@ -123,6 +130,31 @@ class TwoTimes(nn.Module):
         finally:
             self.shared.value = None
 
+    def checkpoint_blocks(self) -> None:
+        """Keep no activations within blocks for the backward pass."""
+        enable: Any = getattr(self.network, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise ConfigError(f"{type(self.network).__name__} has no blocks whose activations can be computed anew")
+        enable(self._checkpointed)
+
+    def _checkpointed(self, block: nn.Module, *args: Any) -> Any:
+        """block(*args), computed anew for the backward pass, with the second time that it has now.
+
+        A method, so that copies of this module have their own. Tangents pass without it.
+        """
+        if carries_tangent(*(value for value in args if isinstance(value, Tensor))):
+            return block(*args)
+        value = self.shared.value
+
+        def run(*args: Any) -> Any:
+            before, self.shared.value = self.shared.value, value
+            try:
+                return block(*args)
+            finally:
+                self.shared.value = before
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the second time, and of guidance."""
         yield from self.second_time.parameters()
@@ -144,10 +176,32 @@ def without_second_time(name: str) -> str | None:
     return name.removeprefix("network.").replace(".embedding.linear_", ".linear_")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TwoTimesConfig(NetworkConfig):
+    """Settings of a foreign network with a second time; adapters: on its frozen weights, None trains the whole."""
+
+    adapters: LoRA | None = later(lambda: None)
+
+    def with_lora(self, lora: LoRA) -> Self:
+        if self.adapters is not None:
+            raise ConfigError(
+                "the teacher has adapters itself: make it a whole model first, with fewstep merge, or train the whole "
+                "network"
+            )
+        return replace(self, adapters=lora)
+
+    def without_lora(self) -> Self:
+        return self if self.adapters is None else replace(self, adapters=None)
+
+
 class TwoTimesNetwork(Network):
-    """A foreign network with a second time. Its layers stay in evaluation mode: no dropout, no labels dropped."""
+    """A foreign network with a second time. Its layers stay in evaluation mode: no dropout, no labels dropped.
+
+    adapters: on its frozen weights, None where there are none.
+    """
 
     two_times: TwoTimes
+    adapters: LoRA | None = None
 
     @abstractmethod
     def foreign_name(self, key: str) -> str | None:
@@ -172,6 +226,50 @@ class TwoTimesNetwork(Network):
             raise CheckpointError(f"{source}: weights do not fit the configuration: {'; '.join(lines[:3])}")
         return names
 
+    def checkpoint_blocks(self) -> None:
+        self.two_times.checkpoint_blocks()
+
+    def elsewhere(self) -> set[str]:
+        return set(self._foreign()) if self.adapters is not None and self.adapters.base else set()
+
+    def _foreign(self) -> dict[str, str]:
+        """Foreign names by own ones."""
+        return {key: name for key in self.state_dict() if (name := self.foreign_name(key)) is not None}
+
+    def base_digest(self) -> str:
+        """Of the weights of the network of one time, without adapters."""
+        state = self.state_dict()
+        return digest({name: state[key] for key, name in self._foreign().items()})
+
+    def share_base(self, other: "TwoTimesNetwork") -> None:
+        """Have another's foreign weights as one's own, in the same memory."""
+        theirs = other.state_dict(keep_vars=True)
+        named = {name: theirs[key] for key, name in other._foreign().items()}
+        own = self.state_dict(keep_vars=True)
+        for key, name in self._foreign().items():
+            own[key].data = named[name].data
+
+    def take(self, other: Network, name: str) -> None:
+        """Take the weights of a network of the same class, with or without adapters.
+
+        Adapters stay on the base that is theirs, and what enters guidance as it is where the other takes none. Raises
+        CheckpointError for a network of another base.
+        """
+        added = {key: value for key, value in self.state_dict().items() if key.startswith(_GUIDANCE)}
+        theirs = other if isinstance(other, TwoTimesNetwork) else None
+        if theirs is None or (self.adapters is None and theirs.adapters is None):
+            fit_weights(self, {**added, **other.state_dict()}, name)
+        elif self.adapters is None:
+            fit_weights(self, {**added, **merged(theirs.state_dict())}, name)
+        elif theirs.base_digest() != self.base_digest():
+            raise CheckpointError(f"{name} has other weights than the teacher beneath the adapters")
+        elif theirs.adapters is not None:
+            fit_stored(self, {**added, **stored_state(theirs)}, name)
+        else:
+            state = theirs.state_dict()
+            second = state.keys() - theirs._foreign().keys()
+            self.load_state_dict({key: state[key] for key in second}, strict=False)
+
     def load_foreign(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Take the weights of the network of one time; raises CheckpointError where names or shapes differ."""
         names = self.check_foreign(weights, source)
@@ -180,3 +278,36 @@ class TwoTimesNetwork(Network):
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: list(value.shape) for name, value in weights.items()}
+
+
+def save_adapters(network: TwoTimesNetwork, folder: Path) -> list[str]:
+    """Write what a network with adapters has learned in files of its own; returns their names.
+
+    pytorch_lora_weights.safetensors: unet.LAYER.lora_A.weight and .lora_B.weight (transformer., for transformers), by
+    the network's foreign names, as PEFT and diffusers read them; alpha/rank is in B. second_time.safetensors: the rest.
+    """
+    prefix = "transformer" if "Transformer" in getattr(network.config, "model", "") else "unet"
+    state = network.state_dict()
+    inner = {key.removeprefix("two_times."): value for key, value in state.items()}
+    second = {key: value for key, value in inner.items() if without_second_time(key) is None}
+    found: dict[str, Tensor] = {}
+    for stem, down, up, scale in adapters_of(state):
+        name = network.foreign_name(f"{stem}.base.weight")
+        assert name is not None
+        layer = f"{prefix}.{name.removesuffix('.weight')}"
+        found |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": scale * up}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"pytorch_lora_weights.safetensors": found, "second_time.safetensors": second}
+    for file, tensors in files.items():
+        save_weights(tensors, folder / file)
+    return list(files)
+
+
+def merged_flow_map(flow_map: FlowMap) -> FlowMap:
+    """The map with its network's adapters merged into the weights beneath them; itself where there are none."""
+    network, config = flow_map.network, flow_map.config
+    if config is None or not isinstance(network, TwoTimesNetwork) or network.adapters is None:
+        return flow_map
+    whole = replace(config, network=config.network.without_lora()).build()
+    whole.network.load_state_dict(merged(network.state_dict()))
+    return whole.to(next(network.parameters()).device).eval()

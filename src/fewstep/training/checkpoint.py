@@ -149,9 +149,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def load_checkpoint_pipeline(folder: Path) -> Pipeline:
+def load_checkpoint_pipeline(folder: Path, base: str = "") -> Pipeline:
     """The model in a checkpoint, or one that was saved without a training; raises CheckpointError as `load` does."""
-    found = load_pipeline(folder)
+    found = load_pipeline(folder, base)
     if (folder / STATE_FILE).is_file():
         check_digests(folder, CONFIG_FILE, WEIGHTS_FILE, PROMPTS_FILE)
     return found

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.base import stored_state
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.weights import check_finite, check_shapes, shapes
 
@@ -23,7 +24,7 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 class EMA:
-    """One average of a module's parameters and buffers, updated after every step.
+    """One average of a module's parameters and buffers that files hold, updated after every step.
 
     Constant: beta; with `ramp` no more than (1 + step)/(10 + step), so that short runs forget the first weights.
     Power function: beta = (1 - 1/step)^(gamma + 1), a window that grows with training. in_place: the average is kept in
@@ -40,8 +41,9 @@ class EMA:
         in_place: bool = False,
     ) -> None:
         self.name, self.decay, self.gamma, self.ramp = name, decay, gamma, ramp
-        state, parameters = dict(module.state_dict()), dict(module.named_parameters())
-        self.trained = list(parameters)
+        state, parameters = stored_state(module), dict(module.named_parameters())
+        self.trained = [key for key in parameters if key in state]
+        self.elsewhere = module.state_dict().keys() - state.keys()
         frozen = {key for key, value in parameters.items() if not value.requires_grad}
         shared = state.keys() if in_place else frozen  # what never moves needs no copy
         self.weights = {key: value if key in shared else value.detach().clone() for key, value in state.items()}
@@ -56,7 +58,7 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Fold in the module's weights after `step` steps; integer buffers are copied."""
-        current = module.state_dict()
+        current = stored_state(module)
         floating = [key for key, value in current.items() if value.is_floating_point()]
         averages = [self.weights[key] for key in floating]
         torch._foreach_lerp_(averages, [current[key] for key in floating], 1 - self.beta(step))
@@ -65,6 +67,7 @@ class EMA:
 
     def load(self, weights: dict[str, Tensor], source: str) -> None:
         """Take over stored averages; raises CheckpointError, naming `source`, unless they fit and are finite."""
+        weights = {key: value for key, value in weights.items() if key not in self.elsewhere}
         check_shapes(shapes(self.weights), shapes(weights), source)
         check_finite({name: weights[name] for name in self.trained}, source)
         for key, value in self.weights.items():

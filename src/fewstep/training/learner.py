@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.base import fit_stored, stored_state
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline
 from fewstep.training.checkpoint import (
@@ -26,7 +27,7 @@ from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
 from fewstep.training.teacher import SlowAverage
 from fewstep.utils.serialization import JSON
-from fewstep.utils.weights import check_finite, fit_weights
+from fewstep.utils.weights import check_finite
 
 
 class Learner:
@@ -74,19 +75,19 @@ class Learner:
     def averaged(self) -> Iterator[Pipeline]:
         """The pipeline with the weights of the first average, for evaluation; its own come back at the end."""
         network = self.flow_map.network
-        own = {key: value.clone() for key, value in network.state_dict().items()}
-        network.load_state_dict(self.emas[0].weights)
+        own = {key: value.clone() for key, value in stored_state(network).items()}
+        network.load_state_dict(self.emas[0].weights, strict=False)
         self.flow_map.eval()
         try:
             yield self.pipeline
         finally:
-            network.load_state_dict(own)
+            network.load_state_dict(own, strict=False)
             self.flow_map.train()
 
     def files(self) -> dict[str, Mapping[str, Tensor]]:
         """What a checkpoint holds beside the model with the first average's weights, by the file's name."""
         files: dict[str, Mapping[str, Tensor]] = {
-            LAST_FILE: self.flow_map.network.state_dict(),
+            LAST_FILE: stored_state(self.flow_map.network),
             OPTIMIZER_FILE: self.optimizers.tensors(),
         }
         files |= {f"ema-{ema.name}.safetensors": ema.weights for ema in self.averages[1:]}
@@ -107,7 +108,7 @@ class Learner:
 
         Raises CheckpointError when a file does not fit, is not finite or is not what was written.
         """
-        fit_weights(self.flow_map.network, *stored(folder / LAST_FILE))
+        fit_stored(self.flow_map.network, *stored(folder / LAST_FILE))
         self.optimizers.load(*stored(folder / OPTIMIZER_FILE))
         for i, ema in enumerate(self.averages):
             ema.load(*stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE)))

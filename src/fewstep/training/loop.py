@@ -25,17 +25,18 @@ from fewstep.flow.derivatives import no_forward_mode
 from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
-from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE, STATE_FILE, mark_shown
+from fewstep.training.checkpoint import STATE_FILE, mark_shown
 from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
 from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
+from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_discriminator, check_guidance, check_run, check_weights, data_record
+from fewstep.training.setup import build, check_checkpoint, check_guidance, check_run, checkpoint_blocks, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
@@ -117,12 +118,13 @@ class Trainer:
         if self.run.checkpoints():
             newest = self.run.last_checkpoint()
             with self.run.with_way_back(newest):
-                check_weights(config, dataset, newest / LAST_FILE)
-                check_discriminator(config, dataset, newest / DISCRIMINATOR_FILE)
+                check_checkpoint(config, dataset, newest)
             config = replace(config, initial="")  # a checkpoint has what has become of it
         statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
         covariance = run_covariance(config.model.preconditioning, dataset, self.run)
         pipeline = build(config, dataset, self.teacher, statistics, covariance).to(device)
+        if self.runtime.gradient_checkpointing:
+            checkpoint_blocks(config, pipeline.flow_map)
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
@@ -254,7 +256,8 @@ class Trainer:
                 self.show()
             if self.stops.received is not None:  # while the last grid or point was made
                 raise self.stopped()
-        return TrainingResult(self.step, self.images, self.seconds, self.accelerator.is_main_process)
+        main, memory = self.accelerator.is_main_process, memory_words(device)
+        return TrainingResult(self.step, self.images, self.seconds, main, memory)
 
     def agreed(self, seconds: float) -> float:
         """The first process's clock where it decides when to stop: all must stop after the same step."""
@@ -341,6 +344,7 @@ class Trainer:
         if not self.window.steps:
             return
         record = self.window.flush(self.config.training.batch_size, self.step, self.images, self.seconds)
+        record["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
         if self.accelerator.is_main_process:
             self.run.append_log(record)
         self.accelerator.log(record, step=self.images)

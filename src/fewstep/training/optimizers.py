@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.recipes.config import OptimizerConfig
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.errors import ConfigError, MissingExtraError
 from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 _ADAMW, _MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
@@ -41,6 +42,44 @@ class FlatOptimizer:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
+class EightBitOptimizer(FlatOptimizer):
+    """One of bitsandbytes, whose state is there before the first step; of small parameters it has 32 bits."""
+
+    def _state(self) -> list[dict[str, Any]]:
+        """Of each parameter, without the tables of what 8 bits stand for."""
+        states = (self.optimizer.state[p] for group in self.optimizer.param_groups for p in group["params"])
+        return [{key: value for key, value in state.items() if not key.startswith("qmap")} for state in states]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{i}.{k}": torch.as_tensor(value) for i, own in enumerate(self._state()) for k, value in own.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(value.shape) for key, value in self.tensors().items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, (parameter, own) in enumerate(zip(parameters, self._state(), strict=True)):
+            for key, value in own.items():
+                found = tensors[f"{i}.{key}"]
+                self.optimizer.state[parameter][key] = found.to(value) if isinstance(value, Tensor) else int(found)
+
+
+def eight_bit_adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> EightBitOptimizer:
+    """AdamW with its moments in 8 bits, by blocks (2110.02861); raises MissingExtraError without bitsandbytes."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--optimizer.name adamw8bit needs bitsandbytes: pip install 'fewstep[bnb]' ({error})"
+        ) from error
+    betas = (config.beta1, config.beta2)
+    optimizer: Any = AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    for group in optimizer.param_groups:
+        for place, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, 0, place)
+    return EightBitOptimizer(optimizer, config.lr, ())
+
+
 class Optimizers:
     """AdamW on everything, or Muon on matrices of the trunk and AdamW on the rest, stepped as one."""
 
@@ -48,8 +87,11 @@ class Optimizers:
         self.config = config
         matrices, rest = split_parameters(module) if config.name == "muon" else ([], trainable(module))
         betas, decay = (config.beta1, config.beta2), config.weight_decay
-        adamw = torch.optim.AdamW(rest, config.lr, betas=betas, weight_decay=decay, fused=True)
-        self.parts = [FlatOptimizer(adamw, config.lr)]
+        if config.name == "adamw8bit":
+            self.parts: list[FlatOptimizer] = [eight_bit_adamw(rest, config)]
+        else:
+            adamw = torch.optim.AdamW(rest, config.lr, betas=betas, weight_decay=decay, fused=True)
+            self.parts = [FlatOptimizer(adamw, config.lr)]
         if matrices:
             self.parts.append(FlatOptimizer(_muon(matrices, config), config.matrix_lr, _MUON))
 

@@ -20,6 +20,7 @@ from typing import Any
 from fewstep.data.base import Dataset
 from fewstep.data.generated import FOLDER
 from fewstep.data.sources import DataConfig, load_dataset, placed_in
+from fewstep.networks.base import fit_stored
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.card import Provenance
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline, from_hub
@@ -36,6 +37,7 @@ from fewstep.training.checkpoint import (
 from fewstep.training.ema import ema_names
 from fewstep.training.identity import identity, placed, run_record
 from fewstep.utils.errors import (
+    BaseWeightsError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -57,7 +59,7 @@ from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
 from fewstep.utils.serialization import JSON, differences, from_json, in_this_format, to_json
 from fewstep.utils.text import listed, quoted
-from fewstep.utils.weights import fit_weights, read_weights
+from fewstep.utils.weights import read_weights
 
 _WRITTEN = ("checkpoints", "samples", "statistics", FOLDER, "tensorboard", "wandb")
 FIGURES_FILE = "figures.json"
@@ -255,7 +257,7 @@ class RunFolder:
         """What cannot be read of a checkpoint is said with how to go on from the newest sound one before it."""
         try:
             yield
-        except LaterFormatError:
+        except (LaterFormatError, BaseWeightsError):
             raise
         except (CheckpointError, ConfigError) as error:
             before = [path for path in self.checkpoints() if step_of(path) < step_of(checkpoint)]
@@ -287,20 +289,21 @@ class RunFolder:
         for old in self.checkpoints()[:-count]:
             remove_folder(old)
 
-    def pipeline(self, weights: str = "") -> Pipeline:
+    def pipeline(self, weights: str = "", base: str = "") -> Pipeline:
         """The newest checkpoint's model, ready to sample, with the step times tuned for it.
 
         weights: the name of an EMA of `averages`, or "last" for the weights as the last step left them; "" is the first
-        EMA, which alone has tuned times. Raises CheckpointError for a name that the run does not have.
+        EMA, which alone has tuned times. base: as of `load`. Raises CheckpointError for a name that the run does not
+        have.
         """
         self.record()
         folder, files = self.last_checkpoint(), self.averages() if weights else {}
         if weights and weights not in files:
             raise CheckpointError(f"{self.root} has no weights {weights!r}: it has {', '.join(files)}")
         with self.with_way_back(folder):
-            found = load_checkpoint_pipeline(folder).from_run(self.provenance)
+            found = load_checkpoint_pipeline(folder, base).from_run(self.provenance)
             if weights and files[weights].name != WEIGHTS_FILE:
-                fit_weights(found.flow_map.network, read_weights(files[weights]), str(files[weights]))
+                fit_stored(found.flow_map.network, read_weights(files[weights]), str(files[weights]))
                 check_digests(folder, files[weights].name)
                 return found
         tuned = self.tuned_steps()
@@ -373,14 +376,16 @@ class RunFolder:
             write_atomically(self.log_file, kept)
 
 
-def load(run: str | Path, weights: str = "") -> Pipeline:
+def load(run: str | Path, weights: str = "", base: str = "") -> Pipeline:
     """A pipeline, ready to sample, from a run folder, from a folder that `Pipeline.save` wrote, or from the Hub.
 
     run: a folder, or "hf://OWNER/NAME" for a repository of the Hugging Face Hub.
 
     weights: which of a run's: the name of an EMA, such as "power-0.1" or "constant-0.999", or "last" for those of the
-    last step; the run's first EMA when not given. Raises CheckpointError when the folder is neither, or damaged, or has
-    no such weights, and when the Hub does not give it.
+    last step; the run's first EMA when not given. base: where the teacher beneath adapters lies now, if it was moved.
+
+    Raises CheckpointError when the folder is neither, or damaged, or has no such weights, and when the Hub does not
+    give it.
     """
     if str(run).startswith(HUB):
         return from_hub(str(run).removeprefix(HUB))
@@ -390,5 +395,5 @@ def load(run: str | Path, weights: str = "") -> Pipeline:
     if (root / WEIGHTS_FILE).is_file():
         if weights:
             raise CheckpointError(f"{root} is a saved model, which has one set of weights: leave {weights!r} out")
-        return load_checkpoint_pipeline(root)
-    return RunFolder(root).pipeline(weights)
+        return load_checkpoint_pipeline(root, base)
+    return RunFolder(root).pipeline(weights, base)

@@ -22,6 +22,8 @@ class Runtime:
     """Stay on the CPU even where a GPU is present."""
     micro_batch: int = 0
     """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
+    gradient_checkpointing: bool = False
+    """Keep no activations within a foreign network's blocks: less memory, about a third more time, the same losses."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     track: tuple[TrackerName, ...] = ()
@@ -46,6 +48,8 @@ class TrainingResult:
     seconds: float
     main_process: bool = True
     """False in all processes but the first."""
+    peak_memory: str = ""
+    """The most memory that this process has taken, in words; empty where the system does not say it."""
 
 
 @dataclass(frozen=True)

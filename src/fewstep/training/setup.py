@@ -4,11 +4,13 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from fewstep.data.base import Dataset
 from fewstep.data.draws import even_draw
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
@@ -17,9 +19,12 @@ from fewstep.networks.condition import Prompts
 from fewstep.networks.discriminator import Discriminator
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig
+from fewstep.teachers.base_weights import on_base
+from fewstep.teachers.second_time import TwoTimesNetwork
 from fewstep.teachers.text import check_prompt_widths
+from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE
 from fewstep.training.gan import WEIGHTS
-from fewstep.training.teacher import start_from
+from fewstep.training.teacher import start_from, teacher_place
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
 from fewstep.utils.tensors import check_memory
@@ -69,9 +74,13 @@ def build(
         config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own, covariance
     )
     settings = replace(settings, guided=config.objective.guided and dataset.conditional)
+    if teacher is not None:
+        settings = replace(settings, network=on_base(settings.network, teacher_place(config.teacher), teacher.network))
     with torch.random.fork_rng():
         torch.manual_seed(config.training.seed)
         flow_map = settings.build()
+    if teacher is not None and isinstance(flow_map.network, TwoTimesNetwork) and flow_map.network.adapters is not None:
+        flow_map.network.share_base(cast(TwoTimesNetwork, teacher.network))
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
     start_from(config, flow_map, teacher)
@@ -97,6 +106,20 @@ def _examples(dataset: Dataset) -> tuple[list[str], Prompts | None]:
     """Captions of some held-out samples, and their prompts: what the model is asked for where nobody says."""
     rows = even_draw(dataset.heldout, _EXAMPLES, seed=0)
     return dataset.heldout.captions(rows), dataset.heldout.context(rows).prompts
+
+
+def checkpoint_blocks(config: RunConfig, flow_map: FlowMap) -> None:
+    """Keep no activations within the network's blocks for the backward pass.
+
+    Raises ConfigError for a network that cannot, and for an objective whose exact derivative passes through them.
+    """
+    derivative = getattr(config.objective, "derivative", None)
+    if isinstance(derivative, Derivative) and derivative.kind == "exact":
+        raise ConfigError(
+            f"gradient checkpointing saves nothing where {type(config.objective).__name__} takes its exact derivative: "
+            "set --objective.derivative.kind finite-difference, or leave it out"
+        )
+    cast(Network, flow_map.network).checkpoint_blocks()
 
 
 def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> None:
@@ -131,6 +154,12 @@ def check_run(config: RunConfig, dataset: Dataset, share: int) -> None:
     check_memory(4 * _COPIES * parameters, f"a network of {parameters:.3g} parameters", "take a smaller network")
     advice = "take smaller batches, or --runtime.micro-batch"
     check_memory(4 * share * math.prod(dataset.shape), f"a batch of {share} samples", advice)
+
+
+def check_checkpoint(config: RunConfig, dataset: Dataset, folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint has the weights of another network, or of another discriminator."""
+    check_weights(config, dataset, folder / LAST_FILE)
+    check_discriminator(config, dataset, folder / DISCRIMINATOR_FILE)
 
 
 def check_weights(config: RunConfig, dataset: Dataset, file: Path) -> None:

@@ -1,7 +1,6 @@
 """Models that a run starts from or distils: found and checked; and the slow average beside the run."""
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,11 @@ from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
 from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers, load_edm
 from fewstep.training.ema import EMA
-from fewstep.training.run_folder import load
+from fewstep.training.run_folder import RunFolder, load
 from fewstep.utils.errors import CheckpointError, ConfigError, HubError
 from fewstep.utils.hub import local_copy
 from fewstep.utils.parts import import_file, stored_class, subclasses
+from fewstep.utils.weights import digest
 
 
 def teacher_of(config: RunConfig, dataset: Dataset) -> FlowMap | None:
@@ -74,6 +74,15 @@ def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, Polic
         return load_edm(place).requires_grad_(False), None
     named = load(place)
     return named.flow_map.requires_grad_(False), named.config.policy
+
+
+def teacher_place(name: str) -> str:
+    """Where a teacher's weights lie, in full: of a run its newest checkpoint."""
+    place = Path(name).expanduser()
+    run = RunFolder(place)
+    if place.is_dir() and run.checkpoints() and not is_diffusers(place):
+        place = run.last_checkpoint()
+    return str(place.resolve()) if place.exists() else name
 
 
 def check_policy(name: str, teacher: PolicySpec | None, data: PolicySpec | None) -> None:
@@ -135,11 +144,7 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
 
 def fingerprint(flow_map: FlowMap) -> str:
     """Sixteen hex digits that change with any weight."""
-    digest = hashlib.blake2b(digest_size=8)
-    for key, value in sorted(flow_map.network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return digest(flow_map.network.state_dict())
 
 
 class SlowAverage:

@@ -25,6 +25,10 @@ class WriteError(CheckpointError):
     """A file that cannot be written where it was to be; the command line adds --out for commands that have it."""
 
 
+class BaseWeightsError(CheckpointError):
+    """The weights beneath adapters are not where they were, or are others: no older checkpoint helps."""
+
+
 class HubError(CheckpointError):
     """A model that the Hugging Face Hub, or its cache, does not give; says what to do about it."""
 

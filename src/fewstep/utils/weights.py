@@ -60,14 +60,16 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{file} is truncated or not a safetensors file ({error})") from error
 
 
-def fit_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights strictly.
+def fit_weights(
+    module: nn.Module, weights: Mapping[str, Tensor], source: str, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Load weights strictly; state: the part of the module's that they are, all when not given.
 
     Raises CheckpointError naming the first tensors that differ in name or shape, or a parameter that is not finite.
     """
-    check_shapes(shapes(module.state_dict()), shapes(weights), source)
-    check_finite({name: weights[name] for name, _ in module.named_parameters()}, source)
-    module.load_state_dict(weights)
+    check_shapes(shapes(module.state_dict() if state is None else state), shapes(weights), source)
+    check_finite({name: weights[name] for name, _ in module.named_parameters() if name in weights}, source)
+    module.load_state_dict(weights, strict=state is None)
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
@@ -82,6 +84,15 @@ def check_shapes(own: Shapes, given: Shapes, source: str, of: str = "another arc
     if lines:
         more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise CheckpointError(f"{source} is of {of}: {'; '.join(lines[:3])}{more} (shape in this model -> in the file)")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits that change with any name or value."""
+    found = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(tensors.items()):
+        found.update(key.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -38,7 +38,8 @@ _QUALITY = {
     "Class accuracy": ("accuracy",),
     "Precision, recall": ("precision", "recall"),
 }
-_LEFT_OUT = {"step", "images", "seconds", "loss", "clipped", "lr", "images_per_second", "grad_norm_q90", *_SIZES}
+_SPENT = {"seconds", "images_per_second", "peak_memory_mib"}
+_LEFT_OUT = {"step", "images", "loss", "clipped", "lr", "grad_norm_q90", *_SPENT, *_SIZES}
 
 
 def loss_curves(logs: Mapping[str, Sequence[Record]], *, columns: int = 2, dark: bool = False) -> bytes:

@@ -240,5 +240,6 @@ def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str
             f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
             f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters"
         )
-        lines.append((method_of(each), cost))
+        peak = max((finite(line, "peak_memory_mib") or 0.0 for line in thinned_log(each)), default=0.0)
+        lines.append((method_of(each), cost + (f", peak memory {peak:,.0f} MiB" if peak else "")))
     return tuple(lines)
