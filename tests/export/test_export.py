@@ -1,5 +1,6 @@
 """What leaves fewstep gives the same samples where it arrives."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from fewstep.export.traced import export_traced
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling
-from fewstep.networks.condition import Condition
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.sampling.samplers import map_sampler
 from fewstep.sampling.step_times import StepTimes
-from fewstep.teachers.diffusers import load_diffusers
+from fewstep.teachers.diffusers import DiffusersConfig, load_diffusers
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from tests.support.foreign import TINY, save_foreign
@@ -169,3 +170,60 @@ def test_what_does_not_fit_a_format_is_said(small: Pipeline, tmp_path: Path) -> 
     (tmp_path / "full" / "mine").write_text("")
     with pytest.raises(ConfigError, match="has something in it"):
         export_traced(small, tmp_path / "full", "torch")
+
+
+def adapted(flow_map: FlowMap) -> Pipeline:
+    """The same network, frozen, with adapters."""
+    assert flow_map.config is not None
+    assert isinstance(flow_map.config.network, DiffusersConfig)
+    made = replace(flow_map.config, network=flow_map.config.network.with_lora(2)).build().eval()
+    made.network.take(flow_map.network, "the teacher")
+    return Pipeline(made)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "change"),
+    [
+        ("FluxTransformer2DModel", "torch", Pipeline),
+        ("PixArtTransformer2DModel", "onnx", Pipeline),
+        ("UNet2DModel", "torch", adapted),
+    ],
+    ids=["packed", "masked prompts", "adapters"],
+)
+def test_traced_networks_of_diffusers_take_what_they_are_told(
+    name: str, kind: Any, change: Any, tmp_path: Path
+) -> None:
+    """Labels, prompts of any length with their mask and pooled embedding, in batches of any size."""
+    pytest.importorskip("diffusers")
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    tiny = TINY[name]
+    save_foreign(tmp_path / "teacher", name)
+    student = trained(change(load_diffusers(tmp_path / "teacher", tiny.shape)))
+    export_traced(student, tmp_path / "out", kind, (1,))
+    cond, x, path = tiny.condition(3), noise(tiny.shape, 3), student.flow_map.path
+    given = {key: getattr(cond, key) for key in ("labels", "text", "pooled") if getattr(cond, key) is not None}
+    if student.flow_map.network.masks_prompts:
+        given["text_mask"] = torch.tensor([[True, True, False, True, False]]).repeat(3, 1)
+        cond = replace(cond, prompts=Prompts(cond.text, given["text_mask"]))
+    order = json.loads((tmp_path / "out" / "fewstep.json").read_text())["inputs"]
+    assert given.keys() == order.keys()
+    times = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    with torch.no_grad():
+        own = map_sampler(student.flow_map, path.prior(x), times, cond, Draws(0, 0, torch.arange(3)))
+    found = run(tmp_path / "out", "sampler-1", kind, noise=x, **{key: given[key] for key in order})
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+
+
+def test_what_cannot_be_traced_is_one_line_and_nothing_is_written(
+    small: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a network that asks its input's values."""
+
+    def asking(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return x if bool(x.sum() > 0) else -x
+
+    monkeypatch.setattr(small.flow_map.network, "forward", asking)
+    with pytest.raises(ConfigError, match=r"^MLP cannot be traced to torch: [^\n]*$"):
+        export_traced(small, tmp_path / "out", "torch")
+    assert list(tmp_path.iterdir()) == []

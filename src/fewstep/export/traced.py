@@ -20,6 +20,7 @@ from fewstep.utils.files import new_folder
 Format = Literal["onnx", "torch"]
 SUFFIX: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 18
+_ONNX_ERROR = 1e-3  # of the largest value, where both work in float32
 _TOKENS = 8  # of the prompts that are traced; those that are given may have any number
 
 
@@ -141,9 +142,13 @@ def _dynamic(inputs: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, A
     return {**{name: {0: auto} for name in inputs}, "given": free}
 
 
-def _write_program(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
+def _traced(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor]) -> Any:
     everything = (*inputs.values(), *given.values())
-    torch.export.save(torch.export.export(module, everything, dynamic_shapes=_dynamic(inputs, given)), file)
+    return torch.export.export(module, everything, dynamic_shapes=_dynamic(inputs, given))
+
+
+def _write_program(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
+    torch.export.save(_traced(module, inputs, given), file)
 
 
 def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
@@ -151,8 +156,35 @@ def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, T
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"ONNX needs onnx and onnxscript: pip install 'fewstep[onnx]' ({error})") from error
+    program = _without_idle_squeezes(_traced(module, inputs, given))
+    # Traced already: the exporter's own tracing takes batches of the inputs for different ones.
     torch.onnx.export(
-        module, (*inputs.values(), *given.values()), str(file), input_names=[*inputs, *given],
-        output_names=["samples"], dynamic_shapes=_dynamic(inputs, given), opset_version=OPSET, dynamo=True,
-        external_data=False, verbose=False,
+        program, (), str(file), input_names=[*inputs, *given], output_names=["samples"], opset_version=OPSET,
+        dynamo=True, external_data=False, verbose=False,
     )  # fmt: skip
+    _check_onnx(module, {**inputs, **given}, file)
+
+
+def _without_idle_squeezes(program: Any) -> Any:
+    """Without those of an axis longer than one, which do nothing in torch and fail in ONNX."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+    return program
+
+
+def _check_onnx(module: nn.Module, inputs: dict[str, Tensor], file: Path) -> None:
+    """Raise ConfigError where onnxruntime, if it is there, gives other values for a batch of another size."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    three = {name: torch.cat([value, value[:1]]) for name, value in inputs.items()}
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: value.numpy() for name, value in three.items()})
+    own = module(*three.values())
+    error, size = float((torch.from_numpy(found) - own).abs().max()), float(own.abs().max())
+    if not error <= _ONNX_ERROR * size:
+        raise ConfigError(f"onnxruntime's values are {error:.2g} away from torch's, which are up to {size:.2g}")
