@@ -1,6 +1,5 @@
 """What leaves fewstep gives the same samples where it arrives."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 
 from fewstep import FlowMapConfig, LinearPreconditioning, MLPConfig, Pipeline
 from fewstep.export.diffusers import export_diffusers
-from fewstep.export.traced import export_traced
+from fewstep.export.steps import step_table
+from fewstep.export.traced import SUFFIX, SamplerModule, conditions, export_traced, writer_of
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning.network_scaling import IdentityScaling
@@ -190,28 +190,28 @@ def adapted(flow_map: FlowMap) -> Pipeline:
     ],
     ids=["packed", "masked prompts", "adapters"],
 )
-def test_traced_networks_of_diffusers_take_what_they_are_told(
-    name: str, kind: Any, change: Any, tmp_path: Path
-) -> None:
-    """Labels, prompts of any length with their mask and pooled embedding, in batches of any size."""
+def test_traced_networks_of_diffusers_are_told_everything(name: str, kind: Any, change: Any, tmp_path: Path) -> None:
+    """Labels, prompts of any length with their mask and pooled embedding, in batches of any size; to 1e-5."""
     pytest.importorskip("diffusers")
     if kind == "onnx":
         pytest.importorskip("onnxscript")
     tiny = TINY[name]
     save_foreign(tmp_path / "teacher", name)
     student = trained(change(load_diffusers(tmp_path / "teacher", tiny.shape)))
-    export_traced(student, tmp_path / "out", kind, (1,))
-    cond, x, path = tiny.condition(3), noise(tiny.shape, 3), student.flow_map.path
+    flow_map, path, table = student.flow_map, student.flow_map.path, step_table(student, (1,))
+    module = SamplerModule(flow_map, tuple(conditions(flow_map)), table.prior, table.steps[1]).eval()
+    with torch.no_grad():
+        writer_of(kind)(module, {"noise": noise(tiny.shape, 2)}, conditions(flow_map), tmp_path / f"one{SUFFIX[kind]}")
+    cond, x = tiny.condition(3), noise(tiny.shape, 3)
     given = {key: getattr(cond, key) for key in ("labels", "text", "pooled") if getattr(cond, key) is not None}
-    if student.flow_map.network.masks_prompts:
+    if flow_map.network.masks_prompts:
         given["text_mask"] = torch.tensor([[True, True, False, True, False]]).repeat(3, 1)
         cond = replace(cond, prompts=Prompts(cond.text, given["text_mask"]))
-    order = json.loads((tmp_path / "out" / "fewstep.json").read_text())["inputs"]
-    assert given.keys() == order.keys()
+    assert given.keys() == conditions(flow_map).keys()
     times = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
     with torch.no_grad():
-        own = map_sampler(student.flow_map, path.prior(x), times, cond, Draws(0, 0, torch.arange(3)))
-    found = run(tmp_path / "out", "sampler-1", kind, noise=x, **{key: given[key] for key in order})
+        own = map_sampler(flow_map, path.prior(x), times, cond, Draws(0, 0, torch.arange(3)))
+    found = run(tmp_path, "one", kind, noise=x, **{key: given[key] for key in conditions(flow_map)})
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
 
 

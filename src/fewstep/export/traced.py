@@ -88,7 +88,7 @@ def export_traced(
     flow_map = pipeline.flow_map.cpu().eval()
     if flow_map.config is not None and flow_map.config.observation:
         raise ConfigError("a policy's observations have no place in these files: export models of images")
-    write, table, given = _writer(kind), step_table(pipeline, calls), conditions(flow_map)
+    write, table, given = writer_of(kind), step_table(pipeline, calls), conditions(flow_map)
     x, names = torch.randn(2, *flow_map.sample_shape), tuple(given)
     times = {"t": torch.full((2,), flow_map.path.t_max), "s": torch.full((2,), flow_map.path.t_min)}
     modules: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {"jump": (JumpModule(flow_map, names), {"x": x, **times})}
@@ -131,7 +131,7 @@ def _expression(kind: Format, value: Tensor) -> str:
 Writer = Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Path], None]
 
 
-def _writer(kind: Format) -> Writer:
+def writer_of(kind: Format) -> Writer:
     return {"onnx": _write_onnx, "torch": _write_program}[kind]
 
 
@@ -157,10 +157,11 @@ def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, T
     except ImportError as error:
         raise MissingExtraError(f"ONNX needs onnx and onnxscript: pip install 'fewstep[onnx]' ({error})") from error
     program = _without_idle_squeezes(_traced(module, inputs, given))
-    # Traced already: the exporter's own tracing takes batches of the inputs for different ones.
+    # Traced already: the exporter's own tracing takes batches of the inputs for different ones. Not optimised: that
+    # breaks some networks, and onnxruntime does it as it loads.
     torch.onnx.export(
         program, (), str(file), input_names=[*inputs, *given], output_names=["samples"], opset_version=OPSET,
-        dynamo=True, external_data=False, verbose=False,
+        dynamo=True, optimize=False, external_data=False, verbose=False,
     )  # fmt: skip
     _check_onnx(module, {**inputs, **given}, file)
 
