@@ -1,6 +1,8 @@
 """An exported folder has its teacher's autoencoder and text encoders, and draws pictures of prompts without fewstep."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,33 @@ def test_guidance_of_classes_pushes_away_from_no_class(tmp_path: Path) -> None:
         torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
         with pytest.raises(ValueError, match="no class"):
             found(class_labels=["a cat"], num_inference_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "FluxTransformer2DModel"])
+def test_guidance_that_a_student_takes_costs_no_second_call(kind: str, tmp_path: Path) -> None:
+    """Beside the second time, or where the network has an input for it."""
+    tiny = TINY[kind]
+    save_foreign(tmp_path / "teacher", kind)
+    teacher = load_diffusers(tmp_path / "teacher", tiny.shape)
+    assert teacher.config is not None
+    made = replace(teacher.config, guided=True).build().eval()
+    made.network.take(teacher.network, "the teacher")
+    student = trained(Pipeline(made))
+    export_diffusers(student, tmp_path / "out", (1,))
+    found = load_pipeline(tmp_path / "out", trust_remote_code=True)
+    calls: list[int] = []
+    found.network.register_forward_hook(lambda *_: calls.append(1))
+    cond, path = tiny.condition(2), made.path
+    row = torch.tensor([[math.log(3.0), 0.0, 1.0]]).expand(2, 3)
+    times = torch.tensor([path.t_max, path.t_min], dtype=torch.float64)
+    with torch.no_grad():
+        start, draws = path.prior(noise(tiny.shape, 2)), Draws(0, 0, torch.arange(2))
+        own = map_sampler(made, start, times, replace(cond, guidance=row), draws)
+    words = {"prompt_embeds": cond.text, "pooled_prompt_embeds": cond.pooled, "class_labels": cond.labels}
+    words |= {"guidance_scale": 3.0, "num_inference_steps": 1, "latents": noise(tiny.shape, 2)}
+    theirs = found(output_type="latent", **words).images
+    torch.testing.assert_close(theirs, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+    assert calls == [1]
 
 
 def tiny_wan(folder: Path) -> Any:

@@ -33,9 +33,8 @@ def diffusers_card(pipeline: Pipeline, table: StepTable, found: Found, plain: bo
     kind = "frames" if plain else "images"
     code = "\n".join([*imports, "", load, f"{kind} = pipeline({', '.join(given)}).{kind}"])
     counts = ", ".join(map(str, table.steps))
-    notes = [
-        f"Times are set for {counts} steps (`num_inference_steps`): a network call each, two with a `guidance_scale`."
-    ]
+    each = "a network call each" if network.guided else "a network call each, two with a `guidance_scale`"
+    notes = [f"Times are set for {counts} steps (`num_inference_steps`): {each}."]
     if plain:
         tuned = [f"{count}: `sigmas={[step.t / 1000 for step in steps]}`" for count, steps in table.steps.items()]
         notes = [f"Its times, by the number of network calls: {'; '.join(tuned)}."]

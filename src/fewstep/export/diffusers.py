@@ -46,7 +46,7 @@ def export_diffusers(
     table, found = step_table(pipeline, calls), find_parts(pipeline, parts)
     foreign, second = _weights(network)
     flows = table.is_flow(family(config.model).noise_time)
-    plain = flows and is_anyflow(config.model, config.values, found)
+    plain = flows and not network.guided and is_anyflow(config.model, config.values, found)
     place = "unet" if config.model.startswith("UNet") else "transformer"
     index: dict[str, Any] = {"_class_name": PIPELINE if plain else ["pipeline", "FewStepPipeline"]}
     index |= index_of(found, place, ("diffusers", MODEL if plain else config.model))
@@ -117,6 +117,8 @@ def _write_sampler(folder: Path, pipeline: Pipeline, second: Weights, found: Fou
         "noise_time": kind.noise_time,
         "time_factor": 1000.0 / kind.noise_time,
         "time_scale": float(config.values.get("timestep_scale", 1.0)),
+        "guided": ("own" if network.own_guidance else "beside") if network.guided else "",
+        "guidance_unit": float(config.values.get("guidance_embeds_scale", 1.0)),
         "guidance_input": kind.guidance_input(config.values),
         "classes": list(pipeline.config.class_names),
         "num_classes": network.num_classes,

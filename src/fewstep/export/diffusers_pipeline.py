@@ -70,6 +70,7 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
         if isinstance(getattr(self.network, "class_embedding", None), nn.Embedding):
             self.network.class_embedding.register_forward_hook(self.masking)
         self.labelled: Any = None
+        self.strength: float | None = None
 
     def adding(self, name: str) -> Any:
         """A hook on an embedding of t: adds what belongs to s."""
@@ -79,14 +80,18 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
         """A hook on an embedding of classes that has no row for "no class": zeros there."""
         return found * self.labelled[:, None].to(found)
 
-    def set_end(self, s: float) -> None:
-        """Every embedding adds what belongs to the time s."""
+    def set_end(self, s: float, strength: float) -> None:
+        """Every embedding adds what belongs to the time s and, of students that take it beside s, to the guidance."""
         weight, bias = (self.weights[f"second_time.hidden.{part}"] for part in ("weight", "bias"))
         half = weight.shape[1] // 2
         rates = torch.exp(-math.log(10_000.0) / half * torch.arange(half))
         angles = self.settings["time_factor"] * s * rates
         hidden = linear(torch.cat([angles.cos(), angles.sin()])[None], weight, bias)
         hidden = hidden * torch.sigmoid(hidden)
+        if self.settings["guided"] == "beside":
+            row = torch.tensor([[math.log(strength), 0.0, 1.0]])
+            added = linear(row, self.weights["guidance.weight"], self.weights["guidance.bias"])
+            hidden = hidden + added * torch.sigmoid(added)
         for name in self.places:
             own = (self.weights[f"network.{name}.project.{part}"] for part in ("weight", "bias"))
             self.added[name] = linear(hidden, *own)
@@ -148,8 +153,8 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
                 sizes = {"resolution": x.new_tensor([[height, width]]).expand(len(x), 2)}
                 sizes["aspect_ratio"] = x.new_full((len(x), 1), height / width)
             more["added_cond_kwargs"] = sizes
-        if self.settings["guidance_input"] is not None:
-            more["guidance"] = x.new_full((len(x),), self.settings["guidance_input"])
+        if self.strength is not None:
+            more["guidance"] = x.new_full((len(x),), self.strength)
         return more
 
     def predict_packed(self, x: Tensor, t: Tensor, given: dict[str, Any]) -> Tensor:
@@ -177,7 +182,8 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
         output_type: str = "pil",
         **conditions: Any,
     ) -> Any:
-        """Samples in num_inference_steps network calls, or twice as many with a guidance_scale other than 1.
+        """Samples in num_inference_steps network calls; twice as many with a guidance_scale other than 1, unless the
+        student takes it as an input.
 
         prompt: one, for batch_size samples, or one a sample. class_labels: numbers or names of classes, one a sample.
         latents: standard normal noise (batch, ...) to start from, in place of the generator's. output_type: pil, np, pt
@@ -190,12 +196,15 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
         told = {"prompt": prompt, "class_labels": class_labels, **conditions}
         count = batch_size or self.count(latents, *(told.get(name) for name in ("prompt", "class_labels", *TEXT)))
         words = self.words(told, count, device)
-        null = self.null(told, words, count, device) if guidance_scale != 1.0 else None
+        guided, self.strength = self.settings["guided"], self.settings["guidance_input"]
+        if guided == "own":
+            self.strength = guidance_scale * self.settings["guidance_unit"]
+        null = None if guided or guidance_scale == 1.0 else self.null(told, words, count, device)
         if latents is None:
             latents = randn_tensor((count, *self.settings["shape"]), generator, device, torch.float32)
         x, dtype = self.table["prior"] * latents.to(device, torch.float32), self.network.dtype
         for step in self.progress_bar(steps):
-            self.set_end(step["s"])
+            self.set_end(step["s"], guidance_scale)
             t = torch.full((count,), step["t"], device=device, dtype=torch.float32)
             inputs = (step.get("c_in", 1.0) * x).to(dtype)
             found = self.predict(inputs, t, words).float()

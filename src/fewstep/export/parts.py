@@ -14,6 +14,7 @@ import torch
 
 from fewstep.data.latents.autoencoders import load_decoder
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.teachers.text import PIPELINES
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.files import guarded, read_record
 from fewstep.utils.hub import cached_copy, local_copy
@@ -24,17 +25,17 @@ _DATA = (".json", ".txt", ".safetensors", ".model")
 _VARIANTS = (".fp16.", ".bf16.", "non_ema")  # of weights that are there without them
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _ENCODERS = tuple(f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer"))
-_PIPELINES: dict[str, tuple[tuple[str, ...], int]] = {
-    "StableDiffusionPipeline": (("text",), 77),
-    "StableDiffusionXLPipeline": (("text", "", "pooled"), 77),
-    "StableDiffusion3Pipeline": (("text", "", "pooled"), 256),
-    "FluxPipeline": (("text", "pooled"), 512),
-    "PixArtAlphaPipeline": (("text", "mask"), 120),
-    "PixArtSigmaPipeline": (("text", "mask"), 300),
-    "SanaPipeline": (("text", "mask"), 300),
-    "WanPipeline": (("text",), 512),
+_RETURNS: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("text",),
+    "StableDiffusionXLPipeline": ("text", "", "pooled"),
+    "StableDiffusion3Pipeline": ("text", "", "pooled"),
+    "FluxPipeline": ("text", "pooled"),
+    "PixArtAlphaPipeline": ("text", "mask"),
+    "PixArtSigmaPipeline": ("text", "mask"),
+    "SanaPipeline": ("text", "mask"),
+    "WanPipeline": ("text",),
 }
-"""What `encode_prompt` of a pipeline of diffusers returns, in order, "" for what is not taken; its longest prompt."""
+"""What `encode_prompt` of a pipeline of diffusers returns, in order; "" for what is not taken."""
 _OPTIONS: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"requires_safety_checker": False}}
 
 
@@ -118,14 +119,13 @@ def _index(teacher: Path | None) -> dict[str, Any]:
 def _encoder(index: dict[str, Any], components: dict[str, Any]) -> dict[str, Any] | None:
     """How the teacher's pipeline embeds prompts; None for those that are not known, or without encoders."""
     name = index.get("_class_name")
-    if not isinstance(name, str) or name not in _PIPELINES or "text_encoder" not in components:
+    if not isinstance(name, str) or name not in _RETURNS or "text_encoder" not in components:
         return None
-    returns, tokens = _PIPELINES[name]
     flags = {key: value for key, value in index.items() if isinstance(value, bool)}
     options = flags | _OPTIONS.get(name, {})
     zeros = name == "StableDiffusionXLPipeline" and flags.get("force_zeros_for_empty_prompt", True)
-    call = {"max_sequence_length": tokens}
-    return {"pipeline": name, "returns": returns, "options": options, "call": call, "zeros": zeros}
+    call = {"max_sequence_length": PIPELINES[name].tokens}
+    return {"pipeline": name, "returns": _RETURNS[name], "options": options, "call": call, "zeros": zeros}
 
 
 def _own_latents(pipeline: Pipeline, parts: Parts, beside: Path | None) -> tuple[dict[str, list[float]], Path]:
