@@ -307,6 +307,10 @@ def test_a_saved_model_is_sampled_like_its_run(small_run: Path, tmp_path: Path, 
         assert command("sample", source, "--out", tmp_path / name, "--count", 4).code == 0
     with np.load(tmp_path / "a.npz") as first, np.load(tmp_path / "b.npz") as second:
         assert np.array_equal(first["images"], second["images"])
+    for name in ("evaluate", "report", "tune-steps"):
+        refused = command(name, tmp_path / "model")
+        assert (refused.code, refused.out) == (2, "")
+        assert "is a saved model, which keeps no data, log or figures: fewstep sample draws from it" in refused.err
 
 
 class Measuring(Exception):

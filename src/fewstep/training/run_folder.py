@@ -171,6 +171,11 @@ class RunFolder:
         self.refuse_links()
         record = read_record(self.config_file, "bring back a copy of it")
         record = in_this_format(record, str(self.config_file))
+        if {"flow_map", "pipeline"} & set(record):
+            raise CheckpointError(
+                f"{self.root} is a saved model, which keeps no data, log or figures: fewstep sample draws from it; "
+                "give the folder of the run that it was saved from"
+            )
         if not {"run", "data"} <= set(record) <= {"format", "run", "data", "teacher"}:
             raise CheckpointError(f"{self.config_file} is not a run's configuration: bring back a copy of it")
         return record
