@@ -17,6 +17,7 @@ from fewstep.training.teacher_samples import classes_of
 from fewstep.utils.errors import ConfigError
 from tests.end_to_end.test_bad_input import assert_refused
 from tests.support.commands import DISTILLED, SMALL, Command, contents
+from tests.support.foreign import save_foreign
 from tests.support.tiny import RUNTIME, TEACHER
 
 QUICK = (*DISTILLED, *SMALL[:6], "--optimizer.lr", "1e-3")
@@ -127,6 +128,24 @@ def test_what_does_not_fit_is_one_line(teacher: Path, tmp_path: Path, command: C
     assert_refused(command("evaluate", str(tmp_path / "run")), r"samples\.json")
     shutil.rmtree(folder)
     assert_refused(command("evaluate", str(tmp_path / "run")), "holds no whole set of a teacher's samples")
+
+
+def test_a_teacher_of_prompts_is_refused(tmp_path: Path, command: Command) -> None:
+    """Before anything is drawn or written."""
+    pytest.importorskip("diffusers")
+    save_foreign(tmp_path / "teacher", "UNet2DConditionModel")
+    given = (
+        "train",
+        "distil-diffusers",
+        "--teacher",
+        tmp_path / "teacher",
+        *SOURCE,
+        *DISTILLED,
+        "--out",
+        tmp_path / "run",
+    )
+    assert_refused(command(*map(str, given)), "takes prompts")
+    assert not (tmp_path / "run").exists()
 
 
 def test_shares_of_classes_are_those_asked_for() -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fewstep.data.generated import DrawSettings, GeneratedSet, read_set, shard_of, write_set, write_shard
 from fewstep.data.sources import DataConfig, placed_in
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import PipelineConfig
@@ -68,13 +69,21 @@ def run_data(config: RunConfig, run: RunFolder, cpu: bool = False, quiet: bool =
 def sampled(name: str) -> tuple[FlowMap, PipelineConfig]:
     """A teacher, and what its samples are: classes, range and latents, as far as its files say.
 
-    Raises ConfigError for a policy, and for one without a velocity.
+    Raises ConfigError for a policy, for one without a velocity, of prompts, or of other samples than (C, H, W).
     """
     teacher, policy = find_teacher(name)
     if policy is not None:
         raise ConfigError(f"the teacher {name} is a policy, which acts on what it sees: train on demonstrations")
     if teacher.preconditioning.data_end_only:
         raise ConfigError(f"the teacher {name} has cm preconditioning, and so no velocity: name another")
+    if isinstance(teacher.network, Network) and any(teacher.network.prompt_widths):
+        raise ConfigError(
+            f"the teacher {name} takes prompts, and a set of its own samples has none: encode data of yours"
+        )
+    if len(teacher.sample_shape) != 3:
+        raise ConfigError(
+            f"the teacher {name} makes samples of shape {teacher.sample_shape}: a set of them has (C, H, W)"
+        )
     classes = tuple(map(str, range(teacher.num_classes)))
     if ".py:" in name:
         return teacher, PipelineConfig(classes)
