@@ -16,6 +16,7 @@ from fewstep.flow.guidance import ClassifierFreeGuidance
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.sampling.samplers import map_sampler
 from fewstep.teachers.diffusers import load_diffusers
+from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import CheckpointError
 from fewstep.utils.random import Draws
 from tests.export.test_export import linear, load_pipeline, noise, trained
@@ -63,6 +64,19 @@ def test_prompts_give_the_students_own_pictures(name: str, tmp_path: Path) -> No
     pictures = found(PROMPTS, output_type="pt", **given).images
     torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_symlink() or file.suffix in (".bin", ".pkl")]
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "PixArtSigmaPipeline"])
+def test_prompts_are_as_long_as_those_of_the_data(name: str, tmp_path: Path) -> None:
+    """Where these were encoded to fewer tokens than the teacher takes."""
+    save_pipeline(tmp_path / "teacher", name)
+    student = Pipeline(load_diffusers(tmp_path / "teacher", (4, 8, 8)))
+    spec = TextSpec(name, (), 7, 7, 6, 0, "")
+    student = Pipeline(student.flow_map, replace(student.config, text=spec))
+    export_diffusers(student, tmp_path / "out", (1,), Parts(tmp_path / "teacher"))
+    found = load_pipeline(tmp_path / "out", trust_remote_code=True)
+    found.prepare()
+    assert found.encode(["a three"], "cpu")["text"].shape == (1, 7, 6)
 
 
 def test_guidance_of_classes_pushes_away_from_no_class(tmp_path: Path) -> None:

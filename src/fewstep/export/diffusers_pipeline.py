@@ -106,6 +106,8 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
             signature = inspect.signature(kind.__init__).parameters
             needed = [name for name, each in signature.items() if each.default is inspect.Parameter.empty]
             parts = {name: getattr(self, name, None) for name in signature if name in (*needed[1:], *COMPONENTS)}
+            for tokenizer in filter(None, (self.tokenizer, self.tokenizer_2) if made["clip_tokens"] else ()):
+                tokenizer.model_max_length = min(tokenizer.model_max_length, made["clip_tokens"])
             self.encoder = kind(**{**parts, "scheduler": None, **made["options"]})
         wanted = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
         wanted |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **made["call"]}

@@ -36,6 +36,7 @@ _RETURNS: dict[str, tuple[str, ...]] = {
     "WanPipeline": ("text",),
 }
 """What `encode_prompt` of a pipeline of diffusers returns, in order; "" for what is not taken."""
+_CLIPS = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")  # pad as far as their tokenizers say
 _OPTIONS: dict[str, dict[str, Any]] = {"StableDiffusionPipeline": {"requires_safety_checker": False}}
 
 
@@ -108,7 +109,7 @@ def find_parts(pipeline: Pipeline, parts: Parts) -> Found:
     for name, folder in folders.items():
         if not folder.is_dir():
             raise CheckpointError(f"the teacher's {name} is not there: {folder}; leave it out with --parts none")
-    return Found(components, folders, _encoder(index, components), latents)
+    return Found(components, folders, _encoder(index, components, pipeline), latents)
 
 
 def _index(teacher: Path | None) -> dict[str, Any]:
@@ -116,16 +117,24 @@ def _index(teacher: Path | None) -> dict[str, Any]:
     return read_record(file, _ADVICE) if file is not None and file.is_file() else {}
 
 
-def _encoder(index: dict[str, Any], components: dict[str, Any]) -> dict[str, Any] | None:
+def _encoder(index: dict[str, Any], components: dict[str, Any], pipeline: Pipeline) -> dict[str, Any] | None:
     """How the teacher's pipeline embeds prompts; None for those that are not known, or without encoders."""
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in _RETURNS or "text_encoder" not in components:
         return None
+    own = 0 if pipeline.config.text is None else pipeline.config.text.tokens  # as its data were encoded
     flags = {key: value for key, value in index.items() if isinstance(value, bool)}
     options = flags | _OPTIONS.get(name, {})
     zeros = name == "StableDiffusionXLPipeline" and flags.get("force_zeros_for_empty_prompt", True)
-    call = {"max_sequence_length": PIPELINES[name].tokens}
-    return {"pipeline": name, "returns": _RETURNS[name], "options": options, "call": call, "zeros": zeros}
+    call = {"max_sequence_length": own or PIPELINES[name].tokens}
+    return {
+        "pipeline": name,
+        "returns": _RETURNS[name],
+        "options": options,
+        "call": call,
+        "zeros": zeros,
+        "clip_tokens": own if name in _CLIPS else 0,
+    }
 
 
 def _own_latents(pipeline: Pipeline, parts: Parts, beside: Path | None) -> tuple[dict[str, list[float]], Path]:
