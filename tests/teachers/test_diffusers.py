@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fewstep
+from fewstep.export.diffusers import export_diffusers
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CTM, EMD, Batch, Companions, Objective, TeacherSteps
@@ -17,6 +18,8 @@ from fewstep.teachers.diffusers import load_diffusers
 from fewstep.training.probe import fault, needs_probe
 from fewstep.utils.errors import CheckpointError
 from fewstep.utils.random import Draws
+from tests.export.test_export import assert_drawn_alike, own_words
+from tests.export.test_export import load_pipeline as load_exported
 from tests.support.foreign import TINY, Tiny, save_foreign
 
 
@@ -119,11 +122,11 @@ def test_its_student_equals_it_at_first_wherever_jumps_end(kind: str, teachers: 
 
 
 STUDIED: dict[str, Objective] = {"ctm": CTM(steps=TeacherSteps(points=4)), "emd": EMD(label_dropout=0.1)}
-TRAINED = 2
+TRAINED = 20
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_its_students_train_are_saved_loaded_and_sampled(
+def test_its_students_train_are_saved_loaded_exported_and_sampled(
     kind: str, teachers: dict[str, tuple[Any, FlowMap]], tmp_path: Path
 ) -> None:
     """CTM and a continuous objective move its weights, with its own conditions; forward mode passes all its layers."""
@@ -154,6 +157,9 @@ def test_its_students_train_are_saved_loaded_and_sampled(
             )
         assert torch.equal(first, second)
         assert bool(first.isfinite().all())
+        export_diffusers(load_pipeline(tmp_path / name), tmp_path / f"{name}-out", (2,))
+        exported = load_exported(tmp_path / f"{name}-out", trust_remote_code=True)
+        assert_drawn_alike(load_pipeline(tmp_path / name), exported, 2, cond, own_words(kind, cond))
 
 
 def batch(kind: str, step: int) -> Batch:
