@@ -19,6 +19,7 @@ from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.sampling.samplers import map_sampler
 from fewstep.sampling.step_times import StepTimes
 from fewstep.teachers.diffusers import DiffusersConfig, load_diffusers
+from fewstep.teachers.lora import LoRA
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from tests.support.foreign import TINY, save_foreign
@@ -176,7 +177,7 @@ def adapted(flow_map: FlowMap) -> Pipeline:
     """The same network, frozen, with adapters."""
     assert flow_map.config is not None
     assert isinstance(flow_map.config.network, DiffusersConfig)
-    made = replace(flow_map.config, network=flow_map.config.network.with_lora(2)).build().eval()
+    made = replace(flow_map.config, network=flow_map.config.network.with_lora(LoRA(2))).build().eval()
     made.network.take(flow_map.network, "the teacher")
     return Pipeline(made)
 
@@ -213,6 +214,17 @@ def test_traced_networks_of_diffusers_are_told_everything(name: str, kind: Any, 
         own = map_sampler(flow_map, path.prior(x), times, cond, Draws(0, 0, torch.arange(3)))
     found = run(tmp_path, "one", kind, noise=x, **{key: given[key] for key in conditions(flow_map)})
     torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
+
+
+def test_adapters_are_merged_into_what_diffusers_loads(tmp_path: Path) -> None:
+    """The folder holds the network's own layers alone, and draws the student's samples."""
+    pytest.importorskip("diffusers")
+    save_foreign(tmp_path / "teacher", "UNet2DModel")
+    student = trained(adapted(load_diffusers(tmp_path / "teacher", (1, 8, 8))))
+    export_diffusers(student, tmp_path / "out", (2,))
+    cond = TINY["UNet2DModel"].condition(2)
+    found = load_pipeline(tmp_path / "out", trust_remote_code=True)
+    assert_drawn_alike(student, found, 2, cond, {"class_labels": cond.labels})
 
 
 def test_what_cannot_be_traced_is_one_line_and_nothing_is_written(
