@@ -178,7 +178,7 @@ def adapted(flow_map: FlowMap) -> Pipeline:
     assert flow_map.config is not None
     assert isinstance(flow_map.config.network, DiffusersConfig)
     made = replace(flow_map.config, network=flow_map.config.network.with_lora(LoRA(2))).build().eval()
-    made.network.take(flow_map.network, "the teacher")
+    made.network.share_base(flow_map.network)
     return Pipeline(made)
 
 

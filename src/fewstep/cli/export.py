@@ -40,7 +40,7 @@ def run(options: Options) -> None:
     from fewstep.export.traced import export_traced
     from fewstep.training import load
 
-    pipeline = load(options.run, options.weights)
+    pipeline = load(options.run, options.weights, options.teacher)
     out = options.out or options.run / f"export-{options.to}"
     needed = options.to == "diffusers" and options.parts != "none"
     teacher = teachers_folder(options.teacher, pipeline, needed)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fewstep.data.base import Dataset
 from fewstep.evaluation.metrics.measure import ENOUGH, Evaluator
-from fewstep.training.run_folder import FIGURES_FILE
+from fewstep.training.provenance import FIGURES_FILE
 from fewstep.utils.files import read_rows, readable, reading, updating, write_atomically
 from fewstep.utils.text import aligned, quoted
 

@@ -6,7 +6,6 @@ RUN/step_times.json      step times tuned for one of the checkpoints (fewstep.ev
 RUN/checkpoints/step-N/  see fewstep.training.checkpoint
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -36,6 +35,7 @@ from fewstep.training.checkpoint import (
 )
 from fewstep.training.ema import ema_names
 from fewstep.training.identity import identity, placed, run_record
+from fewstep.training.provenance import read_provenance
 from fewstep.utils.errors import (
     BaseWeightsError,
     CheckpointError,
@@ -51,19 +51,16 @@ from fewstep.utils.files import (
     linked,
     read_lines,
     read_record,
-    read_rows,
     reading_line,
     write_atomically,
 )
 from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
-from fewstep.utils.serialization import JSON, differences, from_json, in_this_format, to_json
+from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import read_weights
 
 _WRITTEN = ("checkpoints", "samples", "statistics", FOLDER, "tensorboard", "wandb")
-FIGURES_FILE = "figures.json"
-_FIGURES = {"method": str, "nfe": int, "frechet": int | float, "samples": int, "extractor": str, "reference": str}
 _DATA: dict[str, type] = {"name": str, "fingerprint": str, "shape": list, "classes": int, "train": int}
 
 
@@ -316,10 +313,7 @@ class RunFolder:
 
     def provenance(self) -> Provenance:
         """Where the run's weights come from; raises CheckpointError when its record is damaged."""
-        config, data = self.config(), self.data()
-        figures = read_rows(self.root / FIGURES_FILE, _FIGURES, "delete it, and run fewstep evaluate anew")
-        digest = hashlib.blake2b(json.dumps(to_json(config), sort_keys=True).encode(), digest_size=8).hexdigest()
-        return Provenance(config.recipe, digest, str(data.get("name")), config.teacher, tuple(figures))
+        return read_provenance(self.root, self.config(), self.data())
 
     def averages(self) -> dict[str, Path]:
         """Names and files of the newest checkpoint's weights: the EMAs, the sampled one first, and "last".
