@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks.foreign.teachers import EDM_NETWORK, NETWORK, NOISE_MEAN, NOISE_STD, diffusers_teacher, edm_teacher
+from benchmarks.foreign.tiny import write_tiny
 from fewstep.data.sources import DataConfig, DigitsSource, load_dataset
 from fewstep.evaluation.evaluate import build_evaluator
 from fewstep.evaluation.metrics.measure import Evaluator
@@ -192,5 +194,10 @@ def run(work: Path, /, worker: h.Worker = "0/1", teachers: tuple[str, ...] = tup
     GRID.run([cell for cell in plan() if cell.teacher in teachers], lambda cell: measure(cell, work), worker)
 
 
+def tiny(folder: Annotated[Path, Positional] = h.ROOT / "tests" / "fixtures" / "foreign", seconds: float = 60) -> None:
+    """Train the tests' tiny networks of diffusers for so many seconds each, into FOLDER."""
+    write_tiny(folder, seconds)
+
+
 if __name__ == "__main__":
-    STUDY.main(run=run)
+    STUDY.main(run=run, tiny=tiny)

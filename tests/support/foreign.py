@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from fewstep.networks.condition import Condition, Prompts
 
@@ -100,6 +101,11 @@ TINY: dict[str, Tiny] = {
 }  # fmt: skip
 
 
+TRAINED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+"""Those that a minute on digits has trained: tests/fixtures/foreign, by `python -m benchmarks.foreign tiny`."""
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "foreign"
+
+
 def class_name(kind: str) -> str:
     """The class of diffusers that a name above stands for."""
     return "UNet2DConditionModel" if kind == "SDXL" else kind
@@ -117,9 +123,14 @@ def make_model(kind: str, seed: int = 0, scale: float = 0.2, **changes: Any) -> 
     return model
 
 
-def save_foreign(folder: Path, kind: str, bare: bool = False) -> Any:
-    """Save it as a pipeline, or as a bare network with its scheduler beside it; returns the network."""
+def save_foreign(folder: Path, kind: str, bare: bool = False, trained: bool = False) -> Any:
+    """Save it as a pipeline, or as a bare network with its scheduler beside it; returns the network.
+
+    trained: with the weights of one of TRAINED.
+    """
     model = make_model(kind)
+    if trained:
+        model.load_state_dict(load_file(FIXTURES / f"{kind}.safetensors"))
     name = "unet" if "UNet" in class_name(kind) else "transformer"
     model.save_pretrained(folder if bare else folder / name)
     scheduler = folder if bare else folder / "scheduler"
