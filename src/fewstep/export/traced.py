@@ -132,6 +132,7 @@ Writer = Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Path], None]
 
 
 def writer_of(kind: Format) -> Writer:
+    """What writes a module in a format; raises MissingExtraError when it is called without that format's packages."""
     return {"onnx": _write_onnx, "torch": _write_program}[kind]
 
 
