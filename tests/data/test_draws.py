@@ -74,3 +74,17 @@ def test_an_even_draw_depends_on_its_seed_alone(labelled: bool) -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert float(labels[first].double().mean()) == pytest.approx(4.5, abs=0.4)
+
+
+@given(counts=sizes, like=sizes, count=st.integers(1, 400))
+def test_an_even_draw_can_have_the_shares_of_another_set(counts: list[int], like: list[int], count: int) -> None:
+    labels, others = labels_of(counts), labels_of(like)
+    samples = Samples(labels.float().reshape(-1, 1, 1, 1), labels)
+    drawn = even_draw(samples, count, 0, others)
+    common = min(len(counts), len(like))
+    found = torch.bincount(labels[drawn], minlength=len(counts))
+    assert torch.equal(drawn, drawn.unique())
+    assert int(found[common:].sum()) == 0
+    expected = torch.tensor(like[:common]).double() * len(drawn) / sum(like[:common])
+    assert float((found[:common] - expected).abs().max()) < 2 + common
+    assert torch.equal(even_draw(samples, count, 0, labels.repeat(3)), even_draw(samples, count, 0))

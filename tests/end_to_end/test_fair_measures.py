@@ -14,7 +14,7 @@ from fewstep.evaluation.figures import read_figures
 from fewstep.sampling.generate import Generated
 from fewstep.sampling.pipeline import Pipeline
 from tests.support.commands import SMALL, Command, Finished
-from tests.support.inputs import demonstrations, few_images, sorted_classes, unequal_classes
+from tests.support.inputs import demonstrations, few_images, grey, sorted_classes, unequal_classes
 
 SHORT = ("--training.batch-size", 32, "--training.images", 64, "--training.sample-images", 0)
 UNGUIDED = ("--objective.guidance.omega", 1)
@@ -33,8 +33,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     found: list[Tensor] = []
     usual = evaluate.generate
 
-    def generate(pipeline: Pipeline, count: int, *others: Any) -> Generated:
-        samples = usual(pipeline, count, *others)
+    def generate(pipeline: Pipeline, count: int, *others: Any, **named: Any) -> Generated:
+        samples = usual(pipeline, count, *others, **named)
         if count > 16 and samples.labels is not None:  # one is drawn for its latency, 16 to see whether a run diverged
             found.append(samples.labels)
         return samples
@@ -73,6 +73,19 @@ def test_the_floor_is_drawn_over_all_classes(command: Command, tmp_path: Path) -
     rows = rows_of(tmp_path / "run")
     assert rows["real data (training part)", 0]["samples"] == 60
     assert rows["real data (training part)", 0]["frechet"] < 10
+
+
+def test_the_floor_has_the_classes_that_are_held_out(command: Command, tmp_path: Path) -> None:
+    """Where the data bring their own split: the floor is drawn in its shares, as the model's samples are."""
+    images, heldout = (np.concatenate([grey(60, count=n), grey(200, count=m)]) for n, m in ((60, 60), (40, 4)))
+    labels = {"labels": np.repeat([0, 1], 60), "heldout_labels": np.repeat([0, 1], [40, 4])}
+    np.savez(tmp_path / "own.npz", images=images, heldout_images=heldout, **labels)
+    words = ("train", "digits", "--data.source", "npz", "--data.root", "own.npz", "--out", "run", *SMALL, *SHORT)
+    assert command(*words).code == 0
+    assert command("evaluate", "run", "--steps", 1, "--samples", 60).code == 0
+    floor = rows_of(tmp_path / "run")["real data (training part)", 0]
+    assert floor["samples"] == 60
+    assert floor["frechet"] < 20
 
 
 def advised(shown: Finished) -> list[list[str]]:
@@ -161,6 +174,7 @@ def test_policies_are_measured_on_held_out_episodes(command: Command, tmp_path: 
     method, calls, error, *each = shown.out.splitlines()[1].split()
     assert (method, calls, len(each)) == ("iSD", "1", 3)
     assert 0.1 < float(error) < 5
+    assert command("sample", "a run").err.endswith("draws no images: fewstep evaluate 'a run'\n")
 
 
 @pytest.mark.parametrize("task", ["nobody-knows-it", "pointmaze-ring"])

@@ -140,6 +140,17 @@ def test_a_checkpoint_without_its_state_is_said_and_written_anew(
     assert_same_run(run.root, unbroken("adamw"))
 
 
+def test_a_lone_checkpoint_without_its_state_is_said_too(
+    digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = with_checkpoints(TINY, digits, tmp_path / "run")
+    for checkpoint in run.checkpoints():
+        (checkpoint / "state.json").unlink()
+    with pytest.warns(FewstepWarning, match=r"step-00000009 is not whole .*: the training begins anew"):
+        train(TINY, digits, run, RUNTIME)
+    assert_same_run(run.root, unbroken("adamw"))
+
+
 FILES = ("weights", "optimizer", "model", "ema-constant-0.9", "config.json", "state.json")
 
 

@@ -85,7 +85,8 @@ def run(options: Options) -> None:
     out = output_file(options)
     pipeline = load(options.run, options.weights)
     if pipeline.config.policy is not None:
-        raise ConfigError(f"{options.run} holds a policy, which draws no images: fewstep rollout {quoted(options.run)}")
+        command = f"fewstep evaluate {quoted(options.run)}"
+        raise ConfigError(f"{options.run} holds a policy, which draws no images: {command}")
     if torch.cuda.is_available() and not options.cpu:
         pipeline = pipeline.to("cuda")
     view = None if options.latents else pipeline.viewer(options.autoencoder)

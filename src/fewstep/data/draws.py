@@ -13,19 +13,36 @@ from fewstep.utils.random import permutation
 _CLASSES, _SAMPLES = -2, -3  # epochs of their own: those from 0 on order the training data
 
 
-def even_draw(samples: SampleSet, count: int, seed: int) -> Tensor:
+def even_draw(samples: SampleSet, count: int, seed: int, like: Tensor | None = None) -> Tensor:
     """Numbers of `count` of the samples, rising, or of all where there are no more; int64.
 
     The samples are shuffled by `seed`, put in order of their labels, and taken at even steps, so that every class keeps
     its share to within one sample, however the set is sorted.
+
+    like: labels (N,) whose shares the drawn ones are to have in place of the set's own, as far as classes are in both;
+    there are then no more than the rarest class allows. Where no class is in both they are left out of account.
     """
-    size = len(samples)
-    order = permutation(seed, _SAMPLES, size)
+    order = permutation(seed, _SAMPLES, len(samples))
     if samples.labels is not None:
         order = order[torch.argsort(samples.labels.cpu()[order], stable=True)]
+        order = order if like is None else order[_in_shares(samples.labels.cpu()[order], like.cpu())]
+    size = len(order)
     taken = min(count, size)
     rising: Tensor = order[torch.arange(taken) * size // taken].sort().values
     return rising
+
+
+def _in_shares(ordered: Tensor, like: Tensor) -> Tensor:
+    """Which of rising labels (n,) to keep, bool, so that the most are left in the shares of `like`."""
+    number = int(torch.cat([ordered, like]).max()) + 1
+    found, wanted = torch.bincount(ordered, minlength=number), torch.bincount(like, minlength=number)
+    both = (found > 0) & (wanted > 0)
+    if not both.any():
+        return torch.ones_like(ordered, dtype=torch.bool)
+    rarest = (found[both].double() / wanted[both]).argmin()
+    kept = torch.where(both, (wanted * found[both][rarest] // wanted[both][rarest]).clamp(min=1), 0)
+    place = torch.arange(len(ordered)) - (found.cumsum(0) - found)[ordered]  # of each among those of its class
+    return place < kept[ordered]
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,15 @@ def draw_features(
 
 
 def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
-    """The training images themselves, drawn over all of them, against the held-out ones: the floor for every method."""
-    images, labels = dataset.train.fetch(even_draw(dataset.train, samples, seed=0))
+    """The training images themselves, drawn over all of them, against the held-out ones: the floor for every method.
+
+    Where the data bring their own split its classes may have other shares: the floor is drawn in the held-out ones.
+    """
+    like = None if dataset.split_by else dataset.heldout.labels
+    rows = even_draw(dataset.train, samples, 0, like)
+    if len(rows) < min(_FEWEST, samples):  # too few of a rare class to measure
+        rows = even_draw(dataset.train, samples, 0)
+    images, labels = dataset.train.fetch(rows)
     method = {"method": "real data (training part)", "nfe": 0}
     times = {"seed": 0, "seconds": 0.0, "sampling_seconds": 0.0, "latency_ms": None}
     return method | evaluator.measure(images, labels) | times | {"guidance_scale": 1.0, "device": str(best_device())}

@@ -175,6 +175,8 @@ class Trainer:
                 if newest != self.run.checkpoint(state["step"]):
                     raise CheckpointError(f"{newest} says that it is of step {state['step']}")
             self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
+        elif self.accelerator.is_main_process:
+            self.run.warn_of_torn("the training begins anew")
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.step)
 

@@ -237,11 +237,15 @@ class RunFolder:
         found = self.checkpoints()
         if not found:
             raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
-        newest = self._checkpoint_folders()[-1]
-        if newest != found[-1]:
-            message = f"{newest} is not whole (it lacks {STATE_FILE}): {found[-1].name} is used"
-            warnings.warn(message, FewstepWarning, stacklevel=1)  # once, whoever asks
+        self.warn_of_torn(f"{found[-1].name} is used")
         return found[-1]
+
+    def warn_of_torn(self, instead: str) -> None:
+        """A FewstepWarning where the newest checkpoint is not whole, with what is done instead."""
+        newest = self._checkpoint_folders()[-1:]
+        if newest and newest != self.checkpoints()[-1:]:
+            message = f"{newest[0]} is not whole (it lacks {STATE_FILE}): {instead}"
+            warnings.warn(message, FewstepWarning, stacklevel=1)  # once, whoever asks
 
     def go_back(self, step: int) -> None:
         """Set newer checkpoints than that of a step aside, as step-N.aside; raises CheckpointError where it is none."""
