@@ -229,13 +229,12 @@ class RunFolder:
         return [path for path in self._checkpoint_folders() if (path / STATE_FILE).is_file()]
 
     def _checkpoint_folders(self) -> list[Path]:
-        found = [p for p in (self.root / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(found, key=step_of)
+        found = (self.root / "checkpoints").glob("step-*")
+        return sorted((path for path in found if re.fullmatch(r"step-\d+", path.name)), key=step_of)
 
     def last_checkpoint(self) -> Path:
         """The newest whole checkpoint, with a FewstepWarning for those beyond; raises CheckpointError for none."""
-        found = self.checkpoints()
-        if not found:
+        if not (found := self.checkpoints()):
             raise CheckpointError(f"{self.root} has no checkpoint yet: train it first")
         self.warn_of_torn(f"{found[-1].name} is used")
         return found[-1]
@@ -244,8 +243,7 @@ class RunFolder:
         """A FewstepWarning where the newest checkpoint is not whole, with what is done instead."""
         newest = self._checkpoint_folders()[-1:]
         if newest and newest != self.checkpoints()[-1:]:
-            message = f"{newest[0]} is not whole (it lacks {STATE_FILE}): {instead}"
-            warnings.warn(message, FewstepWarning, stacklevel=1)  # once, whoever asks
+            warnings.warn(f"{newest[0]} is not whole (it lacks {STATE_FILE}): {instead}", FewstepWarning, stacklevel=1)
 
     def go_back(self, step: int) -> None:
         """Set newer checkpoints than that of a step aside, as step-N.aside; raises CheckpointError where it is none."""
