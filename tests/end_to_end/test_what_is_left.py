@@ -200,7 +200,7 @@ def test_a_model_that_makes_nonsense_is_measured_and_is_no_success(
     wild = ("--optimizer.lr", 100, "--optimizer.warmup-images", 0, "--training.images", 1600)
     refused(train(command, archive, *wild), "the training has diverged")
     shown = command("evaluate", "run", *FOUND)
-    refused(shown, "run: values up to", "the training has diverged")
+    refused(shown, "run: values up to", "the training has diverged, or learned nothing yet")
     assert "Frechet" in shown.out
     assert len(read_figures(tmp_path / "run")) > 1
     assert command("report", "run").code == 0

@@ -207,8 +207,8 @@ def check_learned(run: RunFolder, weights: str = "", samples: int = 16) -> None:
     (settings,) = sampler_settings(config, config.evaluation.steps[:1])
     if wrong := pipeline.strays(generate(pipeline, samples, settings).samples, than_noise=True):
         raise TrainingDivergedError(
-            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged; lower the learning rate, and "
-            "train anew with another --out"
+            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged, or learned nothing yet; "
+            "lower the learning rate and train anew with another --out, or train this run longer"
         )
 
 
