@@ -16,7 +16,7 @@ from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline
 from fewstep.sampling.samplers import map_sampler
 from fewstep.teachers.diffusers import load_diffusers
 from fewstep.training.probe import fault, needs_probe
-from fewstep.utils.errors import CheckpointError
+from fewstep.utils.errors import CheckpointError, FewstepWarning
 from fewstep.utils.random import Draws
 from tests.export.test_export import assert_drawn_alike, own_words
 from tests.export.test_export import load_pipeline as load_exported
@@ -179,6 +179,12 @@ def batch(kind: str, step: int) -> Batch:
     draws, cond = Draws(0, step, torch.arange(2)), TINY[kind].condition(2)
     x0 = 0.5 * draws.normal(0, TINY[kind].shape)
     return Batch(x0, cond.labels, draws, images=2 * step, prompts=cond.prompts)
+
+
+def test_samples_of_another_size_than_it_was_made_for_are_warned_of(tmp_path: Path) -> None:
+    save_foreign(tmp_path / "unet", "UNet2DModel", bare=True)
+    with pytest.warns(FewstepWarning, match=r"samples of 8x8, and the data have 16x16: .* --data.image-size 8"):
+        load_diffusers(tmp_path / "unet", (1, 16, 16))
 
 
 def test_load_teacher_reads_what_a_run_takes(tmp_path: Path) -> None:

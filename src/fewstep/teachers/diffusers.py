@@ -5,6 +5,7 @@ A folder holds a pipeline (model_index.json) or a bare network with the configur
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ from fewstep.teachers.second_time import (
     differentiable_norms,
     without_second_time,
 )
-from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import later
 from fewstep.utils.weights import read_weights
@@ -192,6 +193,7 @@ def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
     kind = family(name)
     path, scaling = read_scheduler(_scheduler_file(folder, place), kind)
     shape = shape or _sample_shape(name, settings)
+    _warn_of_size(folder, shape, settings)
     stored = FlowMapConfig(path, EulerPreconditioning(path), scaling, config, shape, kind.num_classes(config.values))
     weights = _read_weights(place)
     sketch = config.without_memory(shape, stored.num_classes, guided=False, tensors=len(weights))
@@ -254,6 +256,20 @@ def read_scheduler(file: Path, kind: Family) -> tuple[TimePath, Scaling]:
         bool(settings.get("rescale_betas_zero_snr", False)),
     )
     return path, PredictionScaling(_PREDICTIONS[predicted], path, path)
+
+
+def _warn_of_size(folder: Path, shape: Shape, settings: Settings) -> None:
+    """A FewstepWarning for samples of another size than a network says that it was made for; many take any size."""
+    size = settings.get("sample_size")
+    sides = [size, size] if isinstance(size, int) else size
+    if isinstance(sides, list) and list(shape[-2:]) != sides:
+        given, own = ("x".join(map(str, each)) for each in (shape[-2:], sides))
+        warnings.warn(
+            f"{folder} was made for samples of {own}, and the data have {given}: give it those, for images with "
+            f"--data.image-size {sides[0]}",
+            FewstepWarning,
+            stacklevel=2,
+        )
 
 
 def _sample_shape(name: str, settings: Settings) -> Shape:
