@@ -19,6 +19,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 import benchmarks.harness as h
+from benchmarks.foreign import memory
 from benchmarks.foreign.teachers import EDM_NETWORK, NETWORK, NOISE_MEAN, NOISE_STD, diffusers_teacher, edm_teacher
 from benchmarks.foreign.tiny import write_tiny
 from fewstep.data.sources import DataConfig, DigitsSource, load_dataset
@@ -85,7 +86,8 @@ def tables() -> dict[str, str]:
     """One for each teacher: every sampler and student in so many calls, over its seeds."""
     places = {name: place for place, name in enumerate(GRID.cells())}
     rows = sorted(GRID.rows(), key=lambda row: places[GRID.name(row)])
-    return {title: section(h.chosen(rows, teacher=name)) for name, title in TEACHERS.items()}
+    shown = {title: section(h.chosen(rows, teacher=name)) for name, title in TEACHERS.items()}
+    return shown | {"Peak memory": memory.table()}
 
 
 def section(rows: list[h.Row]) -> str:
@@ -200,4 +202,4 @@ def tiny(folder: Annotated[Path, Positional] = h.ROOT / "tests" / "fixtures" / "
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, tiny=tiny)
+    STUDY.main(run=run, memory=memory.run, tiny=tiny)

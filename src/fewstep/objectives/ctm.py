@@ -56,6 +56,16 @@ class CTM(GuidedDistillation):
     compare: Place = later(lambda: "data-end")
     """Where two jumps are compared: data-end, whence the slow average takes them, or jump-end, where they end."""
 
+    def forward_passes(self, bf16: bool = False) -> tuple[float, float]:
+        """The teacher's walk at its longest, guided ones twice; jumps; the slow average, through which gradients pass
+        once to the jump and once more for `balance`; the denoising loss, against the teacher where it is guided.
+        """
+        guided = 2 if self.guidance.active else 1
+        through = self.compare == "data-end" or self.gan > 0
+        jumps = 3 + 1 + (3 + self.balance * (self.denoising > 0) if through else 0)
+        denoising = 3 + (guided if guided > 1 else 0) if self.denoising else 0
+        return float(guided * self.steps.evaluations + jumps + denoising), 0.0
+
     def method(self, preconditioning: str, labelled: bool) -> str:
         return f"CTM, {preconditioning}"
 

@@ -45,6 +45,12 @@ class TeacherSteps:
                 f"a teacher's grid needs at least 2 points, {_MOST_POINTS} at most, and longest of at least 0: {self}"
             )
 
+    @property
+    def evaluations(self) -> int:
+        """Of the teacher for a sample, at most: all of a batch walk as long as the one with the longest way."""
+        cells = min(self.longest or self.points - 1, self.points - 1)
+        return cells * (2 if self.solver == "heun" else 1)
+
     def draw(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Grid indices n < k <= j of t, u and s, (B,) int64; j is the last where every jump goes to the data end."""
         last = self.points - 1

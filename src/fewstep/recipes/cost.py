@@ -3,15 +3,17 @@
 A multiply-add is 2 FLOPs. Left out are what is no matrix product, the optimiser's own work, and encoding the images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.networks.base import NetworkConfig
-from fewstep.networks.condition import Condition
+from fewstep.networks.condition import Condition, Prompts
 from fewstep.recipes.config import RunConfig
 
+_TOKENS = 77
+"""Of a prompt."""
 UTILISATION = 0.4
 """Assumed share of a device's peak that training reaches."""
 
@@ -59,12 +61,19 @@ def training_cost(config: RunConfig, shape: tuple[int, ...], num_classes: int) -
     return Cost(parameters, forward, passes, config.training.images, wide if bf16 else passes)
 
 
+def student_cost(config: RunConfig, teacher: NetworkConfig, shape: tuple[int, ...], num_classes: int) -> Cost:
+    """The same of a student whose network is its teacher's; of adapters too a backward pass counts as 2."""
+    return training_cost(replace(config, network=config.network.beside(teacher)), shape, num_classes)
+
+
 def count(network: NetworkConfig, shape: tuple[int, ...], num_classes: int, guided: bool) -> tuple[int, int]:
     """Trainable numbers of a network, and FLOPs of the matrix products in one evaluation of one sample."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         built = network.build(shape, num_classes, guided)
         labels = torch.zeros(1, dtype=torch.long) if num_classes else None
-        cond = Condition(labels, torch.empty(1, 3) if guided else None)
+        width, pooled = built.prompt_widths
+        prompts = Prompts(torch.empty(1, _TOKENS, width), pooled=torch.empty(1, pooled)) if width else None
+        cond = Condition(labels, torch.empty(1, 3) if guided else None, prompts=prompts)
         built(torch.empty(1, *shape), torch.empty(1), torch.empty(1), cond)
     return sum(parameter.numel() for parameter in built.parameters()), counter.get_total_flops()
 

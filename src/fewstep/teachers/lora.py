@@ -108,9 +108,8 @@ def _adapter(layer: nn.Module, lora: LoRA) -> Adapter | None:
         down, up = LinearLayer(wide_in, lora.rank, bias=False), LinearLayer(lora.rank, wide_out, bias=False)
         return ProductAdapter(layer, lora, down, up)
     if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
-        places: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-        kernel: Any = layer.kernel_size
-        narrow = Conv2d(layer.in_channels, lora.rank, kernel, **places, bias=False)
+        places: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        narrow = Conv2d(layer.in_channels, lora.rank, *places, bias=False)
         return ProductAdapter(layer, lora, narrow, Conv2d(lora.rank, layer.out_channels, 1, bias=False))
     return None
 
