@@ -40,7 +40,8 @@ def run(small_run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian digits", r"unknown command 'trian'; commands: quickstart, recipes, objectives"),
+        ("trian digits", r"unknown command 'trian'; did you mean train\?"),
+        ("xyz digits", r"unknown command 'xyz'; commands: quickstart, recipes, objectives"),
         ("train", r"train needs a recipe first.*digits-unet"),
         ("train --out x", r"train needs a recipe first"),
         ("train digit", r"no recipe 'digit'; recipes: digits, "),

@@ -31,6 +31,8 @@ def test_a_guided_student_starts_as_the_unguided_teacher_bit_for_bit(
     assert isinstance(config, DiffusersConfig)
     student = replace(config, lora=lora).build(tiny.shape, teacher.num_classes, guided=True)
     assert isinstance(teacher.network, DiffusersNetwork)
+    if lora:
+        student.share_base(teacher.network)
     student.take(teacher.network, str(folder))
     cond = tiny.condition(2)
     x, t, s = torch.randn(2, *tiny.shape), torch.tensor([700.0, 300.0]), torch.tensor([300.0, 10.0])

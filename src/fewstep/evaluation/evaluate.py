@@ -100,7 +100,8 @@ def build_evaluator(
     check_counts(dataset)
     if dataset.policy is not None:
         raise ConfigError(
-            f"{dataset.name} is a robot's actions, which no features measure: let the policy act, with fewstep rollout"
+            f"{dataset.name} is a robot's actions, which no features measure: fewstep evaluate has a policy's errors on "
+            "held-out ones"
         )
     if dataset.latents is not None:
         decoder = load_decoder(dataset.latents, autoencoder, best_device())
