@@ -100,7 +100,7 @@ def build_evaluator(
     check_counts(dataset)
     if dataset.policy is not None:
         raise ConfigError(
-            f"{dataset.name} is a robot's actions, which no features measure: fewstep evaluate has a policy's errors on "
+            f"{dataset.name} is a robot's actions, which no features measure: fewstep evaluate has its errors on "
             "held-out ones"
         )
     if dataset.latents is not None:
