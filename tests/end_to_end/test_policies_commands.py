@@ -71,7 +71,6 @@ def test_a_policy_is_no_source_of_images(command: Command, demos: str) -> None:
     for words in (("sample", "runs/policy-mlp"), ("tune-steps", "runs/policy-mlp")):
         refused = command(*words)
         assert (refused.code, refused.err.count("\n")) == (2, 1)
-        assert "policy" in refused.err
         assert "fewstep evaluate" in refused.err
     refused = command("compare", "runs/policy-mlp", "runs/policy-mlp")
     assert (refused.code, refused.err.count("\n")) == (2, 1)
