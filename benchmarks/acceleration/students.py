@@ -185,10 +185,14 @@ class Cell:
 
 def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
-    config = methods(cell.dataset)[cell.method]
+    return digest_of(methods(cell.dataset)[cell.method], PLANS[cell.dataset])
+
+
+def digest_of(config: fs.RunConfig, plan: Plan) -> str:
+    """Of what a configuration trains, whatever its seed, and how a plan measures it."""
     return digest(
         config.data, config.model, config.network, config.objective, config.optimizer, config.statistics,
-        replace(config.training, seed=0), PLANS[cell.dataset], LEVELS, RHOS, NOISE_SEED,
+        replace(config.training, seed=0), plan, LEVELS, RHOS, NOISE_SEED,
     )  # fmt: skip
 
 

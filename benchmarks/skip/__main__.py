@@ -15,9 +15,9 @@ from tyro.conf import Positional, arg
 
 import fewstep as fs
 from benchmarks.acceleration.__main__ import at_end, compare, curves, measured_against, named, ratio
-from benchmarks.acceleration.students import PLANS, Plan, Truth, train_student
+from benchmarks.acceleration.students import PLANS, Plan, Truth, digest_of, train_student
 from benchmarks.acceleration.students import methods as of_acceleration
-from benchmarks.harness import FIGURES, RESULTS, Cache, Grid, Seeds, Study, Worker, chosen, digest, markdown
+from benchmarks.harness import FIGURES, RESULTS, Cache, Grid, Seeds, Study, Worker, chosen, markdown
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
@@ -72,12 +72,8 @@ class Cell:
 
 
 def settings(cell: Cell) -> str:
-    """The digest of what a cell trains, whatever its seed and teacher, and the moments at which it is measured."""
-    config = methods(cell.dataset)[cell.method]
-    training = replace(config.training, seed=0)
-    return digest(
-        config.data, config.model, config.network, config.objective, config.optimizer, training, DATASETS[cell.dataset]
-    )
+    """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
+    return digest_of(methods(cell.dataset)[cell.method], DATASETS[cell.dataset])
 
 
 def plan() -> Iterator[Cell]:

@@ -82,6 +82,8 @@ def test_every_marked_table_is_what_its_command_prints(name: str) -> None:
     study = import_module(f"benchmarks.{name}.__main__").STUDY
     assert study.name == name
     assert study.text()
+    if study.grid is not None:
+        assert study.grid.changed().keys() <= study.grid.stored().keys()
     for file, text in study.pages():
         assert file.read_text() == text, f"python -m benchmarks.{name} page"
 

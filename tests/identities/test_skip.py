@@ -9,7 +9,6 @@ from torch import Tensor
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning
 from fewstep.flow.preconditioning.covariance import (
     CosineVariances,
     Covariance,
@@ -60,9 +59,9 @@ def denoiser(covariance: Covariance, path: Path, x: Tensor, t: Tensor) -> Tensor
     return covariance.mean + p.over(x).alpha * solved.reshape(x.shape)
 
 
-def gaussian_network(covariance: Covariance, path: Path, name: str) -> Callback:
+def gaussian_network(covariance: Covariance, path_name: str, name: str) -> Callback:
     """What a perfect network gives on N(m, C), whose jumps all come from the skip: its denoiser, or its velocity."""
-    base = pair_of(path, name)
+    path, base = pair(path_name, name)
 
     def output(x: Tensor, t: Tensor, s: Tensor, cond: object) -> Tensor:
         found = denoiser(covariance, path, x, t)
@@ -72,10 +71,6 @@ def gaussian_network(covariance: Covariance, path: Path, name: str) -> Callback:
         return (path.velocity_from_denoised(x, found, t) - f_s * x) / g_s
 
     return Callback(output)
-
-
-def pair_of(path: Path, name: str) -> Preconditioning:
-    return pair(next(key for key, value in PATHS.items() if value == path), name)[1]
 
 
 def skipped(path_name: str, name: str, covariance: Covariance, network: torch.nn.Module) -> FlowMap:
@@ -135,7 +130,7 @@ def test_it_is_exact_on_gaussians_of_any_covariance(
 ) -> None:
     """With the Gaussian's N on the diagonal every jump follows the velocity, and jumps compose."""
     path = PATHS[path_name]
-    flow_map = skipped(path_name, name, covariance, gaussian_network(covariance, path, name))
+    flow_map = skipped(path_name, name, covariance, gaussian_network(covariance, path_name, name))
     x, (s, middle, t) = cases(path_name, times, seed)
     x = path.interpolate(x, noise(3, *SHAPE, seed=seed + 1), t)
     landed, rate = torch.func.jvp(lambda s: flow_map.jump(x, t, s), (s,), (torch.ones_like(s),))
@@ -162,7 +157,7 @@ def test_the_residual_is_the_derivative_of_the_jump_along_the_flow(
     across = [flow_map.jump(x + sign * h[:, None, None, None] * v, t + sign * h, s) for sign in (1, -1)]
     slope = (across[0] - across[1]) / (2 * h[:, None, None, None])
     close(residual.detach(), slope.detach(), rtol=1e-4, atol=1e-5 * float(1 + slope.detach().abs().max()))
-    exact = skipped(path_name, name, covariance, gaussian_network(covariance, path, name))
+    exact = skipped(path_name, name, covariance, gaussian_network(covariance, path_name, name))
     v = path.velocity_from_denoised(x, denoiser(covariance, path, x, t), t)
     terms = Derivative().along(exact, x, v, t, s, None)  # type: ignore[arg-type]
     size = 1e-7 * float(1 + x.abs().max() + terms[1].abs().max())

@@ -1,15 +1,17 @@
 """The data's covariance, measured in one pass, against a whole matrix; and what has none."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
-from fewstep.flow.preconditioning.covariance import CosineVariances, PrincipalComponents, to_cosines
-from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
+from fewstep.flow.preconditioning.covariance import (
+    CosineVariances,
+    CovarianceSettings,
+    PrincipalComponents,
+    to_cosines,
+)
 from fewstep.training import covariance
 from fewstep.training.covariance import measure
 from fewstep.utils.errors import ConfigError
@@ -29,7 +31,7 @@ def centred(digits: Dataset) -> Tensor:
 
 
 def test_components_are_those_of_the_data(digits: Dataset, centred: Tensor) -> None:
-    found = measure(digits, SkipPreconditioningConfig())
+    found = measure(digits, CovarianceSettings())
     assert isinstance(found, PrincipalComponents)
     matrix = centred.T @ centred / len(centred)
     close(found.vectors @ found.variances.diag() @ found.vectors.T, matrix, atol=1e-8)
@@ -37,7 +39,7 @@ def test_components_are_those_of_the_data(digits: Dataset, centred: Tensor) -> N
 
 
 def test_left_out_components_share_what_variance_they_have(digits: Dataset, centred: Tensor) -> None:
-    whole, few = (measure(digits, SkipPreconditioningConfig(components=count)) for count in (0, 10))
+    whole, few = (measure(digits, CovarianceSettings(components=count)) for count in (0, 10))
     assert isinstance(whole, PrincipalComponents)
     assert isinstance(few, PrincipalComponents)
     assert few.vectors.shape == (64, 10)
@@ -47,7 +49,7 @@ def test_left_out_components_share_what_variance_they_have(digits: Dataset, cent
 
 
 def test_cosines_have_the_data_s_variance(digits: Dataset, centred: Tensor) -> None:
-    found = measure(digits, SkipPreconditioningConfig(basis="cosine"))
+    found = measure(digits, CovarianceSettings(basis="cosine"))
     assert isinstance(found, CosineVariances)
     coefficients = to_cosines(centred.reshape(-1, 1, 8, 8), found.channels)
     close(found.variances, coefficients.square().mean(0), atol=1e-8)
@@ -57,6 +59,4 @@ def test_cosines_have_the_data_s_variance(digits: Dataset, centred: Tensor) -> N
 def test_what_has_no_such_basis_is_refused(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(covariance, "LARGEST", 63)
     with pytest.raises(ConfigError, match="basis cosine"):
-        measure(digits, SkipPreconditioningConfig())
-    flat = load_dataset(replace(DataConfig("mixture")))
-    assert measure(flat, SkipPreconditioningConfig()).mean.shape == flat.shape
+        measure(digits, CovarianceSettings())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewstep.flow.flow_map import FlowMapConfig
-from fewstep.flow.guidance import DrawnGuidance, FixedGuidance
+from fewstep.flow.guidance import DrawnGuidance, FixedGuidance, NoGuidance
 from fewstep.flow.paths import EDM, VP, EDMPathConfig, Linear, Path, PathConfig, Trig
 from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
 from fewstep.flow.preconditioning.jumps import (
@@ -30,7 +30,7 @@ from fewstep.networks.base import NetworkConfig
 from fewstep.networks.dit import DiTConfig
 from fewstep.networks.mlp import MLPConfig
 from fewstep.networks.unet import UNetConfig
-from fewstep.objectives import ISD, DiagonalMatching
+from fewstep.objectives import CTM, ISD, DiagonalMatching
 from fewstep.recipes.config import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from fewstep.sampling.pipeline import PipelineConfig
 from fewstep.utils.errors import ConfigError
@@ -229,6 +229,10 @@ def test_terse_leaves_out_what_came_later_and_says_nothing() -> None:
         assert ("endpoint_share" in record["pairs"]) is said
     assert terse[1]["pairs"] == set_later["pairs"]
     assert from_json(ISD, terse[0]) == ISD()
+    plain, guided = (to_json(made(CTM, guidance=each), terse=True) for each in (NoGuidance(), FixedGuidance()))
+    assert isinstance(plain, dict)
+    assert isinstance(guided, dict)
+    assert "guidance" in guided.keys() - plain.keys()
 
 
 def test_differences_name_each_value_that_changed() -> None:

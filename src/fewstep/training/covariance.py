@@ -8,8 +8,13 @@ from torch import Tensor
 
 from fewstep.data.base import Dataset
 from fewstep.flow.preconditioning.base import PreconditioningConfig
-from fewstep.flow.preconditioning.covariance import CosineVariances, Covariance, PrincipalComponents, to_cosines
-from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
+from fewstep.flow.preconditioning.covariance import (
+    CosineVariances,
+    Covariance,
+    CovarianceSettings,
+    PrincipalComponents,
+    to_cosines,
+)
 from fewstep.sampling.pipeline import read_flow_map_config
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError
@@ -24,15 +29,15 @@ def run_covariance(preconditioning: PreconditioningConfig, dataset: Dataset, run
 
     Raises ConfigError as `measure` does.
     """
-    if not preconditioning.needs_covariance:
+    settings = preconditioning.covariance
+    if settings is None:
         return None
     if run.checkpoints():
         return read_flow_map_config(run.last_checkpoint()).preconditioning.known_covariance()
-    assert isinstance(preconditioning, SkipPreconditioningConfig)
-    return measure(dataset, preconditioning)
+    return measure(dataset, settings)
 
 
-def measure(dataset: Dataset, settings: SkipPreconditioningConfig) -> Covariance:
+def measure(dataset: Dataset, settings: CovarianceSettings) -> Covariance:
     """Mean and covariance of the training samples in the basis of the settings, in float64.
 
     Raises ConfigError for principal components of more than 4,096 numbers, and cosines of what is no image.

@@ -73,7 +73,7 @@ def to_json(value: Any, *, terse: bool = False) -> JSON:
         fields: dict[str, JSON] = {"type": stored_name(type(value))}
         for field in dataclasses.fields(value):
             own = getattr(value, field.name)
-            if not (terse and _LATER in field.metadata and own == field.default_factory()):  # type: ignore[operator]
+            if not (terse and _LATER in field.metadata and own == _default(field)):
                 fields[field.name] = to_json(own, terse=terse)
         return fields
     if isinstance(value, (list, tuple)):
@@ -81,6 +81,11 @@ def to_json(value: Any, *, terse: bool = False) -> JSON:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(f"a value of type {type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """What a field is where nothing is given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def from_json(cls: type[T], data: Any, where: str = "") -> T:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning.covariance import Covariance
+from fewstep.flow.preconditioning.covariance import Covariance, CovarianceSettings
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
@@ -122,16 +122,20 @@ class Preconditioning(ABC):
 class PreconditioningConfig(ABC):
     """Settings of a preconditioning; subclasses are final frozen dataclasses.
 
-    needs_statistics: whether it is computed from the statistics of a teacher, or of the model itself. needs_covariance:
-    whether from the data's covariance. data_end_only: as of the preconditioning that it builds.
+    needs_statistics: whether it is computed from the statistics of a teacher, or of the model itself. data_end_only: as
+    of the preconditioning that it builds.
     """
 
-    needs_covariance: ClassVar[bool] = False
     data_end_only: ClassVar[bool] = False
 
     @property
     def needs_statistics(self) -> bool:
         return False
+
+    @property
+    def covariance(self) -> CovarianceSettings | None:
+        """How the data's covariance is measured for it; None where it needs none."""
+        return None
 
     @abstractmethod
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -20,8 +20,18 @@ from fewstep.flow.paths import Path, PathValues
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import nonzero
 
+Basis = Literal["components", "cosine"]
 Gain = Callable[[Tensor], Tensor]
 """Variances (1, k) to factors (B, k), float64."""
+
+
+@final
+@dataclass(frozen=True)
+class CovarianceSettings:
+    """In which basis the data's covariance is measured; components: how many principal ones, 0 for all."""
+
+    basis: Basis = "components"
+    components: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,22 +1,28 @@
 """The skip: a jump lets through what the flow map of N(m, C) does; the network learns the rest (math.md §3.8)."""
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, final, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
-from fewstep.flow.preconditioning.covariance import Covariance, columns, denoiser_gain, flow_gain, velocity_gain
+from fewstep.flow.preconditioning.covariance import (
+    Basis,
+    Covariance,
+    CovarianceSettings,
+    columns,
+    denoiser_gain,
+    flow_gain,
+    velocity_gain,
+)
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
 from fewstep.utils.tensors import check_choice, check_least, expand, nonzero
-
-Basis = Literal["components", "cosine"]
 
 
 @final
@@ -129,17 +135,19 @@ class SkipPreconditioningConfig(PreconditioningConfig):
     components: int = 0
     """Number of principal components, the others having one variance; 0 takes all."""
 
-    needs_covariance: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(Basis))
         check_least(0, components=self.components)
-        if self.base.data_end_only or self.base.needs_covariance:
+        if self.base.data_end_only or self.base.covariance:
             raise ConfigError("a skip stands over a preconditioning with a velocity: take euler, linear or analytic")
 
     @property
     def needs_statistics(self) -> bool:
         return self.base.needs_statistics
+
+    @property
+    def covariance(self) -> CovarianceSettings:
+        return CovarianceSettings(self.basis, self.components)
 
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
         return self.base.build(path, sigma_data, statistics)
