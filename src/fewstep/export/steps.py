@@ -73,7 +73,7 @@ def step_table(pipeline: Pipeline, calls: tuple[int, ...], **settings: Any) -> S
 def steps_of(flow_map: FlowMap, times: Tensor) -> tuple[Step, ...]:
     """Steps at falling times (n + 1,)."""
     path, scaling = flow_map.path, flow_map.scaling
-    if flow_map.preconditioning.known_covariance() is not None:
+    if flow_map.preconditioning.known_measures() is not None:
         raise ConfigError("a model with a skip cannot be exported: its steps scale every direction of the data apart")
     times = path.clock(times)
     t, s = times[:-1], times[1:]

@@ -85,12 +85,16 @@ class FlowMap(nn.Module):
         """The condition with what the skip lets through, for networks that see it; 0 at s = t."""
         if not (isinstance(self.network, Network) and self.network.sees_skip):
             return cond
-        seen = self.preconditioning.shown(self.path, x, t, s)
+        seen = self.jumping(cond).shown(self.path, x, t, s)
         return cond if seen is None else replace(cond or Condition(), seen=seen)
 
-    def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    def jumping(self, cond: Condition | None) -> Preconditioning:
+        """The preconditioning of samples with these labels."""
+        return self.preconditioning.of(None if cond is None else cond.labels)
+
+    def apply_jump(self, x: Tensor, output: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """X of an output N already computed at (x, t, s)."""
-        return self.preconditioning.jump(self.path, x, output, self.path.clock(t), self.path.clock(s))
+        return self.jumping(cond).jump(self.path, x, output, self.path.clock(t), self.path.clock(s))
 
     def velocity_from_output(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
         """v = f_s x + g_s N for an output N already computed on the diagonal (x, t, t)."""
@@ -100,7 +104,7 @@ class FlowMap(nn.Module):
     def jump(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """X(x, t, s); raises ShapeError unless x is (B, ...) and t, s are (B,)."""
         check_batch(x, t, s)
-        return self.apply_jump(x, self.output(x, t, s, cond), t, s)
+        return self.apply_jump(x, self.output(x, t, s, cond), t, s, cond)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
         """PF-ODE velocity v(x, t) read off the diagonal; alpha' D at sigma = 0 where N is the denoiser."""

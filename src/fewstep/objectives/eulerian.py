@@ -4,30 +4,52 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.condition import Condition
 from fewstep.objectives.losses import Comparison
 from fewstep.utils.tensors import expand
 
 
 def eulerian_residual(
-    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+    flow_map: FlowMap,
+    x: Tensor,
+    v: Tensor,
+    output: Tensor,
+    d_output: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Condition | None = None,
 ) -> Tensor:
     """R, the derivative in t of X(x_t, t, s) along the flow: `Preconditioning.residual`; zero at an exact flow map.
 
     x, v, N = output, dN/dt = d_output: (B, ...); t, s: (B,).
     """
-    return flow_map.preconditioning.residual(flow_map.path, x, v, output, d_output, t, s)
+    return flow_map.jumping(cond).residual(flow_map.path, x, v, output, d_output, t, s)
 
 
 def eulerian_error(
-    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
+    flow_map: FlowMap,
+    x: Tensor,
+    v: Tensor,
+    output: Tensor,
+    d_output: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Condition | None = None,
 ) -> Comparison:
     """Error against the self-distillation target, with gradient through N = output alone: `step_error` of R."""
-    residual = eulerian_residual(flow_map, x, v, output.detach(), d_output, t, s)
-    return step_error(flow_map, x, output, d_output, residual, t, s)
+    residual = eulerian_residual(flow_map, x, v, output.detach(), d_output, t, s, cond)
+    return step_error(flow_map, x, output, d_output, residual, t, s, cond)
 
 
 def step_error(
-    flow_map: FlowMap, x: Tensor, output: Tensor, d_output: Tensor, residual: Tensor, t: Tensor, s: Tensor
+    flow_map: FlowMap,
+    x: Tensor,
+    output: Tensor,
+    d_output: Tensor,
+    residual: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Condition | None = None,
 ) -> Comparison:
     """Error against a step along R = residual, or what has become of it; gradient through N = output alone; its sides.
 
@@ -41,4 +63,4 @@ def step_error(
     gap = torch.where(t > s, t - s, 1.0)
     g, g_s = flow_map.preconditioning.coefficients(t, s)[1], flow_map.preconditioning.diagonal(t)[1]
     error = expand(torch.where(t > s, g / gap, -g_s), x).to(x.dtype) * (output - frozen) + residual
-    return Comparison(error, (flow_map.apply_jump(x, frozen, t, s) - x) / expand(gap, x).to(x.dtype), d_output)
+    return Comparison(error, (flow_map.apply_jump(x, frozen, t, s, cond) - x) / expand(gap, x).to(x.dtype), d_output)

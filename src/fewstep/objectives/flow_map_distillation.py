@@ -104,7 +104,7 @@ class EMD(FlowMapDistillation):
             with torch.no_grad():
                 v = flow_map.velocity(x, t, cond)
         output, d_output, residual = self.tangent.residual(flow_map, batch, x, v, (t, s), cond)
-        return step_error(flow_map, x, output, d_output, self.tangent.normalised(batch, residual), t, s)
+        return step_error(flow_map, x, output, d_output, self.tangent.normalised(batch, residual), t, s, cond)
 
 
 @final

@@ -72,4 +72,4 @@ class ISD(JointObjective):
     ) -> Comparison:
         v = v.detach()
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
-        return eulerian_error(flow_map, x, v, output, d_output, t, s)
+        return eulerian_error(flow_map, x, v, output, d_output, t, s, cond)

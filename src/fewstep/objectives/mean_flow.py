@@ -39,4 +39,4 @@ class MeanFlow(PairObjective):
         cond = self.condition(flow_map, batch, t)
         v = self.guide(flow_map, batch, x, t, cond, v)
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
-        return eulerian_error(flow_map, x, v, output, d_output, t, s)
+        return eulerian_error(flow_map, x, v, output, d_output, t, s, cond)

@@ -64,11 +64,11 @@ class Tangent:
         t, s = times
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond)
         frozen = output.detach()
-        residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s)
+        residual = eulerian_residual(flow_map, x, v, frozen, d_output, t, s, cond)
         g = expand(flow_map.preconditioning.coefficients(t, s)[1], x).to(x.dtype)
         change = v - flow_map.velocity_from_output(x, frozen, t)
         c_skip = expand(flow_map.scaling.values(t).c_skip, x).to(x.dtype)
-        straight = flow_map.preconditioning.passed(flow_map.path, change, t, s) + g * c_skip * change
+        straight = flow_map.jumping(cond).passed(flow_map.path, change, t, s) + g * c_skip * change
         return output, d_output, straight + self.warmed_up(batch.images) * (residual - straight)
 
     def normalised(self, batch: Batch, step: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Tangent:
         step, moved = self.normalised(batch, scale * residual), output - output.detach()
         if own.target_in_network:
             return Comparison(moved - step, output, d_output)
-        return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s), d_output)
+        return Comparison(g * moved - step, flow_map.apply_jump(x, output, t, s, cond), d_output)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class ESD(JointObjective):
         self, flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor, cond: Condition
     ) -> Comparison:
         output, d_output = self.derivative.along(flow_map, x, v, t, s, cond, attached=True)
-        return Comparison(-eulerian_residual(flow_map, x, v, output, d_output, t, s), output, d_output)
+        return Comparison(-eulerian_residual(flow_map, x, v, output, d_output, t, s, cond), output, d_output)
 
 
 @final
@@ -107,7 +107,7 @@ def moving_end(
     output, d_output = derivative.at_end(flow_map, x, t, s, cond, attached=True)
 
     def jump(s: Tensor, output: Tensor) -> Tensor:
-        return flow_map.apply_jump(x, output, t, s)
+        return flow_map.apply_jump(x, output, t, s, cond)
 
     reached, d_reached = jvp(jump, (s, output), (torch.ones_like(s), d_output))
     return reached, d_reached, d_output

@@ -91,4 +91,4 @@ class Shortcut(AnchoredObjective):
 
 def short_jump(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition, smallest: Tensor) -> Tensor:
     """X(x, t, s), with N(x, t, t) in place of N(x, t, s) where the jump is of the smallest size."""
-    return model.apply_jump(x, model.output(x, t, torch.where(smallest, t, s), cond), t, s)
+    return model.apply_jump(x, model.output(x, t, torch.where(smallest, t, s), cond), t, s, cond)

@@ -7,9 +7,9 @@ from fewstep.data.sources import DataConfig
 from fewstep.flow.flow_map import FlowMapConfig
 from fewstep.flow.paths import LinearPathConfig, PathConfig
 from fewstep.flow.preconditioning.base import PreconditioningConfig
-from fewstep.flow.preconditioning.covariance import Covariance
 from fewstep.flow.preconditioning.jumps import LinearPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import IdentityScalingConfig, ScalingConfig
+from fewstep.flow.preconditioning.regression import Measured
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import NetworkConfig
 from fewstep.networks.discriminator import DiscriminatorConfig
@@ -256,17 +256,17 @@ def flow_map_config(
     statistics: TrajectoryStatistics | None = None,
     observation: tuple[int, ...] = (),
     teacher: FlowMapConfig | None = None,
-    covariance: Covariance | None = None,
+    measured: Measured | None = None,
 ) -> FlowMapConfig:
     """The flow map of a run on such data; statistics: for an analytic preconditioning; observation: a policy's.
 
-    teacher: whose path, inner scaling and network are taken where the run says so. covariance: of the data, for a skip.
+    teacher: whose path, inner scaling and network are taken where the run says so. measured: for a skip.
     """
     model = config.model
     sigma_data = sigma_data if model.sigma_data is None else model.sigma_data
     path = model.path.beside(None if teacher is None else teacher.path, sigma_data)
     built = model.preconditioning.build(path, sigma_data, statistics)
-    preconditioning = model.preconditioning.let_through(built, path, covariance)
+    preconditioning = model.preconditioning.let_through(built, path, measured)
     own = None if teacher is None else teacher.scaling
     return FlowMapConfig(
         path=path,

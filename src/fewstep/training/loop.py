@@ -26,7 +26,6 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
 from fewstep.training.checkpoint import STATE_FILE, mark_shown
-from fewstep.training.covariance import run_covariance
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
@@ -42,6 +41,7 @@ from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
 from fewstep.training.teacher import fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
+from fewstep.training.trajectories import run_measures
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
@@ -121,8 +121,8 @@ class Trainer:
                 check_checkpoint(config, dataset, newest)
             config = replace(config, initial="")  # a checkpoint has what has become of it
         statistics = first_statistics(config, dataset, self.run, self.teacher, device, self.group, self.hidden)
-        covariance = run_covariance(config.model.preconditioning, dataset, self.run)
-        pipeline = build(config, dataset, self.teacher, statistics, covariance).to(device)
+        measured = run_measures(config, dataset, self.run, self.teacher, self.group, self.hidden)
+        pipeline = build(config, dataset, self.teacher, statistics, measured).to(device)
         if self.runtime.gradient_checkpointing:
             checkpoint_blocks(config, pipeline.flow_map)
         check_guidance(config, dataset, warn=self.accelerator.is_main_process)

@@ -12,7 +12,7 @@ from fewstep.data.base import Dataset
 from fewstep.data.draws import even_draw
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
-from fewstep.flow.preconditioning.covariance import Covariance
+from fewstep.flow.preconditioning.regression import Measured
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import MOST_TENSORS, Network
 from fewstep.networks.condition import Prompts
@@ -55,7 +55,7 @@ def build(
     dataset: Dataset,
     teacher: FlowMap | None = None,
     statistics: TrajectoryStatistics | None = None,
-    covariance: Covariance | None = None,
+    measured: Measured | None = None,
 ) -> Pipeline:
     """The run's model with the weights that its seed, or the model it starts from, gives.
 
@@ -71,7 +71,7 @@ def build(
     policy, seen = dataset.policy, _observation(dataset)
     own = None if teacher is None else teacher.config
     settings = flow_map_config(
-        config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own, covariance
+        config, dataset.shape, dataset.sigma_data, dataset.num_classes, statistics, seen, own, measured
     )
     settings = replace(settings, guided=config.objective.guided and dataset.conditional)
     if teacher is not None:

@@ -183,15 +183,19 @@ def first_statistics(
     # Built here already, so that what does not fit is refused before minutes go into an estimate.
     model = replace(config.model, preconditioning=EulerPreconditioningConfig())
     untrained = build(replace(config, model=model), dataset, teacher).flow_map
-    folder = FilePath(config.teacher)
-    if not (folder / CONFIG_FILE).is_file() or is_diffusers(folder):  # nothing is written into what is not fewstep's
-        folder = run.root
+    folder = folder_beside(config.teacher, run)
     if teacher is None or config.statistics.refresh_images:
         teacher = untrained.to(device)
     elif os.access(folder, os.W_OK) or cache_file(folder, teacher, dataset, config.statistics).is_file():
         return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
     # A teacher that cannot be written to has no place to keep them.
     return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
+
+
+def folder_beside(teacher: str, run: RunFolder) -> FilePath:
+    """Where what is measured of a teacher is kept: its own folder; the run's for a teacher that is not fewstep's."""
+    folder = FilePath(teacher)
+    return run.root if not (folder / CONFIG_FILE).is_file() or is_diffusers(folder) else folder
 
 
 def _read(file: FilePath) -> TrajectoryStatistics:

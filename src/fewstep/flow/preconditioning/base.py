@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import Path
-from fewstep.flow.preconditioning.covariance import Covariance, CovarianceSettings
+from fewstep.flow.preconditioning.covariance import CovarianceSettings
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
+from fewstep.flow.preconditioning.regression import Measured, RegressionSettings
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
@@ -72,9 +73,13 @@ class Preconditioning(ABC):
         """The statistics that it was computed from; None where it was not."""
         return None
 
-    def known_covariance(self) -> Covariance | None:
-        """The covariance of data that it was computed from; None where it was not."""
+    def known_measures(self) -> Measured | None:
+        """The covariance of data, and the regression, that it was computed from; None where it was not."""
         return None
+
+    def of(self, labels: Tensor | None) -> "Preconditioning":
+        """That of a batch of these labels (B,), -1 for no class; itself where classes make no difference."""
+        return self
 
     def with_statistics(self, statistics: TrajectoryStatistics) -> "Preconditioning":
         """The same from other statistics; raises ConfigError where they give none, or where it is of no statistics."""
@@ -137,6 +142,11 @@ class PreconditioningConfig(ABC):
         """How the data's covariance is measured for it; None where it needs none."""
         return None
 
+    @property
+    def regression(self) -> RegressionSettings | None:
+        """What is regressed on a teacher's trajectories for it; None where nothing is."""
+        return None
+
     @abstractmethod
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
         """The preconditioning on a path, for data of that standard deviation.
@@ -144,7 +154,7 @@ class PreconditioningConfig(ABC):
         Raises ConfigError where it has no meaning on that path, or lacks the statistics that it needs.
         """
 
-    def let_through(self, built: Preconditioning, path: Path, covariance: Covariance | None) -> Preconditioning:
+    def let_through(self, built: Preconditioning, path: Path, measured: Measured | None) -> Preconditioning:
         """The preconditioning that `build` gave, with what it lets through besides; itself by default."""
         return built
 

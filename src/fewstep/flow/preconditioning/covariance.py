@@ -21,6 +21,7 @@ from fewstep.utils.errors import ConfigError
 from fewstep.utils.tensors import nonzero
 
 Basis = Literal["components", "cosine"]
+Classes = Literal["pooled", "origin", "covariance"]
 Gain = Callable[[Tensor], Tensor]
 """Variances (1, k) to factors (B, k), float64."""
 
@@ -28,10 +29,24 @@ Gain = Callable[[Tensor], Tensor]
 @final
 @dataclass(frozen=True)
 class CovarianceSettings:
-    """In which basis the data's covariance is measured; components: how many principal ones, 0 for all."""
+    """In which basis the data's covariance is measured.
 
-    basis: Basis = "components"
+    basis: isotropic has one variance for all directions. components: how many principal ones, 0 for all. classes: one
+    for all data, with a mean for each class beside (origin), or with a mean and a covariance for each.
+    """
+
+    basis: Literal["components", "cosine", "isotropic"] = "components"
     components: int = 0
+    classes: Classes = "pooled"
+
+
+def same_values(one: object, other: object, apart: tuple[str, ...] = ()) -> bool:
+    """Whether two dataclasses of tensors and numbers are of one class and equal, fields `apart` apart."""
+    if type(other) is not type(one):
+        return False
+    names = [field.name for field in fields(one) if field.name not in apart]  # type: ignore[arg-type]
+    pairs = [(getattr(one, name), getattr(other, name)) for name in names]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +56,7 @@ class Covariance(ABC):
     mean: Tensor
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        mine, theirs = ([getattr(each, field.name) for field in fields(self)] for each in (self, other))
-        return all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(mine, theirs, strict=True))
+        return same_values(self, other)
 
     def __hash__(self) -> int:
         return hash((type(self), self.mean.shape, float(self.mean.sum())))
@@ -59,9 +71,27 @@ class Covariance(ABC):
     def total(self) -> float:
         """The sum of all variances."""
 
+    @property
+    @abstractmethod
+    def lam(self) -> Tensor:
+        """The variances (n,), or (B, n) of a batch, in the order in which gains are given them."""
+
     @abstractmethod
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         """V diag(gain(lam)) V' x, each direction of x (B, ...) times the gain of its variance."""
+
+    @abstractmethod
+    def coordinates(self, x: Tensor) -> Tensor:
+        """x (B, ...) along the directions, (B, c); products of these add up to those of x."""
+
+    @property
+    @abstractmethod
+    def directions(self) -> Tensor:
+        """Which of the variances each coordinate belongs to, (c,) int64."""
+
+    def of(self, labels: Tensor | None) -> "Covariance":
+        """That of a batch of these labels (B,), its mean (B, ...); itself where classes make no difference."""
+        return self
 
 
 @final
@@ -87,10 +117,24 @@ class PrincipalComponents(Covariance):
     def total(self) -> float:
         return float(self.variances.sum()) + (self.mean.numel() - len(self.variances)) * self.rest
 
+    @cached_property
+    def lam(self) -> Tensor:
+        return torch.cat([self.variances, self.variances.new_tensor([self.rest])])
+
+    @property
+    def directions(self) -> Tensor:
+        """Every component is a direction of its own; all numbers of what they leave are one."""
+        size, kept = self.mean.numel(), len(self.variances)
+        return torch.cat([torch.arange(kept), torch.full((size * (kept < size),), kept)])
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        vectors, flat = self.vectors.to(x), x.flatten(1)
+        along = flat @ vectors
+        return torch.cat([along, flat - along @ vectors.T], 1) if vectors.shape[1] < flat.shape[1] else along
+
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         vectors, flat = self.vectors.to(x), x.flatten(1)
-        lam = torch.cat([self.variances, self.variances.new_tensor([self.rest])]).to(x.device)
-        gains = gain(lam[None]).to(x.dtype)
+        gains = gain(self.lam.to(x.device)[None]).to(x.dtype)
         along, rest = gains[:, :-1], gains[:, -1:]
         found = rest * flat + ((along - rest) * (flat @ vectors)) @ vectors.T
         return found.reshape(x.shape)
@@ -118,9 +162,113 @@ class CosineVariances(Covariance):
     def total(self) -> float:
         return float(self.variances.sum())
 
+    @property
+    def lam(self) -> Tensor:
+        return self.variances.flatten()
+
+    @property
+    def directions(self) -> Tensor:
+        return torch.arange(self.variances.numel())
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return to_cosines(x, self.channels).flatten(1)
+
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         gains = gain(self.variances.flatten()[None].to(x.device)).to(x.dtype)
         return from_cosines(to_cosines(x, self.channels) * gains.reshape(-1, *x.shape[1:]), self.channels)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ByClass(Covariance):
+    """A mean (classes, *shape) for each class, and one covariance within all of them, or one for each.
+
+    mean: of all data. pooled: their covariance about it, which samples without a label have. within: one or as many as
+    there are classes, in bases of as many directions as the pooled one; their own means count for nothing.
+    """
+
+    means: Tensor
+    pooled: Covariance
+    within: tuple[Covariance, ...]
+
+    def __post_init__(self) -> None:
+        parts = (self.pooled, *self.within)
+        alike = all(type(part) is type(parts[0]) and part.lam.shape == parts[0].lam.shape for part in parts)
+        if self.means.shape[1:] != self.mean.shape or len(self.within) not in (1, len(self.means)) or not alike:
+            raise ConfigError(
+                f"{len(self.means)} classes with means of shape {tuple(self.means.shape[1:])} and {len(self.within)} "
+                f"covariances do not fit data of shape {tuple(self.mean.shape)}"
+            )
+
+    @property
+    def total(self) -> float:
+        return self.pooled.total
+
+    @property
+    def lam(self) -> Tensor:
+        return self.pooled.lam
+
+    @property
+    def directions(self) -> Tensor:
+        return self.pooled.directions
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return self.pooled.coordinates(x)
+
+    def scaled(self, x: Tensor, gain: Gain) -> Tensor:
+        return self.pooled.scaled(x, gain)
+
+    def of(self, labels: Tensor | None) -> Covariance:
+        if labels is None:
+            return self.pooled
+        own = labels.clamp(min=0)
+        mean = class_means(self.mean, self.means, labels)
+        part = torch.where(labels < 0, 0, 1 + (own if len(self.within) > 1 else torch.zeros_like(own)))
+        return OfLabels(mean, (self.pooled, *self.within), part)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class OfLabels(Covariance):
+    """Of a batch: means (B, ...), and for each sample which of the `parts` it has, part (B,) int64. Never stored."""
+
+    parts: tuple[Covariance, ...]
+    part: Tensor
+
+    @property
+    def total(self) -> float:
+        return self.parts[0].total
+
+    @property
+    def deviation(self) -> float:
+        return self.parts[0].deviation
+
+    @property
+    def lam(self) -> Tensor:
+        return torch.stack([part.lam for part in self.parts])[self.part.cpu()]
+
+    @property
+    def directions(self) -> Tensor:
+        return self.parts[0].directions
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return self._chosen([part.coordinates(x) for part in self.parts])
+
+    def scaled(self, x: Tensor, gain: Gain) -> Tensor:
+        return self._chosen([part.scaled(x, gain) for part in self.parts])
+
+    def _chosen(self, found: list[Tensor]) -> Tensor:
+        """Of values (B, ...) by every part, each sample's own."""
+        chosen = found[0]
+        for number, values in enumerate(found[1:], 1):
+            chosen = torch.where((self.part == number).reshape(-1, *[1] * (values.ndim - 1)), values, chosen)
+        return chosen
+
+
+def class_means(mean: Tensor, means: Tensor, labels: Tensor) -> Tensor:
+    """The means (B, ...) of samples with these labels: the class's of means (classes, ...), or `mean` for none."""
+    unlabelled = (labels < 0).reshape(-1, *[1] * mean.ndim)
+    return torch.where(unlabelled, mean.to(labels.device), means.to(labels.device)[labels.clamp(min=0)])
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,5 @@
-"""The curve through estimates at evenly spaced knots: cubic on every cell, once continuously differentiable.
+"""The curve through estimates at evenly spaced knots: cubic on every cell, once continuously differentiable; and the
+surface through estimates at pairs of knots.
 
 Its slopes look at close neighbours alone, since estimates of s may be rough. The derivative l' that s depends on is
 taken by wide differences of a smooth l.
@@ -109,3 +110,38 @@ class HermiteCurve(NamedTuple):
         a, b, c, d = self.cells[place.cell].unbind(-1)
         u = place.fraction
         return self.area[place.cell] + self.step * u * (a + u * (b / 2 + u * (c / 3 + u * d / 4)))
+
+
+class Surface(NamedTuple):
+    """Through values (..., K, K) at pairs of knots start + i step, by cubic convolution (Keys 1981) along both axes.
+
+    Exact for polynomials of second degree in either; once continuously differentiable. values: with a frame of one more
+    knot on every side, (..., K + 2, K + 2), the parabola's through the outermost three.
+    """
+
+    values: Tensor
+    start: float
+    step: float
+
+    @staticmethod
+    def through(values: Tensor, start: float, step: float) -> "Surface":
+        """Through values (..., K, K), K at least 3."""
+        for axis in (-2, -1):
+            first, last = values.narrow(axis, 0, 3), values.narrow(axis, values.shape[axis] - 3, 3).flip(axis)
+            frame = [3 * (e.select(axis, 0) - e.select(axis, 1)) + e.select(axis, 2) for e in (first, last)]
+            values = torch.cat([frame[0].unsqueeze(axis), values, frame[1].unsqueeze(axis)], axis)
+        return Surface(values, start, step)
+
+    def at(self, a: Tensor, b: Tensor) -> Tensor:
+        """The values at points (B,) each: (..., B); the outermost cells go on beyond the knots."""
+        (rows, across), (columns, down) = self._cells(a), self._cells(b)
+        patch = self.values.to(a.device)[..., rows[:, :, None], columns[:, None, :]]
+        return (patch * across[:, :, None] * down[:, None, :]).sum((-2, -1))
+
+    def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices (B, 4) of knots in the framed values, weights (B, 4)) of points (B,)."""
+        last = self.values.shape[-1] - 4
+        cell = torch.floor((points.detach() - self.start) / self.step).long().clamp(0, last)
+        u = (points - (self.start + self.step * cell.to(points.dtype))) / self.step
+        weights = (u * (u * (2 - u) - 1), u * u * (3 * u - 5) + 2, u * (u * (4 - 3 * u) + 1), u * u * (u - 1))
+        return cell[:, None] + torch.arange(4, device=points.device), torch.stack(weights, 1) / 2

@@ -1,4 +1,6 @@
-"""The skip: a jump lets through what the flow map of N(m, C) does; the network learns the rest (math.md §3.8)."""
+"""The skip: a jump lets through what the flow map of N(m, C) does, or what a regression on a teacher's trajectories
+finds; the network learns the rest (math.md §3.8).
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal, final, get_args
@@ -10,6 +12,7 @@ from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
 from fewstep.flow.preconditioning.covariance import (
     Basis,
+    Classes,
     Covariance,
     CovarianceSettings,
     columns,
@@ -19,9 +22,11 @@ from fewstep.flow.preconditioning.covariance import (
 )
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
+from fewstep.flow.preconditioning.regression import Family, Measured, Regression, RegressionSettings
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.forward_ad import jvp
+from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_choice, check_least, expand, nonzero
 
 
@@ -33,11 +38,15 @@ class SkipPreconditioning(Preconditioning):
     N_G is the Gaussian's denoiser D_G where the base's N denoises, else (v_G - f_s x)/g_s. At s = t the jump is x and
     its derivative in s is f_s x + g_s N for every C: velocity, guidance and teachers mean what they do under the base.
     f of the base cancels. Exact with N = N_G on Gaussian data of any covariance, on any path.
+
+    regression: what a teacher's trajectories say of the factors of X_G and D_G along each direction, and of g; all of
+    the above holds for any values of it, and it is nothing on Gaussian data.
     """
 
     base: Preconditioning
     covariance: Covariance
     path: Path = EDM()
+    regression: Regression | None = later(lambda: None)
 
     def __post_init__(self) -> None:
         if self.base.data_end_only:
@@ -65,28 +74,37 @@ class SkipPreconditioning(Preconditioning):
     def known_statistics(self) -> TrajectoryStatistics | None:
         return self.base.known_statistics()
 
-    def known_covariance(self) -> Covariance:
-        return self.covariance
+    def known_measures(self) -> Measured:
+        return Measured(self.covariance, self.regression)
+
+    def of(self, labels: Tensor | None) -> "SkipPreconditioning":
+        base, covariance = self.base.of(labels), self.covariance.of(labels)
+        same = base is self.base and covariance is self.covariance
+        return self if same else replace(self, base=base, covariance=covariance)
 
     def with_statistics(self, statistics: TrajectoryStatistics) -> "SkipPreconditioning":
         return replace(self, base=self.base.with_statistics(statistics))
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(f, g) of the base; f is the jump's share of x only along directions where the Gaussian agrees with it."""
-        return self.base.coefficients(t, s)
+        f, g = self.base.coefficients(t, s)
+        if self.regression is None:
+            return f, g
+        t, s = torch.broadcast_tensors(self.path.clock(t), self.path.clock(s))
+        return f, self.regression.weighed(g, self.path.values(t), self.path.values(s))
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.base.diagonal(t)
 
     def jump(self, path: Path, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        g = expand(self.base.coefficients(t, s)[1], x).to(x.dtype)
+        g = expand(self.coefficients(t, s)[1], x).to(x.dtype)
         return self.linear(x, t, s) + g * output
 
     def residual(
         self, path: Path, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor
     ) -> Tensor:
         """d/dt of the linear part along the flow, plus g_t N + g dN/dt."""
-        d = self.base.derivatives(t, s)
+        d = self.derivatives(t, s)
         moved: Tensor = jvp(lambda x, t: self.linear(x, t, s), (x, t), (v, torch.ones_like(t)))[1]
         return moved + expand(d.g_t, x).to(x.dtype) * output + expand(d.g, x).to(x.dtype) * d_output
 
@@ -102,18 +120,22 @@ class SkipPreconditioning(Preconditioning):
         """X_G - g N_G = (G - g n)(x - alpha_t m) + (alpha_s - g n_m) m, (B, ...): the jump without the network."""
         at_t, at_s, mean = self.path.values(t), self.path.values(s), self.covariance.mean.to(x)
         centred = x - expand(at_t.alpha, x).to(x.dtype) * mean
-        g = self.base.coefficients(t, s)[1]
+        g = self.coefficients(t, s)[1]
         weight = expand(at_s.alpha - g * self._output_of_mean(t), x).to(x.dtype)
         return self.passed(self.path, centred, t, s) + weight * mean
 
     def _gain(self, lam: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """G - g n along directions of variance lam (1, k): (B, k); n the factor of N_G on the diagonal."""
-        at_t, g = columns(self.path, t), self.base.coefficients(t, s)[1][:, None]
-        flow = flow_gain(at_t, columns(self.path, s), lam)
+        at_t, g = columns(self.path, t), self.coefficients(t, s)[1][:, None]
+        flow, shift = flow_gain(at_t, columns(self.path, s), lam), torch.zeros_like(g)
+        if self.regression is not None:
+            flow = flow * self.regression.ratio(self.path.values(t), self.path.values(s))
+            shift = self.regression.shift(self.path.values(t))
         if self.denoises:
-            return flow - g * denoiser_gain(at_t, lam)
+            return flow - g * (denoiser_gain(at_t, lam) + shift)
         f_s, g_s = (value[:, None] for value in self.base.diagonal(t))
-        return flow - g * (velocity_gain(at_t, lam) - f_s) / g_s
+        slope = at_t.d_alpha - at_t.alpha * at_t.d_sigma / nonzero(at_t.sigma)  # of the velocity in the denoiser
+        return flow - g * (velocity_gain(at_t, lam) + slope * shift - f_s) / g_s
 
     def _output_of_mean(self, t: Tensor) -> Tensor:
         """n_m (B,): N_G at x = alpha_t m is n_m m."""
@@ -126,7 +148,7 @@ class SkipPreconditioning(Preconditioning):
 @final
 @dataclass(frozen=True)
 class SkipPreconditioningConfig(PreconditioningConfig):
-    """The flow map of a Gaussian with the data's mean and covariance, over another preconditioning."""
+    """A Gaussian's flow map with the data's mean and covariance, or a regression, over another preconditioning."""
 
     base: PreconditioningConfig = field(default_factory=EulerPreconditioningConfig)
     """What the network's output means, and its weight g in a jump."""
@@ -134,10 +156,27 @@ class SkipPreconditioningConfig(PreconditioningConfig):
     """components, the data's principal ones (to 4,096 numbers a sample), or cosine, for images of any size."""
     components: int = 0
     """Number of principal components, the others having one variance; 0 takes all."""
+    family: Family = later(lambda: "covariance")
+    """covariance, the Gaussian's flow map; or least squares on a teacher's trajectories: regressed by one number of
+    (t, s), regressed-components by one for each direction, regressed-length the same with the Gaussian's variance."""
+    regress_g: bool = later(bool)
+    """Regress the network's weight g too, at most Euler's; for regressed families over euler."""
+    trajectories: int = later(lambda: 1000)
+    """Of the teacher, for the regressed families."""
+    levels: int = later(lambda: 48)
+    """Noise levels along them, evenly spaced in log noise."""
+    classes: Classes = later(lambda: "pooled")
+    """For data of classes: pooled, one mean and covariance; origin, a mean for each; covariance, both for each."""
 
     def __post_init__(self) -> None:
         check_choice("basis", self.basis, get_args(Basis))
+        check_choice("family", self.family, get_args(Family))
+        check_choice("classes", self.classes, get_args(Classes))
         check_least(0, components=self.components)
+        check_least(2, trajectories=self.trajectories)
+        check_least(4, levels=self.levels)
+        if self.regress_g and (not self.regressed or not isinstance(self.base, EulerPreconditioningConfig)):
+            raise ConfigError("g is regressed for a regressed family over euler alone: leave --regress-g out")
         if self.base.data_end_only or self.base.covariance:
             raise ConfigError("a skip stands over a preconditioning with a velocity: take euler, linear or analytic")
 
@@ -146,16 +185,29 @@ class SkipPreconditioningConfig(PreconditioningConfig):
         return self.base.needs_statistics
 
     @property
+    def regressed(self) -> bool:
+        """Whether it is made of a teacher's trajectories."""
+        return self.family != "covariance"
+
+    @property
     def covariance(self) -> CovarianceSettings:
-        return CovarianceSettings(self.basis, self.components)
+        if self.family == "regressed":
+            return CovarianceSettings("isotropic", classes=self.classes)
+        return CovarianceSettings(self.basis, self.components, self.classes)
+
+    @property
+    def regression(self) -> RegressionSettings | None:
+        if not self.regressed:
+            return None
+        return RegressionSettings(self.family, self.regress_g, self.trajectories, self.levels)
 
     def build(self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None) -> Preconditioning:
         return self.base.build(path, sigma_data, statistics)
 
-    def let_through(self, built: Preconditioning, path: Path, covariance: Covariance | None) -> Preconditioning:
-        if covariance is None:
-            raise ConfigError("a skip needs the data's covariance: none was measured")
-        return SkipPreconditioning(built, covariance, path)
+    def let_through(self, built: Preconditioning, path: Path, measured: Measured | None) -> Preconditioning:
+        if measured is None or (self.regressed and measured.regression is None):
+            raise ConfigError("a skip needs the data's covariance or a regression: none was measured")
+        return SkipPreconditioning(built, measured.covariance, path, measured.regression)
 
     def check_scaling(self, scaling: ScalingConfig) -> None:
         self.base.check_scaling(scaling)
