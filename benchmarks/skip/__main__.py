@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+import benchmarks.skip.learnability as fits
 import fewstep as fs
 from benchmarks.acceleration.__main__ import at_end, compare, curves, measured_against, named, ratio
 from benchmarks.acceleration.students import PLANS, Plan, Truth, digest_of, train_student
@@ -32,6 +33,7 @@ DATASETS: dict[str, Plan] = {
 }
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
 BASELINE = "euler"
+FAMILIES = ("regressed", "regressed-components", "regressed-length")
 
 
 @cache
@@ -59,6 +61,10 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     }
     if dataset == "digits-unet":
         found["cosine skip seen"] = skip(euler, seen=True, basis="cosine")
+    for family in FAMILIES:
+        found[family] = skip(euler, seen=False, family=family)
+        found[f"{family}, jump end"] = skip(compared, seen=False, family=family)
+        found[f"{family} seen, jump end"] = skip(compared, seen=True, family=family)
     return found
 
 
@@ -101,7 +107,7 @@ def tables() -> dict[str, str]:
             ("method", *heads),
             [(name, *(at_end(key[0], row) for key, row in zip(CALLS, own, strict=True))) for name, own in rows.items()],
         )
-    return found
+    return found | fits.tables((*DATASETS, "fashion"))
 
 
 def draw() -> None:
@@ -145,6 +151,22 @@ def run(
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
 
 
+def learnability(
+    dataset: Annotated[str, Positional],
+    teacher: Path,
+    names: Annotated[tuple[str, ...], arg(name="forms")] = (),
+    worker: Worker = "0/1",
+) -> None:
+    """Fit every form of a jump by plain regression on stored trajectories, and keep its errors.
+
+    DATASET is mixture, digits, digits-unet or fashion, TEACHER the run folder of the trained teacher.
+    """
+    part, workers = (int(number) for number in worker.split("/"))
+    network = UNET if dataset == "digits-unet" else None
+    known = list(names or fits.forms(dataset, network))
+    fits.run(dataset, teacher, network, names, lambda name: known.index(name) % workers == part)
+
+
 def teacher(folder: Annotated[Path, Positional]) -> None:
     """Train the U-Net that students of digits-unet are distilled from, `edm-digits` with another network, in FOLDER."""
     config = replace(recipe("edm-digits"), recipe="edm-digits-unet", network=UNET)
@@ -152,4 +174,4 @@ def teacher(folder: Annotated[Path, Positional]) -> None:
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, teacher=teacher)
+    STUDY.main(run=run, learnability=learnability, teacher=teacher)

@@ -1,0 +1,105 @@
+"""A mean and a covariance for each class: each sample jumps as in its own class, one without a label as in all data."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.data.base import Dataset, Samples
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import EDM, Linear
+from fewstep.flow.preconditioning.covariance import ByClass, Covariance, CovarianceSettings
+from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
+from fewstep.flow.preconditioning.skip import SkipPreconditioning
+from fewstep.networks.condition import Condition
+from fewstep.objectives import eulerian_residual
+from fewstep.training.covariance import means_by_class, measure
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import from_json, to_json
+from tests.identities.test_skip import SHAPE, components, cosine
+from tests.support.cases import F64, close, noise, random_network
+
+LABELS = torch.tensor([2, -1, 0, 1, 2])
+
+
+def by_class(each: bool) -> ByClass:
+    pooled, own = components(0), tuple(components(seed) for seed in (1, 2, 3))
+    return ByClass(pooled.mean, noise(3, *SHAPE, seed=9), pooled, own if each else own[:1])
+
+
+def alone(found: ByClass, label: int) -> Covariance:
+    """The covariance of one class, as data of that class alone would have it."""
+    if label < 0:
+        return found.pooled
+    part = found.within[label if len(found.within) > 1 else 0]
+    return type(part)(found.means[label], *(getattr(part, name) for name in ("vectors", "variances", "rest")))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("base", [EulerPreconditioning(Linear()), LinearPreconditioning()], ids=["euler", "linear"])
+def test_each_sample_jumps_as_in_its_own_class(each: bool, base: EulerPreconditioning) -> None:
+    """Jumps, what is shown, and the Eulerian residual along any velocity."""
+    covariance, network = by_class(each), random_network(SHAPE, 3)
+    flow_map = FlowMap(Linear(), SkipPreconditioning(base, covariance, Linear()), network)
+    x, v, cond = noise(5, *SHAPE), noise(5, *SHAPE, seed=1), Condition(LABELS)
+    t, s = torch.linspace(0.5, 0.9, 5, dtype=F64), torch.linspace(0.4, 0.1, 5, dtype=F64)
+    terms = Derivative().along(flow_map, x, v, t, s, cond)
+    found = [flow_map.jump(x, t, s, cond), flow_map.jumping(cond).shown(Linear(), x, t, s)]
+    found.append(eulerian_residual(flow_map, x, v, *terms, t, s, cond))
+    for row, label in enumerate(LABELS.tolist()):
+        one = slice(row, row + 1)
+        own = FlowMap(Linear(), SkipPreconditioning(base, alone(covariance, label), Linear()), network)
+        wanted = [
+            own.jump(x[one], t[one], s[one], cond[one]),
+            own.preconditioning.shown(Linear(), x[one], t[one], s[one]),
+        ]
+        wanted.append(eulerian_residual(own, x[one], v[one], *(part[one] for part in terms), t[one], s[one]))
+        wanted[1] = wanted[1] * own.preconditioning.covariance.deviation / covariance.deviation  # type: ignore[attr-defined, operator]
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert mine is not None
+            assert theirs is not None
+            close(mine[one].detach(), theirs.detach())
+    close(flow_map.jump(x, t, t, cond).detach(), x)
+    close(flow_map.jump(x, t, s).detach(), flow_map.jump(x, t, s, Condition(torch.full((5,), -1))).detach())
+
+
+def dataset(labels: bool = True) -> Dataset:
+    values = torch.cat([noise(40, 1, 2, 2, seed=c).float() * (1 + c) + 3 * c for c in range(3)])
+    samples = Samples(values, torch.arange(3).repeat_interleave(40) if labels else None)
+    names = ("a", "b", "c", "d") if labels else ()
+    return Dataset("three", samples, samples, len(names), names)
+
+
+def rows(data: Dataset, label: int) -> Tensor:
+    values, labels = data.train.fetch(torch.arange(len(data.train)))
+    assert labels is not None
+    return values[labels == label].double().flatten(1)
+
+
+@pytest.mark.parametrize("basis", ["components", "cosine", "isotropic"])
+def test_they_are_measured_of_the_data(basis: str) -> None:
+    """A class without samples has the mean of all data."""
+    data = dataset()
+    origin, each = (measure(data, CovarianceSettings(basis, 0, mode)) for mode in ("origin", "covariance"))  # type: ignore[arg-type]
+    assert isinstance(origin, ByClass)
+    assert isinstance(each, ByClass)
+    own = [rows(data, label) for label in range(3)]
+    close(origin.means[:3].flatten(1), torch.stack([part.mean(0) for part in own]))
+    close(origin.means[3], origin.mean)
+    spread = [(part - part.mean(0)).square().sum(1).mean() for part in own]
+    assert origin.within[0].total == pytest.approx(float(torch.stack(spread).mean()))
+    assert [part.total for part in each.within[:3]] == pytest.approx([float(value) for value in spread])
+    if basis == "components":
+        c = each.within[1].scaled(torch.eye(4, dtype=F64).reshape(4, 1, 2, 2), lambda lam: lam).flatten(1)
+        close(c, (own[1] - own[1].mean(0)).T @ (own[1] - own[1].mean(0)) / 40)
+    assert from_json(Covariance, to_json(each)) == each  # type: ignore[type-abstract]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no classes"):
+        means_by_class(dataset(labels=False))
+    with pytest.raises(ConfigError, match="do not fit"):
+        ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (cosine(),))
+    with pytest.raises(ConfigError, match="do not fit"):
+        ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (components(), components()))
+    assert SkipPreconditioning(EulerPreconditioning(), components(), EDM()).of(LABELS).covariance == components()
