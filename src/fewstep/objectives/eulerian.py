@@ -8,16 +8,11 @@ from fewstep.networks.condition import Condition
 from fewstep.objectives.losses import Comparison
 from fewstep.utils.tensors import expand
 
+Given = Condition | None
+
 
 def eulerian_residual(
-    flow_map: FlowMap,
-    x: Tensor,
-    v: Tensor,
-    output: Tensor,
-    d_output: Tensor,
-    t: Tensor,
-    s: Tensor,
-    cond: Condition | None = None,
+    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor, cond: Given = None
 ) -> Tensor:
     """R, the derivative in t of X(x_t, t, s) along the flow: `Preconditioning.residual`; zero at an exact flow map.
 
@@ -27,14 +22,7 @@ def eulerian_residual(
 
 
 def eulerian_error(
-    flow_map: FlowMap,
-    x: Tensor,
-    v: Tensor,
-    output: Tensor,
-    d_output: Tensor,
-    t: Tensor,
-    s: Tensor,
-    cond: Condition | None = None,
+    flow_map: FlowMap, x: Tensor, v: Tensor, output: Tensor, d_output: Tensor, t: Tensor, s: Tensor, cond: Given = None
 ) -> Comparison:
     """Error against the self-distillation target, with gradient through N = output alone: `step_error` of R."""
     residual = eulerian_residual(flow_map, x, v, output.detach(), d_output, t, s, cond)
@@ -49,7 +37,7 @@ def step_error(
     residual: Tensor,
     t: Tensor,
     s: Tensor,
-    cond: Condition | None = None,
+    cond: Given = None,
 ) -> Comparison:
     """Error against a step along R = residual, or what has become of it; gradient through N = output alone; its sides.
 
