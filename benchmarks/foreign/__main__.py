@@ -19,7 +19,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 import benchmarks.harness as h
-from benchmarks.foreign import memory
+from benchmarks.foreign import memory, text
 from benchmarks.foreign.teachers import EDM_NETWORK, NETWORK, NOISE_MEAN, NOISE_STD, diffusers_teacher, edm_teacher
 from benchmarks.foreign.tiny import write_tiny
 from fewstep.data.sources import DataConfig, DigitsSource, load_dataset
@@ -32,7 +32,11 @@ from fewstep.training.teacher import load_teacher
 
 SAMPLES, NOISE_SEED, STEPS, SEEDS = 1204, 1000, 2000, (0, 1, 2)
 TEACHER = "teacher"
-TEACHERS = {"diffusers": "A diffusers teacher and its students", "EDM": "A teacher in EDM's layout and its students"}
+TEACHERS = {
+    "diffusers": "A diffusers teacher and its students",
+    "EDM": "A teacher in EDM's layout and its students",
+    text.NAME: "A text teacher and its students",
+}
 STUDENTS: dict[str, dict[str, list[str]]] = {
     "diffusers": {
         "euler": ["--model.preconditioning", "euler"],
@@ -44,6 +48,7 @@ STUDENTS: dict[str, dict[str, list[str]]] = {
         "analytic": ["--model.preconditioning", "analytic"],
         "analytic, LoRA": ["--model.preconditioning", "analytic", "--network.lora", "8", "--optimizer.lr", "1e-3"],
     },
+    text.NAME: text.STUDENTS,
 }
 LENGTH = ["--training.images", "12800", "--training.batch-size", "64", "--optimizer.warmup-images", "3200"]
 STATISTICS = ["--statistics.points", "60", "--statistics.samples", "128"]
@@ -63,7 +68,8 @@ def plan() -> Iterator[Cell]:
     """All cells, a teacher's own first."""
     for teacher, students in STUDENTS.items():
         yield Cell(teacher, TEACHER, 0)
-        yield from (Cell(teacher, student, seed) for student in students for seed in SEEDS)
+        seeds = text.SEEDS if teacher == text.NAME else dict.fromkeys(students, SEEDS)
+        yield from (Cell(teacher, student, seed) for student in students for seed in seeds[student])
 
 
 def words(cell: Cell) -> list[str]:
@@ -74,7 +80,9 @@ def words(cell: Cell) -> list[str]:
 
 def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is measured."""
-    network = {"diffusers": [NETWORK], "EDM": [EDM_NETWORK, NOISE_MEAN, NOISE_STD]}[cell.teacher]
+    network = {"diffusers": [NETWORK], "EDM": [EDM_NETWORK, NOISE_MEAN, NOISE_STD], text.NAME: text.SETTINGS}[
+        cell.teacher
+    ]
     trained = [] if cell.student == TEACHER else words(cell)
     return h.digest(json.dumps([network, STEPS, trained, SAMPLES, NOISE_SEED], sort_keys=True))
 
@@ -126,18 +134,35 @@ def student_place(cell: Cell, work: Path) -> Path:
 
 def measure(cell: Cell, work: Path) -> list[h.Row]:
     """Train, and a row {method, calls, frechet, accuracy, trained} for each sampler and number of calls."""
-    evaluator = build_evaluator(load_dataset(DataConfig(DigitsSource())), None)
+    evaluator = build_evaluator(load_dataset(DataConfig(DigitsSource())), work / "features")
     labels = torch.arange(SAMPLES) % 10
+    if cell.teacher == text.NAME:
+        return measure_text(cell, work, evaluator, labels)
     if cell.student == TEACHER:
         found = [(f"teacher, {name}", calls, draw) for name, calls, draw in teacher_samples(cell.teacher, work, labels)]
         return [row(evaluator, method, calls, draw(), labels) for method, calls, draw in found]
     place = student_place(cell, work)
     pipeline = load(place)
     draw = exported_samples(place, labels) if cell.teacher == "diffusers" else own_samples(pipeline, labels)
+    return student_rows(cell, evaluator, draw, pipeline, labels)
+
+
+def student_rows(cell: Cell, evaluator: Evaluator, draw: Samples, pipeline: Pipeline, labels: Tensor) -> list[h.Row]:
+    """In 1, 2 and 4 calls, with the share of the weights that is trained."""
     parameters = list(pipeline.flow_map.network.parameters())
     share = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
     rows = [row(evaluator, cell.student, calls, draw(calls), labels) for calls in (1, 2, 4)]
     return [each | {"trained": f"{share:.1%}"} for each in rows]
+
+
+def measure_text(cell: Cell, work: Path, evaluator: Evaluator, labels: Tensor) -> list[h.Row]:
+    """The same of the text teacher and its students, whose noise is of latents."""
+    if cell.student == TEACHER:
+        found = text.teacher_samples(work, labels, NOISE_SEED)
+        return [row(evaluator, f"teacher, {name}", calls, draw(), labels) for name, calls, draw in found]
+    place = text.student(work, f"text-{cell.student.replace(', ', '-').replace(' ', '-')}-{cell.seed}", words(cell))
+    draw = text.student_samples(place, cell.student, labels, NOISE_SEED)
+    return student_rows(cell, evaluator, draw, load(place), labels)
 
 
 def row(evaluator: Evaluator, method: str, calls: int, samples: Tensor, labels: Tensor) -> h.Row:

@@ -144,7 +144,7 @@ def test_a_teacher_of_prompts_is_refused(tmp_path: Path, command: Command) -> No
         "--out",
         tmp_path / "run",
     )
-    assert_refused(command(*map(str, given)), "takes prompts")
+    assert_refused(command(*map(str, given)), r"takes prompts.*fewstep encode FOLDER --teacher")
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,8 @@ from fewstep.flow.guidance import ClassifierFreeGuidance, FixedGuidance
 from fewstep.recipes.config import EvaluationConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import RunFolder
+from fewstep.training.setup import check_context
+from fewstep.utils.errors import ConfigError, FewstepWarning
 from tests.end_to_end.test_bad_input import assert_refused
 from tests.support.commands import Command, contents
 from tests.support.text import save_captioned_digits, save_pipeline
@@ -114,6 +116,27 @@ def test_a_student_with_guidance_distilled_in_is_compared_with_the_guided_teache
     torch.testing.assert_close(found, teacher.path.denoised_from_velocity(x, v, t), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(found, teacher.denoise(x, t, cond), rtol=0, atol=1e-6)
     assert guided_teacher(config, teacher) is teacher
+
+
+def test_data_without_prompts_for_a_network_of_text_is_said(studio: Path, dataset: Dataset, pipeline: Pipeline) -> None:
+    """In one line with what to do, guidance or not; data with prompts and networks of none are silent."""
+    config, without = RunFolder(studio / "run").config(), replace(dataset, text=None)
+    guided = replace(config, objective=replace(config.objective, guidance=FixedGuidance(2.0)))  # type: ignore[call-arg]
+    check_context(config, dataset, pipeline.flow_map)
+    for each in (config, guided):
+        with pytest.warns(
+            FewstepWarning, match=rf"no prompts.*fewstep encode FOLDER --teacher {studio / 'sd'}"
+        ) as said:
+            check_context(each, without, pipeline.flow_map)
+        assert len(said) == 1
+    left_out = replace(config, data=replace(config.data, prompts=False))
+    with pytest.warns(FewstepWarning, match="leave out --data.no-prompts"):
+        check_context(left_out, without, pipeline.flow_map)
+
+
+def test_pictures_in_place_of_latents_are_refused_with_what_to_do(studio: Path) -> None:
+    with pytest.raises(ConfigError, match=r"4 channels.*\(1, 8, 8\).*give it latents, as fewstep encode"):
+        fewstep.load_teacher(studio / "sd", (1, 8, 8))
 
 
 def test_drawn_guidance_of_a_teacher_is_an_input_of_its_student(studio: Path, tmp_path: Path, command: Command) -> None:

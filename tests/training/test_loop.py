@@ -24,7 +24,7 @@ from fewstep.training import Callbacks, RunFolder, build, train
 from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers, schedule
 from fewstep.training.parallel import split_batch
-from fewstep.training.setup import check_guidance
+from fewstep.training.setup import check_context
 from fewstep.training.step import TrainStep
 from fewstep.utils.errors import ConfigError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.random import Draws
@@ -68,15 +68,16 @@ def test_guidance_without_classes_is_said(
     guidance: FixedGuidance | DrawnGuidance, said: str | None, digits: Dataset
 ) -> None:
     config = replace(TINY, objective=ISD(guidance=guidance))
+    flow_map = build(config, digits).flow_map
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_guidance(config, digits)
+        check_context(config, digits, flow_map)
         plain = load_dataset(DataConfig(source="digits", labels=False))
         if said is None:
-            check_guidance(config, plain)
+            check_context(config, plain, flow_map)
         else:
             with pytest.warns(FewstepWarning, match=rf"^digits has no classes or prompts to guide to: {said}$"):
-                check_guidance(config, plain)
+                check_context(config, plain, flow_map)
 
 
 @pytest.mark.parametrize(

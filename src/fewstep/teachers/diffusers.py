@@ -102,9 +102,10 @@ class DiffusersNetwork(TwoTimesNetwork):
         if self.family.packed and channels:
             channels //= 4
         if channels != shape[0] or self.family.num_classes(config.values) != num_classes:
+            latents = ": give it latents, as fewstep encode --teacher writes them" if channels not in (1, 3) else ""
             raise ConfigError(
                 f"a {config.model} of {channels} channels and {self.family.num_classes(config.values)} classes does "
-                f"not fit samples of shape {shape} in {num_classes} classes"
+                f"not fit samples of shape {shape} in {num_classes} classes{latents}"
             )
         network = make_model(config.model, config.values)
         classes = getattr(network, "class_embedding", None)

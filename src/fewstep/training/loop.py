@@ -35,7 +35,7 @@ from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
-from fewstep.training.setup import build, check_checkpoint, check_guidance, check_run, checkpoint_blocks, data_record
+from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
@@ -125,7 +125,7 @@ class Trainer:
         pipeline = build(config, dataset, self.teacher, statistics, measured).to(device)
         if self.runtime.gradient_checkpointing:
             checkpoint_blocks(config, pipeline.flow_map)
-        check_guidance(config, dataset, warn=self.accelerator.is_main_process)
+        check_context(config, dataset, pipeline.flow_map, warn=self.accelerator.is_main_process)
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
         gan = None

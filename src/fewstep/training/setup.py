@@ -28,6 +28,7 @@ from fewstep.training.teacher import start_from, teacher_place
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
 from fewstep.utils.tensors import check_memory
+from fewstep.utils.text import quoted
 from fewstep.utils.weights import check_shapes, read_shapes, shapes
 
 _COPIES = 4
@@ -94,7 +95,7 @@ def build(
 
 
 def _check_prompts(flow_map: FlowMap, dataset: Dataset) -> None:
-    """Raise ConfigError where the network does not take the prompts that the data come with, and warn of none."""
+    """Raise ConfigError where the network does not take the prompts that the data come with."""
     widths = flow_map.network.prompt_widths if isinstance(flow_map.network, Network) else (0, 0)
     if dataset.text is not None and widths == (0, 0):
         raise ConfigError(f"{dataset.name} has prompts, which this network does not take: add --data.no-prompts")
@@ -122,8 +123,9 @@ def checkpoint_blocks(config: RunConfig, flow_map: FlowMap) -> None:
     cast(Network, flow_map.network).checkpoint_blocks()
 
 
-def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> None:
-    """A FewstepWarning for training guidance on data without classes or prompts, where it has no effect.
+def check_context(config: RunConfig, dataset: Dataset, flow_map: FlowMap, warn: bool = True) -> None:
+    """A FewstepWarning for a network of text on data without prompts, which are then nothing to it; else for training
+    guidance on data without classes or prompts, where it has no effect.
 
     Raises ConfigError where such a run would be measured with guidance, which it could not be.
     """
@@ -132,14 +134,34 @@ def check_guidance(config: RunConfig, dataset: Dataset, warn: bool = True) -> No
             f"{dataset.name} has no classes or prompts to guide samples to: leave --evaluation.guidance-scale at 1 (it "
             f"is {config.evaluation.guidance_scale:g})"
         )
-    guidance = config.objective.guidance
-    if warn and guidance.active and not dataset.conditional:
-        off = f" ({guidance.turned_off_by} turns it off)" if guidance.turned_off_by else ""
-        warnings.warn(
-            f"{dataset.name} has no classes or prompts to guide to: training guidance{off} has no effect",
-            FewstepWarning,
-            stacklevel=5,
+    line = _without_prompts(config, dataset, flow_map) or _without_guidance(config, dataset)
+    if warn and line:
+        warnings.warn(line, FewstepWarning, stacklevel=5)
+
+
+def _without_prompts(config: RunConfig, dataset: Dataset, flow_map: FlowMap) -> str:
+    """What is wrong with data without prompts for a network of text, in a line; empty where nothing is."""
+    takes_none = not isinstance(flow_map.network, Network) or flow_map.network.prompt_widths == (0, 0)
+    if takes_none or dataset.text is not None:
+        return ""
+    if dataset.latents is not None and not config.data.prompts:
+        return (
+            f"{dataset.name} is read without prompts, and this network of text sees none: the student will not hear "
+            "any; leave out --data.no-prompts"
         )
+    return (
+        f"{dataset.name} has no prompts, and this network of text is trained without: the student will not hear any; "
+        f"encode images with captions (fewstep encode FOLDER --teacher {quoted(config.teacher or 'PIPELINE')})"
+    )
+
+
+def _without_guidance(config: RunConfig, dataset: Dataset) -> str:
+    """That training guidance has no effect, in a line; empty where it has."""
+    guidance = config.objective.guidance
+    if not guidance.active or dataset.conditional:
+        return ""
+    off = f" ({guidance.turned_off_by} turns it off)" if guidance.turned_off_by else ""
+    return f"{dataset.name} has no classes or prompts to guide to: training guidance{off} has no effect"
 
 
 def check_run(config: RunConfig, dataset: Dataset, share: int) -> None:

@@ -27,6 +27,7 @@ from fewstep.utils.files import Lock
 from fewstep.utils.hub import local_copy
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import to_json
+from fewstep.utils.text import quoted
 
 SHARD = 1024
 _IMAGE_CHANNELS = (1, 3)
@@ -78,7 +79,8 @@ def sampled(name: str) -> tuple[FlowMap, PipelineConfig]:
         raise ConfigError(f"the teacher {name} has cm preconditioning, and so no velocity: name another")
     if isinstance(teacher.network, Network) and any(teacher.network.prompt_widths):
         raise ConfigError(
-            f"the teacher {name} takes prompts, and a set of its own samples has none: encode data of yours"
+            f"the teacher {name} takes prompts, and a set of its own samples has none: encode images with captions "
+            f"(fewstep encode FOLDER --teacher {quoted(name)})"
         )
     if len(teacher.sample_shape) != 3:
         raise ConfigError(
