@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from fewstep.policies.policy import Policy as Policy
     from fewstep.policies.policy import load_policy as load_policy
     from fewstep.policies.rollout import roll_out as roll_out
+    from fewstep.policies.simulation import Expert as Expert
+    from fewstep.policies.simulation import Outcome as Outcome
     from fewstep.policies.simulation import Simulation as Simulation
     from fewstep.policies.simulation import Task as Task
     from fewstep.recipes.config import RunConfig as RunConfig

@@ -100,13 +100,17 @@ def test_wrong_words(words: str, message: str, command: Command, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_without_a_learning_curve_are_not_compared(run: Path, small_run: Path, command: Command) -> None:
-    before = contents(run)
-    assert_refused(command("compare", run, small_run), r"has no learning curve.*--evaluation\.curve-images N")
+def test_runs_that_cannot_be_compared_are_left_as_they_are(run: Path, small_run: Path, command: Command) -> None:
+    before = contents(small_run)
+    assert_refused(command("compare", run, small_run), r"have the same settings and seed")
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 7'))
     (run / "curve.jsonl").write_text("nonsense\n")
     assert_refused(command("compare", run, small_run), r"curve\.jsonl, line 1 is damaged")
     (run / "curve.jsonl").unlink()
-    assert contents(run) == before
+    shutil.rmtree(run / "checkpoints")
+    assert_refused(command("compare", run, small_run), r"kept no checkpoint.*--evaluation\.curve-images N")
+    assert contents(small_run) == before
 
 
 def pictures(folder: Path, count: int, size: int) -> Path:

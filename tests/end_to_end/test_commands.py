@@ -301,6 +301,28 @@ def test_compare_runs_with_learning_curves(archive: Path, tmp_path: Path, comman
     assert 'href="../comparison/comparison.html"' in (tmp_path / "first" / "report.html").read_text()
 
 
+def test_compare_measures_kept_checkpoints_where_no_curve_was_asked_for(
+    small_run: Path, tmp_path: Path, command: Command
+) -> None:
+    """What it measures is what the run itself would have, and a second comparison finds it."""
+    for name, seed in (("first", 0), ("second", 7)):
+        shutil.copytree(small_run, tmp_path / name)
+        config = tmp_path / name / "config.json"
+        text = config.read_text().replace('"curve_samples": 1000', '"curve_samples": 64')
+        config.write_text(text.replace('"seed": 0', f'"seed": {seed}'))
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-00000009")
+    shown = command("compare", "first", "second")
+    assert shown.code == 0, shown.err
+    assert "first: no learning curve was asked for; measured now at the 2 checkpoints that it kept, of steps 9, 10" in (
+        shown.out
+    )
+    assert "second: no learning curve was asked for; measured now at step 10, the one checkpoint" in shown.out
+    assert "Measured afterwards, at so many kept checkpoints: first (2), second (1)" in " ".join(shown.out.split())
+    lines = [json.loads(line) for line in (tmp_path / "first" / "curve.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["nfe"]) for line in lines] == [(9, 1), (9, 2), (10, 1), (10, 2)]
+    assert "measured now" not in command("compare", "first", "second").out
+
+
 def test_a_saved_model_is_sampled_like_its_run(small_run: Path, tmp_path: Path, command: Command) -> None:
     fewstep.load(small_run).save_pretrained(tmp_path / "model")
     for source, name in ((small_run, "a.npz"), (tmp_path / "model", "b.npz")):

@@ -6,10 +6,15 @@ from typing import Annotated
 
 import tyro
 
+from fewstep.cli.cache import cache_folder
+
 
 @dataclass(frozen=True)
 class Options:
-    """Compare runs of one study by their learning curves (train them with --evaluation.curve-images).
+    """Compare runs of one study by their learning curves.
+
+    A run trained with --evaluation.curve-images N has a point every N images; of any other the checkpoints that it kept
+    (--training.keep) are measured now.
 
     The first run's method is the baseline; runs that differ in the seed alone are replicates.
     """
@@ -25,5 +30,5 @@ def run(options: Options) -> None:
     from fewstep.evaluation.compare import compare
     from fewstep.evaluation.report.run import PAGE_FILE
 
-    print(compare(options.runs, options.out))
+    print(compare(options.runs, options.out, cache_folder()))
     print(f"Comparison: {options.out / PAGE_FILE}")

@@ -18,7 +18,8 @@ class Options:
     """
 
     task: Annotated[str, tyro.conf.Positional] = ""
-    """Task to record; a name of your own when importing."""
+    """Task to record: a name, or FILE.py:NAME, a fewstep.Task of your own with an expert; a name of your own when
+    importing."""
     count: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """Demonstrations to keep, 100 when not given; episodes that miss the goal are dropped and counted."""
     out: Path | None = None

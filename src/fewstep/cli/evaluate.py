@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fewstep.cli.cache import cache_folder
+from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
 from fewstep.utils.errors import ConfigError
 
 
@@ -15,9 +16,9 @@ from fewstep.utils.errors import ConfigError
 class Options:
     """Measure a run's samples against held-out data: Frechet and kernel distance, precision, recall, accuracy.
 
-    Of a policy, its actions against those of held-out episodes. Where the training diverged, the figures are of the
-    last checkpoint that it saved, which is said; if that model too makes what no trained one does, its figures are
-    kept and the exit code is 2.
+    Of a policy, its actions against those of held-out episodes, and with --task its success. Where the training
+    diverged, the figures are of the last checkpoint that it saved, which is said; if that model too makes what no
+    trained one does, its figures are kept and the exit code is 2.
     """
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -43,6 +44,10 @@ class Options:
     """Where the teacher of a distilled run lies now; where it lay in training when not given."""
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+    task: str = ""
+    """Of a policy: also let it act, in this task, a name or FILE.py:NAME, a fewstep.Task of your own."""
+    episodes: int = 50
+    """Of --task: number of episodes."""
     out: Path | None = None
     """Folder for figures.json, actions.json and alignment.json, for a run that cannot be written to: `fewstep report`
     with the same --out shows them. RUN when not given."""
@@ -61,6 +66,8 @@ def run(options: Options) -> None:
         method_of,
     )
     from fewstep.evaluation.figures import format_table, write_figures
+    from fewstep.evaluation.rollouts import measure_rollouts
+    from fewstep.policies.figures import rollout_table, write_rollouts
     from fewstep.training import RunFolder
 
     run, folder = RunFolder(options.run), options.out or options.run
@@ -69,6 +76,10 @@ def run(options: Options) -> None:
     given = {name: getattr(options, name) for name in ("samples", "steps", "guidance_scale", "seed", "classes")}
     given = {name: value for name, value in given.items() if value not in (None, ())}
     evaluation = dataclasses.replace(config.evaluation, **given)
+    if options.task and not config.data.source.of_actions:
+        raise ConfigError(f"{options.run} is no policy, which acts in a task: leave out --task")
+    if options.task and options.weights:
+        raise ConfigError("--task lets the first average act: leave out --weights, or --task")
     data, dataset = run.load_data(options.data_root)
     if options.teacher is not None:
         if not config.teacher:
@@ -79,6 +90,10 @@ def run(options: Options) -> None:
         print("\n".join(filter(None, [actions_table(errors), ending(run)])))
         print(f"Stored: {write_actions(errors, folder)}")
         check_actions(run, errors)
+        if options.task:
+            starts = options.episodes, evaluation.seed, FIRST_TEST_SEED, 25
+            acted, _, _ = measure_rollouts(options.run, evaluation.steps, options.task, *starts, None)
+            print(f"\n{rollout_table(acted)}\nStored: {write_rollouts(acted, folder)}")
         return
     labelled = with_labels(data, dataset)
     evaluator = build_evaluator(labelled, cache_folder(), options.inception, options.autoencoder)

@@ -9,12 +9,16 @@ import tyro
 
 @dataclass(frozen=True)
 class Options:
-    """Write RUN/report.html: samples from the same noise, curves, quality against network calls, cost, settings."""
+    """Write RUN/report.html: the verdict of its figures, samples beside real images, quality against network calls, how
+    to load the model, cost, settings.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run."""
     autoencoder: Path | None = None
     """Where the autoencoder that decodes latents lies now; where it lay when they were encoded when not given."""
+    data_root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
+    """Where the run's data lie now, for real images beside samples; where they lay in training when not given."""
     out: Path | None = None
     """Folder for report.html, where what `fewstep evaluate --out` left is shown too; RUN when not given."""
 
@@ -24,4 +28,6 @@ def run(options: Options) -> None:
     from fewstep.evaluation.report.run import report
     from fewstep.training import RunFolder
 
-    print(f"Report: {report(RunFolder(options.run), autoencoder=options.autoencoder, out=options.out)}")
+    run = RunFolder(options.run)
+    page = report(run, autoencoder=options.autoencoder, out=options.out, data_root=options.data_root)
+    print(f"Report: {page}")

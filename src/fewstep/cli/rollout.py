@@ -25,7 +25,7 @@ class Options:
     steps: tuple[int, ...] = ()
     """Network calls a decision; several are measured in turn. Not given: the recipe's."""
     task: str = ""
-    """Task to act in; the one that the demonstrations are of when not given."""
+    """Task to act in: a name, or FILE.py:NAME, a fewstep.Task of your own; that of the demonstrations else."""
     seed: int = 0
     """Of the policy's noise."""
     first_seed: int = FIRST_TEST_SEED

@@ -16,7 +16,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import outside_files
-from fewstep.utils.text import quoted
+from fewstep.utils.text import from_here, quoted
 
 USAGE = f"""usage: fewstep train RECIPE [options]
        fewstep train --resume RUN [options]
@@ -82,7 +82,7 @@ def run(options: Options) -> None:
     from fewstep.evaluation.curve import curve_watcher
     from fewstep.evaluation.evaluate import check_learned, too_few
     from fewstep.evaluation.report.run import watcher
-    from fewstep.evaluation.rollouts import can_act
+    from fewstep.evaluation.rollouts import next_command
     from fewstep.training import Callbacks, train
     from fewstep.training.parallel import LAUNCHED
     from fewstep.training.teacher_samples import run_data
@@ -111,11 +111,6 @@ def run(options: Options) -> None:
         print(actions_table(errors))
         write_actions(errors, run.root)
         check_actions(run, errors)
-        following = ["rollout" if can_act(dataset.policy) else "evaluate", "report"]
-    also = "".join(f" --import {quoted(_from_here(file))}" for file in outside_files(config))
+        following = [next_command(dataset.policy), "report"]
+    also = "".join(f" --import {quoted(from_here(file))}" for file in outside_files(config))
     print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}{also}" for command in following))
-
-
-def _from_here(file: Path) -> Path:
-    """A file as a command in this folder names it."""
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fewstep.data.base import Dataset
+from fewstep.data.demonstrations.chunks import ChunkSet
 from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.data.draws import even_draw
 from fewstep.evaluation.evaluate import method_of, newest
@@ -27,6 +28,7 @@ _NUMBER = int | float
 _IDENTITY = {"method": str, "steps": int, "samples": int, "seed": int}
 _KINDS = _IDENTITY | {"error": _NUMBER, "errors": list}
 _SHOWN = 8  # actions whose errors stand in the table one by one
+_TRACED = 200  # steps of an episode that are kept to be drawn
 _LARGEST = 10.0  # of an error, in units of the actions' spread, that no trained policy makes
 
 
@@ -35,11 +37,12 @@ def measure_actions(run: RunFolder, dataset: Dataset, settings: EvaluationConfig
     pipeline, state = newest(run, weights)
     assert dataset.policy is not None
     name = method_of(run) + (f", {weights}" if weights not in ("", next(iter(run.averages()))) else "")
-    rows = []
+    rows: list[Row] = []
     for count in (1,) if dataset.policy.from_zero else settings.steps:
         error, errors = action_errors(pipeline, dataset, settings.samples, count, settings.seed)
         drawn = min(settings.samples, len(dataset.heldout))
         measured = {"samples": drawn, "seed": settings.seed, "error": error, "errors": errors.tolist()}
+        measured |= {} if rows else {"trace": episode_trace(pipeline, dataset, count, settings.seed)}
         rows.append({"method": name, "steps": count} | measured | state)
     return rows
 
@@ -61,8 +64,8 @@ def actions_table(rows: list[Row]) -> str:
     cells += [(row["method"], str(row["steps"]), f"{row['error']:.3f}", each_error(row)) for row in rows]
     return (
         f"{aligned(cells)}\nRoot mean square at {rows[0]['samples']} steps of the held-out episodes, of the actions "
-        "taken there; error: in units\nof each action's standard deviation, 1 for the mean action. Whether a task "
-        "succeeds, fewstep rollout measures, where there is one."
+        "taken there; error: in units\nof each action's standard deviation, 1 for the mean action. Whether it reaches "
+        "its goal a simulator shows:\nfewstep rollout RUN --task FILE.py:NAME, or TASK for one of fewstep's."
     )
 
 
@@ -89,7 +92,29 @@ def read_actions(folder: Path) -> list[Row]:
         for row in rows:
             if not all(isinstance(value, _NUMBER) for value in row["errors"]):
                 raise ValueError(f"errors of {row['method']!r} are none")
+            for lines in row.get("trace", {}).values():
+                if not all(isinstance(value, _NUMBER) for line in lines for value in line):
+                    raise ValueError(f"trace of {row['method']!r} is none")
     return rows
+
+
+@torch.no_grad()
+def episode_trace(pipeline: Pipeline, dataset: Dataset, steps: int, seed: int) -> dict[str, list[list[float]]]:
+    """The first actions of the first held-out episode, and what the policy answers when it sees what was seen there.
+
+    {"done": (T, Da'), "answered": (T, Da')}, T at most 200 and Da' at most 8, each chunk of n_action_steps asked for at
+    its first step.
+    """
+    heldout, spec = dataset.heldout, dataset.policy
+    assert isinstance(heldout, ChunkSet)
+    assert spec is not None
+    length = min(heldout.length_of_first, _TRACED)
+    looked = torch.arange(0, length, spec.chunks.n_action_steps)
+    observed = heldout.context(looked).observation
+    assert observed is not None
+    answered = Policy(pipeline, steps, seed).predict_chunk(spec.observations.decode(observed)).flatten(0, 1)
+    done = spec.actions.decode(heldout.fetch(torch.arange(length))[0][:, 0])
+    return {"done": done[:, :_SHOWN].tolist(), "answered": answered[:length, :_SHOWN].tolist()}
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fewstep.evaluation.methods import Measure, Member, Points, find_runs, gather
+from fewstep.evaluation.curve import measure_afterwards, measured_afterwards, unmeasured
+from fewstep.evaluation.methods import Measure, Member, Points, find_runs, gather, read_curves
 from fewstep.evaluation.metrics.curves import SHARES, MeanCurve, Speedup, mean_curve, speedup, targets_of, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.html import page, plot
@@ -56,14 +57,21 @@ class Comparison:
     findings: tuple[Finding, ...]
 
 
-def compare(folders: Sequence[Path], out: Path) -> str:
+def compare(folders: Sequence[Path], out: Path, cache: Path | None = None) -> str:
     """Compare runs and return the table; the first run's method is the baseline.
+
+    Runs without a learning curve have it measured now, at the checkpoints that they kept (`measure_afterwards`); cache:
+    where their data's classifiers are kept.
 
     Writes comparison.json, .png and .html into `out`, and into every run a study.json that links its report to them.
     Raises CheckpointError for a folder that is no run, has no learning curve or a damaged one, ConfigError for fewer
     than two runs, runs on different data, measured differently, or twice the same.
     """
     runs = find_runs(folders)
+    for run in runs:
+        if not unmeasured(run):
+            read_curves(run)  # what cannot be compared is said before anything is measured
+    said = measure_afterwards(runs, cache)
     members, differing = gather(runs)
     keys = {key for each in members for key in each.curves}
     ordered = sorted(keys, key=lambda key: (key[0] not in _TITLES, key[0], key[1] or 0))
@@ -73,7 +81,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
         courses = tuple(Course(one.method, **vars(one.mean)) for one in each.findings)
         panels.append(Panel(each.title, courses, tuple(each.targets.values())))
     most = max(len(each.targets) for each in found)
-    tables, note = [_table(each, most) for each in found], explanation(members[0].method)
+    tables, note = [_table(each, most) for each in found], explanation(members[0].method) + _afterwards(runs)
     write_atomically(out / FIGURE_FILE, comparison_curves(panels))
     write_atomically(out / RECORD_FILE, json.dumps(_record(members, differing, found), indent=2) + "\n")
     alt = f"Learning curves: {', '.join(panel.title for panel in panels)}"
@@ -93,7 +101,7 @@ def compare(folders: Sequence[Path], out: Path) -> str:
         _join_study(run, runs, out)
     between = ("",) * len(tables[0][0])
     lines = [line for table in tables for line in (*table, between)]
-    return f"{aligned(lines)}\n{textwrap.fill(note, 118)}"
+    return "\n".join([*said, aligned(lines), textwrap.fill(note, 118)])
 
 
 def compare_measure(members: Sequence[Member], measure: Measure) -> Comparison:
@@ -168,6 +176,17 @@ def explanation(baseline: str) -> str:
         "seeds that both have; 95% interval: percentile bootstrap over those seeds, too narrow where they are few. "
         "Missed: pairs of seed and target that are not reached; they count with all images of their run, which makes "
         "the ratio a bound (<: at most, >: at least). No figure: no seed in common, or nothing to reach."
+    )
+
+
+def _afterwards(runs: Sequence[RunFolder]) -> str:
+    """Which curves were measured after the training, where some were."""
+    late = [f"{run.root} ({count})" for run in runs if (count := measured_afterwards(run))]
+    if not late:
+        return ""
+    return (
+        f" Measured afterwards, at so many kept checkpoints: {', '.join(late)}; of what came before them nothing is "
+        "known, and a target that the first of them reaches counts as reached there."
     )
 
 

@@ -66,7 +66,29 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
                 f"{other.curve_samples}, classes by {own.classes} and {other.classes}: distances depend on them; train "
                 "with one --evaluation.curve-samples and --evaluation.classes"
             )
+    _check_distinct(runs)
     return runs
+
+
+def _check_distinct(runs: Sequence[RunFolder]) -> None:
+    """Raise ConfigError for two runs of one method and seed."""
+    settings, labels, _ = _methods(runs)
+    seen: dict[tuple[str, int], Path] = {}
+    for run, own, label in zip(runs, settings, labels, strict=True):
+        key = (label, int(own[_SEED]))
+        if key in seen:
+            raise ConfigError(
+                f"{seen[key]} and {run.root} have the same settings and seed {key[1]}: give each run once, and "
+                "replicates with other seeds"
+            )
+        seen[key] = run.root
+
+
+def _methods(runs: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str], tuple[str, ...]]:
+    """Settings and method of each run, and the settings in which methods differ."""
+    settings = [_settings(run) for run in runs]
+    differing = differing_settings(settings)
+    return settings, method_labels([run.root for run in runs], settings, differing), differing
 
 
 def read_curves(run: RunFolder) -> dict[Measure, Points]:
@@ -82,13 +104,13 @@ def read_curves(run: RunFolder) -> dict[Measure, Points]:
         curves.setdefault(measure, {})[images] = value
     if not curves and run.config().data.source.of_actions:
         raise ConfigError(
-            f"{run.root} holds a policy, which has no learning curve of samples: compare policies by how they act, "
-            f"fewstep rollout {quoted(run.root)}"
+            f"{run.root} holds a policy, which has no learning curve of samples: compare policies by their actions' "
+            f"error, fewstep evaluate {quoted(run.root)}, or in their task, fewstep rollout {quoted(run.root)}"
         )
     if not curves:
         raise CheckpointError(
-            f"{run.root} has no learning curve ({CURVE_FILE}): train it with --evaluation.curve-images N, "
-            "which measures every N images"
+            f"{run.root} has no learning curve ({CURVE_FILE}), and kept no checkpoint to measure one at: train it with "
+            "--evaluation.curve-images N, which measures every N images"
         )
     return {measure: sorted(points.items()) for measure, points in curves.items()}
 
@@ -106,24 +128,9 @@ def _point(line: dict[str, Any]) -> tuple[Measure, float, float]:
 
 
 def gather(runs: Sequence[RunFolder]) -> tuple[list[Member], tuple[str, ...]]:
-    """The runs with their methods, and the settings in which methods differ.
-
-    Raises ConfigError for two runs of one method and seed.
-    """
-    settings = [_settings(run) for run in runs]
-    differing = differing_settings(settings)
-    labels = method_labels([run.root for run in runs], settings, differing)
-    members = [Member(*each, read_curves(each[0])) for each in zip(runs, settings, labels, strict=True)]
-    seen: dict[tuple[str, int], Path] = {}
-    for member in members:
-        key = (member.method, member.seed)
-        if key in seen:
-            raise ConfigError(
-                f"{seen[key]} and {member.run.root} have the same settings and seed {member.seed}: give each run once, "
-                "and replicates with other seeds"
-            )
-        seen[key] = member.run.root
-    return members, differing
+    """The runs with their methods and curves, and the settings that make the methods; raises as `read_curves` does."""
+    settings, labels, differing = _methods(runs)
+    return [Member(*each, read_curves(each[0])) for each in zip(runs, settings, labels, strict=True)], differing
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.evaluation.evaluate import method_of
 from fewstep.policies.figures import Row, rollout_row, save_film
 from fewstep.policies.policy import Policy, load_policy
-from fewstep.policies.rollout import expert_rollout, film, record, roll_out
+from fewstep.policies.rollout import Rollout, expert_rollout, film, record, roll_out
 from fewstep.policies.simulation import Task
 from fewstep.policies.tasks.registry import find_task
 from fewstep.training.run_folder import RunFolder
-from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedError
-from fewstep.utils.text import quoted
+from fewstep.utils.errors import CheckpointError, ConfigError, UnsupportedError
+from fewstep.utils.parts import file_of_value
+from fewstep.utils.text import from_here, quoted
 
 Progress = Callable[[str], None]
 
@@ -32,7 +33,7 @@ def record_demonstrations(name: str, count: int, out: Path | None, first_seed: i
     return (
         f"The expert reached the goal in {count} of {found.tried} episodes; {found.failed} were dropped{raised}.\n"
         + (f"Routes: {', '.join(f'{name} {n}' for name, n in found.routes.items())}\n" if found.routes else "")
-        + describe(file, found.demonstrations)
+        + describe(file, found.demonstrations, task)
     )
 
 
@@ -55,9 +56,11 @@ def import_demonstrations(
     return describe(file, found)
 
 
-def describe(file: Path, found: Demonstrations) -> str:
-    """Where demonstrations are, how large, and what to do next."""
-    following = f"\nNext: fewstep train policy-mlp --data.root {quoted(file)}" if len(found) > 1 else ""
+def describe(file: Path, found: Demonstrations, task: Task | None = None) -> str:
+    """Where demonstrations are, how large, and what to do next; task: that they are of, with its file if it has one."""
+    place = None if task is None else file_of_value(task)
+    also = f" --import {quoted(from_here(place[0]))}" if place else ""
+    following = f"\nNext: fewstep train policy-mlp --data.root {quoted(file)}{also}" if len(found) > 1 else ""
     return (
         f"{file}: {len(found)} episodes, {len(found.actions):,} steps, observations of {found.observations.shape[1]} "
         f"numbers, actions of {found.actions.shape[1]}{following}"
@@ -96,18 +99,34 @@ def measure_rollouts(
         label = f"{method}, {policy.steps} step{'s' if policy.steps > 1 else ''}: "
         report = None if progress is None else _labelled(progress, label)
         found = roll_out(policy, task, episodes, first_seed, at_once, report)
+        _check_ran(found, task)
         rows.append(rollout_row(found, task, method, first_seed, policy))
     return rows, task, policies[0]
 
 
-def can_act(spec: PolicySpec) -> bool:
-    """Whether the task that a policy is trained for is known, is of its sizes, and has its packages here."""
+def _check_ran(found: Rollout, task: Task) -> None:
+    """Raise UnsupportedError where every episode ended in an error: nothing was measured."""
+    if len(found.errors) == len(found.episodes):
+        first = found.errors[0]
+        raise UnsupportedError(
+            f"{task.name}: every episode ended in an error, so that nothing was measured; of start {first.seed}, after "
+            f"{first.steps} steps: {first.error}"
+        )
+
+
+def next_command(spec: PolicySpec) -> str:
+    """What to do with a new policy: rollout, with the --task FILE.py:NAME of an imported file; evaluate where its task
+    is not known, has other sizes, or cannot be simulated here.
+    """
     try:
         task = find_task(spec.task)
         task.make(False).close()
-    except (ConfigError, MissingExtraError, UnsupportedError):
-        return False
-    return (task.observation_size, task.action_size) == (len(spec.observations.low), len(spec.actions.low))
+    except Exception:  # of the user's own code, any
+        return "evaluate"
+    if (task.observation_size, task.action_size) != (len(spec.observations.low), len(spec.actions.low)):
+        return "evaluate"
+    place = file_of_value(task)
+    return "rollout" if place is None else f"rollout --task {quoted(f'{from_here(place[0])}:{place[1]}')}"
 
 
 def _of_run(folder: Path) -> tuple[str, tuple[int, ...]]:

@@ -109,6 +109,18 @@ def strip(pictures: list[Picture], count: int = 8) -> list[Picture]:
     return [pictures[int(place)] for place in places]
 
 
+def read_film(folder: Path, largest: int) -> bytes | None:
+    """The bytes of film.gif; None where there is none, or it is larger than so many bytes."""
+    file = folder / FILM_FILE
+    if not file.is_file() or file.stat().st_size > largest:
+        return None
+    with reading(file, "delete it"):
+        found = file.read_bytes()
+        if not found.startswith(b"GIF8"):
+            raise ValueError("it is no GIF")
+    return found
+
+
 def read_strip(folder: Path, count: int = 8) -> Tensor | None:
     """The pictures of filmstrip.png, (count, 3, H, W) uint8; None where there is none.
 

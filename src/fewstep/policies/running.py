@@ -78,7 +78,10 @@ class Running:
         with self.guarded():
             if not np.isfinite(action).all():
                 raise DataError("an action is not finite")
-            outcome: Outcome = self.simulation.step(self.task.clip(action))
+            outcome = self.simulation.step(self.task.clip(action))
+            if not isinstance(outcome, Outcome):
+                given = type(outcome).__name__
+                raise DataError(f"step gave a {given}: return fewstep.Outcome(observation, success, score, ended)")
             self.steps += 1
             self.score, self.success = max(self.score, outcome.score), self.success or outcome.success
             self.over = self.success or outcome.ended or self.steps >= self.task.max_steps
@@ -129,8 +132,12 @@ class Simulations:
     def _at(self, place: int) -> Simulation:
         if place not in self._kept:
             try:
-                self._kept[place] = self.task.make(self.pictures)
-                self._works = True
+                made = self.task.make(self.pictures)
+                if not isinstance(made, Simulation):
+                    raise UnsupportedError(
+                        f"{self.task.name}: make gave a {type(made).__name__}, give a fewstep.Simulation around it"
+                    )
+                self._kept[place], self._works = made, True
             except Exception as error:
                 if not self._works and isinstance(error, FewstepError):
                     raise

@@ -1,5 +1,6 @@
 """What a policy acts in: simulations, the experts that show how, and the tasks that make both."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.utils.errors import UnsupportedError
+from fewstep.utils.errors import ConfigError, UnsupportedError
 
 Vector = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -15,7 +16,7 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one action led to.
+    """What one action led to, which `Simulation.step` returns.
 
     observation: (Do,). success: whether the goal is reached now. score: the task's own measure in [0, 1] at this step
     (PushT's coverage), 0 or 1 for success where it has none. ended: the simulation cannot go on.
@@ -28,7 +29,10 @@ class Outcome:
 
 
 class Simulation(ABC):
-    """One environment. Equal seeds give equal starts, and equal actions from there equal episodes, in any order."""
+    """One environment, for you to subclass: `reset` and `step`; the others where there is something to say.
+
+    Equal seeds give equal starts, and equal actions from there equal episodes, in any order.
+    """
 
     @abstractmethod
     def reset(self, seed: int) -> Vector:
@@ -51,7 +55,10 @@ class Simulation(ABC):
 
 
 class Expert(ABC):
-    """Solves a task from its observations; what varies between its demonstrations follows from the seed alone."""
+    """Solves a task from its observations, for `fewstep demos` to record.
+
+    What varies between its demonstrations follows from the seed alone.
+    """
 
     @abstractmethod
     def begin(self, seed: int) -> None:
@@ -67,8 +74,9 @@ class Task:
     """A task: its sizes and bounds are known without its packages, which are imported when it is made.
 
     observation_size, action_low, action_high: of vectors (Do,) and (Da,). max_steps: after which an episode has failed.
-    make: a simulation, whose pictures are drawn only if asked for; expert: None where demonstrations come from files.
-    Both raise MissingExtraError where a package is absent.
+    make(pictures): a new simulation; pictures says whether `render` will be called. expert(): a new expert; None where
+    demonstrations come from files. Both raise MissingExtraError where a package is absent. Raises ConfigError for no
+    name, sizes below 1, or bounds that do not fit one another.
     """
 
     name: str
@@ -79,6 +87,23 @@ class Task:
     max_steps: int
     make: Callable[[bool], Simulation]
     expert: Callable[[], Expert] | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            low, high = tuple(map(float, self.action_low)), tuple(map(float, self.action_high))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"task {self.name}: action bounds are no numbers, give one for each action") from error
+        if not self.name or self.observation_size < 1 or self.max_steps < 1:
+            raise ConfigError(
+                f"task {self.name!r} of {self.observation_size} numbers seen and {self.max_steps} steps: give a name, "
+                "and at least one of each"
+            )
+        if not low or len(low) != len(high) or not all(a < b < math.inf for a, b in zip(low, high, strict=True)):
+            raise ConfigError(
+                f"task {self.name}: action bounds {low} and {high}: give one finite number for each action, low < high"
+            )
+        object.__setattr__(self, "action_low", low)
+        object.__setattr__(self, "action_high", high)
 
     @property
     def action_size(self) -> int:

@@ -16,9 +16,12 @@ import types
 import typing
 from functools import reduce
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from fewstep.utils.errors import ConfigError
+
+T = TypeVar("T")
+_IMPORTED: set[str] = set()  # modules of the user's files
 
 
 def concrete_classes(annotation: Any) -> list[type]:
@@ -168,6 +171,7 @@ def import_file(file: str | Path) -> types.ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _IMPORTED.add(name)
     sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
@@ -193,6 +197,22 @@ def from_file(name: str) -> Any:
     except AttributeError:
         public = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
         raise ConfigError(f"{file} has no {inner!r}: it has {', '.join(public) or 'nothing of its own'}") from None
+
+
+def outside_values(kind: type[T]) -> list[T]:
+    """The values of a class that the user's imported files have under a name, in the order of import."""
+    modules = [module for name, module in list(sys.modules.items()) if name in _IMPORTED]
+    values = [value for module in modules for key, value in vars(module).items() if key[0] != "_"]
+    return [value for value in values if isinstance(value, kind)]
+
+
+def file_of_value(value: object) -> tuple[Path, str] | None:
+    """(file, name) of a value that an imported file of the user's has; None where none has it."""
+    for module in [module for name, module in list(sys.modules.items()) if name in _IMPORTED]:
+        for key, found in vars(module).items():
+            if found is value and key[0] != "_":
+                return Path(str(module.__file__)), key
+    return None
 
 
 def _outside(annotation: Any, name: str) -> type:

@@ -21,6 +21,11 @@ def quoted(path: Path | str) -> str:
     return shlex.quote(str(path))
 
 
+def from_here(file: Path) -> Path:
+    """A file as a command in this folder names it."""
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A line for each row of as many cells: the first `left` columns to the left, the others to the right."""
     rows = [[printable(" ".join(cell.split("\n"))) for cell in row] for row in rows]

@@ -74,6 +74,12 @@ class ChunkSet(SampleSet):
         return Context(seen, counted & self.spec.actions.varied if self.constant else counted)
 
     @property
+    def length_of_first(self) -> int:
+        """Steps of the first of these episodes, whose samples come first."""
+        first = int(self.episodes[0])
+        return int(self.demonstrations.ends[first] - self.demonstrations.starts[first])
+
+    @property
     def constant(self) -> tuple[int, ...]:
         return tuple((~self.spec.actions.varied).nonzero()[:, 0].tolist())
 

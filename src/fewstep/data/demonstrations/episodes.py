@@ -1,8 +1,10 @@
 """Demonstrations: episodes of observations and actions in one file, and the chunks that a policy learns from."""
 
+import difflib
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from fewstep.data.npz import read_arrays
 from fewstep.utils.errors import DataError
 from fewstep.utils.files import parse_json, write_atomically
 
-_ARRAYS = ("observations", "actions", "episode_ends", "task", "action_low", "action_high")
+_NEEDED = ("observations", "actions", "episode_ends")
+_ARRAYS = (*_NEEDED, "task", "action_low", "action_high")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +123,13 @@ def load_demonstrations(file: Path | str) -> Demonstrations:
     """Read a .safetensors or .npz file with observations (N, Do), actions (N, Da) and episode_ends (E,).
 
     An .npz may also hold `task` and `action_low`, `action_high`. Numbers of other widths are converted. Raises
-    DataError naming the file when it is missing, damaged, or lacks an array.
+    DataError naming the file when it is missing, damaged, lacks an array, or has one by another name.
     """
     file = source_path(file)
     if not file.is_file():
         raise DataError(f"{file}: no such file; record demonstrations with `fewstep demos TASK`")
     arrays, about = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
-    missing = [name for name in ("observations", "actions", "episode_ends") if name not in arrays]
-    if missing:
-        raise DataError(f"{file} lacks {', '.join(missing)}: demonstrations have observations, actions, episode_ends")
+    _check_names(file, arrays)
     try:
         return Demonstrations(
             arrays["observations"].to(torch.float32),
@@ -142,6 +143,21 @@ def load_demonstrations(file: Path | str) -> Demonstrations:
         raise DataError(f"{file}: {error}") from error
 
 
+def _check_names(file: Path, arrays: Mapping[str, object]) -> None:
+    """Raise DataError for arrays that are missing, and for those whose name says nothing here."""
+    unknown = [name for name in arrays if name not in _ARRAYS]
+    missing = [name for name in _NEEDED if name not in arrays]
+    close = {name: difflib.get_close_matches(name, missing or _ARRAYS, n=1, cutoff=0.5) for name in unknown}
+    meant = [f"{name} (did you mean {near[0]}?)" if near else name for name, near in close.items()]
+    if missing:
+        also = f", and has {', '.join(meant)}" if unknown else ""
+        raise DataError(f"{file} lacks {', '.join(missing)}{also}: demonstrations have {', '.join(_NEEDED)}")
+    if unknown:
+        raise DataError(
+            f"{file} has {', '.join(meant)}, which demonstrations do not: leave out all but {', '.join(_ARRAYS)}"
+        )
+
+
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, "pt") as opened:
@@ -149,7 +165,8 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             about = parse_json((opened.metadata() or {}).get("demonstrations", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{file} is damaged or not a safetensors file ({error})") from error
-    return arrays, about if isinstance(about, dict) else {}
+    about = about if isinstance(about, dict) else {}
+    return arrays, about | {key: arrays[key].tolist() for key in ("action_low", "action_high") if key in arrays}
 
 
 def _read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -158,4 +175,7 @@ def _read_npz(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         arrays = {name: torch.from_numpy(found[name]) for name in found if found[name].dtype.kind in "fiu"}
     except TypeError as error:
         raise DataError(f"{file} has numbers of a width that is not read ({error})") from error
+    strange = [f"{name} of type {found[name].dtype}" for name in _NEEDED if name in found and name not in arrays]
+    if strange:
+        raise DataError(f"{file} has {', '.join(strange)}: give numbers")
     return arrays, {key: found[key].tolist() for key in ("task", "action_low", "action_high") if key in found}

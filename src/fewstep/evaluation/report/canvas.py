@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -129,7 +130,7 @@ def spreads(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) > 3 * min(values)
 
 
-def legend_above(figure: Figure, handles: Sequence[Line2D], labels: Sequence[str]) -> None:
+def legend_above(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
     """A legend over all panels: at most four names to a line, one on narrow figures."""
     columns = 1 if figure.get_figwidth() < 6 else 4
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))

@@ -44,9 +44,9 @@ def is_harmless(address: str) -> bool:
     return address == printable(address).strip() and (local or bool(parts.scheme.lower() in _SAFE_SCHEMES))
 
 
-def embed(png: bytes) -> str:
+def embed(picture: bytes, kind: str = "png") -> str:
     """A picture as the address of its own bytes."""
-    return f"data:image/png;base64,{b64encode(png).decode('ascii')}"
+    return f"data:image/{kind};base64,{b64encode(picture).decode('ascii')}"
 
 
 @cache

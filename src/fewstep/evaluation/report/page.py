@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.evaluation.report.episodes import actions_figure, row_name, success_figure
 from fewstep.evaluation.report.figures import loss_curves
 from fewstep.evaluation.report.heatmap import alignment_heatmap
 from fewstep.evaluation.report.html import Pairs, Plot, embed, page, plot
@@ -33,22 +34,36 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Film:
+    """Pictures of an episode side by side, and the film of it as the bytes of a GIF, None where there is none."""
+
+    strip: Grid
+    gif: bytes | None = None
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What the page of one run shows; whatever is empty is left out.
 
-    summary: plain text, paragraphs apart by an empty line. facts: headline figures, (label, value). grids: samples from
-    the same noise, in the order shown. logs: by name of the run, the records of its log. rows: of `Evaluator.measure`,
-    nfe 0 for real data. cost: (label, value). settings: the run's nested JSON configuration. links: (text, address).
-    data_range: the values that black and white stand for; None for each grid's own minimum and maximum. alignments: of
-    `Alignment.row()`, students of one teacher to be compared. trajectories: of `TrajectoryAlignment.row()`. episodes:
-    of a policy's rollouts (fewstep.policies.figures). actions: (method, calls, error, errors of each,
-    samples) of held-out episodes. films: pictures of its episodes, one after the other.
+    verdict: lines below the title. summary: plain text, paragraphs apart by an empty line. facts: headline figures,
+    (label, value). grids: samples from the same noise and real images, in the order shown; note: on all of them.
+    others: grids of its baselines. usage: Python and the command that use the model. logs: by name of the run, the
+    records of its log. rows: of `Evaluator.measure`, nfe 0 for real data. cost: (label, value). settings: the run's
+    nested JSON configuration. links: (text, address). data_range: the values that black and white stand for; None for
+    each grid's own minimum and maximum. alignments: of `Alignment.row()`, students of one teacher to be compared.
+    trajectories: of `TrajectoryAlignment.row()`. episodes: of a policy's rollouts (fewstep.policies.figures).
+    actions: (method, calls, error, errors of each, samples) of held-out episodes. traces: (title, `episode_trace`).
+    films: of its episodes.
     """
 
     title: str
     summary: str
+    verdict: tuple[str, ...] = ()
     facts: Pairs = ()
     grids: tuple[Grid, ...] = ()
+    note: str = ""
+    others: tuple[Grid, ...] = ()
+    usage: tuple[str, ...] = ()
     logs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     cost: Pairs = ()
@@ -59,7 +74,8 @@ class RunReport:
     trajectories: tuple[dict[str, Any], ...] = ()
     episodes: tuple[dict[str, Any], ...] = ()
     actions: tuple[tuple[str, ...], ...] = ()
-    films: tuple[Grid, ...] = ()
+    traces: tuple[tuple[str, dict[str, Any]], ...] = ()
+    films: tuple[Film, ...] = ()
 
 
 def write_report(report: RunReport, file: Path) -> Path:
@@ -70,14 +86,13 @@ def write_report(report: RunReport, file: Path) -> Path:
 
 def render(report: RunReport) -> str:
     """The page as HTML: no scripts, no addresses to load from, all text escaped."""
-    widest = max((grid.columns for grid in report.grids), default=0)
-    beside = 2 if widest > 12 else next((n for n in (4, 3, 2) if len(report.grids) % n == 0), 3)
     drawn = {
         "grids": [_grid(grid, report.data_range) for grid in report.grids],
-        "columns": min(beside, len(report.grids)),
-        "wide": widest > 8,
-        "films": [_grid(film, None) for film in report.films],
-        "episodes": episode_tables(report.episodes),
+        "others": [_grid(grid, report.data_range) for grid in report.others],
+        "columns": 2,
+        "films": [_film(film) for film in report.films],
+        "episodes": _episodes(report.episodes),
+        "traces": [_trace(title, trace) for title, trace in report.traces],
         "quality": quality_parts(report.rows),
         "alignment": _alignment(report),
         "losses": _losses(report.logs),
@@ -98,6 +113,26 @@ def _grid(grid: Grid, data_range: Range | None) -> dict[str, str]:
     alt = f"{grid.title}: {len(pixels)} samples" + (f" ({note})" if note else "")
     image = embed(png_bytes(picture(torch.cat([colours, opacity], -1))))
     return {"title": grid.title, "note": note, "image": image, "alt": alt}
+
+
+def _film(film: Film) -> dict[str, str]:
+    moving = "" if film.gif is None else embed(film.gif, "gif")
+    return _grid(film.strip, None) | {"moving": moving, "moving_alt": f"{film.strip.title}, as a film"}
+
+
+def _episodes(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The tables, each with its figure."""
+
+    def figure(table: Mapping[str, Any]) -> Plot:
+        alt = f"Success in {table['task']}: {', '.join(row_name(row) for row in table['own'])}"
+        return plot(lambda columns, dark: success_figure(table["own"], columns=columns, dark=dark), 2, alt)
+
+    return [table | {"figure": figure(table)} for table in episode_tables(rows)]
+
+
+def _trace(title: str, trace: Mapping[str, Any]) -> Plot:
+    alt = f"Actions of a held-out episode, done and answered: {title}"
+    return plot(lambda columns, dark: actions_figure(trace, columns=columns, dark=dark), 2, alt)
 
 
 def _alignment(report: RunReport) -> dict[str, Any] | None:

@@ -111,6 +111,7 @@ def _episode_table(rows: Sequence[Row]) -> dict[str, Any]:
     first, ordered = rows[0], sorted(rows, key=lambda row: (row["method"], row["steps"]))
     return {
         "heads": ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"],
+        "own": ordered,
         "rows": [_episode_line(row, routes, scored) for row in ordered],
         **{key: first[key] for key in ("task", "episodes", "first_seed")},
         "unseen": first["first_seed"] >= FIRST_TEST_SEED,

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from torch import Tensor
 
 from fewstep.evaluation.actions import each_error, read_actions
 from fewstep.evaluation.align import read_alignment, teacher_name
@@ -20,9 +21,12 @@ from fewstep.evaluation.evaluate import (
     tuned_settings,
 )
 from fewstep.evaluation.figures import Row, read_figures
+from fewstep.evaluation.report.neighbours import nearest_grid, real_grid
 from fewstep.evaluation.report.numbers import finite, number
-from fewstep.evaluation.report.page import Grid, RunReport, write_report
-from fewstep.policies.figures import read_rollouts, read_strip
+from fewstep.evaluation.report.page import Film, Grid, RunReport, write_report
+from fewstep.evaluation.report.usage import usage
+from fewstep.evaluation.report.verdict import policy_verdict, verdict
+from fewstep.policies.figures import read_film, read_rollouts, read_strip
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
@@ -30,14 +34,17 @@ from fewstep.sampling.images import save_grid
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
+from fewstep.utils.errors import FewstepError
 from fewstep.utils.files import parse_json, reading, reading_line
-from fewstep.utils.parts import kind_name
+from fewstep.utils.parts import kind_name, outside_files
 from fewstep.utils.text import listed
 
 REPORT_FILE = "report.html"
 STUDY_FILE = "study.json"
 PAGE_FILE = "comparison.html"
 _DRAWN_LINES = 2000  # of a log: more are not seen
+_DRAWN, _COLUMNS = 48, 8  # samples of a grid, and in a row of it
+_LARGEST_FILM = 4 << 20  # bytes: a page holds all its films
 
 
 def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
@@ -55,8 +62,10 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
     return watch
 
 
-def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
-    """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise."""
+def grids(run: RunFolder, view: Viewer, count: int = _DRAWN) -> tuple[tuple[Grid, Tensor], ...]:
+    """Grids at the recipe's first three step counts, placed as tuned, and by the reference, from the same noise; each
+    with its samples.
+    """
     config, pipeline = run.config(), run.pipeline().to(best_device())
     name = method_of(run)
     plans = []
@@ -67,8 +76,22 @@ def grids(run: RunFolder, view: Viewer, count: int = 40) -> tuple[Grid, ...]:
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(pipeline, count, settings)) for label, settings in plans]
     titled = [(f"{label}, {_calls(round(found.nfe))}", found.samples) for label, found in drawn]
-    note = "Same noise and classes in every grid."
-    return tuple(Grid(title, note, view.thumbnails(samples), 10) for title, samples in titled)
+    return tuple((Grid(title, "", view.thumbnails(samples), _COLUMNS), samples) for title, samples in titled)
+
+
+def beside(run: RunFolder, view: Viewer, samples: Tensor, data_root: Path | None) -> tuple[tuple[Grid, ...], str]:
+    """Real images, and the training images nearest to the samples, and what there is to say where they cannot be read.
+
+    data_root: where the run's data lie now, if they were moved.
+    """
+    try:
+        _, dataset = run.load_data(data_root)
+        if tuple(dataset.train.shape) != tuple(samples.shape[1:]):
+            return (), ""
+        real = real_grid(dataset, view, len(samples), _COLUMNS)
+        return (real, nearest_grid(samples[: 3 * _COLUMNS], dataset, view, _COLUMNS)), ""
+    except FewstepError as error:
+        return (), f"Real images are left out: {error}."
 
 
 def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
@@ -77,13 +100,21 @@ def baselines(run: RunFolder) -> tuple[RunFolder, ...]:
     return tuple(each for each in found if each.config_file.is_file() and each.checkpoints())
 
 
-def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out: Path | None = None) -> Path:
-    """Write report.html: samples, curves, quality against NFE, cost, settings; its baselines appear beside the run.
+def report(
+    run: RunFolder,
+    title: str = "",
+    autoencoder: Path | None = None,
+    out: Path | None = None,
+    data_root: Path | None = None,
+) -> Path:
+    """Write report.html: the verdict of the run's figures, samples beside real images, quality against NFE, how to load
+    the model, and what its training was like; its baselines appear beside the run.
 
     Of a run without a checkpoint, what it logged, and why it ended where it diverged.
 
-    autoencoder: where the one that decodes latents lies now, if it was moved. out: a folder for the page, where what
-    `fewstep evaluate --out` has left is shown too.
+    title: the run's name when not given. autoencoder: where the one that decodes latents lies now, if it was moved.
+    out: a folder for the page, where what `fewstep evaluate --out` has left is shown too. data_root: where the run's
+    data lie now, if they were moved.
     """
     data = run.data("name", "shape", "classes", "train")
     others, folder = baselines(run), out or run.root
@@ -97,11 +128,17 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out
     episodes = [row for place in owners for row in read_rollouts(place)]
     errors = [row for place in owners for row in read_actions(place)]
     logs = {method_of(r): thinned_log(r) for r in (run, *others)}
+    drawn = () if view is None else grids(run, view)
+    real, lacking = ((), "") if view is None else beside(run, view, drawn[0][1], data_root)
     found = RunReport(
-        title=title or f"fewstep: {config.recipe}",
+        title=title or run.root.resolve().name,
+        verdict=policy_verdict(episodes, name) if acts else verdict(rows, name),
         summary="\n\n".join((_summary(config, data), *_ending(run), *_paragraphs(pipeline))),
         facts=_policy_facts(episodes, errors, name) if acts else _facts(rows, name),
-        grids=() if view is None else tuple(grid for r in (run, *others) for grid in grids(r, view)),
+        grids=(*(grid for grid, _ in drawn), *real),
+        note="Same noise and classes in every grid of samples. " * bool(drawn) + lacking,
+        others=() if view is None else tuple(grid for r in others for grid, _ in grids(r, view)),
+        usage=() if pipeline is None else usage_of(run, config, pipeline),
         logs=logs,
         rows=rows,
         cost=_cost(run, others),
@@ -115,6 +152,7 @@ def report(run: RunFolder, title: str = "", autoencoder: Path | None = None, out
             (row["method"], str(row["steps"]), number(row["error"]), each_error(row), f"{row['samples']:,}")
             for row in errors
         ),
+        traces=tuple((f"{row['method']}, {_calls(row['steps'])}", row["trace"]) for row in errors if "trace" in row),
         films=tuple(film for place, owner in owners.items() for film in films(place, owner)),
     )
     return write_report(found, folder / REPORT_FILE)
@@ -146,13 +184,23 @@ def figures(places: Iterable[Path]) -> list[Row]:
     return rows
 
 
-def films(folder: Path, run: RunFolder) -> tuple[Grid, ...]:
+def films(folder: Path, run: RunFolder) -> tuple[Film, ...]:
     """The pictures of the episode of a run that `fewstep rollout --film` drew into a folder, if it did."""
     pictures = read_strip(folder)
     if pictures is None:
         return ()
     title, note = f"{method_of(run)}, one episode", "From left to right, evenly spaced in time."
-    return (Grid(title, note, pictures, len(pictures)),)
+    return (Film(Grid(title, note, pictures, len(pictures)), read_film(folder, _LARGEST_FILM)),)
+
+
+def usage_of(run: RunFolder, config: RunConfig, pipeline: Pipeline) -> tuple[str, str]:
+    """Python and the command that use the run's model, at the fewest steps of its recipe above one, or at one."""
+    counts = sorted(config.evaluation.steps)
+    steps = next((count for count in counts if count > 1), counts[0])
+    spec = pipeline.config.policy
+    if spec is None:
+        return usage(run.root, steps, False, outside_files(config))
+    return usage(run.root, counts[0], True, outside_files(config), len(spec.observations.low))
 
 
 def study_links(run: RunFolder, folder: Path) -> tuple[tuple[str, str], ...]:
@@ -181,7 +229,7 @@ def _summary(config: RunConfig, data: Mapping[str, Any]) -> str:
     return (
         f"{method_name(config, data)}, {origin} on {data['train']} samples of {data['name']} "
         f"({'x'.join(str(n) for n in data['shape'])}), {kind_name(type(config.model.path))} path, "
-        f"{kind_name(type(config.model.preconditioning))} preconditioning."
+        f"{kind_name(type(config.model.preconditioning))} preconditioning; recipe {config.recipe}."
     )
 
 
