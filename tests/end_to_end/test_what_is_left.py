@@ -161,7 +161,7 @@ def test_a_run_that_diverged_before_its_first_checkpoint_has_a_report(
     page = Path("run/report.html").read_text()
     assert "The training diverged: step 3: loss nan" in page
     assert "There is no checkpoint, and so no samples" in page
-    assert "<h2>Training</h2>" in page
+    assert "<summary>Training</summary>" in page
     assert "<h2>Samples</h2>" not in page
     assert "optimizer.lr" in page
     refused(command("evaluate", "run"), "has no checkpoint yet: train it first")

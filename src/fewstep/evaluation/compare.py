@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fewstep.evaluation.curve import measure_afterwards, measured_afterwards, unmeasured
-from fewstep.evaluation.methods import Measure, Member, Points, find_runs, gather, read_curves
+from fewstep.evaluation.methods import Measure, Member, Points, check_distinct, find_runs, gather, read_curves
 from fewstep.evaluation.metrics.curves import SHARES, MeanCurve, Speedup, mean_curve, speedup, targets_of, time_to
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.evaluation.report.html import page, plot
@@ -71,6 +71,7 @@ def compare(folders: Sequence[Path], out: Path, cache: Path | None = None) -> st
     for run in runs:
         if not unmeasured(run):
             read_curves(run)  # what cannot be compared is said before anything is measured
+    check_distinct(runs)
     said = measure_afterwards(runs, cache)
     members, differing = gather(runs)
     keys = {key for each in members for key in each.curves}

@@ -66,11 +66,10 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
                 f"{other.curve_samples}, classes by {own.classes} and {other.classes}: distances depend on them; train "
                 "with one --evaluation.curve-samples and --evaluation.classes"
             )
-    _check_distinct(runs)
     return runs
 
 
-def _check_distinct(runs: Sequence[RunFolder]) -> None:
+def check_distinct(runs: Sequence[RunFolder]) -> None:
     """Raise ConfigError for two runs of one method and seed."""
     settings, labels, _ = _methods(runs)
     seen: dict[tuple[str, int], Path] = {}
@@ -128,7 +127,8 @@ def _point(line: dict[str, Any]) -> tuple[Measure, float, float]:
 
 
 def gather(runs: Sequence[RunFolder]) -> tuple[list[Member], tuple[str, ...]]:
-    """The runs with their methods and curves, and the settings that make the methods; raises as `read_curves` does."""
+    """The runs with their methods and curves, and the settings that make the methods; raises as those do."""
+    check_distinct(runs)
     settings, labels, differing = _methods(runs)
     return [Member(*each, read_curves(each[0])) for each in zip(runs, settings, labels, strict=True)], differing
 

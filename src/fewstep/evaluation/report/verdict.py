@@ -10,6 +10,7 @@ from fewstep.evaluation.report.numbers import finite, number
 
 Row = Mapping[str, Any]
 _FEW = 4  # network calls, and lines
+_REFERENCE = "its ODE by Heun"  # of a method's own; no method
 _COMPARED = ("extractor", "reference", "samples", "guidance_scale")
 
 
@@ -46,13 +47,16 @@ def _others(row: Row, rows: Sequence[Row], method: str) -> Iterator[str]:
         each
         for each in rows
         if each["nfe"] > 0 and _alike(each, row) and finite(each, "frechet") is not None
-        and not str(each["method"]).startswith(method)
+        and not str(each["method"]).startswith(method) and not str(each["method"]).endswith(_REFERENCE)
     ]  # fmt: skip
     for name in list(dict.fromkeys(str(each["method"]) for each in rivals))[:_FEW]:
         own = [each for each in rivals if each["method"] == name]
         near = [int(each["nfe"]) for each in own if each["frechet"] <= row["frechet"]]
         most = max(int(each["nfe"]) for each in own)
-        yield f"{name} needs {min(near)}" if near else f"{name} does not come so near in {calls(most)}"
+        if not near:
+            yield f"{name} does not come so near in {calls(most)}"
+        else:
+            yield f"{name} {'needs' if min(near) > row['nfe'] else 'is as near in'} {min(near)}"
 
 
 def _alike(one: Row, other: Row, of: int = len(_COMPARED)) -> bool:
