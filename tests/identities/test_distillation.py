@@ -9,14 +9,18 @@ from torch import Tensor
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning.analytic import AnalyticPreconditioning
+from fewstep.flow.preconditioning.covariance import PrincipalComponents
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling
+from fewstep.flow.preconditioning.skip import SkipPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.objectives import CD, CTM, Batch, Companions, Objective, TeacherSteps
+from fewstep.objectives.ctm import carried
 from fewstep.objectives.distillation import jump_where_apart
 from fewstep.objectives.losses import gradient_balance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
+from fewstep.utils.tensors import expand
 from tests.support.cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
 from tests.support.objectives import changed, made
 from tests.support.statistics import wavy
@@ -53,6 +57,7 @@ TAUGHT = {
     "ctm": MOVED,
     "ctm to the end": changed(MOVED, endpoint_only=True),
     "ctm where the jump ends": changed(MOVED, compare="jump-end", sigma_data=SD),
+    "ctm by its own draws": changed(MOVED, steps=TeacherSteps(draws="published"), intermediate=0.5, sigma_data=SD),
 }
 MAPS = [
     ("edm", "euler"), ("vp", "euler"), ("edm", "analytic"), ("vp", "analytic"), ("linear", "analytic"),
@@ -99,6 +104,53 @@ def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) 
     assert bool((steps.draw(batch(50), endpoint_only=True)[2] == 6).all())
     counts = torch.bincount(n, minlength=6).double()
     assert float((counts - 20_000 / 6).abs().max()) < 5 * (20_000 / 6) ** 0.5
+
+
+@pytest.mark.parametrize("longest", [0, 7])
+def test_published_draws_are_of_the_published_law(longest: int) -> None:
+    """Walks of h cells with odds h; t uniform above them, s uniform below."""
+    steps = TeacherSteps(points=12, longest=longest, draws="published")
+    draws = [step.tolist() for step in steps.draw(batch(20_000), endpoint_only=False)]
+    most = longest or 11
+    walks = torch.bincount(torch.tensor(draws[1]) - torch.tensor(draws[0]), minlength=most + 1)[1:].double()
+    odds = torch.arange(1, most + 1).double()
+    close(walks / walks.sum(), odds / odds.sum(), rtol=0.2, atol=0.01)
+    of_three = [(n, j) for n, k, j in zip(*draws, strict=True) if k - n == 3]
+    for place, values in enumerate((range(9), None)):
+        found = torch.bincount(torch.tensor([pair[place] for pair in of_three if values or pair[0] == 4]), minlength=12)
+        allowed = found[values or range(7, 12)].double()
+        assert int(found.sum()) == int(allowed.sum())
+        close(allowed / allowed.sum(), torch.full_like(allowed, 1 / len(allowed)), rtol=0.5)
+    assert set(steps.draw(batch(50), endpoint_only=True)[2].tolist()) == {11}
+
+
+def test_intermediate_jumps_count_by_what_arrives_or_as_they_end() -> None:
+    """On N(m, sd^2 I) w times the squared error at s is what reaches the data end; p undoes it in either comparison."""
+    exact = gaussian().flow_map(EDM(), EulerPreconditioning())
+    s, end = torch.tensor([0.002, 0.5, 3.0, 40.0], dtype=F64), torch.full((4,), 0.002, dtype=F64)
+    x, moved = noise(4, 3), 1e-3 * noise(4, 3, seed=1)
+    arrived = (exact.jump(x + moved, s, end) - exact.jump(x, s, end)).square().sum(1) / moved.square().sum(1)
+    for p in (0.0, 0.5, 1.0):
+        at_end, at_jump = (CTM(compare=place, intermediate=p, sigma_data=SD) for place in ("data-end", "jump-end"))
+        close(at_end.weight_at(exact, s) * arrived, arrived ** (1 - p), rtol=1e-4)
+        close(at_jump.weight_at(exact, s), arrived ** (1 - p), rtol=1e-4)
+
+
+def test_errors_are_carried_by_the_gaussians_flow_map() -> None:
+    covariance = PrincipalComponents(noise(3), torch.linalg.qr(noise(3, 3))[0], noise(3).square(), 0.0)
+    skip = SkipPreconditioning(EulerPreconditioning(), covariance)
+    flow_map, cond = FlowMap(EDM(), skip, random_network()), Condition()
+    x, s, end = noise(2, 3, seed=3), torch.tensor([0.7, 20.0], dtype=F64), torch.full((2,), 0.002, dtype=F64)
+    moved = skip.linear(x, s, end) + expand(skip.coefficients(s, end)[1], x) * (
+        covariance.mean + covariance.scaled(x - covariance.mean, lambda lam: lam / (lam + s[:, None] ** 2))
+    )
+    close(carried(flow_map, x, s, end, cond), moved)
+    with pytest.raises(ConfigError, match="a skip alone"):
+        carried(FlowMap(EDM(), EulerPreconditioning(), random_network()), x, s, end, cond)
+    with pytest.raises(ConfigError, match="jump-end"):
+        CTM(carried="covariance")
+    with pytest.raises(ConfigError, match="many cells"):
+        TeacherSteps(u="adjacent", draws="published")
 
 
 def test_the_target_and_the_teacher_get_no_gradient() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,8 @@ class Options:
     """About the data's mean; otherwise about zero, as published."""
     shrink: bool = True
     """Draw uncertain estimates at high noise to their limit."""
+    classes: Literal["pooled", "origin"] = "pooled"
+    """Of data with classes: about the mean of all data, or (origin) each sample about that of its class."""
     seed: int | None = None
     """Decides which samples are drawn, their noise and the probes."""
     student: str = ""
@@ -43,8 +45,9 @@ def run(options: Options) -> None:
     from fewstep.evaluation.align import measure_statistics
     from fewstep.training import RunFolder
 
+    given: dict[str, int | bool | str] = {"classes": options.classes}
     names = ("points", "samples", "probes", "seed")
-    given: dict[str, int | bool] = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given |= {name: value for name in names if (value := getattr(options, name)) is not None}
     given |= {"centred": options.centred, "shrink": options.shrink}
     run = RunFolder(options.run)
     dataset = run.load_data(options.data_root)[1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.covariance import columns, flow_gain
 from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
@@ -33,10 +34,16 @@ class CTM(GuidedDistillation):
     `compare` "jump-end" holds them against each other where the jump ends instead, one pass with gradient and one
     without in place of two and two: w(s) d( X(x_t, t, s), sg X_sg(x_u, u, s) ), w = sd^2/(alpha_s^2 sd^2 + sigma_s^2).
 
+    w is what the way from s to the data end makes of a squared error at s, by the flow map of N(0, sd^2), whose factor
+    there is sqrt w. So both forms count what arrives. `intermediate` p counts more of jumps that stop in between: the
+    loss is multiplied by w^-p, and with p = 1 an error counts as it is at s. `carried` covariance takes errors to the
+    data end by the flow map of N(m, C) in place of sqrt w: along each direction of variance lam by its own
+    sqrt((alpha_0^2 lam + sigma_0^2)/(alpha_s^2 lam + sigma_s^2)); small variances, whose errors vanish, count little.
+
     lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `gan` likewise.
 
     Source: 2310.02279; math.md section 4.
-    Deviations: the published code's t lies nearer the noise end and u further from t than uniform draws do.
+    Deviations: t, u and s are drawn uniformly; `steps.draws` published is the published code's law.
     """
 
     steps: TeacherSteps = TeacherSteps()
@@ -55,6 +62,11 @@ class CTM(GuidedDistillation):
     """Make every jump one to the data end, s = t_min."""
     compare: Place = later(lambda: "data-end")
     """Where two jumps are compared: data-end, whence the slow average takes them, or jump-end, where they end."""
+    intermediate: float = later(float)
+    """How much more jumps count that stop in between: 0, by what arrives at the data end; 1, as they end."""
+    carried: Literal["deviation", "covariance"] = later(lambda: "deviation")
+    """How errors at a jump's end are taken to the data end, where jumps are compared there: by the data's deviation,
+    or by its covariance, which a skip knows."""
 
     def forward_passes(self, bf16: bool = False) -> tuple[float, float]:
         """The teacher's walk at its longest, guided ones twice; jumps; the slow average, through which gradients pass
@@ -72,7 +84,11 @@ class CTM(GuidedDistillation):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(0, denoising=self.denoising, gan=self.gan)
+        check_least(0, intermediate=self.intermediate)
         check_choice("compare", self.compare, get_args(Place))
+        check_choice("carried", self.carried, ("deviation", "covariance"))
+        if self.carried == "covariance" and self.compare == "data-end":
+            raise ConfigError("errors are carried from where jumps end: set --objective.compare jump-end with it")
 
     needs_teacher: ClassVar[bool] = True
 
@@ -98,6 +114,8 @@ class CTM(GuidedDistillation):
             compared = reached
             with torch.no_grad():
                 goal = jump_where_apart(target, goal, s, end, cond)
+        elif self.carried == "covariance":
+            compared, goal = (carried(flow_map, x, s, end, cond) for x in (compared, goal))
         consistency = self.distance(batch, compared, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)
         terms, logs = {"consistency": consistency}, {"consistency": consistency.detach()}
         if self.denoising:
@@ -115,11 +133,13 @@ class CTM(GuidedDistillation):
         return Losses(total, t, s, logs, terms, judged)
 
     def weight_at(self, flow_map: FlowMap, s: Tensor) -> Tensor:
-        """w (B,) of jumps compared at s: 1 at the data end."""
-        if self.compare == "data-end":
+        """w (B,) of jumps compared at s, to the power that says how much is counted already: 1 at the data end."""
+        arrived = self.compare == "data-end" or self.carried == "covariance"
+        power = (0 if arrived else 1) - self.intermediate
+        if power == 0:
             return torch.ones_like(s)
         at, variance = flow_map.path.values(s), deviation_of(flow_map, self.sigma_data) ** 2
-        return variance / (at.alpha**2 * variance + at.sigma**2)
+        return (variance / (at.alpha**2 * variance + at.sigma**2)) ** power
 
     def weight(self, first: Tensor, second: Tensor, flow_map: FlowMap, companions: Companions) -> Tensor:
         """What makes the second loss weigh as much as the first on the last layer; 1 when not balanced."""
@@ -142,6 +162,20 @@ class CTM(GuidedDistillation):
                 target = teacher_denoiser(flow_map.path, teacher)(x, t, self.teacher_condition(batch, cond))
             return denoising_loss(flow_map, batch, eps, t, cond, deviation_of(flow_map, self.sigma_data), target)
         return denoising_loss(flow_map, batch, eps, t, cond, deviation_of(flow_map, self.sigma_data))
+
+
+def carried(flow_map: FlowMap, x: Tensor, s: Tensor, end: Tensor, cond: Condition) -> Tensor:
+    """x (B, ...) at s by the flow map of N(m, C) to `end`; raises ConfigError where the jump knows no covariance."""
+    measured, path = flow_map.jumping(cond).known_measures(), flow_map.path
+    if measured is None:
+        raise ConfigError(
+            "errors are carried by the data's covariance, which a skip alone knows: set --model.preconditioning skip, "
+            "or leave --objective.carried out"
+        )
+    covariance = measured.covariance
+    mean, at_s, at_end = covariance.mean.to(x), path.values(s).over(x), path.values(end).over(x)
+    factors = columns(path, s), columns(path, end)
+    return at_end.alpha * mean + covariance.scaled(x - at_s.alpha * mean, lambda lam: flow_gain(*factors, lam))
 
 
 def last_layer(flow_map: FlowMap) -> Tensor:

@@ -20,7 +20,8 @@ from fewstep.objectives.base import ALONE, STREAM_S, STREAM_T, STREAM_U, Batch, 
 from fewstep.objectives.losses import DistanceObjective
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.serialization import later_value
+from fewstep.utils.serialization import later, later_value
+from fewstep.utils.tensors import check_choice
 
 _MOST_POINTS = 10**6
 
@@ -28,7 +29,12 @@ _MOST_POINTS = 10**6
 @final
 @dataclass(frozen=True)
 class TeacherSteps:
-    """The teacher's grid and its walk: t = t_n, n uniform over the grid of `points` noise levels (EDM, rho = 7)."""
+    """The teacher's grid and its walk: t = t_n, n uniform over the grid of `points` noise levels (EDM, rho = 7).
+
+    `draws` published, as CTM's published code has it: first h, the cells of the walk, with odds h, at most `longest`;
+    then t among the points that have h cells below them, u = h cells on, and s from u on, each uniform. h is two thirds
+    of the longest on average, and t lies nearer the noise end. That code draws h once for a whole batch.
+    """
 
     points: int = 18
     """Noise levels of the grid, at least 2; 18 in CTM at 32 x 32."""
@@ -38,12 +44,17 @@ class TeacherSteps:
     """The grid point where the teacher stops: drawn between s and t (CTM), or the next one below t (CD)."""
     longest: int = 0
     """Most grid cells between t and u; 0 for no limit."""
+    draws: Literal["uniform", "published"] = later(lambda: "uniform")
+    """How t, u and s are drawn: t, s and u in turn, each uniform, or the length of the walk first."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.points <= _MOST_POINTS or self.longest < 0:
             raise ConfigError(
                 f"a teacher's grid needs at least 2 points, {_MOST_POINTS} at most, and longest of at least 0: {self}"
             )
+        check_choice("draws", self.draws, ("uniform", "published"))
+        if self.draws == "published" and self.u == "adjacent":
+            raise ConfigError("published draws are of walks of many cells: leave --objective.steps.u at drawn")
 
     @property
     def evaluations(self) -> int:
@@ -54,6 +65,8 @@ class TeacherSteps:
     def draw(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Grid indices n < k <= j of t, u and s, (B,) int64; j is the last where every jump goes to the data end."""
         last = self.points - 1
+        if self.draws == "published":
+            return self._published(batch, endpoint_only)
         n = batch.draws.integers(STREAM_T, last)
         spread = (batch.draws.uniform(STREAM_S) * (last - n)).long().clamp(max=last - 1)
         j = torch.full_like(n, last) if endpoint_only else n + 1 + torch.minimum(spread, last - 1 - n)
@@ -62,6 +75,16 @@ class TeacherSteps:
         reach = j - n if self.longest == 0 else (j - n).clamp(max=self.longest)
         k = n + 1 + torch.minimum((batch.draws.uniform(STREAM_U) * reach).long(), reach - 1)
         return n, k, j
+
+    def _published(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+        last = self.points - 1
+        odds = torch.arange(1, min(self.longest or last, last) + 1, device=batch.x0.device).double().cumsum(0)
+        h = 1 + torch.searchsorted(odds / odds[-1], batch.draws.uniform(STREAM_U).double(), right=True)
+        h = h.clamp(max=len(odds))
+        n = (batch.draws.uniform(STREAM_T) * (last - h + 1)).long().minimum(last - h)
+        k = n + h
+        j = k + (batch.draws.uniform(STREAM_S) * (last - k + 1)).long().minimum(last - k)
+        return n, k, torch.full_like(n, last) if endpoint_only else j
 
     def walk(self, flow_map: FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: FlowMap) -> Tensor:
         """x_u: the teacher's solution at grid point k from x at grid point n; without gradient.

@@ -18,7 +18,7 @@ from fewstep.objectives import ISD, Objective
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import take_kinds
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import check_least, check_positive, check_share
+from fewstep.utils.tensors import check_choice, check_least, check_positive, check_share
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,13 @@ class StatisticsConfig:
     """Images between estimates from the averaged model itself; 0 estimates from the teacher, once."""
     seed: int = 0
     """Decides which samples are drawn, their noise and the probes."""
+    classes: Literal["pooled", "origin"] = later(lambda: "pooled")
+    """Of data with classes: about the mean of all data, or (origin) each sample about that of its class."""
 
     def __post_init__(self) -> None:
+        check_choice("classes", self.classes, ("pooled", "origin"))
+        if self.classes == "origin" and not self.centred:
+            raise ConfigError("statistics about the means of classes are centred: leave --statistics.no-centred out")
         check_least(4, points=self.points)
         check_least(2, samples=self.samples)
         check_least(0, refresh_images=self.refresh_images)

@@ -21,6 +21,7 @@ from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.pipeline import CONFIG_FILE, read_flow_map_config
 from fewstep.teachers.diffusers import is_diffusers
+from fewstep.training.covariance import means_by_class
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
@@ -29,6 +30,7 @@ from fewstep.utils.errors import CheckpointError, FewstepError
 from fewstep.utils.files import linked, write_atomically
 from fewstep.utils.random import shuffled_rows
 from fewstep.utils.serialization import to_json
+from fewstep.utils.tensors import expand
 from fewstep.utils.weights import read_weights
 
 BATCH = 64
@@ -57,6 +59,25 @@ class ConditionedDenoiser:
         return self.model.denoise(x, t, self.cond)
 
 
+class ClassCentredDenoiser(ConditionedDenoiser):
+    """The same about the mean of each sample's class: samples x0 - m, and D(x + alpha m, t) - m."""
+
+    def __init__(self, model: FlowMap, dataset: Dataset, seed: int) -> None:
+        super().__init__(model, dataset, seed)
+        self.means = means_by_class(dataset).to(self.device)
+        self.about = self.means[:1]
+
+    def fetch(self, numbers: Tensor) -> Tensor:
+        x0 = super().fetch(numbers)
+        assert self.cond.labels is not None  # or there were no means
+        self.about = self.means[self.cond.labels].to(x0.dtype)
+        return x0 - self.about
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha = expand(self.model.path.values(t).alpha, x).to(x.dtype)
+        return super().__call__(x + alpha * self.about, t) - self.about
+
+
 def data_mean(dataset: Dataset) -> Tensor:
     """Mean of the training samples, element by element, float64."""
     total = torch.zeros(dataset.shape, dtype=torch.float64)
@@ -67,7 +88,9 @@ def data_mean(dataset: Dataset) -> Tensor:
 
 def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig) -> StatisticsEstimator:
     """An estimator of the model's statistics on the training data, in the model's own path."""
-    denoiser = ConditionedDenoiser(model, dataset, settings.seed)
+    of_classes = settings.classes == "origin"
+    kind = ClassCentredDenoiser if of_classes else ConditionedDenoiser
+    denoiser = kind(model, dataset, settings.seed)
     return StatisticsEstimator(
         denoiser,
         denoiser.fetch,
@@ -79,7 +102,7 @@ def make_estimator(model: FlowMap, dataset: Dataset, settings: StatisticsConfig)
             probes=None if settings.probes == -1 else settings.probes,
             centred=settings.centred,
         ),
-        mean=data_mean(dataset),
+        mean=torch.zeros(dataset.shape, dtype=torch.float64) if of_classes else data_mean(dataset),
         device=denoiser.device,
     )
 
@@ -88,9 +111,11 @@ def prepared(found: TrajectoryStatistics, settings: StatisticsConfig, dataset: D
     """Shrunk and ablated as the settings say.
 
     Never shrunk for data with classes, prompts or observations: a conditional denoiser tends to its condition's mean
-    at high noise, so that the residual about the mean of all data has no limit to be drawn to.
+    at high noise, so that the residual about the mean of all data has no limit to be drawn to; about the mean of each
+    class it has.
     """
-    conditional = dataset.conditional or dataset.policy is not None
+    classes = found.class_means is None and dataset.num_classes > 0
+    conditional = classes or dataset.text is not None or dataset.policy is not None
     found = found.shrunk() if settings.shrink and not conditional else found
     return found if settings.use == "both" else found.without("s" if settings.use == "l" else "l")
 
@@ -118,19 +143,27 @@ def estimate_together(
             write_atomically(partial, save(state))
             saved = now
     estimator.restore({"sums": group.total(estimator.sums)})
-    return estimator.statistics(time.perf_counter() - begin)
+    found = estimator.statistics(time.perf_counter() - begin)
+    if settings.classes == "pooled":
+        return found
+    return replace(found, mean=data_mean(dataset), class_means=means_by_class(dataset))
 
 
 def cache_file(folder: FilePath, model: FlowMap, dataset: Dataset, settings: StatisticsConfig) -> FilePath:
     """FOLDER/statistics/KEY.json; the key stands for everything that the estimate depends on."""
     estimate = ("points", "samples", "probes", "centred", "seed")
-    wanted = {name: getattr(settings, name) for name in estimate} | {
-        "version": _VERSION,
-        "model": fingerprint(model),
-        "settings": None if model.config is None else to_json(model.config),
-        "path": to_json(model.path),
-        "data": dataset.fingerprint,
-    }
+    classes = {} if settings.classes == "pooled" else {"classes": settings.classes}
+    wanted = (
+        {name: getattr(settings, name) for name in estimate}
+        | classes
+        | {
+            "version": _VERSION,
+            "model": fingerprint(model),
+            "settings": None if model.config is None else to_json(model.config),
+            "path": to_json(model.path),
+            "data": dataset.fingerprint,
+        }
+    )
     key = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
     return folder / "statistics" / f"{key}.json"
 

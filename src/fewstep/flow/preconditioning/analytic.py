@@ -7,18 +7,22 @@ functions of time can.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, final
+from typing import ClassVar, Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.covariance import class_means
 from fewstep.flow.preconditioning.interpolation import HermiteCurve, Place
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_choice
+
+Weight = Literal["analytic", "euler"]
 
 # Nodes and weights of the five-point Gauss-Legendre rule on [0, 1]: (x, w) of [-1, 1] halved.
 _INNER, _OUTER = (0.5384693101056831, 0.47862867049936647), (0.906179845938664, 0.23692688505618908)
@@ -105,16 +109,22 @@ class AnalyticPreconditioning(Preconditioning):
     N is the denoiser on the diagonal. Students train with the backward form: forward's g grows without bound on long
     jumps. l = s = 0 is Euler's preconditioning. Beyond the noise levels of the statistics the jump goes on with Euler
     steps, so that any path's whole clock is covered.
+
+    weight "euler": X - alpha_s m = f (x - alpha_t m) + g_E (N - m), g_E Euler's weight: N scaled about the mean m by
+    g_E/g, which is 1 at s = t. A student that starts as its teacher's denoiser starts at the DDIM step but for
+    (f - f_E)(x - alpha_t m), where g, the smaller, would draw it to the mean.
     """
 
     denoises: ClassVar[bool] = True
     statistics: TrajectoryStatistics
     form: Literal["backward", "forward"] = "backward"
     path: Path = EDM()
+    weight: Weight = later(lambda: "analytic")
     _tables: ClassVar[dict[torch.device, Tables]]
 
     def __post_init__(self) -> None:
         check_choice("form", self.form, ("backward", "forward"))
+        check_choice("weight", self.weight, get_args(Weight))
         if not isinstance(self.statistics, TrajectoryStatistics):
             raise ConfigError(
                 f"analytic preconditioning takes TrajectoryStatistics, not {type(self.statistics).__name__}: "
@@ -136,6 +146,12 @@ class AnalyticPreconditioning(Preconditioning):
     def known_statistics(self) -> TrajectoryStatistics:
         return self.statistics
 
+    def of(self, labels: Tensor | None) -> Preconditioning:
+        means = self.statistics.class_means
+        if means is None or labels is None:
+            return self
+        return Recentred(self, class_means(self.statistics.mean, means, labels))
+
     def with_statistics(self, statistics: TrajectoryStatistics) -> "AnalyticPreconditioning":
         return replace(self, statistics=statistics)
 
@@ -151,6 +167,8 @@ class AnalyticPreconditioning(Preconditioning):
         f, g = self._between(lam_t, lam_s, tables)
         clean = scale_t == 0
         f = torch.where(clean, 1.0, f * scale_s / torch.where(clean, 1.0, scale_t))
+        if self.weight == "euler":
+            return f, EulerPreconditioning(self.path).coefficients(t, s)[1]
         return f, g * scale_s + f * excess_t - excess_s
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,12 +225,44 @@ class AnalyticPreconditioning(Preconditioning):
         return self._tables[device]
 
 
+@final
+@dataclass(frozen=True)
+class Recentred(Preconditioning):
+    """Another's (f, g) about other origins, (B, ...): of a batch, and never stored."""
+
+    base: Preconditioning
+    about: Tensor
+
+    @property
+    def origin(self) -> Tensor:
+        return self.about
+
+    @property
+    def target_in_network(self) -> bool:
+        return self.base.target_in_network
+
+    @property
+    def denoises(self) -> bool:
+        return self.base.denoises
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.coefficients(t, s)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.diagonal(t)
+
+
 @dataclass(frozen=True)
 class AnalyticPreconditioningConfig(PreconditioningConfig):
     """From statistics of the teacher, or of the model itself."""
 
     needs_statistics: ClassVar[bool] = True
     form: ClassVar[Literal["backward", "forward"]] = "backward"
+    weight: Weight = later(lambda: "analytic")
+    """Of the network: the computed g, or euler, so that a student starts at the length of the teacher's DDIM steps."""
+
+    def __post_init__(self) -> None:
+        check_choice("weight", self.weight, get_args(Weight))
 
     def build(
         self, path: Path, sigma_data: float, statistics: TrajectoryStatistics | None = None
@@ -222,7 +272,7 @@ class AnalyticPreconditioningConfig(PreconditioningConfig):
                 "analytic preconditioning is computed from statistics: name a teacher with --teacher, or set "
                 "--statistics.refresh-images to estimate them from the model itself"
             )
-        return AnalyticPreconditioning(statistics, self.form, path)
+        return AnalyticPreconditioning(statistics, self.form, path, self.weight)
 
 
 @final

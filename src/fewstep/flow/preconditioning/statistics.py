@@ -28,6 +28,7 @@ class TrajectoryStatistics:
     s_stderr: of the samples, and of the differences over the grid that l' is taken by. s_bias: how far the denoiser's
     own error may have moved s at high noise, a bound (`StatisticsEstimator.statistics` derives it).
     s_without_l, and its errors: s estimated afresh for l = 0. mean: of a sample's shape; zeros for raw data.
+    class_means (classes, ...): about which samples with a label were taken, and jump; None for the mean of all.
     sigma_data: the data's standard deviation. limit: of s at high noise. samples, seed, probes (None: exact trace, 0:
     Stein's identity), derivative: how they were estimated; samples = 0 for closed forms. seconds: what it took; not
     compared by ==.
@@ -51,12 +52,15 @@ class TrajectoryStatistics:
     is_shrunk: bool = False
     seconds: float = 0.0
     derivative: Literal["exact", "finite-difference"] = later(lambda: "exact")
+    class_means: Tensor | None = later(lambda: None)
 
     def __post_init__(self) -> None:
         if self.lam.ndim != 1 or len(self.lam) < 3 or not self.sigma_data > 0:
             raise ConfigError("trajectory statistics need at least 3 noise levels, (points,), and sigma_data > 0")
         if not bool(torch.isfinite(self.mean).all()):
             raise ConfigError("trajectory statistics: mean has values that are not finite")
+        if self.class_means is not None and self.class_means.shape[1:] != self.mean.shape:
+            raise ConfigError("trajectory statistics: class_means must be a mean of a sample's shape for each class")
         tables = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor and f.name != "mean"}
         for name, table in tables.items():
             if table.shape != self.lam.shape or table.dtype != torch.float64 or not bool(table.isfinite().all()):
