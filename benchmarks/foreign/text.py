@@ -195,17 +195,9 @@ def teacher_samples(work: Path, labels: Tensor, seed: int) -> Iterator[Drawn]:
 
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(place(work))
     pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    yield "autoencoder alone", 0, lambda: small(through(pipeline.vae, pictures()[0]))
     for name, scale, counts in (("DDIM", GUIDANCE, (1, 2, 4, 50)), ("DDIM, not guided", 1.0, (4,))):
         draw = drawn(pipeline, labels, seed, guidance_scale=scale)
         yield from ((name, calls, lambda draw=draw, calls=calls: draw(calls)) for calls in counts)
-
-
-@torch.no_grad()
-def through(vae: Any, images: Tensor) -> Tensor:
-    """Pictures in [0, 1], encoded and decoded."""
-    found: Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample
-    return (found / 2 + 0.5).clamp(0, 1)
 
 
 def student_samples(folder: Path, name: str, labels: Tensor, seed: int) -> Callable[[int], Tensor]:
