@@ -6,15 +6,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fewstep.data.latents.autoencoders import AutoencoderIdentity, Decoder, LatentSpec, load_autoencoder, load_decoder
 from fewstep.utils.errors import CheckpointError, MissingExtraError, ShapeError
-from tests.support.photographs import SIDE, save_autoencoder
+from tests.support.photographs import SIDE, make_autoencoder, save_autoencoder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -49,6 +50,41 @@ def test_it_encodes_and_decodes_as_diffusers_does(saved: tuple[Path, "Autoencode
     torch.testing.assert_close(mean, posterior.mean)
     torch.testing.assert_close(std, posterior.std)
     torch.testing.assert_close(found.decode(mean), decoded)
+
+
+def of_pipeline(kind: str, model: Any, latents: Tensor) -> Tensor:
+    """Latents as the kind's own pipeline gives them to its decoder."""
+    if kind != "AutoencoderKLWan":
+        return latents / model.config.scaling_factor
+    mean, std = (
+        torch.tensor(values).reshape(-1, 1, 1, 1) for values in (model.config.latents_mean, model.config.latents_std)
+    )
+    return latents * std + mean
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderTiny", "AutoencoderKLWan"])
+def test_other_kinds_encode_and_decode_as_diffusers_does(kind: str, tmp_path: Path) -> None:
+    """To 1e-5, and in the units that the kind's own pipeline gives its network; of an image and, of Wan, of a video."""
+    model = make_autoencoder(kind)
+    model.save_pretrained(tmp_path)
+    found, video = load_autoencoder(tmp_path, CPU), kind == "AutoencoderKLWan"
+    assert (found.factor, found.image_channels, found.identity.kind) == (2, 3, kind)
+    units = found.units
+    spec = LatentSpec(found.identity, units.shift, tuple(1 / each for each in units.factor), 1.0, (3, SIDE, SIDE))
+    for shape in [(2, 3, SIDE, SIDE), *[(2, 3, 5, SIDE, SIDE)] * video]:
+        images = torch.rand(shape) * 2 - 1
+        frames = images[:, :, None] if video and images.ndim == 4 else images
+        mean, std = found.encode(images)
+        with torch.no_grad():
+            encoded = model.encode(frames)
+            expected = encoded.latent_dist.mean if video else encoded[0]
+            decoded = model.decode(expected).sample.reshape(shape)
+            drawn = model.decode(of_pipeline(kind, model, spec.samples(expected))).sample.reshape(shape)
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(std, encoded.latent_dist.std if video else torch.zeros_like(mean))
+        torch.testing.assert_close(found.decode(mean), decoded, rtol=1e-5, atol=1e-5)
+        images = Decoder(spec, found).images(spec.samples(mean))
+        torch.testing.assert_close(images, drawn.clamp(-1, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_inverts_what_samples_are_brought_to() -> None:

@@ -17,15 +17,15 @@ from torch import Tensor
 from fewstep.data.folder import decode, list_images
 from fewstep.data.labels import held_out
 from fewstep.data.latents import encode as encoding
-from fewstep.data.latents.autoencoders import Autoencoder, load_autoencoder
-from fewstep.data.latents.encode import EncodingWork, encode_folder
+from fewstep.data.latents.autoencoders import Autoencoder, Decoder, load_autoencoder
+from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
 from fewstep.data.latents.moments import ChannelMoments
-from fewstep.data.latents.shards import EncodingSettings, read_manifest
+from fewstep.data.latents.shards import EncodingSettings, load_latents, read_manifest
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import to_json
-from tests.support.photographs import SIDE, save_autoencoder, save_pictures
+from tests.support.photographs import SIDE, make_autoencoder, save_autoencoder, save_pictures
 
 CPU = torch.device("cpu")
 WORK = EncodingWork(batch_size=4, cpu=True, quiet=True)
@@ -300,6 +300,27 @@ def test_grey_autoencoders_and_images_without_classes(images: Path, tmp_path: Pa
     assert (manifest.image_shape, manifest.shape) == ((1, SIDE, SIDE), (2, SIDE // 2, SIDE // 2))
     assert manifest.class_names == ()
     assert "labels" not in load_file(tmp_path / "out" / "latents-00000.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderKLWan"])
+def test_other_autoencoders_encode_a_folder(kind: str, images: Path, tmp_path: Path) -> None:
+    """One latent for an image where the autoencoder has one; an image is a video of one frame to one of videos."""
+    model = make_autoencoder(kind)
+    model.save_pretrained(tmp_path / "vae")
+    settings = replace(SETTINGS, posterior="mean")
+    manifest = encode_folder(images / "cold", tmp_path / "vae", tmp_path / "out", settings, work=WORK)
+    frames = (1,) if kind == "AutoencoderKLWan" else ()
+    assert (manifest.shape, manifest.image_shape) == ((4, *frames, SIDE // 2, SIDE // 2), (3, SIDE, SIDE))
+    assert ("posterior's" in summary(manifest)) == bool(frames)
+    expected, _ = posterior(images / "cold", tmp_path / "vae")
+    torch.testing.assert_close(stored(tmp_path / "out", "latents"), expected, atol=1e-5, rtol=1e-5)
+    dataset = load_latents(str(tmp_path / "out"))
+    values, _ = dataset.train.fetch(torch.arange(len(dataset.train)))
+    assert values.shape[1:] == dataset.shape == manifest.shape
+    spread = values.transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(spread, torch.ones(4), atol=1e-4, rtol=1e-4)
+    seen = Decoder(manifest.spec, load_autoencoder(tmp_path / "vae", CPU)).images(values)
+    assert seen.shape == (len(values), 3, SIDE, SIDE)
 
 
 def test_folders_that_cannot_take_latents(images: Path, autoencoder: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the tests of latents share: a folder of pictures, and an autoencoder of the smallest size."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,33 @@ def save_autoencoder(folder: Path, seed: int = 0, channels: int = 3, latents: in
         )
     model.save_pretrained(folder)
     return model.eval()
+
+
+def make_autoencoder(kind: str) -> Any:
+    """The smallest of another kind: two levels, four channels of latents, random weights that are always the same."""
+    import diffusers
+
+    pairs = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (4, 8))
+    blocks = {f"{part}_block_types": ("ResBlock", "EfficientViTBlock") for part in ("encoder", "decoder")}
+    blocks |= {f"{part}_layers_per_block": (1, 1) for part in ("encoder", "decoder")}
+    blocks |= {f"{part}_qkv_multiscales": ((), (5,)) for part in ("encoder", "decoder")}
+    settings: dict[str, dict[str, Any]] = {
+        "AutoencoderDC": {
+            **pairs, **blocks, "latent_channels": 4, "attention_head_dim": 2, "scaling_factor": 0.4,
+            "encoder_out_shortcut": False,
+        },
+        "AutoencoderTiny": {
+            name: (8, 8) if "channels" in name else (1, 1)
+            for name in (*pairs, "num_encoder_blocks", "num_decoder_blocks")
+        },
+        "AutoencoderKLWan": {
+            "base_dim": 4, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True],
+            "latents_mean": [0.1, 0.2, -0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 4.0],
+        },
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(diffusers, kind)(**settings[kind]).eval()
 
 
 def save_pictures(folder: Path, classes: dict[str, int]) -> Path:

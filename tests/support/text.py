@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tests.support.foreign import TINY, make_model
+from tests.support.photographs import make_autoencoder
 
 PIPELINES = {
     "StableDiffusionPipeline": "UNet2DConditionModel",
@@ -111,7 +112,7 @@ def autoencoder(seed: int = 0) -> Any:
 
 
 def make_pipeline(name: str, seed: int = 0, **changes: Any) -> Any:
-    """The pipeline by its own class, weights drawn from a seed; with an autoencoder where it is one of images.
+    """The pipeline by its own class with an autoencoder, weights drawn from a seed.
 
     changes: to the settings of its network.
     """
@@ -131,7 +132,8 @@ def make_pipeline(name: str, seed: int = 0, **changes: Any) -> Any:
     scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
     own = "unet" if kind in ("UNet2DConditionModel", "SDXL") else "transformer"
     parts |= {own: make_model(kind, scale=0.05, **changes), "scheduler": scheduler}
-    parts["vae"] = None if name in ("WanPipeline", "SanaPipeline") else autoencoder()
+    others = {"SanaPipeline": "AutoencoderDC", "WanPipeline": "AutoencoderKLWan"}
+    parts["vae"] = make_autoencoder(others[name]) if name in others else autoencoder()
     if name == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return getattr(diffusers, name)(**parts)

@@ -2,12 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fewstep.networks.condition import Condition
 from fewstep.teachers.diffusers import DiffusersConfig, DiffusersNetwork, load_diffusers
+from fewstep.teachers.edm import load_edm
+from fewstep.teachers.edm_networks import EDMNetwork
+from tests.support.edm_files import TINY as TINY_EDM
+from tests.support.edm_files import save_edm
 from tests.support.foreign import TINY, save_foreign
 
 pytest.importorskip("diffusers")
@@ -47,6 +52,28 @@ def test_a_guided_student_starts_as_the_unguided_teacher_bit_for_bit(
     assert torch.equal(
         student(x, t, s, cond), student(x, t, s, replace(cond, guidance=torch.tensor([[0, 0, 1.0]] * 2)))
     )
+
+
+@pytest.mark.parametrize("kind", sorted(TINY_EDM))
+def test_a_guided_student_of_edm_starts_as_the_unguided_teacher_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """Whatever strength it is given; once the projection has moved, the strength counts."""
+    save_edm(tmp_path / "network.pkl", kind)
+    teacher = load_edm(tmp_path / "network.pkl")
+    assert teacher.config is not None
+    assert isinstance(teacher.network, EDMNetwork)
+    student = teacher.config.network.build(teacher.sample_shape, teacher.num_classes, guided=True)
+    assert isinstance(student, EDMNetwork)
+    student.take(teacher.network, kind)
+    labels = torch.tensor([2, 0])
+    x, t, s = torch.randn(2, *teacher.sample_shape), torch.tensor([0.5, 0.9]), torch.tensor([0.2, 0.4])
+    cond = Condition(labels, guidance=guidance((4.0, 1.5)))
+    assert torch.equal(student(x, t, s, cond), teacher.network(x, t, s, Condition(labels)))
+    with torch.no_grad():
+        for parameter in student.two_times.new_parameters():
+            parameter.add_(0.1)
+    other = replace(cond, guidance=guidance((1.5, 4.0)))
+    assert not torch.allclose(student(x, t, s, cond), student(x, t, s, other))
+    assert student.base_digest() == teacher.network.base_digest()
 
 
 def test_a_network_with_its_own_input_of_a_strength_takes_it(tmp_path_factory: pytest.TempPathFactory) -> None:

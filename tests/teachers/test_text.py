@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.data.latents.prompts import encode_prompts
 from fewstep.networks.condition import Prompts
 from fewstep.teachers.families import family
-from fewstep.teachers.text import load_text_encoders
+from fewstep.teachers.text import TextSpec, load_text_encoders
+from fewstep.utils.serialization import from_json, to_json
 from tests.support.foreign import TINY, class_name
 from tests.support.text import CAPTIONS, PIPELINES, make_pipeline
 
@@ -26,6 +28,9 @@ def own_way(pipeline: Any, name: str) -> tuple[dict[str, Tensor], dict[str, Tens
         prompts["do_classifier_free_guidance"] = True
     if name == "WanPipeline":
         prompts["max_sequence_length"] = 512
+    if name == "SanaPipeline":
+        call = inspect.signature(type(pipeline).__call__)
+        prompts["complex_human_instruction"] = call.parameters["complex_human_instruction"].default
     per = {"num_videos_per_prompt" if name == "WanPipeline" else "num_images_per_prompt": 1}
     with torch.no_grad():
         found = pipeline.encode_prompt(prompt=list(CAPTIONS), device="cpu", **prompts, **per)
@@ -57,6 +62,19 @@ def test_embeddings_are_those_of_the_pipelines_own_code(name: str, tmp_path: Pat
     assert found.null is not None
     if null:
         close(found.null, null)
+    assert bool(encoders.spec.instruction) == (name == "SanaPipeline")
     kind = PIPELINES[name]
     assert encoders.spec.widths == family(class_name(kind)).prompt_widths(TINY[kind].settings)
     assert encoders.spec.length == found.text.shape[1]
+
+
+def test_embeddings_without_an_instruction_are_made_again_as_they_were(tmp_path: Path) -> None:
+    """Folders encoded before there was one have none; whatever the pipeline puts before prompts today."""
+    pipeline = make_pipeline("SanaPipeline")
+    pipeline.save_pretrained(tmp_path)
+    plain = load_text_encoders(tmp_path, torch.device("cpu"), 12, instructed=False)
+    spec = from_json(TextSpec, {key: each for key, each in to_json(plain.spec).items() if key != "instruction"})
+    with torch.no_grad():
+        text, mask, *_ = pipeline.encode_prompt(list(CAPTIONS), False, device="cpu", max_sequence_length=12)
+    close(encode_prompts(spec, CAPTIONS, None, torch.device("cpu")), {"text": text, "mask": mask.bool()})
+    assert not load_text_encoders(tmp_path, torch.device("cpu"), 12).spec.same_as(spec)

@@ -96,8 +96,11 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
             own = (self.weights[f"network.{name}.project.{part}"] for part in ("weight", "bias"))
             self.added[name] = linear(hidden, *own)
 
-    def encode(self, prompts: list[str], device: Any) -> dict[str, Tensor]:
-        """Embeddings of prompts, by the text encoders of the teacher's own pipeline: text, mask, pooled."""
+    def encode(self, prompts: list[str], device: Any, negative: bool = False) -> dict[str, Tensor]:
+        """Embeddings of prompts, by the text encoders of the teacher's own pipeline: text, mask, pooled.
+
+        negative: whether to push away from them; else they follow the instruction that such a pipeline puts before.
+        """
         made = self.settings["encoder"]
         if made is None:
             raise ValueError("there are no text encoders here: give prompt_embeds")
@@ -111,6 +114,9 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
             self.encoder = kind(**{**parts, "scheduler": None, **made["options"]})
         wanted = {"prompt": prompts, "prompt_2": None, "prompt_3": None, "device": device}
         wanted |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **made["call"]}
+        told = inspect.signature(kind.__call__).parameters.get("complex_human_instruction")
+        if told is not None and made["instructed"] and not negative:
+            wanted["complex_human_instruction"] = told.default
         takes = inspect.signature(kind.encode_prompt).parameters
         found = self.encoder.encode_prompt(**{name: value for name, value in wanted.items() if name in takes})
         return {name: value for name, value in zip(made["returns"], found, strict=False) if name and value is not None}
@@ -276,7 +282,7 @@ class FewStepPipeline(diffusers.DiffusionPipeline):
         zeros = encoder is None or (encoder["zeros"] and told.get("negative_prompt") is None)
         if not given and "text" in words and not zeros:
             negative = told.get("negative_prompt") or ""
-            given = self.encode([negative] * count if isinstance(negative, str) else list(negative), device)
+            given = self.encode([negative] * count if isinstance(negative, str) else list(negative), device, True)
         elif not given:
             given = {name: torch.zeros_like(words[name]) for name in ("text", "pooled") if name in words}
             given |= {"mask": torch.ones_like(words["mask"])} if "mask" in words else {}

@@ -127,6 +127,7 @@ def _encoder(index: dict[str, Any], components: dict[str, Any], pipeline: Pipeli
     options = flags | _OPTIONS.get(name, {})
     zeros = name == "StableDiffusionXLPipeline" and flags.get("force_zeros_for_empty_prompt", True)
     call = {"max_sequence_length": own or PIPELINES[name].tokens}
+    instructed = pipeline.config.text is None or pipeline.config.text.instruction != ""
     return {
         "pipeline": name,
         "returns": _RETURNS[name],
@@ -134,6 +135,7 @@ def _encoder(index: dict[str, Any], components: dict[str, Any], pipeline: Pipeli
         "call": call,
         "zeros": zeros,
         "clip_tokens": own if name in _CLIPS else 0,
+        "instructed": instructed,
     }
 
 

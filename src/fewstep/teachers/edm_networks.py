@@ -74,30 +74,31 @@ class EDMNetworkConfig(TwoTimesConfig):
 
     def build(self, shape: Shape, num_classes: int, guided: bool, observation: Shape = ()) -> "EDMNetwork":
         levels = len(self.channel_mult)
-        if guided or observation:
-            raise ConfigError("networks of EDM take no guidance strength and no observations as inputs")
+        if observation:
+            raise ConfigError("networks of EDM take no observations as inputs")
         if len(shape) != 3 or any(side % 2 ** (levels - 1) for side in shape[1:]):
             raise ConfigError(
                 f"a network of EDM with {levels} levels takes images (channels, height, width) whose sides can be "
                 f"halved {levels - 1} times, not samples of shape {shape}"
             )
-        return EDMNetwork(self, shape, num_classes)
+        return EDMNetwork(self, shape, num_classes, guided)
 
 
 class EDMNetwork(TwoTimesNetwork):
     """A network of EDM or EDM2 as F(x, t, s, cond), t and s as its preconditioner gives c_noise.
 
-    s counts for nothing at first. A sample without a label has zeros for its one-hot label.
+    s counts for nothing at first. A sample without a label has zeros for its one-hot label. guided: the guidance enters
+    beside s, and counts for nothing at first.
     """
 
-    def __init__(self, config: EDMNetworkConfig, shape: Shape, num_classes: int) -> None:
-        super().__init__(shape, num_classes, guided=False)
+    def __init__(self, config: EDMNetworkConfig, shape: Shape, num_classes: int, guided: bool = False) -> None:
+        super().__init__(shape, num_classes, guided)
         self.config = config
         network = config.network(shape, num_classes)
         if config.adapters is not None:
             add_adapters(network, config.adapters, config.attention, config.time_layer)
         self.adapters = config.adapters
-        self.two_times = TwoTimes(network, config.time_layer, config.time_factor)
+        self.two_times = TwoTimes(network, config.time_layer, config.time_factor, guided)
         self.eval()
 
     @property
@@ -119,7 +120,7 @@ class EDMNetwork(TwoTimesNetwork):
         check_inputs(x, t, s, self.shape)
         if self.config.log_half:
             t, s = torch.log(0.5 * t), torch.log(0.5 * s)
-        with self.two_times.at(s.to(x.dtype)):
+        with self.two_times.at(s.to(x.dtype), None if cond is None else cond.guidance):
             found: Tensor = self.two_times.network(x, t.to(x.dtype), self._one_hot(x, cond))
         return found[:, : x.shape[1]]
 

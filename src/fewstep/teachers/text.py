@@ -4,6 +4,7 @@ Each pipeline has its own way: which encoders, which of their layers, padded how
 `PIPELINES` has them. Everything is read from local folders, weights from safetensors alone; no code of theirs is run.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from fewstep.networks.condition import Prompts
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
 from fewstep.utils.files import read_record
+from fewstep.utils.serialization import later_value
 from fewstep.utils.weights import digest_of_settings, digest_of_tensors
 
 INDEX_FILE = "model_index.json"
@@ -48,6 +50,7 @@ class TextSpec:
 
     pipeline: its class. tokens: the longest prompt, in tokens; 0 for the pipeline's own. length, width: of the
     embeddings of tokens; pooled: the width of a prompt's one, 0 for none. path: where the pipeline lay, a hint.
+    instruction: sixteen hex digits of what the pipeline puts before each prompt; empty where that is nothing.
     """
 
     pipeline: str
@@ -57,6 +60,7 @@ class TextSpec:
     width: int
     pooled: int
     path: str
+    instruction: str = later_value("")
 
     def same_as(self, other: "TextSpec") -> bool:
         """Whether both are made by the same encoders in the same way, wherever these lie."""
@@ -95,13 +99,14 @@ class Encoder:
 class Parts:
     """What a way of encoding may use: the encoders by their folders, the longest prompt of long ones, and the index.
 
-    text_width: of the network, for encoders that a pipeline may lack.
+    text_width: of the network, for encoders that a pipeline may lack. instruction: what is put before a prompt.
     """
 
     encoders: dict[str, Encoder]
     index: Index
     tokens: int
     text_width: int
+    instruction: str = ""
 
     def __getitem__(self, name: str) -> Encoder:
         return self.encoders[name]
@@ -149,11 +154,17 @@ def _t5_and_pooled_clip(parts: Parts, prompts: Sequence[str]) -> Prompts:
 
 
 def _masked(parts: Parts, prompts: Sequence[str]) -> Prompts:
-    """PixArt and Sana: the last state of T5 or Gemma with its mask, prompts in lower case."""
-    encoder = parts["text_encoder"]
+    """PixArt and Sana: the last state of T5 or Gemma with its mask, prompts in lower case.
+
+    Behind an instruction of n tokens, n + L - 2 are embedded; the first and the last L - 1 are kept.
+    """
+    encoder, length = parts["text_encoder"], parts.tokens
     encoder.tokenizer.padding_side = "right"
-    ids, mask = encoder.tokens([prompt.lower().strip() for prompt in prompts], parts.tokens)
-    return Prompts(encoder.model(ids, attention_mask=mask)[0], mask.bool())
+    before = parts.instruction
+    most = length + len(encoder.tokenizer.encode(before)) - 2 if before else length
+    ids, mask = encoder.tokens([before + prompt.lower().strip() for prompt in prompts], most)
+    kept = [0, *range(most - length + 1, most)]
+    return Prompts(encoder.model(ids, attention_mask=mask)[0][:, kept], mask[:, kept].bool())
 
 
 def _zero_padded(parts: Parts, prompts: Sequence[str]) -> Prompts:
@@ -189,6 +200,18 @@ PIPELINES: dict[str, Way] = {
 """By the class that a pipeline's model_index.json names."""
 
 
+def instruction_of(pipeline: str) -> str:
+    """What a pipeline puts before each prompt: its call's own default for `complex_human_instruction`; "" for none."""
+    try:
+        import diffusers
+
+        call = getattr(diffusers, pipeline).__call__
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise MissingExtraError(f"a {pipeline} needs diffusers: pip install 'fewstep[diffusers]' ({error})") from error
+    lines = inspect.signature(call).parameters.get("complex_human_instruction")
+    return "" if lines is None else "\n".join(lines.default or ())
+
+
 class TextEncoders:
     """The text encoders of a pipeline, in float32 on a device."""
 
@@ -197,7 +220,8 @@ class TextEncoders:
         identities = tuple(encoder.identity for encoder in parts.encoders.values())
         _, length, width = self.null.text.shape
         pooled = 0 if self.null.pooled is None else self.null.pooled.shape[1]
-        self.spec = TextSpec(pipeline, identities, tokens, length, width, pooled, path)
+        instruction = digest_of_settings({"instruction": parts.instruction}) if parts.instruction else ""
+        self.spec = TextSpec(pipeline, identities, tokens, length, width, pooled, path, instruction)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Prompts:
@@ -206,9 +230,9 @@ class TextEncoders:
 
     @cached_property
     def null(self) -> Prompts:
-        """The empty prompt's, of one row; zeros where the pipeline says so."""
+        """The empty prompt's, of one row, without an instruction; zeros where the pipeline says so."""
         with torch.no_grad():
-            found = self._way.encode(self._parts, [""])
+            found = self._way.encode(replace(self._parts, instruction=""), [""])
         if self._way.encode is _two_clips and self._parts.index.get("force_zeros_for_empty_prompt", True):
             assert found.pooled is not None
             return Prompts(torch.zeros_like(found.text), pooled=torch.zeros_like(found.pooled))
@@ -226,13 +250,14 @@ def _is_there(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
-def load_text_encoders(folder: Path, device: torch.device, tokens: int = 0) -> TextEncoders:
+def load_text_encoders(folder: Path, device: torch.device, tokens: int = 0, instructed: bool = True) -> TextEncoders:
     """The text encoders of a pipeline's folder; nothing is downloaded or unpickled.
 
-    tokens: the longest prompt, 0 for the pipeline's own. Raises CheckpointError where the folder is no pipeline, or
-    what it names is missing, damaged or of another class than is known; ConfigError for pipelines whose way of encoding
-    is not known, and for prompts of less than one token or more than the encoders take; MissingExtraError without
-    transformers.
+    tokens: the longest prompt, 0 for the pipeline's own. instructed: whether a prompt follows the instruction that its
+    pipeline puts before it, as Sana's does; older embeddings have none. Raises CheckpointError where the folder is no
+    pipeline, or what it names is missing, damaged or of another class than is known; ConfigError for pipelines whose
+    way of encoding is not known, and for prompts of less than one token or more than the encoders take;
+    MissingExtraError without transformers.
     """
     file = folder / INDEX_FILE
     if not file.is_file():
@@ -248,7 +273,8 @@ def load_text_encoders(folder: Path, device: torch.device, tokens: int = 0) -> T
         raise ConfigError(f"prompts of {tokens} tokens: a {pipeline} takes from 1 to {way.tokens}; 0 takes the most")
     names = sorted([*way.encoders, *(name for name in way.optional if _is_there(index.get(name)))])
     encoders = {name: _load_encoder(folder, name, index, device) for name in names}
-    parts = Parts(encoders, index, tokens or way.tokens, _text_width(folder))
+    instruction = instruction_of(pipeline) if instructed and way.encode is _masked else ""
+    parts = Parts(encoders, index, tokens or way.tokens, _text_width(folder), instruction)
     return TextEncoders(way, parts, pipeline, tokens, str(folder.resolve()))
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fewstep.data.latents.autoencoder_kinds import KINDS, KNOWN, Units
 from fewstep.networks.base import MOST_TENSORS, at_most
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, ShapeError
 from fewstep.utils.files import read_record
@@ -16,7 +17,6 @@ from fewstep.utils.tensors import nonzero
 from fewstep.utils.weights import digest_of_settings, digest_of_tensors
 
 CONFIG_FILE = "config.json"
-_KIND = "AutoencoderKL"
 _AT_ONCE, _AT_ONCE_ON_CPU = 16, 4  # larger batches spend more of a CPU's time on memory than they save
 # What diffusers raises on folders that hold no such model, or another.
 _UNREADABLE = (ConfigError, OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
@@ -65,7 +65,7 @@ class LatentSpec:
             )
 
     def latents(self, samples: Tensor) -> Tensor:
-        """z = mean + std x / scale: samples x (n, C, h, w) in the autoencoder's own units."""
+        """z = mean + std x / scale: samples x (n, C, h, w), or (n, C, t, h, w), in the autoencoder's units."""
         mean, std = self._channels(samples)
         return mean + std / self.scale * samples
 
@@ -80,53 +80,46 @@ class LatentSpec:
         return tuple(i for i, std in enumerate(self.std) if std == 0)
 
     def _channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if like.ndim != 4 or like.shape[1] != len(self.mean):
+        if like.ndim not in (4, 5) or like.shape[1] != len(self.mean):
             raise ShapeError(f"latents have shape (n, {len(self.mean)}, h, w), got {tuple(like.shape)}")
         mean, std = (torch.tensor(values, dtype=torch.float64).to(like) for values in (self.mean, self.std))
-        return mean[:, None, None], std[:, None, None]
-
-
-@dataclass(frozen=True)
-class Units:
-    """How a diffusion pipeline reads its autoencoder's latents z: as (z - shift) factor, channel by channel."""
-
-    shift: tuple[float, ...]
-    factor: tuple[float, ...]
+        sides = (-1, *[1] * (like.ndim - 2))
+        return mean.reshape(sides), std.reshape(sides)
 
 
 class Autoencoder:
-    """A diffusers AutoencoderKL in float32: images (n, C, H, W) in [-1, 1] to latents (n, c, h, w) and back.
+    """An autoencoder of diffusers in float32: images (n, C, H, W) in [-1, 1] to latents (n, c, h, w) and back.
 
-    Latents are the model's own, without the scaling factor that diffusion pipelines multiply them by.
+    One of videos takes (n, C, T, H, W) to (n, c, t, h, w), and an image as a video of one frame. Latents are the
+    model's own, without the scaling factor that diffusion pipelines multiply them by.
     """
 
     def __init__(self, model: Any, identity: AutoencoderIdentity, device: torch.device) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
-        self.identity, self.device = identity, device
-        self.image_channels = int(model.config.in_channels)
-        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+        self.identity, self.device, self._kind = identity, device, KINDS[identity.kind]
+        self.image_channels = self._kind.image_channels(model.config)
+        self.factor = self._kind.factor(model.config)
         """Pixels to a latent's side."""
 
     @property
     def units(self) -> Units:
-        """Its pipeline's: by its scaling and shift factors, and its latents' mean and deviation where it has these."""
-        settings = self._model.config
-        channels = int(settings.latent_channels)
-        mean = getattr(settings, "latents_mean", None) or [getattr(settings, "shift_factor", None) or 0.0] * channels
-        std = getattr(settings, "latents_std", None) or [1.0] * channels
-        return Units(tuple(map(float, mean)), tuple(float(settings.scaling_factor) / float(each) for each in std))
+        """Its pipeline's."""
+        return self._kind.units(self._model.config)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, each (n, c, h, w), on the autoencoder's device."""
-        posterior = self._model.encode(images.to(self.device)).latent_dist
-        return posterior.mean, posterior.std
+        """Mean and standard deviation of the posterior, each (n, c, h, w), on the autoencoder's device.
+
+        The deviation is 0 where the autoencoder has one latent for an image.
+        """
+        frames = images[:, :, None] if self._kind.of_video and images.ndim == 4 else images
+        return self._kind.posterior(self._model.encode(frames.to(self.device)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, about [-1, 1], on the autoencoder's device."""
+        """Images of latents, about [-1, 1], on the autoencoder's device; a video of one frame is an image."""
         images: Tensor = self._model.decode(latents.to(self.device)).sample
-        return images
+        return images[:, :, 0] if images.ndim == 5 and images.shape[2] == 1 else images
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,10 @@ class Decoder:
     autoencoder: Autoencoder
 
     def images(self, samples: Tensor) -> Tensor:
-        """Images (n, C, H, W) in [-1, 1] on the CPU, of samples (n, c, h, w); a few at a time pass the autoencoder."""
+        """Images (n, C, H, W) in [-1, 1] on the CPU, of samples (n, c, h, w); a few at a time pass the autoencoder.
+
+        Of videos (n, C, T, H, W), where there is more than one frame.
+        """
         count = _AT_ONCE_ON_CPU if self.autoencoder.device.type == "cpu" else _AT_ONCE
         parts = (self.spec.latents(part.float().to(self.autoencoder.device)) for part in torch.split(samples, count))
         return torch.cat([self.autoencoder.decode(latents).clamp(-1.0, 1.0).cpu() for latents in parts])
@@ -165,7 +161,7 @@ def load_decoder(spec: LatentSpec, path: Path | None, device: torch.device) -> D
 
 
 def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
-    """The AutoencoderKL that diffusers' `save_pretrained` wrote to a folder; nothing is downloaded or unpickled.
+    """The autoencoder that diffusers' `save_pretrained` wrote to a folder; nothing is downloaded or unpickled.
 
     Raises CheckpointError when the folder is missing, damaged or holds another kind of model, MissingExtraError
     without the extra [diffusers].
@@ -173,17 +169,21 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}: give the folder of an {_KIND}, such as the folder vae of a pipeline"
+            f"{folder} has no {CONFIG_FILE}: give the folder of an {KNOWN}, such as the folder vae of a pipeline"
         )
     settings = read_record(file, "copy the model again")
-    if settings.get("_class_name") != _KIND:
-        found = settings.get("_class_name")
-        raise CheckpointError(f"{folder} holds a model of class {found!r}: give the folder of an {_KIND}")
+    kind = str(settings.get("_class_name"))
+    if kind not in KINDS:
+        raise CheckpointError(f"{folder} holds a model of class {kind!r}: give the folder of an {KNOWN}")
     try:
         import diffusers
 
-        model_class: Any = diffusers.AutoencoderKL
-    except (ImportError, RuntimeError) as error:  # RuntimeError: one of its own extras does not fit torch
+        model_class: Any = getattr(diffusers, kind)
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # RuntimeError: one of its own extras does not fit torch
         raise MissingExtraError(f"autoencoders need diffusers: pip install 'fewstep[diffusers]' ({error})") from error
     try:
         with at_most(MOST_TENSORS):
@@ -192,7 +192,7 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
             )
     except _UNREADABLE as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise CheckpointError(f"{folder} holds no {_KIND} that can be read from safetensors: {reason}") from error
+        raise CheckpointError(f"{folder} holds no {kind} that can be read from safetensors: {reason}") from error
     if info["missing_keys"]:
         raise CheckpointError(
             f"{folder} lacks {len(info['missing_keys'])} of its weights, such as {min(info['missing_keys'])}"
@@ -202,4 +202,4 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
 
 def _identify(folder: Path, settings: dict[str, Any], model: Any) -> AutoencoderIdentity:
     digests = digest_of_settings(settings), digest_of_tensors(model.state_dict())
-    return AutoencoderIdentity(_KIND, *digests, str(folder.resolve()))
+    return AutoencoderIdentity(str(settings["_class_name"]), *digests, str(folder.resolve()))

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from fewstep.data.folder import Listing, decode_or_reason, list_images, quiet_bombs, read_ahead, report_unreadable
 from fewstep.data.labels import held_out
-from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, Units, load_autoencoder
+from fewstep.data.latents.autoencoder_kinds import Units
+from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
 from fewstep.data.latents.moments import ChannelMoments
 from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
@@ -139,7 +140,7 @@ def _check_folder(
     """Start the folder, or raise CheckpointError showing every difference to what it holds already."""
     file = out / RECORD_FILE
     record: dict[str, Any] = {"version": VERSION, "autoencoder": to_json(autoencoder), "settings": to_json(settings)}
-    record |= {} if text is None else {"text": to_json(text)}
+    record |= {} if text is None else {"text": to_json(text, terse=True)}
     if not file.is_file():
         if any(path.name != LOCK_FILE and not path.name.startswith(f".{RECORD_FILE}.") for path in out.iterdir()):
             raise CheckpointError(f"{out} is not empty and holds no latents: give another folder with --out")
@@ -226,7 +227,7 @@ class Encoder:
             autoencoder=self.model.identity,
             settings=self.settings,
             scale=scale,
-            shape=(shape[0], shape[1], shape[2]),
+            shape=tuple(shape),
             image_shape=(self.model.image_channels, side, side),
             count=sum(counts),
             class_names=self.listing.class_names,
@@ -314,7 +315,7 @@ class Encoder:
         images = pixels.to(self.model.device).float() / 127.5 - 1.0
         mean, std = self.model.encode(images)
         stored = {"indices": indices, "latents": self._drawn(mean, std, indices, _PLAIN)}
-        stored["posterior_variance"] = std.double().square().mean((2, 3)).cpu()
+        stored["posterior_variance"] = std.double().square().mean(tuple(range(2, std.ndim))).cpu()
         if self.settings.flip:
             stored["mirrored"] = self._drawn(*self.model.encode(images.flip(-1)), indices, _MIRRORED)
         return stored if self.captions is None else stored | self.captions.tensors(numbers)
@@ -341,14 +342,15 @@ def summary(manifest: Manifest) -> str:
     heldout = int(held_out(manifest.count, None, manifest.settings.heldout, 0).sum())
     megabytes = sum(shard.size for shard in manifest.shards) / 1e6
     share = max(a / b for a, b in zip(manifest.posterior_std, manifest.std, strict=True) if b)
+    spread = f"; the posterior's standard deviation is at most {100 * share:.3g} % of a channel's" if share else ""
     constant = manifest.spec.constant
     never = f"; channel {listed([str(i) for i in constant])} never varies" if constant else ""
     text = None if manifest.prompts is None else manifest.prompts.text
     prompts = "" if text is None else f" and prompts of {text.length} x {text.width}"
     return (
         f"{manifest.count:,} images ({heldout:,} held out{', mirrored too' if manifest.settings.flip else ''}) in "
-        f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents{prompts}, {megabytes:,.1f} MB; "
-        f"the posterior's standard deviation is at most {100 * share:.3g} % of a channel's{never}"
+        f"{len(manifest.shards)} shards of {'x'.join(map(str, manifest.shape))} latents{prompts}, {megabytes:,.1f} MB"
+        f"{spread}{never}"
     )
 
 

@@ -87,7 +87,7 @@ def encode_prompts(spec: TextSpec, prompts: Sequence[str], place: Path | None, d
     """
     folder = Path(spec.path) if place is None else place
     try:
-        encoders = load_text_encoders(folder, device, spec.tokens)
+        encoders = load_text_encoders(folder, device, spec.tokens, bool(spec.instruction))
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(
             f"the text encoders of this model cannot be read: {error}; give where their pipeline lies now with "

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fewstep.data.base import Context, Dataset, SampleSet, source_path
 from fewstep.data.labels import held_out, present_classes
-from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec, Units
+from fewstep.data.latents.autoencoder_kinds import Units
+from fewstep.data.latents.autoencoders import AutoencoderIdentity, LatentSpec
 from fewstep.data.latents.moments import varies
 from fewstep.data.latents.prompts import EMPTY_FILE, PromptRecord, prompt_keys, prompts_of, read_empty
 from fewstep.networks.condition import Prompts
@@ -94,7 +95,7 @@ class Manifest:
     autoencoder: AutoencoderIdentity
     settings: EncodingSettings
     scale: float
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     image_shape: tuple[int, int, int]
     count: int
     class_names: tuple[str, ...]
@@ -108,7 +109,7 @@ class Manifest:
     def __post_init__(self) -> None:
         counts, foreign = [shard.count for shard in self.shards], [shard.file for shard in self.shards]
         channels = {len(self.mean), len(self.spec.mean), len(self.spec.std)}
-        if channels != {self.shape[0]} or min(self.shape) < 1:
+        if len(self.shape) not in (3, 4) or channels != {self.shape[0]} or min(self.shape) < 1:
             raise ConfigError(f"latents of shape {self.shape} have no {len(self.mean)} channels")
         if min(counts, default=0) < 0 or self.count != sum(counts):
             raise ConfigError(f"count is {self.count}, but the shards have {sum(counts)} images")
@@ -202,7 +203,7 @@ class LatentSamples(SampleSet):
         return len(self.rows)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.shards.manifest.shape
 
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -221,7 +222,8 @@ class LatentSamples(SampleSet):
         if not self.constant:
             return Context(prompts=prompts)
         varies = torch.tensor([std > 0 for std in self.shards.manifest.std])
-        return Context(None, varies[:, None, None].expand(len(indices), -1, 1, 1), prompts)
+        sides = [1] * (len(self.shape) - 1)
+        return Context(None, varies.reshape(-1, *sides).expand(len(indices), -1, *sides), prompts)
 
     def captions(self, indices: Tensor) -> list[str]:
         return self.shards.captions(self.rows[indices.cpu()]) if self.prompted else []
