@@ -144,7 +144,7 @@ def test_image_folders_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     refused("images", tmp_path / "notes.txt", str(tmp_path / "notes.txt"), "no folder")
     refused("images", tmp_path, str(tmp_path), "no PNG, JPEG or WebP images", "1 other")
     write_image(tmp_path / "a.png")
-    refused("images", tmp_path, str(tmp_path), "1 samples", "at least 2")
+    refused("images", tmp_path, str(tmp_path), "1 sample:", "at least 2")
     write_image(tmp_path / "cat" / "b.png")
     refused("images", tmp_path, str(tmp_path), "1 images beside", "'a.png'")
     write_image(tmp_path / "sets" / "train" / "a.png")

@@ -98,7 +98,8 @@ def test_too_few_images_are_named(count: int, held: int, command: Command, tmp_p
     """By the training too, which advises what works; no option is named that does not help."""
     file = few_images(tmp_path / "few.npz", count)
     words = ("train", "digits", "--data.source", "npz", "--data.root", file, *SMALL, *SHORT, *UNGUIDED)
-    line = f"the held-out part of few has {held} samples: measuring needs at least 4; of {count} in all no share serves"
+    found = f"{held} sample" + "s" * (held != 1)
+    line = f"the held-out part of few has {found}: measuring needs at least 4; of {count} in all no share serves"
     trained = command(*words, "--out", "a run")
     assert trained.code == 0
     assert f"Not to be measured: {line}, give at least 8" in trained.out

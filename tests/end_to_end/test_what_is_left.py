@@ -207,10 +207,11 @@ def test_a_model_that_makes_nonsense_is_measured_and_is_no_success(
 
     demos = demonstrations(tmp_path / "moves.npz")
     words = ("train", "policy-mlp", "--data.root", demos, "--out", "policy", *SMALL, *SHORT, *wild[:4])
-    refused(command(*words, "--training.images", 1600), "times their spread away", "the training has diverged")
+    nothing = ("times their spread away", "the training has diverged, or learned nothing yet", "train this run longer")
+    refused(command(*words, "--training.images", 1600), *nothing)
     kept = read_actions(tmp_path / "policy")
     shown = command("evaluate", "policy", *FOUND)
-    refused(shown, "times their spread away", "the training has diverged")
+    refused(shown, *nothing)
     assert "of each action" in shown.out
     assert len(kept) < len(read_actions(tmp_path / "policy"))
     assert command("report", "policy").code == 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.base import Dataset, Samples
 from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.evaluation.figures import caveats
 from fewstep.evaluation.metrics.features import (
     ClassifierExtractor,
     IdentityExtractor,
@@ -386,3 +387,14 @@ def test_digits_classifier_is_accurate(classifiers: Path) -> None:
     pytest.importorskip("sklearn")
     digits = load_dataset(DataConfig(source="digits"))
     assert train_extractor(digits, cache=classifiers).heldout_accuracy >= 0.97
+
+
+def test_classes_that_are_held_out_or_trained_on_alone_are_named() -> None:
+    """Two are there of four: the others are not measured, or not trained on."""
+    values, names = torch.randn(40, 1, 4, 4), tuple("abcd")
+    train, heldout = (Samples(values, torch.tensor(classes * 20)) for classes in ([0, 2], [2, 3]))
+    dataset = Dataset("four", train, heldout, 4, names)
+    evaluator = Evaluator.of(heldout, "four held out", IdentityExtractor((1, 4, 4)))
+    lines = caveats(80, dataset, evaluator)
+    assert "Not measured, since no sample is held out: class a, b." in lines
+    assert "Measured, but without a sample to train on: class d." in lines

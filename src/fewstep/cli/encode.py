@@ -26,7 +26,7 @@ class Options:
     out: Path
     """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
     autoencoder: Path | None = None
-    """Folder of a diffusers AutoencoderKL (config.json and safetensors); nothing is downloaded."""
+    """Folder of an autoencoder of diffusers (config.json and safetensors); nothing is downloaded."""
     target: Annotated[TeacherSettings, tyro.conf.arg(name="")] = TeacherSettings()
     settings: Annotated[EncodingSettings, tyro.conf.arg(name="")] = EncodingSettings()
     std: float = 1.0

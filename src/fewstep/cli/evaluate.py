@@ -64,6 +64,7 @@ def run(options: Options) -> None:
         measure_real,
         measure_run,
         method_of,
+        too_few,
     )
     from fewstep.evaluation.figures import format_table, write_figures
     from fewstep.evaluation.rollouts import measure_rollouts
@@ -94,6 +95,11 @@ def run(options: Options) -> None:
             starts = options.episodes, evaluation.seed, FIRST_TEST_SEED, 25
             acted, _, _ = measure_rollouts(options.run, evaluation.steps, options.task, *starts, None)
             print(f"\n{rollout_table(acted)}\nStored: {write_rollouts(acted, folder)}")
+        return
+    if dataset.of_videos and config.teacher:
+        print(f"Not measured: {too_few(dataset)}")
+        print(align(run, dataset, method_of(run), folder, options.teacher))
+        check_learned(run, options.weights)
         return
     labelled = with_labels(data, dataset)
     evaluator = build_evaluator(labelled, cache_folder(), options.inception, options.autoencoder)

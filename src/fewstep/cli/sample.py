@@ -24,8 +24,9 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a run or of a saved model."""
     out: Path | None = None
-    """FILE.png for a grid, FILE.npz for arrays, or a folder for single PNGs, NUMBER-CLASS.png, in place of those of an
-    earlier draw; when not given samples-SEED.png in RUN, or samples-SEED-WEIGHTS.png."""
+    """FILE.png for a grid, FILE.gif for one of videos that move, FILE.npz for arrays, or a folder for single PNGs,
+    NUMBER-CLASS.png, in place of those of an earlier draw; when not given samples-SEED.png in RUN, or
+    samples-SEED-WEIGHTS.png."""
     count: int = 64
     """Number of images."""
     weights: str = ""
@@ -143,8 +144,8 @@ def output_file(options: Options) -> Path:
     """Where samples go."""
     named = f"samples-{options.seed}" + (f"-{options.weights}" if options.weights else "")
     out = options.out or options.run / f"{named}{'.npz' if options.latents else '.png'}"
-    if out.suffix not in ("", ".png", ".npz"):
-        raise ConfigError(f"{out}: give FILE.png, FILE.npz or a folder")
+    if out.suffix not in ("", ".png", ".gif", ".npz"):
+        raise ConfigError(f"{out}: give FILE.png, FILE.gif, FILE.npz or a folder")
     if options.latents and out.suffix != ".npz":
         raise ConfigError(f"{out}: latents are written to FILE.npz")
     return out

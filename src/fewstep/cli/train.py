@@ -105,7 +105,8 @@ def run(options: Options) -> None:
     print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s{memory}")
     if dataset.policy is None:
         check_learned(run)
-        following = ["sample", *([] if too_few(dataset) else ["evaluate"]), "report"]
+        measured = not too_few(dataset) or (dataset.of_videos and config.teacher)
+        following = ["sample", *(["evaluate"] if measured else []), "report"]
     else:
         errors = measure_actions(run, dataset, config.evaluation)
         print(actions_table(errors))

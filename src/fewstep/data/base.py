@@ -61,7 +61,7 @@ class SampleSet(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of one sample: (C, H, W) for images and latents, (steps, Da) for chunks of actions."""
+        """Of one sample: (C, H, W) for images and latents, (C, T, H, W) for videos, (steps, Da) for actions."""
 
     @abstractmethod
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -112,19 +112,19 @@ class SampleSet(ABC):
 class Samples(SampleSet):
     """Samples in memory, kept as they are stored and turned into float32 only when fetched.
 
-    values: (N, C, H, W), uint8 for images (0..255 stands for [-1, 1]) or float32 for anything else.
-    labels: (N,) int64, or None. Raises DataError for other shapes or types.
+    values: (N, C, H, W), of videos (N, C, T, H, W); uint8 for images (0..255 stands for [-1, 1]) or float32 for
+    anything else. labels: (N,) int64, or None. Raises DataError for other shapes or types.
     """
 
     values: Tensor
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
-        usable = self.values.ndim == 4 and 0 not in self.values.shape[1:]
+        usable = self.values.ndim in (4, 5) and 0 not in self.values.shape[1:]
         if not usable or self.values.dtype not in (torch.uint8, torch.float32):
             raise DataError(
                 f"samples are {self.values.dtype} of shape {tuple(self.values.shape)}: "
-                "give uint8 or float32 of shape (N, C, H, W)"
+                "give uint8 or float32 of shape (N, C, H, W), of videos (N, C, T, H, W)"
             )
         if self.labels is None:
             return
@@ -139,8 +139,7 @@ class Samples(SampleSet):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        _, channels, height, width = self.values.shape
-        return channels, height, width
+        return tuple(self.values.shape[1:])
 
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         indices = indices.to(self.values.device)
@@ -164,7 +163,8 @@ class Samples(SampleSet):
 
     @property
     def constant(self) -> tuple[int, ...]:
-        least, greatest = self.values.amin((0, 2, 3)), self.values.amax((0, 2, 3))
+        others = (0, *range(2, self.values.ndim))
+        least, greatest = self.values.amin(others), self.values.amax(others)
         return tuple((least == greatest).nonzero()[:, 0].tolist())
 
     def update(self, digest: hashlib.blake2b) -> None:
@@ -250,6 +250,11 @@ class Dataset:
         return self.train.shape
 
     @property
+    def of_videos(self) -> bool:
+        """Whether samples are videos (C, T, H, W); latents of one frame are an image's."""
+        return len(self.shape) == 4 and (self.latents is None or self.shape[1] > 1)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W); raises DataError where samples are no images."""
         if len(self.shape) != 3:
@@ -265,7 +270,8 @@ class Dataset:
     @property
     def summary(self) -> str:
         """What there is, in which classes, how much of it is held out, and what was left out, in one line."""
-        kind = "chunks of actions" if self.policy else "latents" if self.latents else "images"
+        pixels = "videos" if self.of_videos else "images"
+        kind = "chunks of actions" if self.policy else "latents" if self.latents else pixels
         names, part = self.class_names, "action" if self.policy else "channel"
         if names != tuple(map(str, range(len(names)))) and any(name.isdecimal() for name in names):
             names = tuple(f"{i} = {name}" for i, name in enumerate(names))

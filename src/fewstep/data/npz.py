@@ -1,4 +1,4 @@
-"""NumPy archives of images or latents."""
+"""NumPy archives of images, videos or latents."""
 
 import tokenize
 import zipfile
@@ -35,7 +35,8 @@ _UNREADABLE = (*_CONTENT, *_HEADER)
 def load_npz(root: str, layout: Layout = "auto", value_range: Range = None) -> Loaded:
     """The arrays of an .npz file: `images` (or the only one), perhaps `labels`, `heldout_images` and `heldout_labels`.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), see `channels_first`; for their values see `in_range`. Raises
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W), videos (N, T, H, W, C) or (N, C, T, H, W), see
+    `channels_first`; for their values see `in_range`. Raises
     DataError, naming the file and the array, for pickles and for what cannot be such data.
     """
     path = source_path(root)
@@ -58,7 +59,7 @@ def load_npz(root: str, layout: Layout = "auto", value_range: Range = None) -> L
 
 
 def channels_first(images: Tensor, layout: Layout, where: str) -> tuple[Tensor, str]:
-    """Images as (N, C, H, W), and what is doubtful about it.
+    """Images as (N, C, H, W), videos as (N, C, T, H, W), and what is doubtful about it.
 
     A last axis of 1 or 3 means channels last, otherwise an axis 1 of at most 16 means first: doubtful where a last axis
     of 2 or 4 may be grey or colours with their opacity. Raises DataError, naming `where`, when neither holds, or when
@@ -67,11 +68,14 @@ def channels_first(images: Tensor, layout: Layout, where: str) -> tuple[Tensor, 
     """
     if images.ndim == 3:
         return images[:, None], ""
-    if images.ndim != 4:
-        raise DataError(f"{where} has shape {tuple(images.shape)}: give (N, H, W), (N, H, W, C) or (N, C, H, W)")
+    if images.ndim not in (4, 5):
+        raise DataError(
+            f"{where} has shape {tuple(images.shape)}: give (N, H, W), (N, H, W, C) or (N, C, H, W), of videos "
+            "(N, T, H, W, C) or (N, C, T, H, W)"
+        )
     if layout == "rgba":
         return _over_white(images, where), ""
-    _, first, middle, last = images.shape
+    _, first, *_, middle, last = images.shape
     may_be_last, may_be_first, doubt = last in (1, 3), 1 <= first <= 16, ""
     if layout == "auto":
         asked = "set --data.npz-layout (npz_layout) to chw or hwc" + ", or to rgba to lay it over white" * (last == 4)
@@ -83,7 +87,7 @@ def channels_first(images: Tensor, layout: Layout, where: str) -> tuple[Tensor, 
         if not (may_be_last or may_be_first):
             raise DataError(doubt or f"{shown}, where no axis looks like channels: {asked}")
     last_is_channels = may_be_last if layout == "auto" else layout == "hwc"
-    return images.permute(0, 3, 1, 2).contiguous() if last_is_channels else images, doubt
+    return images.movedim(-1, 1).contiguous() if last_is_channels else images, doubt
 
 
 def in_range(
@@ -184,7 +188,7 @@ def _stretched(values: Tensor, black: float, white: float) -> Tensor:
 
 def _over_white(images: Tensor, where: str) -> Tensor:
     """Colours and their opacity (N, H, W, 4), bytes, as colours (N, 3, H, W)."""
-    if images.shape[-1] != 4 or images.dtype != torch.uint8:
+    if images.ndim != 4 or images.shape[-1] != 4 or images.dtype != torch.uint8:
         raise DataError(f"{where} is {images.dtype} of shape {tuple(images.shape)}: rgba is uint8 of (N, H, W, 4)")
     colours, opacity = images[..., :3].int(), images[..., 3:].int()
     laid = (colours * opacity + 255 * (255 - opacity) + 127) // 255

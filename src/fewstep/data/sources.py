@@ -23,6 +23,7 @@ from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
 from fewstep.utils.parts import kind_name, take_kinds
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
+from fewstep.utils.text import counted
 
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
 _LUMA = (19595, 38470, 7471)
@@ -52,7 +53,8 @@ class DataSource(ABC):
 
 
 class ImageSource(DataSource):
-    """Samples (C, H, W) whose channels are converted, and which are split unless they bring a held-out part."""
+    """Images (C, H, W) or videos (C, T, H, W) whose channels are converted, and which are split unless they bring a
+    held-out part."""
 
     @abstractmethod
     def load(self, settings: "DataConfig") -> Loaded:
@@ -65,7 +67,9 @@ class ImageSource(DataSource):
         if heldout is None:
             if len(train) < 2:
                 where = settings.root or loaded.name
-                raise DataError(f"'{where}' has {len(train)} samples: at least 2 are needed, to train and to hold out")
+                raise DataError(
+                    f"'{where}' has {counted(len(train), 'sample')}: at least 2 are needed, to train and to hold out"
+                )
             train, heldout = split(train, settings.heldout, settings.seed)
         train, heldout = (_convert(loaded.name, part, settings) for part in (train, heldout))
         names = loaded.class_names
@@ -273,7 +277,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
-    channels, height, width = samples.shape
+    channels, *frames, height, width = samples.shape
     if config.image_size and (height, width) != (config.image_size, config.image_size):
         raise DataError(
             f"'{name}' has samples of {width}x{height}, not image_size {config.image_size}: "
@@ -282,15 +286,15 @@ def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
     if config.channels in (0, channels):
         return samples
     if channels == 1:
-        return Samples(samples.values.expand(-1, 3, -1, -1).contiguous(), samples.labels)
+        return Samples(samples.values.expand(-1, 3, *frames, -1, -1).contiguous(), samples.labels)
     if channels == 3:
         return Samples(torch.cat([_luma(chunk) for chunk in chunks(samples.values)]), samples.labels)
     raise DataError(f"'{name}' has {channels} channels, which are no colours: set channels to 0")
 
 
 def _luma(colours: Tensor) -> Tensor:
-    """Brightness (n, 1, H, W) of red, green and blue (n, 3, H, W), in the same type."""
-    weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, 1, 1)
+    """Brightness (n, 1, ..., H, W) of red, green and blue (n, 3, ..., H, W), in the same type."""
+    weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, *[1] * (colours.ndim - 2))
     if colours.dtype == torch.uint8:
         return (((colours.int() * weights).sum(1, keepdim=True) + (1 << 15)) >> 16).to(torch.uint8)
     return (colours * (weights / 65536.0)).sum(1, keepdim=True)

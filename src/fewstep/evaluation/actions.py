@@ -53,8 +53,8 @@ def check_actions(run: RunFolder, rows: list[Row]) -> None:
         if not row["error"] <= _LARGEST:
             raise TrainingDivergedError(
                 f"{run.root}: actions are {row['error']:.3g} times their spread away from those of held-out episodes "
-                f"in {row['steps']} steps: the training has diverged; lower the learning rate, and train anew with "
-                "another --out"
+                f"in {row['steps']} steps: the training has diverged, or learned nothing yet; lower the learning rate "
+                "and train anew with another --out, or train this run longer"
             )
 
 

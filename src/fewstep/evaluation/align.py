@@ -76,7 +76,7 @@ def teacher_of_run(run: RunFolder, place: Path | None = None) -> FlowMap:
     Raises CheckpointError when it is missing or has other weights.
     """
     folder = run.config().teacher if place is None else str(place)
-    teacher, _ = find_teacher(folder)
+    teacher, _ = find_teacher(folder, tuple(run.data("shape")["shape"]))
     if run.record().get("teacher") not in (None, fingerprint(teacher)):
         raise CheckpointError(f"{folder} has other weights than the teacher of {run.root} had")
     return teacher

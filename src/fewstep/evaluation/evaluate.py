@@ -30,6 +30,7 @@ from fewstep.sampling.step_times import SamplerName
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
+from fewstep.utils.text import counted
 
 _FEWEST = 4  # samples that a distance and its error can be measured of
 
@@ -115,16 +116,19 @@ def build_evaluator(
 
 
 def too_few(dataset: Dataset, least: int = _FEWEST, purpose: str = "measuring") -> str:
-    """Why a data set has too few samples to measure, and what to do about it, in a line; empty where it has enough.
+    """Why a data set cannot be measured, such as too few samples, and what to do about it, in a line; else empty.
 
-    least: of the held-out part; of the training part 4. purpose: what needs so many, in a word.
+    Nor are videos measured, however many. least: of the held-out part; of the training part 4. purpose: what needs so
+    many, in a word.
     """
+    if dataset.of_videos:
+        return f"{dataset.name} has videos, and the features that are measured here are those of images"
     held, trained = len(dataset.heldout), len(dataset.train)
     if held >= least and trained >= _FEWEST:
         return ""
     part, count = ("held-out", held) if held < least else ("training", trained)
     needed = least if part == "held-out" else _FEWEST
-    line = f"the {part} part of {dataset.name} has {count} samples: {purpose} needs at least {needed}; "
+    line = f"the {part} part of {dataset.name} has {counted(count, 'sample')}: {purpose} needs at least {needed}; "
     whole = held + trained
     if not dataset.split_by:
         return line + "give more samples of it"
@@ -134,7 +138,7 @@ def too_few(dataset: Dataset, least: int = _FEWEST, purpose: str = "measuring") 
 
 
 def check_counts(dataset: Dataset, least: int = _FEWEST, purpose: str = "measuring") -> None:
-    """Raise DataError where a part of the data has too few samples to measure, as `too_few` says."""
+    """Raise DataError where the data cannot be measured, as `too_few` says."""
     if line := too_few(dataset, least, purpose):
         raise DataError(line)
 

@@ -8,7 +8,7 @@ from fewstep.data.base import Dataset
 from fewstep.evaluation.metrics.measure import ENOUGH, Evaluator
 from fewstep.training.provenance import FIGURES_FILE
 from fewstep.utils.files import read_rows, readable, reading, updating, write_atomically
-from fewstep.utils.text import aligned, quoted
+from fewstep.utils.text import aligned, listed, quoted
 
 Row = dict[str, Any]
 _IDENTITY = ("method", "nfe", "extractor", "reference", "samples", "seed", "guidance_scale")
@@ -75,10 +75,12 @@ def caveats(samples: int, dataset: Dataset, evaluator: Evaluator) -> list[str]:
         )
     if evaluator.labels is not None:
         there = set(evaluator.labels.tolist())
-        lacking = [name for number, name in enumerate(dataset.class_names) if number not in there]
-        if lacking:
-            more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
-            lines.append(f"Not measured, since no sample is held out: class {', '.join(lacking[:8])}{more}.")
+        trained = set() if dataset.train.labels is None else set(dataset.train.labels.tolist())
+        for what, numbers in (
+            ("Not measured, since no sample is held out", set(range(dataset.num_classes)) - there),
+            ("Measured, but without a sample to train on", there - trained),
+        ):
+            lines += [f"{what}: class {listed([dataset.class_names[k] for k in sorted(numbers)])}."] * bool(numbers)
         if samples < len(there):
             lines.append(f"Too few samples for all classes: {samples} of {len(there)} are measured.")
     return lines

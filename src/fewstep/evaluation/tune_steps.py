@@ -28,7 +28,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import updating
 from fewstep.utils.random import permutation
-from fewstep.utils.text import aligned
+from fewstep.utils.text import aligned, counted
 
 Point = tuple[float, ...]
 Objective = Callable[[Point], float]
@@ -154,8 +154,8 @@ def split_in_halves(evaluator: Evaluator) -> tuple[Tensor, Tensor]:
     middle = len(evaluator.features) // 2
     if middle < _SMALLEST_HALF:
         raise DataError(
-            f"{evaluator.name} has {len(evaluator.features)} samples: tuning needs at least {LEAST}, half to search on "
-            "and half to check with"
+            f"{evaluator.name} has {counted(len(evaluator.features), 'sample')}: tuning needs at least {LEAST}, half "
+            "to search on and half to check with"
         )
     order = permutation(0, 0, len(evaluator.features))
     return evaluator.features[order[:middle]], evaluator.features[order[middle:]]

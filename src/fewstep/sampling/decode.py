@@ -8,10 +8,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from fewstep.data.latents.autoencoders import Decoder, LatentSpec
-from fewstep.sampling.images import Range, save_each, save_grid, save_npz, to_uint8
+from fewstep.sampling.images import (
+    Range,
+    film_strips,
+    fitting_columns,
+    save_animation,
+    save_each,
+    save_grid,
+    save_npz,
+    to_uint8,
+)
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.files import guarded
 
@@ -29,14 +38,19 @@ class Viewer:
     data_range: Range | None
 
     def images(self, samples: Tensor) -> Tensor:
-        """Samples (n, ...) as images (n, C, H, W), as they are where there is nothing to decode."""
+        """Samples (n, ...) as images (n, C, H, W) or videos (n, C, T, H, W), as they are where nothing is decoded."""
         return samples if self.decoder is None else self.decoder.images(samples)
 
     def thumbnails(self, samples: Tensor) -> Tensor:
-        """Images of samples; large decoded ones shrunk by a whole factor, to sides of 128 to 255."""
+        """Images of samples; large decoded ones shrunk by a whole factor, to sides of 128 to 255.
+
+        Of videos the frames, one beside another.
+        """
         images = self.images(samples)
         factor = max(images.shape[-2:]) // _THUMBNAIL if self.decoder is not None else 1
-        return avg_pool2d(images, factor) if factor > 1 else images
+        if factor > 1:
+            images = avg_pool2d(images, factor) if images.ndim == 4 else avg_pool3d(images, (1, factor, factor))
+        return film_strips(images)
 
     def write(
         self, samples: Tensor, labels: Tensor | None, out: Path, columns: int, class_names: tuple[str, ...] = ()
@@ -44,10 +58,18 @@ class Viewer:
         """A grid to FILE.png; `images` and `labels` to FILE.npz, decoded ones as bytes, others cut to the range; else a
         PNG each to a folder, named by number and class, in place of those that an earlier draw wrote there.
 
-        Raises CheckpointError where it cannot write.
+        Of videos a grid has the frames one beside another, FILE.gif moves, and so do the PNGs of a folder. Raises
+        CheckpointError where it cannot write, ConfigError for a GIF of images.
         """
         if out.suffix == ".png":
-            save_grid(self.images(samples), out, columns=columns, data_range=self.data_range)
+            images = self.images(samples)
+            columns = fitting_columns(images, columns)
+            save_grid(film_strips(images), out, columns=columns, data_range=self.data_range)
+        elif out.suffix == ".gif":
+            images = self.images(samples)
+            if images.ndim != 5:
+                raise ConfigError(f"{out}: a GIF is for videos, and these are images: give FILE.png")
+            save_animation(images, out, columns=columns, data_range=self.data_range)
         elif out.suffix == ".npz":
             if self.decoder is not None:
                 samples = torch.cat([to_uint8(part, self.data_range) for part in self._parts(samples)])

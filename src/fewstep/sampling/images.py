@@ -16,15 +16,16 @@ from fewstep.utils.files import replacing, write_atomically
 Range = tuple[float, float]
 _VISIBLE = 64  # pixels: smaller images are enlarged to at least this
 _LARGEST_SCALE = 8
+_FRAME_MS = 125
 
 
 def to_uint8(images: Tensor, data_range: Range | None) -> Tensor:
-    """(n, C, H, W) values to bytes: data_range = (low, high) goes to (0, 255), rounded; what lies outside is clipped.
+    """Values (n, C, H, W) or (n, C, T, H, W) to bytes: data_range = (low, high) goes to (0, 255), rounded and clipped.
 
     None takes the set's own finite minimum and maximum (a constant set is black). uint8 images pass unchanged; NaN
     is black. Raises ShapeError on another number of dimensions or an empty range.
     """
-    if images.ndim != 4:
+    if images.ndim not in (4, 5):
         raise ShapeError(f"images have shape (n, C, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:
         return images
@@ -76,6 +77,16 @@ def image_grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1, b
     return canvas[: rows * (height + padding) - padding, : columns * (width + padding) - padding]
 
 
+def film_strips(videos: Tensor) -> Tensor:
+    """Videos (n, C, T, H, W) as images (n, C, H, T W), frame beside frame; images (n, C, H, W) as they are."""
+    return videos.movedim(2, 3).flatten(3) if videos.ndim == 5 else videos
+
+
+def fitting_columns(samples: Tensor, columns: int) -> int:
+    """How many to place in a row where images would be `columns`: fewer of videos, by their frames."""
+    return max(1, columns // samples.shape[2]) if samples.ndim == 5 else columns
+
+
 def picture(pixels: Tensor) -> Image.Image:
     """uint8 pixels (H, W), (H, W, 3), or (H, W, 4) with opacity, for Pillow."""
     return Image.fromarray(pixels.contiguous().cpu().numpy())
@@ -95,12 +106,30 @@ def save_grid(images: Tensor, file: Path, *, columns: int = 8, data_range: Range
     return file
 
 
+def save_animation(
+    videos: Tensor, file: Path, *, columns: int = 8, data_range: Range | None = None, scale: int = 0
+) -> Path:
+    """Write videos (n, C, T, H, W) as one animated grid, a GIF or PNG by the file's suffix, at 8 frames a second.
+
+    scale: of each frame; 0 enlarges small ones. Raises CheckpointError when it cannot write.
+    """
+    frames = to_uint8(videos, data_range).unbind(2)
+    scale = scale or visible_scale(frames[0])
+    grids = [picture(image_grid(frame, columns, scale=scale)) for frame in frames]
+    buffer = io.BytesIO()
+    kind = file.suffix.removeprefix(".").upper()
+    grids[0].save(buffer, format=kind, save_all=True, append_images=grids[1:], duration=_FRAME_MS, loop=0)
+    write_atomically(file, buffer.getvalue())
+    return file
+
+
 def save_each(
     images: Tensor, folder: Path, data_range: Range | None, first: int = 0, endings: Sequence[str] = ()
 ) -> list[Path]:
     """Write each image at its own size as folder/000000.png, ..., counting from `first`; endings: of each name.
 
-    Raises ShapeError unless images are (n, 1, H, W) or (n, 3, H, W), CheckpointError when it cannot write.
+    Videos (n, C, T, H, W) become animated PNGs. Raises ShapeError unless C is 1 or 3, CheckpointError when it cannot
+    write.
     """
     pixels = to_uint8(images, data_range).cpu()
     if pixels.shape[1] not in (1, 3):
@@ -108,6 +137,9 @@ def save_each(
     names = zip(range(first, first + len(pixels)), endings or [""] * len(pixels), strict=True)
     files = [folder / f"{number:06d}{ending}.png" for number, ending in names]
     for file, image in zip(files, pixels, strict=True):
+        if image.ndim == 4:
+            save_animation(image[None], file, scale=1)
+            continue
         write_atomically(file, png_bytes(picture(image[0] if len(image) == 1 else image.permute(1, 2, 0))))
     return files
 

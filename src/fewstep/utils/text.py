@@ -38,6 +38,11 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
+def counted(count: int, word: str) -> str:
+    """How many there are of what a word says: "1 sample", "2 samples"."""
+    return f"{count} {word}" + "s" * (count != 1)
+
+
 def listed(words: Sequence[str], most: int = 12) -> str:
     """Words with commas between; those before the last are left out where there are more than `most`."""
     return ", ".join(words if len(words) <= most else [*words[: most - 2], "...", words[-1]])

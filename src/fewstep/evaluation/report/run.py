@@ -30,7 +30,7 @@ from fewstep.policies.figures import read_film, read_rollouts, read_strip
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
-from fewstep.sampling.images import save_grid
+from fewstep.sampling.images import fitting_columns, save_grid
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
@@ -56,8 +56,9 @@ def watcher(run: RunFolder, config: RunConfig, count: int = 40) -> Watcher:
             views.append(pipeline.preview())
         plans = sampler_settings(config, config.evaluation.steps[:2])
         rows = [generate(pipeline, count, settings).samples for settings in plans]
-        images, file = views[0].thumbnails(torch.cat(rows)), run.samples / f"step-{step:08d}.png"
-        save_grid(images, file, columns=20, data_range=views[0].data_range)
+        samples, file = torch.cat(rows), run.samples / f"step-{step:08d}.png"
+        images, columns = views[0].thumbnails(samples), fitting_columns(samples, 20)
+        save_grid(images, file, columns=columns, data_range=views[0].data_range)
 
     return watch
 
@@ -76,7 +77,8 @@ def grids(run: RunFolder, view: Viewer, count: int = _DRAWN) -> tuple[tuple[Grid
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     drawn = [(label, generate(pipeline, count, settings)) for label, settings in plans]
     titled = [(f"{label}, {_calls(round(found.nfe))}", found.samples) for label, found in drawn]
-    return tuple((Grid(title, "", view.thumbnails(samples), _COLUMNS), samples) for title, samples in titled)
+    columns = fitting_columns(titled[0][1], _COLUMNS)
+    return tuple((Grid(title, "", view.thumbnails(samples), columns), samples) for title, samples in titled)
 
 
 def beside(run: RunFolder, view: Viewer, samples: Tensor, data_root: Path | None) -> tuple[tuple[Grid, ...], str]:
@@ -88,8 +90,9 @@ def beside(run: RunFolder, view: Viewer, samples: Tensor, data_root: Path | None
         _, dataset = run.load_data(data_root)
         if tuple(dataset.train.shape) != tuple(samples.shape[1:]):
             return (), ""
-        real = real_grid(dataset, view, len(samples), _COLUMNS)
-        return (real, nearest_grid(samples[: 3 * _COLUMNS], dataset, view, _COLUMNS)), ""
+        columns = fitting_columns(samples, _COLUMNS)
+        real = real_grid(dataset, view, len(samples), columns)
+        return (real, nearest_grid(samples[: 3 * columns], dataset, view, columns)), ""
     except FewstepError as error:
         return (), f"Real images are left out: {error}."
 
