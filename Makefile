@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 POLICY_STAMP := $(VENV)/.installed-policy
 DOCS_STAMP := $(VENV)/.installed-docs
 ONNX_STAMP := $(VENV)/.installed-onnx
+DATA_STAMP := $(VENV)/.installed-data
 
 .PHONY: quickstart policy-quickstart test docs clean
 
@@ -16,7 +17,7 @@ quickstart: $(STAMP)
 policy-quickstart: $(POLICY_STAMP)
 	$(BIN)/fewstep policy-quickstart
 
-test: $(POLICY_STAMP) $(ONNX_STAMP)
+test: $(POLICY_STAMP) $(ONNX_STAMP) $(DATA_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -46,6 +47,10 @@ $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 $(ONNX_STAMP): $(STAMP) requirements-onnx.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-onnx.txt
 	@touch $(ONNX_STAMP)
+
+$(DATA_STAMP): $(STAMP) requirements-data.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-data.txt
+	@touch $(DATA_STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import tyro
 
-from fewstep.data.folder import list_images
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
+from fewstep.data.latents.pictures import find_pictures
 from fewstep.data.latents.shards import EncodingSettings
 from fewstep.data.latents.target import TeacherSettings
+from fewstep.data.rows import Columns
 from fewstep.utils.text import listed, quoted
 
 
@@ -22,12 +23,14 @@ class Options:
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of images; its first-level subfolders, if it has any, are the classes."""
+    """Folder of images, whose first-level subfolders, if it has any, are the classes; or a Hugging Face dataset: a
+    parquet file, a folder of those, or OWNER/NAME on the Hub."""
     out: Path
     """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
     autoencoder: Path | None = None
     """Folder of an autoencoder of diffusers (config.json and safetensors); nothing is downloaded."""
     target: Annotated[TeacherSettings, tyro.conf.arg(name="")] = TeacherSettings()
+    columns: Annotated[Columns, tyro.conf.arg(name="")] = Columns()
     settings: Annotated[EncodingSettings, tyro.conf.arg(name="")] = EncodingSettings()
     std: float = 1.0
     """Standard deviation that each channel is given when it is read; may be changed later by the same command."""
@@ -37,9 +40,9 @@ class Options:
 def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     where = options.folder, options.autoencoder, options.out
-    manifest = encode_folder(*where, options.settings, options.std, options.work, options.target)
+    manifest = encode_folder(*where, options.settings, options.std, options.work, options.target, options.columns)
     print(f"{options.out}: {summary(manifest)}")
-    left_out = list_images(str(options.folder)).left_out
+    left_out = find_pictures(options.folder, options.columns).left_out
     if manifest.prompts is not None:  # those were read
         left_out = tuple(each for each in left_out if not each.endswith((" .txt", " .jsonl")))
     if left_out:

@@ -1,5 +1,6 @@
 """A folder of images in any format that Pillow reads; its first-level subfolders, if it has any, are the classes."""
 
+import io
 import os
 import warnings
 from collections import Counter, deque
@@ -33,7 +34,7 @@ _FILES_WORTH_A_BAR = 2000
 _FAILURES_NAMED = 10
 
 Pixels = npt.NDArray[np.uint8]
-T = TypeVar("T")
+K, T = TypeVar("K"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -
         pixels, kept, failures = _decode_all(listing.files, image_size, stacks)
     left_out = [*listing.left_out, *[f"all frames but the first of {len(stacks)} images"] * bool(stacks)]
     if failures:
-        report_unreadable(failures, listing, skip_unreadable)
+        named = [(str(path.relative_to(listing.root)), why) for path, why in failures]
+        report_unreadable(named, str(listing.root), len(listing.files), skip_unreadable)
         left_out.append(f"{len(failures)} unreadable")
     labels = None if listing.labels is None else torch.tensor(listing.labels)[kept]
     names, (labels,) = present_classes(root, listing.class_names, [labels])
@@ -131,8 +133,9 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
     return tuple(number[path.parts[0]] for path in images), names
 
 
-def decode(path: Path, image_size: int = 0, stacks: list[Path] | None = None) -> Pixels:
-    """One image as uint8 (H, W) when grey or (H, W, 3), upright, opaque, and image_size square unless that is 0.
+def decode(path: Path | io.BytesIO, image_size: int = 0, stacks: list[Path] | None = None) -> Pixels:
+    """One image, of a file or its content, as uint8 (H, W) when grey or (H, W, 3), upright and opaque; image_size
+    square unless that is 0.
 
     Of several frames it is the first one, and the path is added to `stacks`. Raises what Pillow raises for a file that
     it cannot read, or that has more pixels than it takes for sound.
@@ -141,7 +144,7 @@ def decode(path: Path, image_size: int = 0, stacks: list[Path] | None = None) ->
         if Image.MAX_IMAGE_PIXELS and file.width * file.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"it has {file.width}x{file.height} pixels")
         if stacks is not None and getattr(file, "is_animated", False) and file.format != "MPO":  # MPO: a photograph
-            stacks.append(path)
+            stacks.append(Path(str(path)))
         image = _opaque(_eight_bits(ImageOps.exif_transpose(file)))
     if image_size:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
@@ -209,8 +212,8 @@ def _decode_all(
     return (np.ascontiguousarray(pixels[:, :1]) if grey else pixels), kept, failures
 
 
-def read_ahead(read: Callable[[Path], T], batches: Iterable[Sequence[Path]]) -> Iterator[list[T]]:
-    """What `read` makes of each batch of files, in order; two batches are read ahead."""
+def read_ahead(read: Callable[[K], T], batches: Iterable[Sequence[K]]) -> Iterator[list[T]]:
+    """What `read` makes of each batch of files or numbers, in order; two batches are read ahead."""
     waiting: deque[Iterator[T]] = deque()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for batch in batches:
@@ -228,7 +231,7 @@ def quiet_bombs() -> Iterator[None]:
         yield
 
 
-def decode_or_reason(path: Path, image_size: int, stacks: list[Path] | None = None) -> Pixels | str:
+def decode_or_reason(path: Path | io.BytesIO, image_size: int, stacks: list[Path] | None = None) -> Pixels | str:
     """What `decode` gives, or why it gives nothing."""
     try:
         return decode(path, image_size, stacks)
@@ -236,14 +239,17 @@ def decode_or_reason(path: Path, image_size: int, stacks: list[Path] | None = No
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def report_unreadable(failures: list[tuple[Path, str]], listing: Listing, skip: bool) -> None:
-    """Name the unreadable files in a warning; in a DataError unless they may be skipped and others are left."""
-    named = "; ".join(f"'{path.relative_to(listing.root)}' ({why})" for path, why in failures[:_FAILURES_NAMED])
+def report_unreadable(failures: list[tuple[str, str]], place: str, count: int, skip: bool) -> None:
+    """Name the unreadable images in a warning; in a DataError unless they may be skipped and others are left.
+
+    failures: names and reasons. count: of all images there.
+    """
+    named = "; ".join(f"'{name}' ({why})" for name, why in failures[:_FAILURES_NAMED])
     more = f"; and {len(failures) - _FAILURES_NAMED} more" if len(failures) > _FAILURES_NAMED else ""
-    message = f"{len(failures)} of {len(listing.files)} images in '{listing.root}' cannot be read: {named}{more}"
+    message = f"{len(failures)} of {count} images in '{place}' cannot be read: {named}{more}"
     if not skip:
         raise DataError(f"{message}: mend or remove them, or set skip_unreadable")
-    if len(failures) == len(listing.files):
+    if len(failures) == count:
         raise DataError(f"{message}: no image is left")
     warnings.warn(f"{message}: they are skipped", FewstepWarning, stacklevel=3)
 

@@ -10,7 +10,7 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data.folder import Listing, decode_or_reason, list_images, quiet_bombs, read_ahead, report_unreadable
+from fewstep.data.folder import Pixels, decode_or_reason, quiet_bombs, read_ahead, report_unreadable
 from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoder_kinds import Units
 from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
 from fewstep.data.latents.moments import ChannelMoments
+from fewstep.data.latents.pictures import Pictures, find_pictures
 from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
     HEADER,
@@ -40,6 +41,7 @@ from fewstep.data.latents.shards import (
     read_manifest,
 )
 from fewstep.data.latents.target import TeacherSettings
+from fewstep.data.rows import Columns
 from fewstep.teachers.text import TextSpec, prompt_bytes
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import LOCK_FILE, Lock, guarded, parse_json, reading, write_atomically
@@ -54,7 +56,7 @@ _PLAIN, _MIRRORED = 0, 1
 _MEASURED_AT_ONCE = 256
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
-Failure = tuple[Path, str]
+Failure = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class EncodingWork:
             raise ConfigError(f"batches of {self.batch_size} images: give at least 1")
 
 
-ORDINARY, FOR_NOBODY = EncodingWork(), TeacherSettings()
+ORDINARY, FOR_NOBODY, USUAL_COLUMNS = EncodingWork(), TeacherSettings(), Columns()
 
 
 def encode_folder(
@@ -86,25 +88,27 @@ def encode_folder(
     scale: float = 1.0,
     work: EncodingWork = ORDINARY,
     target: TeacherSettings = FOR_NOBODY,
+    columns: Columns = USUAL_COLUMNS,
 ) -> Manifest:
-    """Encode a folder of images (fewstep.data.folder) into `out`, or go on where it was stopped.
+    """Encode images (fewstep.data.latents.pictures) into `out`, or go on where it was stopped.
 
     scale: the standard deviation that the latents' channels are given when they are read; it may be changed by encoding
     again, which keeps the shards. target: the teacher that reads them in its own units instead, and embeds their
-    captions. Raises DataError for images and captions that cannot be found or read, CheckpointError for an
-    autoencoder or text encoders that cannot be read, or for a folder that cannot be written or holds other latents.
+    captions. columns: of a Hugging Face dataset. Raises DataError for images and captions that cannot be found or read,
+    CheckpointError for an autoencoder or text encoders that cannot be read, or for a folder that cannot be written or
+    holds other latents.
     """
     if not 0 < scale < math.inf:
         raise ConfigError(f"the latents' standard deviation is {scale}; it must be positive and finite")
     if scale != 1.0 and target.teacher:
         raise ConfigError("a teacher reads latents in its own units: leave out --std")
-    listing = list_images(str(images))
+    pictures = find_pictures(images, columns)
     device = torch.device("cuda" if torch.cuda.is_available() and not work.cpu else "cpu")
-    captions = target.caption_encoder(listing, _DTYPES[settings.dtype], device)
+    captions = target.caption_encoder(pictures, _DTYPES[settings.dtype], device)
     model = load_autoencoder(target.autoencoder(autoencoder), device)
     _check_sizes(model, settings)
     if captions is not None:
-        size = min(settings.shard_size, len(listing.files)) * prompt_bytes(captions.encoders.spec, settings.bytes)
+        size = min(settings.shard_size, len(pictures)) * prompt_bytes(captions.encoders.spec, settings.bytes)
         check_memory(size, "a shard's prompts", "give a smaller --shard-size, or fewer --tokens")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file, not a folder: give another folder with --out")
@@ -114,7 +118,7 @@ def encode_folder(
         if captions is not None and not (out / EMPTY_FILE).is_file():
             write_atomically(out / EMPTY_FILE, captions.empty_file())
         units = model.units if target.teacher else None
-        encoder = Encoder(listing, model, out, settings, work, captions, units)
+        encoder = Encoder(pictures, model, out, settings, work, captions, units)
         with quiet_bombs():
             fresh = encoder.write_shards()
         manifest = encoder.measure(scale, fresh)
@@ -165,7 +169,7 @@ def _check_folder(
 class Encoder:
     """The work on one folder of latents."""
 
-    listing: Listing
+    pictures: Pictures
     model: Autoencoder
     out: Path
     settings: EncodingSettings
@@ -173,11 +177,15 @@ class Encoder:
     captions: CaptionEncoder | None = None
     units: Units | None = None
 
+    @cached_property
+    def _labels(self) -> tuple[int, ...] | None:
+        return self.pictures.labels
+
     def write_shards(self) -> set[str]:
         """Write the shards that are missing; the names of those written. Raises as `encode_folder` does."""
         fresh: set[str] = set()
         failures: list[Failure] = []
-        count, size = len(self.listing.files), self.settings.shard_size
+        count, size = len(self.pictures), self.settings.shard_size
         with self._bar(count, "encoding") as bar:
             for number, start in enumerate(range(0, count, size)):
                 positions = range(start, min(start + size, count))
@@ -194,7 +202,7 @@ class Encoder:
         if surplus:
             raise CheckpointError(f"{surplus[0]} is of images that are gone: give another folder with --out")
         if failures:
-            report_unreadable(failures, self.listing, skip=True)
+            report_unreadable(failures, self.pictures.place, count, skip=True)
         return fresh
 
     def measure(self, scale: float, fresh: set[str]) -> Manifest:
@@ -202,9 +210,9 @@ class Encoder:
         files = sorted(self.out.glob("latents-*.safetensors"))
         kept = [map_shard(file) for file in files]
         counts = [len(tensors["indices"]) for tensors in kept]
-        labels = torch.cat([tensors["labels"] for tensors in kept]) if self.listing.labels is not None else None
+        labels = torch.cat([tensors["labels"] for tensors in kept]) if self.pictures.class_names else None
         if sum(counts) == 0:
-            raise DataError(f"none of the {len(self.listing.files)} images in '{self.listing.root}' could be read")
+            raise DataError(f"none of the {len(self.pictures)} images in '{self.pictures.place}' could be read")
         training = ~held_out(sum(counts), labels, self.settings.heldout, self.settings.seed)
         earlier: dict[str, Shard] = {}
         with suppress(DataError):  # there may be no manifest yet
@@ -230,7 +238,7 @@ class Encoder:
             shape=tuple(shape),
             image_shape=(self.model.image_channels, side, side),
             count=sum(counts),
-            class_names=self.listing.class_names,
+            class_names=self.pictures.class_names,
             mean=mean,
             std=std,
             posterior_std=tuple(variance.sqrt().tolist()),
@@ -252,24 +260,21 @@ class Encoder:
             made_of, failures = header["images"], header["failures"]
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{file} is damaged ({error}): delete it and run the same command again") from error
+        name = self.pictures.name
         if made_of != self._content(positions):
             raise CheckpointError(
-                f"{file} is of other images than {self._name(positions[0])} to {self._name(positions[-1])} are now: "
+                f"{file} is of other images than {name(positions[0])} to {name(positions[-1])} are now: "
                 "bring the images back as they were, or give another folder with --out"
             )
-        return [(self.listing.root / name, why) for name, why in failures]
-
-    def _name(self, position: int) -> str:
-        return str(self.listing.files[position].relative_to(self.listing.root))
+        return [(str(image), str(why)) for image, why in failures]
 
     def _content(self, positions: range) -> str:
         """Sixteen hex digits of the images' names, sizes in bytes, classes and captions; other pixels in as many bytes
         pass."""
-        digest = hashlib.blake2b(digest_size=8)
+        digest, pictures = hashlib.blake2b(digest_size=8), self.pictures
         for position in positions:
-            file = self.listing.files[position]
-            label = None if self.listing.labels is None else self.listing.labels[position]
-            digest.update(f"{self._name(position)}\0{file.stat().st_size}\0{label}\0".encode())
+            label = None if self._labels is None else self._labels[position]
+            digest.update(f"{pictures.name(position)}\0{pictures.size(position)}\0{label}\0".encode())
             if self.captions is not None:
                 digest.update(f"{self.captions.captions[position]}\0".encode())
         return digest.hexdigest()
@@ -280,21 +285,24 @@ class Encoder:
         parts: list[dict[str, Tensor]] = []
         failures: list[Failure] = []
         batches = [positions[i : i + self.work.batch_size] for i in range(0, len(positions), self.work.batch_size)]
-        read = partial(read_image, image_size=self.settings.image_size, channels=self.model.image_channels)
-        files = [[self.listing.files[position] for position in batch] for batch in batches]
-        for batch, names, found in zip(batches, files, read_ahead(read, files), strict=True):
-            failures += [(name, why) for name, why in zip(names, found, strict=True) if isinstance(why, str)]
+        for batch, found in zip(batches, read_ahead(self._read, batches), strict=True):
+            failures += [
+                (self.pictures.name(i), why) for i, why in zip(batch, found, strict=True) if isinstance(why, str)
+            ]
             kept = [(i, pixels) for i, pixels in zip(batch, found, strict=True) if isinstance(pixels, Tensor)]
             if kept and (skip or not failures):
                 parts.append(self._encode([i for i, _ in kept], torch.stack([pixels for _, pixels in kept])))
             bar.update(len(batch))
         if failures and not skip:
-            report_unreadable(failures, self.listing, skip=False)
-        named = [(str(file.relative_to(self.listing.root)), why) for file, why in failures]
-        header, tensors = {"images": images, "failures": named}, self._joined(parts)
+            report_unreadable(failures, self.pictures.place, len(self.pictures), skip=False)
+        header, tensors = {"images": images, "failures": failures}, self._joined(parts)
         if self.captions is not None:
             header["captions"] = [self.captions.captions[number] for number in tensors["indices"].tolist()]
         return safetensors.torch.save(tensors, {HEADER: json.dumps(header)}), failures
+
+    def _read(self, position: int) -> Tensor | str:
+        pixels = self.pictures.read(position, self.settings.image_size)
+        return pixels if isinstance(pixels, str) else _in_channels(pixels, self.model.image_channels)
 
     def _joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Batches as one shard, perhaps of no image at all; the posterior's variance is averaged over images."""
@@ -303,8 +311,8 @@ class Encoder:
             blank = self._encode([0], torch.zeros(1, self.model.image_channels, side, side, dtype=torch.uint8))
             parts = [{key: value[:0] for key, value in blank.items()}]
         tensors = {key: torch.cat([part[key] for part in parts]).contiguous() for key in parts[0]}
-        if self.listing.labels is not None:
-            tensors["labels"] = torch.tensor(self.listing.labels)[tensors["indices"]]
+        if self._labels is not None:
+            tensors["labels"] = torch.tensor(self._labels)[tensors["indices"]]
         count = max(len(tensors["indices"]), 1)
         tensors["posterior_variance"] = tensors["posterior_variance"].sum(0) / count
         return tensors
@@ -329,7 +337,7 @@ class Encoder:
         stored = latents.to(_DTYPES[self.settings.dtype]).cpu()
         wrong = (~stored.isfinite()).flatten(1).any(1)
         if bool(wrong.any()):
-            name = self._name(int(indices[wrong][0]))
+            name = self.pictures.name(int(indices[wrong][0]))
             raise DataError(f"the latents of '{name}' are not finite as {self.settings.dtype}: try --dtype float32")
         return stored
 
@@ -357,7 +365,10 @@ def summary(manifest: Manifest) -> str:
 def read_image(file: Path, image_size: int, channels: int) -> Tensor | str:
     """Pixels (channels, image_size, image_size), uint8, of an image file, grey or in colour; or why there are none."""
     pixels = decode_or_reason(file, image_size)
-    if isinstance(pixels, str):
-        return pixels
+    return pixels if isinstance(pixels, str) else _in_channels(pixels, channels)
+
+
+def _in_channels(pixels: Pixels, channels: int) -> Tensor:
+    """Pixels (H, W) or (H, W, 3), uint8, in one channel or three, (channels, H, W)."""
     converted = np.array(Image.fromarray(pixels).convert("RGB" if channels == 3 else "L"))
-    return torch.from_numpy(converted).reshape(image_size, image_size, channels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(converted).reshape(*converted.shape[:2], channels).permute(2, 0, 1).contiguous()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.data.captions import read_captions
-from fewstep.data.folder import Listing
+from fewstep.data.latents.pictures import Pictures
 from fewstep.data.latents.prompts import CaptionEncoder
 from fewstep.teachers.text import has_text_encoders, load_text_encoders
 from fewstep.utils.errors import ConfigError
@@ -34,10 +33,10 @@ class TeacherSettings:
             raise ConfigError("name what encodes the images: --teacher PIPELINE, or --autoencoder FOLDER")
         return local_copy(self.teacher) / "vae"
 
-    def caption_encoder(self, listing: Listing, dtype: torch.dtype, device: torch.device) -> CaptionEncoder | None:
+    def caption_encoder(self, pictures: Pictures, dtype: torch.dtype, device: torch.device) -> CaptionEncoder | None:
         """What embeds the captions of the images; None for a teacher without text encoders.
 
-        Raises what `read_captions` and `load_text_encoders` raise, ConfigError for captions that nothing embeds.
+        Raises what `Pictures.captions` and `load_text_encoders` raise, ConfigError for captions that nothing embeds.
         """
         folder = local_copy(self.teacher) if self.teacher else None
         if folder is None or not has_text_encoders(folder):
@@ -47,5 +46,5 @@ class TeacherSettings:
                     "--teacher"
                 )
             return None
-        captions = read_captions(listing, self.captions)
+        captions = pictures.captions(self.captions)
         return CaptionEncoder(load_text_encoders(folder, device, self.tokens), captions, dtype)
