@@ -34,7 +34,8 @@ _FILES_WORTH_A_BAR = 2000
 _FAILURES_NAMED = 10
 
 Pixels = npt.NDArray[np.uint8]
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
