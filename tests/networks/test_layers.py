@@ -18,7 +18,6 @@ from fewstep.networks.layers import (
     LinearLayer,
     RMSNorm,
     RotaryEmbedding2d,
-    attention,
     default_groups,
     layer_norm,
 )
@@ -158,11 +157,6 @@ def test_a_tangent_costs_one_product(
 @pytest.mark.parametrize(("channels", "groups"), [(32, 8), (128, 32), (100, 25), (256, 32), (132, 22), (3, 1), (7, 1)])
 def test_groups_divide_the_channels(channels: int, groups: int) -> None:
     assert default_groups(channels) == groups
-
-
-def test_attention_is_the_usual_one() -> None:
-    q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
-    torch.testing.assert_close(attention(q, k, v), functional.scaled_dot_product_attention(q, k, v))
 
 
 def test_rotated_products_depend_on_displacement_only() -> None:

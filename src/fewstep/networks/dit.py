@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.networks.attention import attention
 from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import (
@@ -15,7 +16,6 @@ from fewstep.networks.layers import (
     LinearLayer,
     RMSNorm,
     RotaryEmbedding2d,
-    attention,
     carries_tangent,
     check_inputs,
     silu,

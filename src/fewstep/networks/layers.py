@@ -159,15 +159,6 @@ def default_groups(channels: int) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over tokens, each (B, heads, N, D), written out (1706.03762).
-
-    Memory is N^2 per head. The fused kernels avoid that but cannot carry a tangent.
-    """
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-    return scores.softmax(-1) @ v
-
-
 class RotaryEmbedding2d(nn.Module):
     """Rotate pairs of features by angles that grow with a token's row and column (RoPE, 2104.09864, on two axes).
 

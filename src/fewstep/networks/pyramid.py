@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.networks.attention import attention
 from fewstep.networks.base import EmbeddingNetwork
-from fewstep.networks.layers import Conv1d, Conv2d, GroupNorm, LinearLayer, attention, silu, zeroed
+from fewstep.networks.layers import Conv1d, Conv2d, GroupNorm, LinearLayer, silu, zeroed
 from fewstep.utils.errors import ConfigError
 
 Convolution = type[Conv1d] | type[Conv2d]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.networks.attention import attention
 from fewstep.networks.base import Shape
-from fewstep.networks.layers import affine, attention, silu
+from fewstep.networks.layers import affine, silu
 from fewstep.teachers.edm_blocks import CheckpointableBlocks, Resampling, check_taps, filter_taps, resample, split_heads
 from fewstep.teachers.edm_networks import EDMNetworkConfig
 from fewstep.utils.tensors import check_positive

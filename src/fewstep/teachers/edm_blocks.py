@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fewstep.networks.layers import Conv2d, GroupNorm, LinearLayer, affine, attention, silu
+from fewstep.networks.attention import attention
+from fewstep.networks.layers import Conv2d, GroupNorm, LinearLayer, affine, silu
 from fewstep.networks.pyramid import same_size
 from fewstep.utils.errors import ConfigError
 
