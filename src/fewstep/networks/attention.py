@@ -63,9 +63,13 @@ def _tiles(k: Tensor, *of_queries: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
-    """(o, do), a tile at a time."""
-    found = [_rows(rows, moved, k, v, dk, dv) for rows, moved in _tiles(k, q, dq)]
-    return torch.cat([o for o, _ in found], -2), torch.cat([do for _, do in found], -2)
+    """(o, do), a tile at a time, into places made before: pieces kept between tiles would break up the memory."""
+    found, moved = (q.new_empty(*q.shape[:-1], v.shape[-1]) for _ in range(2))
+    for into, into_tangent, rows, turned in _tiles(k, found, moved, q, dq):
+        o, do = _rows(rows, turned, k, v, dk, dv)
+        into.copy_(o)
+        into_tangent.copy_(do)
+    return found, moved
 
 
 class _Tiled(torch.autograd.Function):
@@ -84,15 +88,16 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, dq, dk, dv = (x.detach() for x in ctx.saved_tensors)
         keys = [x.requires_grad_() for x in (k, v, dk, dv)]
-        of_keys, of_queries = [torch.zeros_like(x) for x in keys], []
-        for own, own_tangent, *own_grads in _tiles(k, q, dq, *grads):
+        to_q, to_dq = torch.empty_like(q), torch.empty_like(dq)
+        of_keys = [torch.zeros_like(x) for x in keys]
+        for of_q, of_dq, own, own_tangent, *own_grads in _tiles(k, to_q, to_dq, q, dq, *grads):
             queries = [x.detach().requires_grad_() for x in (own, own_tangent)]
             with torch.enable_grad():
                 outputs = _rows(*queries, *keys)
-            to_q, to_dq, *to_keys = torch.autograd.grad(outputs, [*queries, *keys], own_grads)
-            of_queries.append((to_q, to_dq))
-            for total, part in zip(of_keys, to_keys, strict=True):
+            parts = torch.autograd.grad(outputs, [*queries, *keys], own_grads)
+            of_q.copy_(parts[0])
+            of_dq.copy_(parts[1])
+            for total, part in zip(of_keys, parts[2:], strict=True):
                 total += part
-        to_q, to_dq = (torch.cat(parts, -2) for parts in zip(*of_queries, strict=True))
         to_k, to_v, to_dk, to_dv = of_keys
         return to_q, to_k, to_v, to_dq, to_dk, to_dv

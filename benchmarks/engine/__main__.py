@@ -1,0 +1,34 @@
+"""What the training engine's parts cost: rows {measure, setting, value, unit, beside}, each beside what it replaces."""
+
+from typing import Annotated
+
+from tyro.conf import Positional
+
+import benchmarks.harness as h
+from benchmarks.engine import attention as attention_memory
+
+FILE = h.RESULTS / "engine.json"
+
+
+def tables() -> dict[str, str]:
+    """One for each measure."""
+    found = {}
+    for measure, rows in h.grouped(h.read(FILE), lambda row: str(row["measure"])).items():
+        lines = [(row["setting"], f"{row['value']:,.4g} {row['unit']}", row["beside"]) for row in rows]
+        found[measure] = h.markdown(("setting", "value", "beside"), lines)
+    return found
+
+
+STUDY = h.Study("engine", tables)
+
+
+def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048, 4096)) -> None:
+    """Peak memory of attention by length, with a tangent and without, each in a process of its own."""
+    for length in lengths:
+        for row in attention_memory.rows(length):
+            h.put(FILE, [row], "measure", "setting")
+            h.show([row])
+
+
+if __name__ == "__main__":
+    STUDY.main(attention=attention)
