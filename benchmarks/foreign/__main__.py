@@ -37,16 +37,21 @@ TEACHERS = {
     "EDM": "A teacher in EDM's layout and its students",
     text.NAME: "A text teacher and its students",
 }
+ADAPTERS = ["--network.lora", "8", "--optimizer.lr", "1e-3"]
+RANK_32 = ["--network.lora", "32", "--optimizer.lr", "1e-3"]
 STUDENTS: dict[str, dict[str, list[str]]] = {
     "diffusers": {
         "euler": ["--model.preconditioning", "euler"],
         "analytic": ["--model.preconditioning", "analytic"],
-        "euler, LoRA": ["--model.preconditioning", "euler", "--network.lora", "8", "--optimizer.lr", "1e-3"],
+        "euler, LoRA": ["--model.preconditioning", "euler", *ADAPTERS],
+        "euler, LoRA on all": ["--model.preconditioning", "euler", *ADAPTERS, "--network.lora-layers", "all"],
+        "euler, LoRA of rank 32 on all": ["--model.preconditioning", "euler", *RANK_32, "--network.lora-layers", "all"],
+        "euler, without data": ["--model.preconditioning", "euler", "--data.source", "teacher-samples"],
     },
     "EDM": {
         "euler": ["--model.preconditioning", "euler"],
         "analytic": ["--model.preconditioning", "analytic"],
-        "analytic, LoRA": ["--model.preconditioning", "analytic", "--network.lora", "8", "--optimizer.lr", "1e-3"],
+        "analytic, LoRA": ["--model.preconditioning", "analytic", *ADAPTERS],
     },
     text.NAME: text.STUDENTS,
 }
