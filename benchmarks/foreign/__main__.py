@@ -38,20 +38,18 @@ TEACHERS = {
     text.NAME: "A text teacher and its students",
 }
 ADAPTERS = ["--network.lora", "8", "--optimizer.lr", "1e-3"]
-RANK_32 = ["--network.lora", "32", "--optimizer.lr", "1e-3"]
+WITHOUT_DATA = ["--data.source", "teacher-samples", "--data.source.count", "2000"]
 STUDENTS: dict[str, dict[str, list[str]]] = {
     "diffusers": {
         "euler": ["--model.preconditioning", "euler"],
         "analytic": ["--model.preconditioning", "analytic"],
         "euler, LoRA": ["--model.preconditioning", "euler", *ADAPTERS],
         "euler, LoRA on all": ["--model.preconditioning", "euler", *ADAPTERS, "--network.lora-layers", "all"],
-        "euler, LoRA of rank 32 on all": ["--model.preconditioning", "euler", *RANK_32, "--network.lora-layers", "all"],
-        "euler, without data": ["--model.preconditioning", "euler", "--data.source", "teacher-samples"],
+        "euler, without data": ["--model.preconditioning", "euler", *WITHOUT_DATA],
     },
     "EDM": {
         "euler": ["--model.preconditioning", "euler"],
         "analytic": ["--model.preconditioning", "analytic"],
-        "analytic, LoRA": ["--model.preconditioning", "analytic", *ADAPTERS],
     },
     text.NAME: text.STUDENTS,
 }
