@@ -279,7 +279,7 @@ def trainer_of(
 def train_to(trainer: Trainer, moment: int, after: Callable[[], object] = lambda: None) -> float:
     """Train up to a step, with `after` every step; the seconds that it took."""
     started = time.perf_counter()
-    while trainer.step < moment:
+    while trainer.clock.step < moment:
         trainer.take_step()
         after()
     return time.perf_counter() - started

@@ -30,7 +30,10 @@ TEACHERS = {
     "cd-digits": "edm-digits", "digits-scd": "edm-digits", "ctm-flow-matching": "digits-flow-matching",
     "emd-flow-matching": "digits-flow-matching", "lmd-flow-matching": "digits-flow-matching",
 }  # fmt: skip
-LATENTS = {"imagenet256-dit-b4": 4, "celebahq256-dit-b4": 4, "imagenet256-dit-xl1": 32}
+LATENTS = {
+    "imagenet256-dit-b4": 4, "celebahq256-dit-b4": 4, "imagenet256-dit-xl1": 32, "photos-32-latents": 4,
+    "photos-64-latents": 4,
+}  # fmt: skip
 """Recipes on latents, and the channels of those."""
 SMALL_DIT = ("--network.width", "64", "--network.depth", "2", "--network.heads", "4")
 
@@ -67,7 +70,9 @@ def train(name: str, root: Path) -> Path:
     sizes = {"batch-size": batch, "log-images": batch, "sample-images": 0, "checkpoint-images": STEPS * batch}
     words = [word for key, size in sizes.items() for word in (f"--training.{key}", size)]
     words += ["--training.images", STEPS * batch, "--optimizer.warmup-images", 5 * batch]
-    words += ["--data.root", root / f"latents-{LATENTS[name]}", *SMALL_DIT] if name in LATENTS else []
+    small = ("--network.width", "32") if name.startswith("photos-") else SMALL_DIT
+    words += ["--data.root", root / f"latents-{LATENTS[name]}", *small] if name in LATENTS else []
+    words += ["--data.root", root / "pictures"] if name.startswith("photos-") and name not in LATENTS else []
     words += ["--data.root", root / "ring.safetensors"] if name.startswith("policy-") else []
     words += ["--teacher", root / TEACHERS[name]] if name in TEACHERS else []
     words += ["--statistics.points", "12", "--statistics.samples", "32"] if name.startswith("ctm-") else []

@@ -34,6 +34,7 @@ from fewstep.objectives import Pairs
 from fewstep.recipes import recipe
 from fewstep.recipes.config import EvaluationConfig, OptimizerConfig
 from fewstep.sampling.images import save_grid
+from fewstep.training import train_run
 
 STORED = RESULTS / "latents.json"
 SIDE, CROP, COLUMNS, SHOWN = 256, 64, 8, 128
@@ -174,7 +175,7 @@ def run(
     trained = train_autoencoder(images, autoencoder, autoencoder_seconds, batch=8)
     encoding, config = encode(images, autoencoder, out), configuration(out / "latents", train_seconds)
     folder, dataset = fs.RunFolder(out / "run"), fs.load_dataset(config.data)
-    result = fs.train(config, dataset, folder, fs.Runtime(cpu=True, threads=1))
+    result = train_run(config, dataset, folder, fs.Runtime(cpu=True, threads=1))
     evaluator, pipeline = build_evaluator(dataset, None), fs.load(folder.root)
     rows = [*measure_run(folder, evaluator), measure_real(dataset, config.evaluation.samples, evaluator)]
     psnr, parameters = draw(dataset, images, pipeline), sum(p.numel() for p in pipeline.flow_map.parameters())

@@ -24,6 +24,7 @@ from fewstep.policies.figures import rollout_row
 from fewstep.policies.rollout import expert_rollout, record, wilson
 from fewstep.policies.tasks.registry import find_task
 from fewstep.recipes import recipe
+from fewstep.training import train_run
 
 TASKS = (
     "metaworld-pick-place", "pointmaze-ring", "pusht", "metaworld-peg-insert-side", "fetch-pick-and-place",
@@ -94,7 +95,7 @@ def trained(cell: Cell, work: Path, initial: str = "") -> Path:
     """The run of a cell, trained to its end, or taken as it is where it was before."""
     config = configuration(cell.task, cell.method, demonstrations_of(cell.task, work), cell.seed, initial)
     run = fs.RunFolder(work / "models" / f"{cell.task}-{cell.method}-{cell.seed}")
-    fs.train(config, fs.load_dataset(config.data), run, fs.Runtime(cpu=True, quiet=True, threads=1))
+    train_run(config, fs.load_dataset(config.data), run, fs.Runtime(cpu=True, quiet=True, threads=1))
     return run.root
 
 

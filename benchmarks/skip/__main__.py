@@ -23,6 +23,7 @@ from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
 from fewstep.recipes import recipe
+from fewstep.training import train_run
 
 UNET = fs.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(), embedding_width=128)
 """A convolutional student of digits that two cores train in minutes."""
@@ -170,7 +171,7 @@ def learnability(
 def teacher(folder: Annotated[Path, Positional]) -> None:
     """Train the U-Net that students of digits-unet are distilled from, `edm-digits` with another network, in FOLDER."""
     config = replace(recipe("edm-digits"), recipe="edm-digits-unet", network=UNET)
-    fs.train(config, fs.load_dataset(config.data), fs.RunFolder(folder), fs.Runtime(threads=1))
+    train_run(config, fs.load_dataset(config.data), fs.RunFolder(folder), fs.Runtime(threads=1))
 
 
 if __name__ == "__main__":

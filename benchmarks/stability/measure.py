@@ -40,7 +40,7 @@ class Reference:
         """
         gamma = config.evaluation.gamma
         sampler: SamplerName = ode or ("gamma" if gamma else "euler" if config.objective.on_diagonal else "map")
-        own = fs.SamplingSettings(sampler=sampler, steps=steps, gamma=gamma, seed=SAMPLE_SEED)
+        own = fs.SamplingSettings(sampler=sampler, steps=steps, gamma=gamma, seed=SAMPLE_SEED, clip=False)
         drawn = fs.generate(model, count, own)
         spread, shown = total_variance(drawn.samples) / self.variance, drawn.samples.clamp(-1, 1)
         if not math.isfinite(spread):
@@ -84,7 +84,7 @@ def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: P
             try:
                 spent += train_to(trainer, moment, lambda: norms.append(trainer.window.steps[-1][1]))
             except TrainingDivergedError:
-                diverged_at = trainer.step
+                diverged_at = trainer.clock.step
                 break
             with trainer.learner.averaged() as model:
                 watch(model, moment)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fewstep.data.sources import DataSource as DataSource
     from fewstep.data.sources import ImageSource as ImageSource
     from fewstep.data.sources import load_dataset as load_dataset
+    from fewstep.evaluation.running import Run as Run
+    from fewstep.evaluation.running import train as train
     from fewstep.flow.closed_form import GaussianData as GaussianData
     from fewstep.flow.closed_form import MixtureData as MixtureData
     from fewstep.flow.flow_map import FlowMap as FlowMap
@@ -95,10 +97,13 @@ if TYPE_CHECKING:
     from fewstep.sampling.pipeline import Pipeline as Pipeline
     from fewstep.sampling.pipeline import PipelineConfig as PipelineConfig
     from fewstep.teachers import TeacherModel as TeacherModel
+    from fewstep.training import Callback as Callback
+    from fewstep.training import Moment as Moment
     from fewstep.training import RunFolder as RunFolder
     from fewstep.training import Runtime as Runtime
+    from fewstep.training import Start as Start
+    from fewstep.training import TrainingResult as TrainingResult
     from fewstep.training import load as load
-    from fewstep.training import train as train
     from fewstep.training.teacher import load_teacher as load_teacher
     from fewstep.utils.errors import FewstepError as FewstepError
     from fewstep.utils.parts import import_file as import_file

@@ -1,14 +1,19 @@
 """The short help: what people change, with the recipe's values, and nothing that the recipe cannot use."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fewstep.cli.help import CHANGED, usable, words_of
 from fewstep.cli.main import main
 from fewstep.cli.parsing import parse
 from fewstep.cli.train import Options
+from fewstep.cli.usage import recipe_names
 from fewstep.networks.dit import DiTConfig
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import TrainingConfig
+from tests.support.commands import ENVIRONMENT
 
 
 def helped(capsys: pytest.CaptureFixture[str], name: str, *words: str) -> list[str]:
@@ -53,6 +58,23 @@ def test_the_values_are_the_run_s(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--network dit " in printed
     assert f"--network.depth {DiTConfig().depth} " in printed
     assert "--help-all" in printed
+
+
+def test_help_is_there_at_once() -> None:
+    """Without PyTorch, whose import alone takes seconds; the recipes that it lists are all of them, in their order."""
+    script = "import sys; from fewstep.cli.main import main; sys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    for words in ([], ["--help"], ["train", "--help"], ["trian"]):
+        done = subprocess.run([sys.executable, "-c", script, *words], env=ENVIRONMENT, capture_output=True, check=False)
+        assert done.returncode == (2 if words == ["trian"] else 0), done.stderr.decode()
+    assert recipe_names() == list(RECIPES)
+
+
+def test_settings_of_other_data_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not {"--data.root", "--data.image-size", "--data.value-range"} & set(helped(capsys, "digits"))
+    photos = set(helped(capsys, "photos-64"))
+    assert {"--data.root", "--data.image-size", "--data.heldout"} <= photos
+    assert "--data.value-range" not in photos
+    assert "--data.heldout" not in helped(capsys, "photos-32-latents")
 
 
 def test_a_command_that_is_misspelt_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:

@@ -196,5 +196,5 @@ def test_without_diffusers_the_extra_is_named(
     saved: tuple[Path, "AutoencoderKL"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'fewstep\[diffusers\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install diffusers transformers \(the extra \[diffusers\]\)"):
         load_autoencoder(saved[0], CPU)

@@ -140,7 +140,7 @@ def test_digits_are_in_range_split_evenly_and_repeatably() -> None:
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtraError, match=r"pip install fewstep\[digits\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install scikit-learn \(the extra \[digits\]\)"):
         load("digits")
 
 

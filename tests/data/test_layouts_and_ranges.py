@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fewstep.recipes.config import RunConfig
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, Runtime, train_run
 from fewstep.utils.errors import ConfigError, DataError
 from tests.data.test_idx import idx_bytes
 from tests.support.inputs import grey, other_formats
@@ -26,7 +26,7 @@ def in_doubt(source: str, file: Path, *parts: str) -> None:
         message = dataset.doubt
         assert message
         with pytest.raises(DataError, match=re.escape(message)):
-            train(RunConfig("toy"), dataset, RunFolder(file.parent / "run"), Runtime(cpu=True))
+            train_run(RunConfig("toy"), dataset, RunFolder(file.parent / "run"), Runtime(cpu=True))
         assert not (file.parent / "run").exists()
     for part in parts:
         assert part in message

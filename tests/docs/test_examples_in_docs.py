@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from fewstep.cli.main import main
+from fewstep.networks.mlp import MLPConfig
+from fewstep.recipes import RECIPES, recipe
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "guides" / "add-an-objective.md"
@@ -58,6 +61,19 @@ def test_guides_other_parts_train(
     for words in (own, f"{taught} --network.width 16 --evaluation.curve-images 0"):
         short = "--training.images 256 --training.sample-images 0 --runtime.cpu --runtime.quiet --out"
         assert main([*words.split(), *short.split(), words.split()[1]]) == 0, capsys.readouterr().err
+
+
+def test_training_from_python_does_as_the_guide_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both examples, on fewer images and a small network."""
+    monkeypatch.chdir(tmp_path)
+    small = replace(recipe("digits"), network=MLPConfig(width=16, depth=1, embedding_width=16))
+    monkeypatch.setitem(RECIPES, "digits", lambda: small)
+    for block in blocks(ROOT / "docs" / "guides" / "from-python.md"):
+        exec(block.replace("20_000", "2_560").replace("Patience(100)", "Patience(0)"), {})
+    assert Path("three.png").is_file()
+    assert "no better than" in capsys.readouterr().out
 
 
 def test_readmes_pieces_make_a_loss() -> None:

@@ -66,11 +66,10 @@ def test_objectives_are_listed(command: Command) -> None:
     assert command("objectives", "--all").code == 2
 
 
-def test_train_without_a_recipe_explains(capsys: pytest.CaptureFixture[str], command: Command) -> None:
-    with pytest.raises(SystemExit) as stop:
-        command("train", "--help")
-    assert not stop.value.code
-    assert "usage: fewstep train RECIPE" in capsys.readouterr().out
+def test_train_without_a_recipe_explains(command: Command) -> None:
+    shown = command("train", "--help")
+    assert shown.code == 0
+    assert "usage: fewstep train RECIPE" in shown.out
 
 
 def test_what_commands_there_are_is_shown_without_pytorch() -> None:
@@ -149,7 +148,7 @@ def test_train_again_changes_nothing(small_run: Path, archive: Path, command: Co
 def test_train_names_its_folder_after_the_recipe(command: Command, tmp_path: Path) -> None:
     done = command("train", "digits-flow-matching", *SMALL, *STEPS, "--training.images", "32")
     assert done.code == 0
-    assert "runs/digits-flow-matching: 32 images in 1 steps" in done.out
+    assert "runs/digits-flow-matching: 32 images in 1 step," in done.out
     assert RunFolder(tmp_path / "runs" / "digits-flow-matching").config().recipe == "digits-flow-matching"
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import fewstep
 from fewstep import SamplingSettings
 from fewstep.data.sources import load_dataset
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from tests.support.tiny import RUNTIME
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
@@ -73,7 +73,7 @@ def test_a_run_of_format_1_goes_on_to_the_same_weights(
     run = RunFolder(Path(name))
     config = run.config()
     assert run.last_checkpoint().name == "step-00000003"
-    train(config, load_dataset(config.data), run, RUNTIME)
+    train_run(config, load_dataset(config.data), run, RUNTIME)
     weights = load_file(run.last_checkpoint() / "weights.safetensors")
     assert len(weights) > 5
     for key, value in weights.items():

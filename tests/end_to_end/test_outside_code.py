@@ -14,7 +14,7 @@ import pytest
 import fewstep
 from fewstep.data.sources import load_dataset
 from fewstep.recipes import recipe
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.training.loop import Trainer
 from fewstep.utils.errors import ConfigError, FewstepError
 from fewstep.utils.parts import import_file
@@ -37,7 +37,7 @@ def outside_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of tests/support/outside.py, trained in Python without a stop."""
     config = recipe(str(OUTSIDE))
     run = RunFolder(tmp_path_factory.mktemp("outside") / "run")
-    train(config, load_dataset(config.data), run, RUNTIME)
+    train_run(config, load_dataset(config.data), run, RUNTIME)
     return run.root
 
 

@@ -12,7 +12,7 @@ from fewstep.data.base import Dataset
 from fewstep.data.generated import DrawSettings, load_set
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
-from fewstep.training import RunFolder, teacher_samples, train
+from fewstep.training import RunFolder, teacher_samples, train_run
 from fewstep.training.teacher_samples import classes_of
 from fewstep.utils.errors import ConfigError
 from tests.end_to_end.test_bad_input import assert_refused
@@ -28,7 +28,7 @@ SOURCE = ("--data.source", "teacher-samples", "--data.source.draw.count", "96", 
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ten steps that knows its classes."""
     folder: Path = tmp_path_factory.mktemp("teacher") / "digits-teacher"
-    train(TEACHER, load_dataset(DataConfig()), RunFolder(folder), RUNTIME)
+    train_run(TEACHER, load_dataset(DataConfig()), RunFolder(folder), RUNTIME)
     return folder
 
 

@@ -137,7 +137,7 @@ def diverging(patch: pytest.MonkeyPatch, step: int) -> None:
     take_step = Trainer.take_step
 
     def spoiled(self: Trainer) -> None:
-        if self.step + 1 == step:
+        if self.clock.step + 1 == step:
             next(self.learner.flow_map.network.parameters()).data.fill_(float("nan"))
         take_step(self)
 

@@ -14,7 +14,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import RunConfig, TrainingConfig
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, Runtime, train_run
 from fewstep.utils.errors import TrainingDivergedError
 
 RANK = int(os.environ["RANK"])
@@ -44,14 +44,14 @@ def run(folder: Path, commands: list[list[str]]) -> None:
     assert [main(words) for words in commands] == [0] * len(commands)
     data = load_dataset(DataConfig())
     try:
-        train(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), RUNTIME)  # type: ignore[arg-type]
+        train_run(replace(BASE, objective=PoisonedHere()), data, RunFolder(folder / "diverged"), RUNTIME)  # type: ignore[arg-type]
     except TrainingDivergedError as error:
         (folder / f"diverged-{RANK}.txt").write_text(str(error))
 
     clock = time.perf_counter
     time.perf_counter = lambda: clock() * (1 + 2 * RANK)  # a second process whose clock is three times as fast
     limited = replace(BASE, training=replace(BASE.training, images=10**9, seconds=0.5))
-    result = train(limited, data, RunFolder(folder / "limited"), RUNTIME)
+    result = train_run(limited, data, RunFolder(folder / "limited"), RUNTIME)
     (folder / f"steps-{RANK}.txt").write_text(str(result.step))
 
 

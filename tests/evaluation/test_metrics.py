@@ -359,7 +359,7 @@ def test_inception_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
     weights = tmp_path / "weights.pth"
     weights.write_bytes(b"not a checkpoint")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(MissingExtraError, match=r"fewstep\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"extra \[eval\]"):
         InceptionExtractor(weights)
 
 

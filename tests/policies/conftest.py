@@ -7,7 +7,7 @@ import pytest
 from fewstep.data.demonstrations.episodes import save_demonstrations
 from fewstep.data.sources import load_dataset
 from fewstep.policies.rollout import record
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, Runtime, train_run
 from tests.support.pointtask import point_task, run_config
 
 
@@ -23,5 +23,5 @@ def point_run(demonstrations: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A trained run."""
     root = tmp_path_factory.mktemp("policies") / "run"
     config = run_config(str(demonstrations))
-    train(config, load_dataset(config.data), RunFolder(root), Runtime(cpu=True, quiet=True, threads=1))
+    train_run(config, load_dataset(config.data), RunFolder(root), Runtime(cpu=True, quiet=True, threads=1))
     return root

@@ -178,7 +178,9 @@ def test_an_absent_package_is_named_with_the_extra_that_brings_it(
 ) -> None:
     for absent in (module, module.partition(".")[0]):
         monkeypatch.setitem(sys.modules, absent, None)
-    with pytest.raises(MissingExtraError, match=rf"{name} needs {package}: pip install 'fewstep\[policy\]'") as caught:
+    with pytest.raises(
+        MissingExtraError, match=rf"{name} needs {package}: pip install .* \(the extra \[policy\]\)"
+    ) as caught:
         TASKS[name].make(False)
     assert "\n" not in str(caught.value)
 

@@ -29,7 +29,7 @@ from fewstep.objectives import CD, CTM, LSD, PSD, SCD, Shortcut
 from fewstep.recipes import AT_SCALE, RECIPES, recipe
 from fewstep.recipes.config import RunConfig, flow_map_config
 from fewstep.teachers.diffusers import load_diffusers
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind, kind_name
 from fewstep.utils.serialization import from_json, to_json
@@ -51,6 +51,8 @@ def shape_and_classes(config: RunConfig) -> tuple[tuple[int, ...], int]:
         return SHAPES["digits"]
     if kind_name(type(config.data.source)) == "latents":
         return AT_SCALE[config.recipe].shape, AT_SCALE[config.recipe].classes
+    if kind_name(type(config.data.source)) == "images":
+        return (3, config.data.image_size, config.data.image_size), 3
     return SHAPES[kind_name(type(config.data.source))]
 
 
@@ -136,12 +138,13 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
         network = MLPConfig(width=16, depth=1, embedding_width=16)
     training = replace(config.training, images=4, batch_size=2, sample_images=0)
     data = config.data
-    if kind_name(type(data.source)) in ("idx", "latents"):  # shapes and labels without the files
+    if kind_name(type(data.source)) in ("idx", "latents", "images"):  # shapes and labels without the files
         shape, classes = shape_and_classes(config)
         data = DataConfig(source="random", random_shape=shape, random_classes=classes, labels=data.labels)
     data = replace(data, random_count=8, root=demonstrations if data.source.of_actions else "")
     statistics = replace(config.statistics, points=8, samples=8)
-    return replace(config, network=network, training=training, data=data, statistics=statistics)
+    optimizer = replace(config.optimizer, warmup_share=1.0)
+    return replace(config, network=network, training=training, data=data, statistics=statistics, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def begun_from(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunConfig]
 
     def folder(config: RunConfig) -> Path:
         if not (root / config.recipe).exists():
-            train(config, load_dataset(config.data), RunFolder(root / config.recipe), RUNTIME)
+            train_run(config, load_dataset(config.data), RunFolder(root / config.recipe), RUNTIME)
         return root / config.recipe
 
     return folder
@@ -171,7 +174,7 @@ def test_every_recipe_takes_training_steps(
         assert other.data == config.data
         parts = {role: getattr(config, role) for role in ("teacher", "initial")}
         config = replace(config, **{role: str(begun_from(other)) for role, name in parts.items() if name == folder})
-    result = train(config, dataset, RunFolder(tmp_path / "run"), RUNTIME)
+    result = train_run(config, dataset, RunFolder(tmp_path / "run"), RUNTIME)
     assert result.step == 2
     (record,) = RunFolder(tmp_path / "run").read_log()
     assert record["loss"] > 0
@@ -196,7 +199,7 @@ def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
     training = replace(config.training, images=2, batch_size=2, sample_images=0)
     data = DataConfig(source="random", random_shape=(4, 32, 32), random_classes=1000, random_count=4)
     config = replace(config, network=replace(config.network, depth=1), training=training, data=data)
-    assert train(config, load_dataset(data), RunFolder(tmp_path), RUNTIME).step == 1
+    assert train_run(config, load_dataset(data), RunFolder(tmp_path), RUNTIME).step == 1
 
 
 KEPT = {"recipe", "a", "b"}

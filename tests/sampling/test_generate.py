@@ -175,7 +175,7 @@ BAD: list[tuple[FlowMap, dict[str, Any], dict[str, Any], str]] = [
     (LABELLED, {}, {"labels": torch.tensor([1.0, math.inf])}, "no whole numbers"),
     (LABELLED, {}, {"labels": torch.tensor([True, False])}, "no whole numbers"),
     (LABELLED, {}, {"labels": [0, 10**30]}, "no whole numbers"),
-    (LABELLED, {}, {"labels": ["cat", "dog"]}, "no whole numbers"),
+    (LABELLED, {}, {"labels": ["cat", "dog"]}, "no class 'cat'"),
     (LABELLED, {}, {"labels": torch.tensor([0, 200], dtype=torch.uint8)}, "class 200"),
     (LABELLED, {"guidance_scale": math.inf}, {}, "finite omega"),
     (LABELLED, {"guidance_scale": 1e300}, {}, "finite omega"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from fewstep.networks.mlp import MLPConfig
 from fewstep.sampling.generate import SamplingSettings, generate
 from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline, read_flow_map_config
 from fewstep.sampling.step_times import StepTimes
-from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.errors import CheckpointError, ConfigError, ShapeError
 from fewstep.utils.serialization import FORMAT, to_json
 
 MAP = FlowMapConfig(
@@ -71,9 +72,10 @@ def test_a_hub_folder_has_a_card(tmp_path: Path) -> None:
 
 
 def test_generate_takes_settings_or_changes_of_them() -> None:
-    own, settings = pipeline(), SamplingSettings("euler", 3, seed=7)
+    own, settings = pipeline(), SamplingSettings("euler", 3, seed=7, clip=False)
     drawn = own.generate(4, settings, labels=[0, 1, 1, 0]).samples
-    assert torch.equal(drawn, own.generate(4, sampler="euler", steps=3, seed=7, labels=[0, 1, 1, 0]).samples)
+    changed = own.generate(4, sampler="euler", steps=3, seed=7, labels=[0, 1, 1, 0], clip=False)
+    assert torch.equal(drawn, changed.samples)
     assert torch.equal(drawn, generate(own.flow_map, 4, settings, [0, 1, 1, 0]).samples)
     torch.testing.assert_close(own.generate(2, settings, first=2, labels=[1, 0]).samples, drawn[2:])
 
@@ -81,12 +83,36 @@ def test_generate_takes_settings_or_changes_of_them() -> None:
 def test_a_pipeline_walks_its_own_times_and_a_bare_map_does_not() -> None:
     own = pipeline()
     placed = generate(own.flow_map, 3, SamplingSettings(times=TIMES.times)).samples
-    assert torch.equal(own.generate(3, steps=2).samples, placed)
-    assert torch.equal(generate(own, 3, SamplingSettings(steps=2)).samples, placed)
+    assert torch.equal(own.generate(3, steps=2, clip=False).samples, placed)
+    assert torch.equal(generate(own, 3, SamplingSettings(steps=2, clip=False)).samples, placed)
     assert not torch.equal(generate(own.flow_map, 3, SamplingSettings(steps=2)).samples, placed)
-    assert torch.equal(
-        own.with_step_times(()).generate(3, steps=2).samples, generate(own.flow_map, 3, SamplingSettings()).samples
-    )
+    free = own.with_step_times(()).generate(3, steps=2, clip=False).samples
+    assert torch.equal(free, generate(own.flow_map, 3).samples)
+
+
+def test_samples_are_cut_to_the_range_of_the_data_and_seen_as_bytes() -> None:
+    """Black and white are the range's ends; what lies outside is cut unless it is asked for."""
+    own = pipeline()
+    low, high = own.data_range or (0.0, 0.0)
+    free, cut = own.generate(6, steps=1, clip=False), own.generate(6, steps=1)
+    assert torch.equal(cut.samples, free.samples.clamp(low, high))
+    assert not torch.equal(cut.samples, free.samples)
+    images = cut.images()
+    assert (images.shape, images.dtype) == ((6, 2, 2, 1), np.uint8)
+    expected = ((cut.samples - low) / (high - low) * 255).round().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(images, expected.astype(np.uint8))
+    assert np.array_equal(images, free.images())
+    assert [image.size for image in cut.pil()] == [(2, 2)] * 6
+    assert np.array_equal(np.asarray(cut.pil()[3]), images[3, ..., 0])
+
+
+def test_classes_are_asked_for_by_name_in_turn() -> None:
+    own = pipeline()
+    names = own.class_names
+    assert generate(own, 5, labels=[names[1], names[0]], steps=1).labels.tolist() == [1, 0, 1, 0, 1]  # type: ignore[union-attr]
+    assert torch.equal(own.generate(3, labels=names[1]).samples, own.generate(3, labels=[1, 1, 1]).samples)
+    with pytest.raises(ShapeError, match=rf"no class 'horse': its classes are {names[0]}, {names[1]}"):
+        own.generate(2, labels=["horse"])
 
 
 def test_a_new_preconditioning_is_saved(tmp_path: Path) -> None:

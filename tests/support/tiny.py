@@ -30,7 +30,7 @@ from fewstep.recipes.config import (
     StatisticsConfig,
     TrainingConfig,
 )
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, Runtime, train_run
 from fewstep.training.loop import Trainer
 from tests.support.objectives import made
 
@@ -149,7 +149,7 @@ def killed_after(steps: int, config: RunConfig, data: Dataset, root: Path, monke
     with monkeypatch.context() as patch:
         interrupt_after(patch, Trainer, "take_step", steps)
         with pytest.raises(Killed):
-            train(config, data, RunFolder(root), RUNTIME)
+            train_run(config, data, RunFolder(root), RUNTIME)
 
 
 def noise_and_times(flow_map: FlowMap) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from tests.support.tiny import KINDS, RUNTIME, TEACHER, student
 
 
@@ -23,7 +23,7 @@ def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
-            train(KINDS[kind], digits, RunFolder(root / kind), RUNTIME)
+            train_run(KINDS[kind], digits, RunFolder(root / kind), RUNTIME)
         return root / kind
 
     return folder
@@ -33,7 +33,7 @@ def unbroken(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def teacher(digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a teacher that knows its classes; tests that change it take a copy."""
     root = tmp_path_factory.mktemp("teacher") / "run"
-    train(TEACHER, digits, RunFolder(root), RUNTIME)
+    train_run(TEACHER, digits, RunFolder(root), RUNTIME)
     return root
 
 
@@ -44,7 +44,7 @@ def unbroken_student(digits: Dataset, teacher: Path, tmp_path_factory: pytest.Te
 
     def folder(kind: str) -> Path:
         if not (root / kind).exists():
-            train(student(kind, teacher), digits, RunFolder(root / kind), RUNTIME)
+            train_run(student(kind, teacher), digits, RunFolder(root / kind), RUNTIME)
         return root / kind
 
     return folder

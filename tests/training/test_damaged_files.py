@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fewstep.data.base import Dataset
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.training.checkpoint import read_state
 from fewstep.utils.errors import CheckpointError
 from tests.support.tiny import KINDS, RUNTIME, TINY, snapshot
@@ -68,7 +68,7 @@ def test_an_optimizer_state_that_is_none_is_named(
         CheckpointError,
         match=rf"optimizer\.safetensors is of another architecture or optimizer: .*{message}.*; train it anew$",
     ):
-        train(KINDS[kind], digits, run, RUNTIME)
+        train_run(KINDS[kind], digits, run, RUNTIME)
     assert {key: value for key, value in snapshot(run.root).items() if key != ".lock"} == {
         key: value for key, value in before.items() if key != ".lock"
     }
@@ -83,7 +83,7 @@ def test_a_damaged_log_line_is_named_and_nothing_dropped(
     damaged = "".join([*log[:2], line + "\n", *log[2:]])
     run.log_file.write_text(damaged)
     with pytest.raises(CheckpointError, match=r"log\.jsonl, line 3 is damaged .*: delete that line"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert run.log_file.read_text() == damaged
     run.log_file.write_text("".join(log) + line)  # without its end it is torn, as a kill leaves it
     assert len(run.read_log()) == len(log)
@@ -93,7 +93,7 @@ def test_a_log_that_is_no_text_is_named(digits: Dataset, unbroken: Callable[[str
     run = unfinished(tmp_path / "run", unbroken("adamw"))
     run.log_file.write_bytes(BINARY)
     with pytest.raises(CheckpointError, match=r"log\.jsonl, line 1 is damaged"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert run.log_file.read_bytes() == BINARY
 
 

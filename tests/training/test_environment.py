@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.data.base import Dataset
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.utils.errors import FewstepWarning
 from tests.support.tiny import RUNTIME, TINY, assert_same_run
 
@@ -40,7 +40,7 @@ def test_a_run_is_the_same_in_any_environment(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.warns(FewstepWarning, match="in the environment: ignored") as said:
-        train(TINY, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(TINY, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert any(f"{name}={value}" in str(said[0].message) for name, value in variables.items())
     assert_same_run(tmp_path / "run", expected)
 
@@ -53,4 +53,4 @@ def test_what_a_launcher_says_by_default_is_no_news(
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FewstepWarning)
-        train(TINY, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(TINY, digits, RunFolder(tmp_path / "run"), RUNTIME)

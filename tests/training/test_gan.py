@@ -16,7 +16,7 @@ from fewstep.networks.condition import NULL_LABEL
 from fewstep.networks.discriminator import DiscriminatorConfig
 from fewstep.objectives.losses import discriminator_loss, generator_loss
 from fewstep.recipes.config import GANConfig
-from fewstep.training import Callbacks, RunFolder, train
+from fewstep.training import Callbacks, RunFolder, train_run
 from fewstep.training.checkpoint import stored_discriminator
 from fewstep.training.gan import GAN
 from fewstep.training.loop import Trainer
@@ -226,10 +226,10 @@ def test_the_discriminator_is_stored_and_damage_is_named(
     with pytest.raises(
         CheckpointError, match=r"discriminator\.safetensors is of another architecture: discriminator\.hidden"
     ):
-        train(config, digits, run, RUNTIME)
+        train_run(config, digits, run, RUNTIME)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"discriminator\.safetensors: no such file"):
-        train(config, digits, run, RUNTIME)
+        train_run(config, digits, run, RUNTIME)
 
 
 @pytest.mark.parametrize("where", ["scores", "gradient"])
@@ -278,7 +278,7 @@ def test_accumulation_gives_the_discriminator_of_the_whole_batch(
     stored = []
     for micro_batch in (0, 8):
         run = RunFolder(tmp_path / str(micro_batch))
-        train(config, digits, run, replace(RUNTIME, micro_batch=micro_batch))
+        train_run(config, digits, run, replace(RUNTIME, micro_batch=micro_batch))
         stored.append(
             [load_file(run.last_checkpoint() / f"{name}.safetensors") for name in ("weights", "discriminator")]
         )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.data.base import Dataset
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.training.gradient_stats import FACTOR, REMEMBERED, Recent, term_norms
 from fewstep.training.log import Window
 from fewstep.training.loop import Callbacks, Trainer
@@ -79,7 +79,7 @@ def test_nothing_is_named_while_all_is_in_range() -> None:
 
 def test_the_log_holds_the_anatomy(digits: Dataset, tmp_path: Path) -> None:
     config = replace(TINY, optimizer=replace(TINY.optimizer, clip=1e-3))
-    train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+    train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     for key in ("derivative_rms", "target_rms", "prediction_rms", "grad_norm_anchor", "grad_norm_distill"):
         assert record[key] > 0
@@ -126,4 +126,4 @@ def test_a_diverging_run_says_what_left_its_range_first(digits: Dataset, tmp_pat
     with pytest.raises(
         TrainingDivergedError, match=r"(anchor|distill|\w+_rms|loss|grad_norm) left its range first, at step [12] "
     ):
-        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)

@@ -12,7 +12,7 @@ import pytest
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.recipes.config import RunConfig, StatisticsConfig
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.training.identity import identity, knows_its_end, run_record
 from fewstep.utils.errors import CheckpointError
 from tests.support.tiny import KINDS, RUNTIME, TEACHERLESS, TINY, assert_same_run, stored_tensors
@@ -71,13 +71,13 @@ def test_a_longer_run_is_the_one_that_was_longer_from_the_start(
     longer = changed(TINY, "training.images", 480)
     shutil.copytree(unbroken("adamw"), tmp_path / "run")
     for name in ("run", "whole"):
-        train(longer, digits, RunFolder(tmp_path / name), RUNTIME)
+        train_run(longer, digits, RunFolder(tmp_path / name), RUNTIME)
     first, second = (stored_tensors(tmp_path / name) for name in ("run", "whole"))
     assert RunFolder(tmp_path / "run").last_checkpoint().name == "step-00000015"
     assert all(bool((first[key] == second[key]).all()) for key in second)
     cosine = changed(KINDS["muon"], "training.images", 480)
     with pytest.raises(CheckpointError, match=r"training\.images: 320 -> 480.*--initial .* starts from its weights"):
-        train(cosine, digits, RunFolder(unbroken("muon")), RUNTIME)
+        train_run(cosine, digits, RunFolder(unbroken("muon")), RUNTIME)
 
 
 def test_the_same_data_by_any_path_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_the_same_data_by_any_path_go_on(tmp_path: Path, monkeypatch: pytest.Mon
 
     def start(root: str) -> RunFolder:
         config = replace(TINY, data=DataConfig("npz", root))  # type: ignore[arg-type]
-        train(config, load_dataset(config.data), RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, load_dataset(config.data), RunFolder(tmp_path / "run"), RUNTIME)
         return RunFolder(tmp_path / "run")
 
     assert start("data.npz").config().data.root == str(tmp_path / "data.npz")
@@ -110,9 +110,9 @@ def test_a_model_to_start_from_is_read_for_the_first_step_alone(
     source = tmp_path / "source"
     shutil.copytree(unbroken("adamw"), source)
     config = replace(TINY, initial=str(source))
-    train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+    train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.rmtree(RunFolder(tmp_path / "copy").last_checkpoint())
     shutil.rmtree(source)
-    train(config, digits, RunFolder(tmp_path / "copy"), RUNTIME)
+    train_run(config, digits, RunFolder(tmp_path / "copy"), RUNTIME)
     assert_same_run(tmp_path / "copy", tmp_path / "run")

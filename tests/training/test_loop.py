@@ -20,7 +20,7 @@ from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ALONE, ISD, Batch, Companions, Losses, Objective
 from fewstep.recipes.config import OptimizerConfig, TrainingConfig
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Callbacks, RunFolder, build, train
+from fewstep.training import Callbacks, RunFolder, build, train_run
 from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers, schedule
 from fewstep.training.parallel import split_batch
@@ -43,7 +43,7 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(
     micro_batch: int, unbroken: Callable[[str], Path], digits: Dataset, tmp_path: Path
 ) -> None:
     """5 and 31 do not divide the share of 32: smaller parts of equal size are taken."""
-    train(TINY, digits, RunFolder(tmp_path), replace(RUNTIME, micro_batch=micro_batch))
+    train_run(TINY, digits, RunFolder(tmp_path), replace(RUNTIME, micro_batch=micro_batch))
     whole, parts = stored_tensors(unbroken("adamw")), stored_tensors(tmp_path)
     weights = [key for key in whole if not key.startswith("optimizer")]
     assert max(float((whole[key] - parts[key]).abs().max()) for key in weights) < 1e-5
@@ -53,7 +53,7 @@ def test_accumulation_gives_the_weights_of_the_whole_batch(
 def test_a_batch_whose_labels_are_all_dropped_trains(digits: Dataset, tmp_path: Path) -> None:
     """Nothing is left to guide: small batches meet it by chance, a dropout of 1 always."""
     config = replace(TINY, objective=ISD(label_dropout=1.0, guidance=FixedGuidance(omega=1.3)))
-    assert train(config, digits, RunFolder(tmp_path), RUNTIME).step == 10
+    assert train_run(config, digits, RunFolder(tmp_path), RUNTIME).step == 10
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: 
     trainer = Trainer(config, digits, run, RUNTIME, Callbacks())
     for _ in range(step):
         trainer.take_step()
-        if trainer.due(config.training.checkpoint_images):
+        if trainer.clock.due(config.training.checkpoint_images):
             trainer.save()
     before, weights = snapshot(run.root), stored_weights(trainer)
     last = "step-00000003" if step > 3 else "there is no checkpoint yet"
@@ -221,7 +221,7 @@ def test_training_learns(name: str, digits: Dataset, tmp_path: Path) -> None:
             images=3200, batch_size=64, log_images=64, checkpoint_images=3200, sample_images=0, seed=3
         ),
     )
-    train(config, digits, RunFolder(tmp_path), RUNTIME)
+    train_run(config, digits, RunFolder(tmp_path), RUNTIME)
     anchors = [record["anchor"] for record in RunFolder(tmp_path).read_log()]
     assert len(anchors) == 50
     assert anchors[0] > 1.2
@@ -256,11 +256,11 @@ def test_bf16_keeps_float32_weights(unbroken: Callable[[str], Path]) -> None:
 
 def test_the_time_limit_stops_the_run(digits: Dataset, tmp_path: Path) -> None:
     config = replace(TINY, training=replace(TINY.training, images=10**9, seconds=0.3, checkpoint_images=10**9))
-    result = train(config, digits, RunFolder(tmp_path), RUNTIME)
+    result = train_run(config, digits, RunFolder(tmp_path), RUNTIME)
     assert 0.3 <= result.seconds < 10
     assert 1 <= result.step < 10**7
     before = snapshot(tmp_path)
-    assert train(config, digits, RunFolder(tmp_path), RUNTIME).step == result.step
+    assert train_run(config, digits, RunFolder(tmp_path), RUNTIME).step == result.step
     assert snapshot(tmp_path) == before
 
 

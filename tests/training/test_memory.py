@@ -105,7 +105,9 @@ def test_the_peak_is_of_what_was_taken() -> None:
 
 def test_eight_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(MissingExtraError, match=r"adamw8bit needs bitsandbytes: pip install 'fewstep\[bnb\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"adamw8bit needs bitsandbytes: pip install bitsandbytes \(the extra \[bnb\]\)"
+    ):
         Optimizers(nn.Linear(2, 2), OptimizerConfig(name="adamw8bit"))
 
 

@@ -14,7 +14,7 @@ from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import ISD, SCD, DiagonalMatching, Objective, Regression, Tangent
 from fewstep.recipes.config import OptimizerConfig, RunConfig, TrainingConfig
-from fewstep.training import RunFolder, Runtime, load, train
+from fewstep.training import RunFolder, Runtime, load, train_run
 from fewstep.utils.errors import ConfigError
 from tests.support.objectives import made
 
@@ -50,7 +50,7 @@ def weights(root: Path) -> dict[str, Tensor]:
 
 
 def trained(config: RunConfig, root: Path, runtime: Runtime = QUIET) -> dict[str, Tensor]:
-    train(config, load_dataset(config.data), RunFolder(root), runtime)
+    train_run(config, load_dataset(config.data), RunFolder(root), runtime)
     return weights(root)
 
 
@@ -106,6 +106,7 @@ def test_models_and_runs_from_before_policies_are_read(tmp_path: Path) -> None:
         recipe="digits",
         network=MLPConfig(width=16, depth=1, embedding_width=16),
         training=TrainingConfig(images=16, batch_size=8, sample_images=0, checkpoint_images=8),
+        optimizer=OptimizerConfig(warmup_images=0),
     )
     root = tmp_path / "run"
     trained(config, root)

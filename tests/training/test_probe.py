@@ -18,7 +18,7 @@ from fewstep.flow.paths import EDM, LinearPathConfig
 from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics
 from fewstep.flow.preconditioning.tangents import DenoiserTangents
 from fewstep.objectives import EMD, ESD, ISD, LMD, LSD, PSD, SCT, MeanFlow, Objective
-from fewstep.training import RunFolder, train
+from fewstep.training import RunFolder, train_run
 from fewstep.training.probe import derivatives, fault, needs_probe, with_derivatives
 from fewstep.utils.errors import FewstepWarning
 from tests.support.batches import labelled_batch
@@ -79,9 +79,9 @@ def test_a_run_says_what_it_takes_instead_and_goes_on_with_it(
     assert state["derivative"] == "finite-difference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
         asked = replace(config, objective=made(ISD, **settings_of(TINY.objective), kind="finite-difference"))
-        train(asked, digits, RunFolder(tmp_path / "asked"), RUNTIME)
+        train_run(asked, digits, RunFolder(tmp_path / "asked"), RUNTIME)
     assert_same_run(tmp_path / "run", tmp_path / "asked")
 
 
@@ -135,5 +135,5 @@ def test_an_analytic_student_gets_its_statistics_by_differences(digits: Dataset,
     base = TEACHERLESS["isd-linear"]
     config = replace(base, network=own.network, model=replace(base.model, path=LinearPathConfig()))
     with pytest.warns(FewstepWarning, match=SAID):
-        result = train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        result = train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert result.step == 10

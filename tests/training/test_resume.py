@@ -19,7 +19,8 @@ from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.objectives import DiagonalMatching
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Callbacks, RunFolder, build, checkpoint, train
+from fewstep.training import Callbacks, RunFolder, build, checkpoint, train_run
+from fewstep.training.claim import check, hold
 from fewstep.training.loop import Trainer
 from fewstep.training.optimizers import Optimizers
 from fewstep.utils.errors import CheckpointError, ConfigError
@@ -50,7 +51,7 @@ def test_a_stopped_run_goes_on_exactly(
         killed_after(steps, KINDS[kind], digits, run.root, monkeypatch)
         assert [path.name for path in run.checkpoints()][-1:] == newest
         torch.manual_seed(99)  # what else the process draws must not matter
-    train(KINDS[kind], digits, run, RUNTIME)
+    train_run(KINDS[kind], digits, run, RUNTIME)
     assert_same_run(run.root, unbroken(kind))
 
 
@@ -85,14 +86,14 @@ def test_a_stop_while_writing_leaves_the_older_checkpoint(
         if not cleaned:
             patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **options: None)
         with pytest.raises(Killed):
-            train(config, digits, run, RUNTIME)
+            train_run(config, digits, run, RUNTIME)
     good = run.last_checkpoint()
     assert good.name == "step-00000003"
     assert sorted(file.name for file in good.iterdir()) == sorted(
         file.name for file in RunFolder(unbroken("adamw")).last_checkpoint().iterdir()
     )
     assert torch.isfinite(fewstep.load(run.root).flow_map.jump(*noise_and_times(fewstep.load(run.root).flow_map))).all()
-    train(config, digits, run, RUNTIME)
+    train_run(config, digits, run, RUNTIME)
     assert_same_run(run.root, unbroken("adamw"))
     assert [path.name for path in run.root.rglob(".*")] == [".lock"]
 
@@ -111,9 +112,9 @@ def test_a_stop_while_removing_the_oldest_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", stop_half_way)
         with pytest.raises(Killed):
-            train(TINY, digits, run, RUNTIME)
+            train_run(TINY, digits, run, RUNTIME)
     assert [path.name for path in run.checkpoints()] == ["step-00000006", "step-00000009"]
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
     assert_same_run(run.root, unbroken("adamw"))
     assert [path.name for path in (run.root / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
@@ -131,7 +132,7 @@ def test_leftovers_of_a_kill_do_not_disturb(
     (half / "weights.safetensors").write_bytes(b"half")
     (half / "state.json").write_text("{")
     (root / ".log.jsonl.0123abcd").write_text("half")
-    train(TINY, digits, RunFolder(root), RUNTIME)
+    train_run(TINY, digits, RunFolder(root), RUNTIME)
     assert_same_run(root, unbroken("adamw"))
     assert [path.name for path in root.rglob(".*")] == [".lock"]
 
@@ -142,7 +143,7 @@ def test_a_torn_log_line_is_written_again(digits: Dataset, unbroken: Callable[[s
     shutil.rmtree(RunFolder(root).last_checkpoint())
     log = (root / "log.jsonl").read_text()
     (root / "log.jsonl").write_text(log[:-20])
-    train(TINY, digits, RunFolder(root), RUNTIME)
+    train_run(TINY, digits, RunFolder(root), RUNTIME)
     assert_same_run(root, unbroken("adamw"))
 
 
@@ -150,7 +151,7 @@ def test_a_finished_run_started_again_changes_nothing(
     digits: Dataset, unbroken: Callable[[str], Path], tmp_path: Path
 ) -> None:
     before = snapshot(unbroken("adamw"))
-    result = train(TINY, digits, RunFolder(unbroken("adamw")), RUNTIME)
+    result = train_run(TINY, digits, RunFolder(unbroken("adamw")), RUNTIME)
     assert (result.step, result.images) == (10, 320)
     assert snapshot(unbroken("adamw")) == before
 
@@ -181,12 +182,12 @@ def test_a_full_disk_stops_with_the_older_checkpoint_intact(
         largest_file(size),
         pytest.raises(CheckpointError, match=r"cannot write .*; free some space, or work elsewhere"),
     ):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     after = snapshot(run.root)
     assert {name: after[name] for name in before if name != "log.jsonl"} == {
         name: content for name, content in before.items() if name != "log.jsonl"
     }
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
     assert_same_run(run.root, unbroken("adamw"))
 
 
@@ -204,7 +205,7 @@ def test_a_resume_with_another_recipe_is_refused(
 ) -> None:
     before = snapshot(unbroken("adamw"))
     with pytest.raises(CheckpointError, match=message):
-        train(config, digits, RunFolder(unbroken("adamw")), RUNTIME)
+        train_run(config, digits, RunFolder(unbroken("adamw")), RUNTIME)
     assert snapshot(unbroken("adamw")) == before
 
 
@@ -212,7 +213,7 @@ def test_a_resume_on_other_data_is_refused(unbroken: Callable[[str], Path]) -> N
     before = snapshot(unbroken("adamw"))
     other = load_dataset(DataConfig(seed=1))
     with pytest.raises(CheckpointError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
-        train(TINY, other, RunFolder(unbroken("adamw")), RUNTIME)
+        train_run(TINY, other, RunFolder(unbroken("adamw")), RUNTIME)
     assert snapshot(unbroken("adamw")) == before
 
 
@@ -233,7 +234,7 @@ def test_a_damaged_checkpoint_is_named(
         save_file({key: torch.zeros([n + 1 for n in value.shape]) for key, value in load_file(target).items()}, target)
     pattern = {"truncated": "is truncated", "gone": "no such file", "of another architecture": "another architecture"}
     with pytest.raises(CheckpointError, match=pattern[damage]):
-        train(TINY, digits, RunFolder(root), RUNTIME)
+        train_run(TINY, digits, RunFolder(root), RUNTIME)
 
 
 def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) -> None:
@@ -250,16 +251,16 @@ def test_an_optimizer_state_with_parameters_missing_is_refused(digits: Dataset) 
 def test_a_folder_that_is_no_run_is_left_alone(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(CheckpointError, match="is not empty and holds no run"):
-        train(TINY, digits, RunFolder(tmp_path), RUNTIME)
+        train_run(TINY, digits, RunFolder(tmp_path), RUNTIME)
     assert list(snapshot(tmp_path)) == ["letter.txt"]
 
 
 def test_a_file_in_the_place_of_the_folder(digits: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     with pytest.raises(CheckpointError, match="is a file, not a folder"):
-        train(TINY, digits, RunFolder(tmp_path / "file"), RUNTIME)
+        train_run(TINY, digits, RunFolder(tmp_path / "file"), RUNTIME)
     with pytest.raises(CheckpointError, match=r"cannot write .*Not a directory"):
-        train(TINY, digits, RunFolder(tmp_path / "file" / "below"), RUNTIME)
+        train_run(TINY, digits, RunFolder(tmp_path / "file" / "below"), RUNTIME)
     assert (tmp_path / "file").read_text() == "dear"
 
 
@@ -270,18 +271,18 @@ def test_a_folder_has_one_trainer_at_a_time(digits: Dataset, tmp_path: Path) -> 
     unfinished = run.root / "checkpoints" / ".step-1.aside"
     unfinished.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"run is being trained in by another .*: wait for it, or .*--out"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert unfinished.is_dir()  # what the first is writing is left alone
     first.release()
-    assert train(TINY, digits, run, RUNTIME).images == TINY.training.images
+    assert train_run(TINY, digits, run, RUNTIME).images == TINY.training.images
     assert not unfinished.exists()
-    train(TINY, digits, run, RUNTIME)  # the lock went with the run's end
+    train_run(TINY, digits, run, RUNTIME)  # the lock went with the run's end
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "take_up", raising)
         with pytest.raises(ConfigError) as kept:  # and with it the trainer, as a notebook keeps it
-            train(TINY, digits, run, RUNTIME)
+            train_run(TINY, digits, run, RUNTIME)
     assert kept.tb is not None
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
 
 
 def test_a_run_that_cannot_be_built_leaves_its_folder_to_others(
@@ -291,7 +292,7 @@ def test_a_run_that_cannot_be_built_leaves_its_folder_to_others(
 
     def estimate(*_: object) -> None:  # statistics take minutes: nobody else may spend them on this folder
         with pytest.raises(CheckpointError, match="being trained in by another"):
-            run.hold(TINY, {})
+            hold(run, TINY, {})
         held.append(True)
         raise ConfigError("no statistics")
 
@@ -299,13 +300,13 @@ def test_a_run_that_cannot_be_built_leaves_its_folder_to_others(
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.training.loop.first_statistics", estimate)
         with pytest.raises(ConfigError, match="no statistics"):
-            train(TINY, digits, run, RUNTIME)
+            train_run(TINY, digits, run, RUNTIME)
     assert held
     assert list(tmp_path.iterdir()) == []
     other = replace(TINY, training=replace(TINY.training, seed=TINY.training.seed + 1))
     with Trainer(other, digits, run, RUNTIME, Callbacks()) as trainer:  # other settings may follow
         trainer.take_step()
-    train(other, digits, run, RUNTIME)
+    train_run(other, digits, run, RUNTIME)
 
 
 def raising(self: Trainer) -> None:
@@ -318,18 +319,18 @@ def test_what_is_only_logged_or_measured_may_change(unbroken: Callable[[str], Pa
     changed = replace(
         TINY, training=replace(TINY.training, log_images=32, keep=5), evaluation=replace(TINY.evaluation, samples=99)
     )
-    run.check(changed, run.record()["data"])  # type: ignore[arg-type]
+    check(run, changed, run.record()["data"])  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"training\.seed"):
-        run.check(replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]
+        check(run, replace(TINY, training=replace(TINY.training, seed=1)), run.record()["data"])  # type: ignore[arg-type]
 
 
 def test_the_last_command_says_what_is_measured(digits: Dataset, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
     written = run.config_file.read_bytes()
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
     assert run.config_file.read_bytes() == written
     changed = replace(TINY, evaluation=replace(TINY.evaluation, samples=99, gamma=0.5))
-    train(changed, digits, run, RUNTIME)
+    train_run(changed, digits, run, RUNTIME)
     assert run.config() == changed
     assert run.record()["data"] == json.loads(written)["data"]

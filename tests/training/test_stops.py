@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep.data.base import Dataset
 from fewstep.sampling.pipeline import Pipeline
-from fewstep.training import Callbacks, RunFolder, train
+from fewstep.training import Callbacks, RunFolder, train_run
 from fewstep.training.loop import Trainer
 from fewstep.training.stopping import StopSignals
 from fewstep.utils.errors import CheckpointError, FewstepWarning, Stopped, TrainingDivergedError
@@ -43,7 +43,7 @@ def signalled(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
     accumulate = Trainer.accumulate
 
     def raising(self: Trainer) -> Any:
-        if self.step + 1 == step:
+        if self.clock.step + 1 == step:
             signal.raise_signal(number)
         return accumulate(self)
 
@@ -61,12 +61,12 @@ def test_the_first_signal_finishes_the_step_and_saves_it(
     with monkeypatch.context() as patch:
         signalled(patch, number, step)
         with pytest.raises(Stopped, match=rf"{name}; step {step} is saved: .* --resume '.*a run' goes on") as stopped:
-            train(TINY, digits, run, RUNTIME)
+            train_run(TINY, digits, run, RUNTIME)
     assert stopped.value.code == 128 + number
     assert f"fewstep: {name}: the step is finished and saved" in capfd.readouterr().err
     assert signal.getsignal(number) is before
     assert run.last_checkpoint().name == f"step-{step:08d}"
-    train(TINY, digits, run, RUNTIME)
+    train_run(TINY, digits, run, RUNTIME)
     assert_same_run(run.root, unbroken("adamw"))
 
 
@@ -102,12 +102,12 @@ def test_what_was_to_be_shown_is_shown_after_a_stop(kind: str, stop: int, digits
     run, shown = RunFolder(tmp_path / "run"), {"grid": [], "point": []}  # type: ignore[var-annotated]
     stopping = {each: recorder(shown, each, stop if each == kind else 0) for each in shown}
     with pytest.raises(Killed):
-        train(SHOWN, digits, run, RUNTIME, Callbacks(stopping["grid"], stopping["point"]))
+        train_run(SHOWN, digits, run, RUNTIME, Callbacks(stopping["grid"], stopping["point"]))
     again = Callbacks(recorder(shown, "grid"), recorder(shown, "point"))
-    train(SHOWN, digits, run, RUNTIME, again)
+    train_run(SHOWN, digits, run, RUNTIME, again)
     assert {each: sorted(set(steps)) for each, steps in shown.items()} == STEPS
     count = sum(map(len, shown.values()))
-    train(SHOWN, digits, run, RUNTIME, again)  # nothing is pending any more
+    train_run(SHOWN, digits, run, RUNTIME, again)  # nothing is pending any more
     assert sum(map(len, shown.values())) == count
 
 
@@ -123,7 +123,7 @@ def broken_copy(finished: Path, root: Path, *newest: str) -> RunFolder:
 def with_checkpoints(config: Any, digits: Dataset, root: Path) -> RunFolder:
     """A run that keeps the checkpoints of steps 3, 6 and 9."""
     kept = replace(config, training=replace(config.training, keep=9))
-    train(kept, digits, RunFolder(root), RUNTIME)
+    train_run(kept, digits, RunFolder(root), RUNTIME)
     shutil.rmtree(RunFolder(root).last_checkpoint())
     return RunFolder(root)
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_without_its_state_is_said_and_written_anew(
     newest = run.last_checkpoint()
     (newest / "state.json").unlink()
     with pytest.warns(FewstepWarning, match=r"step-00000009 is not whole .*: step-00000006 is used"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert (newest / "state.json").is_file()
     assert_same_run(run.root, unbroken("adamw"))
 
@@ -147,7 +147,7 @@ def test_a_lone_checkpoint_without_its_state_is_said_too(
     for checkpoint in run.checkpoints():
         (checkpoint / "state.json").unlink()
     with pytest.warns(FewstepWarning, match=r"step-00000009 is not whole .*: the training begins anew"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert_same_run(run.root, unbroken("adamw"))
 
 
@@ -167,18 +167,18 @@ def test_a_damaged_checkpoint_is_named_with_the_way_back(
     content[places.get(file, -10)] ^= 1
     target.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"; go on from the one before with .* --from 6$") as refused:
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
     assert "step-00000009" in str(refused.value)
     if file in ("model", "config.json"):
         with pytest.raises(CheckpointError, match=rf"{name} is damaged: it is not what was written; .*--from 6$"):
             fewstep.load(run.root)
         with pytest.raises(CheckpointError, match=rf"{name} is damaged: it is not what was written$"):
             fewstep.load(target.parent)
-    train(TINY, digits, run, replace(RUNTIME, from_step=6))
+    train_run(TINY, digits, run, replace(RUNTIME, from_step=6))
     assert target.parent.with_suffix(".aside").is_dir()
     assert_same_run(run.root, unbroken("adamw"))
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7: it has 9, 10"):
-        train(TINY, digits, run, replace(RUNTIME, from_step=7))
+        train_run(TINY, digits, run, replace(RUNTIME, from_step=7))
 
 
 @pytest.mark.parametrize("kind", ["weights", "optimizer", "model", "ema-constant-0.9"])
@@ -191,7 +191,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_used(kind: str, digits: Dataset,
     tensors[name].view(-1)[0] = torch.inf
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=rf"{kind}\.safetensors is of no use: its tensor {name} .*--from 6$"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
 
 
 def test_what_is_not_finite_is_not_saved(
@@ -202,7 +202,7 @@ def test_what_is_not_finite_is_not_saved(
 
     def overflow(self: Trainer) -> None:
         update(self)
-        if self.step == 6:
+        if self.clock.step == 6:
             next(iter(self.learner.emas[0].weights.values())).view(-1)[0] = torch.inf
 
     monkeypatch.setattr(Trainer, "take_step", overflow)
@@ -210,7 +210,7 @@ def test_what_is_not_finite_is_not_saved(
     with pytest.raises(
         TrainingDivergedError, match=r"after step 6, model\.safetensors .* good .*step-00000003\. Lower"
     ):
-        train(once, digits, run, RUNTIME)
+        train_run(once, digits, run, RUNTIME)
     assert [path.name for path in run.checkpoints()] == ["step-00000003"]
 
 
@@ -220,7 +220,7 @@ def test_the_last_good_checkpoint_is_a_finite_one(
     run, update = RunFolder(tmp_path / "run"), Trainer.take_step
 
     def spoil(self: Trainer) -> None:
-        if self.step == 7:
+        if self.clock.step == 7:
             file = run.last_checkpoint() / "weights.safetensors"
             save_file({key: value * torch.nan for key, value in load_file(file).items()}, file)
             self.learner.flow_map.network.output.weight.data.fill_(torch.nan)  # type: ignore[union-attr, operator]
@@ -228,7 +228,7 @@ def test_the_last_good_checkpoint_is_a_finite_one(
 
     monkeypatch.setattr(Trainer, "take_step", spoil)
     with pytest.raises(TrainingDivergedError, match=r"the last good checkpoint is \S+step-00000003\. Lower"):
-        train(TINY, digits, run, RUNTIME)
+        train_run(TINY, digits, run, RUNTIME)
 
 
 @pytest.mark.parametrize("link", ["log.jsonl", "checkpoints", "checkpoints/step-00000009/weights.safetensors"])
@@ -240,7 +240,7 @@ def test_a_link_within_a_run_is_not_followed(
     path.rename(target)
     path.symlink_to(target)
     before = target.read_bytes() if target.is_file() else sorted(target.iterdir())
-    for use in (lambda: train(TINY, digits, run, RUNTIME), lambda: fewstep.load(run.root)):
+    for use in (lambda: train_run(TINY, digits, run, RUNTIME), lambda: fewstep.load(run.root)):
         with pytest.raises(CheckpointError, match=rf"{link} is a link"):
             use()
     assert (target.read_bytes() if target.is_file() else sorted(target.iterdir())) == before
@@ -257,7 +257,7 @@ def test_a_callers_random_numbers_go_on_as_if_there_had_been_no_training(digits:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    train(KINDS["dropout"], digits, RunFolder(tmp_path / "run"), RUNTIME)
+    train_run(KINDS["dropout"], digits, RunFolder(tmp_path / "run"), RUNTIME)
     fewstep.load(tmp_path / "run")
     assert torch.equal(torch.rand(2), expected)
 

@@ -20,7 +20,7 @@ from fewstep.flow.preconditioning.estimation import StatisticsEstimator
 from fewstep.networks.condition import Condition
 from fewstep.networks.mlp import MLPConfig
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Callbacks, RunFolder, build, train
+from fewstep.training import Callbacks, RunFolder, build, train_run
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.statistics import estimate_together
@@ -56,7 +56,7 @@ def perturbed(flow_map: FlowMap, seed: int) -> FlowMap:
 )
 def test_a_teacher_that_is_not_named_is_asked_for(config: RunConfig, digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="distils a teacher: name its run with --teacher RUN"):
-        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,7 +66,7 @@ def test_a_model_that_is_not_there_is_named(role: str, digits: Dataset, tmp_path
     with pytest.raises(
         CheckpointError, match=f"nowhere: no such folder; train it first, or name another with --{role}"
     ):
-        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +98,7 @@ def test_a_saved_map_is_a_teacher(
 ) -> None:
     """Its student is the run's student, and it keeps the statistics as a run does."""
     fewstep.load(teacher).save_pretrained(tmp_path / "model")
-    train(student("ctm-analytic", tmp_path / "model"), digits, RunFolder(tmp_path / "run"), RUNTIME)
+    train_run(student("ctm-analytic", tmp_path / "model"), digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert_same_run(tmp_path / "run", unbroken_student("ctm-analytic"))
     kept = [[file.name for file in (root / "statistics").iterdir()] for root in (teacher, tmp_path / "model")]
     assert len(kept[1]) == 1
@@ -159,7 +159,7 @@ def test_a_model_of_another_architecture_is_refused(
     config = replace(student("ctm", teacher), network=MLPConfig(width=24, depth=1, embedding_width=16))
     config = config if initial == "teacher" else replace(config, initial=str(teacher))
     with pytest.raises(CheckpointError, match=r"is of another architecture: .*\[24.*network of the model") as caught:
-        train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+        train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert "\n" not in str(caught.value)
     assert str(teacher) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -246,7 +246,7 @@ def test_a_stopped_student_goes_on_exactly(
     for steps in (4, 5):
         killed_after(steps, config, digits, tmp_path / "run", monkeypatch)
         torch.manual_seed(99)  # what else the process draws must not matter
-    train(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
+    train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert_same_run(tmp_path / "run", unbroken_student(kind))
     first, second = (fewstep.load(root).flow_map.config for root in (tmp_path / "run", unbroken_student(kind)))
     assert first == second
@@ -315,7 +315,7 @@ def test_a_teacher_may_move(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
-    train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
+    train_run(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
     assert_same_run(run.root, unbroken_student("ctm-analytic"))
 
 
@@ -329,7 +329,7 @@ def test_a_teacher_may_be_read_alone(
     """Its statistics are estimated then, and not kept."""
     run, elsewhere = moved_run("ctm-analytic", teacher, digits, tmp_path, monkeypatch)
     monkeypatch.setattr("os.access", lambda *args: False)
-    train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
+    train_run(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
     assert_same_run(run.root, unbroken_student("ctm-analytic"))
     assert not (elsewhere / "statistics").exists()
 
@@ -348,7 +348,7 @@ def test_another_teacher_is_refused(
     before = snapshot(run.root)
     monkeypatch.setattr(StatisticsEstimator, "update", lambda *args: pytest.fail("statistics of a run to be refused"))
     with pytest.raises(CheckpointError, match=r"other settings \(teacher: '\w{16}' -> '\w{16}'\)"):
-        train(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
+        train_run(student("ctm-analytic", elsewhere), digits, run, RUNTIME)
     assert snapshot(run.root) == before
 
 
@@ -358,4 +358,4 @@ def test_a_run_without_statistics_is_not_taken_for_one_with(digits: Dataset, unb
         CheckpointError,
         match=r"model\.preconditioning\.type: 'LinearPreconditioningConfig' -> 'AnalyticPreconditioningConfig'",
     ):
-        train(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), RUNTIME)
+        train_run(TEACHERLESS["isd-linear"], digits, RunFolder(unbroken("adamw")), RUNTIME)

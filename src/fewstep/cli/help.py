@@ -16,7 +16,7 @@ from fewstep.utils.parts import kind_name, kinds
 from fewstep.utils.text import listed
 
 CHANGED = (
-    "out", "data.source", "data.root", "data.value_range", "data.heldout", "teacher", "initial",
+    "out", "data.source", "data.root", "data.image_size", "data.value_range", "data.heldout", "teacher", "initial",
     "objective", "objective.guidance", "objective.guidance.omega", "network", "network.width", "network.depth",
     "network.patch", "network.lora", "model.preconditioning", "training.images", "training.seconds",
     "training.batch_size", "training.flip", "training.seed", "training.precision", "optimizer.lr", "evaluation.steps",
@@ -67,7 +67,9 @@ def usable(run: RunConfig, name: str) -> bool:
         return bool(objective.needs_teacher or run.teacher or run.model.preconditioning.needs_statistics)
     if name.startswith("objective.guidance"):
         return bool(objective.guidance.turned_off_by) or name == "objective.guidance"
-    return not (name == "training.flip" and run.data.source.of_actions)
+    if name.startswith("data."):
+        return name.removeprefix("data.") not in run.data.source.ignores
+    return not (name in ("training.flip", "evaluation.guidance_scale") and run.data.source.of_actions)
 
 
 def _rows(options: Any, run: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from fewstep._version import __version__
+from fewstep.cli.usage import train_usage
 from fewstep.utils.errors import ConfigError, FewstepError, FewstepWarning, WriteError
 from fewstep.utils.text import printable
 
@@ -114,7 +115,10 @@ def _is_shortage(error: Exception) -> bool:
 
 
 def run_command(name: str, args: Sequence[str]) -> None:
-    """Run one of COMMANDS. Its module is imported here, and PyTorch with it: the overview is shown without."""
+    """Run one of COMMANDS. Its module is imported here, and PyTorch with it: overviews are shown without."""
+    if name == "train" and list(args[:1]) in (["-h"], ["--help"]):
+        print(train_usage())
+        return
     from fewstep.cli.kinds import import_named
     from fewstep.cli.parsing import parse
 

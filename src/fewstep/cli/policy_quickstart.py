@@ -10,7 +10,7 @@ from fewstep.evaluation.report.run import report
 from fewstep.evaluation.rollouts import draw_film, expert_row, measure_rollouts, record_demonstrations
 from fewstep.policies.figures import Row, rollout_table, write_rollouts
 from fewstep.recipes import recipe
-from fewstep.training import RunFolder, Runtime, train
+from fewstep.training import RunFolder, Runtime, train_run
 
 POLICY_TASK = "pointmaze-ring"
 POLICY_DEMONSTRATIONS, POLICY_EPISODES = 100, 50
@@ -53,7 +53,7 @@ def policy_quickstart(root: Path, runtime: Runtime, seconds: float) -> Path:
         config = limited(recipe(name), seconds)
         config = replace(config, data=replace(config.data, root=str(demonstrations)))
         print(f"{part}/4  {name}: at most {seconds:.0f} s", flush=True)
-        result = train(config, load_dataset(config.data), run, runtime)
+        result = train_run(config, load_dataset(config.data), run, runtime)
         print(f"     {result.images:,} chunks of actions in {result.seconds:.0f} s", flush=True)
         found, task, policy = measure_rollouts(run.root, (), "", POLICY_EPISODES, 0, FIRST_TEST_SEED, 25, None)
         if run.root == root:

@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fewstep.cli.cache import cache_folder
 from fewstep.data.base import Dataset
 from fewstep.data.sources import load_dataset
+from fewstep.evaluation.cache import cache_folder
 from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, training_seconds
 from fewstep.evaluation.figures import Row, format_table, write_figures
 from fewstep.evaluation.report.run import report, watcher
-from fewstep.recipes import recipe
+from fewstep.recipes import fitted, recipe
 from fewstep.recipes.config import RunConfig
-from fewstep.training import Callbacks, RunFolder, Runtime, train
+from fewstep.training import Callbacks, RunFolder, Runtime, train_run
 from fewstep.utils.errors import ConfigError
 
 
@@ -84,9 +84,9 @@ def check_seconds(seconds: float) -> None:
 
 def limited(config: RunConfig, seconds: float) -> RunConfig:
     """The same run, ended after so many seconds of training."""
-    return replace(config, training=replace(config.training, seconds=seconds))
+    return fitted(replace(config, training=replace(config.training, seconds=seconds)), config)
 
 
 def _train(config: RunConfig, dataset: Dataset, run: RunFolder, runtime: Runtime) -> None:
-    result = train(config, dataset, run, runtime, Callbacks(watcher(run, config)))
+    result = train_run(config, dataset, run, runtime, Callbacks(watcher(run, config)))
     print(f"     {result.images:,} images in {result.seconds:.0f} s", flush=True)

@@ -1,6 +1,5 @@
 """`fewstep sample RUN`: images from a run."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ import tyro
 from fewstep.sampling.generate import SamplingSettings, Spacing
 from fewstep.sampling.step_times import SamplerName
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.text import listed, quoted
+from fewstep.utils.text import counted, listed, quoted
 
 if TYPE_CHECKING:
     from fewstep.networks.condition import Prompts
@@ -92,11 +91,9 @@ def run(options: Options) -> None:
         pipeline = pipeline.to("cuda")
     view = None if options.latents else pipeline.viewer(options.autoencoder)
     settings = sampling_settings(options, own_settings(options.run, pipeline, options.steps))
-    names = pipeline.config.class_names
-    own = [class_number(name, names) for name in options.label]
-    labels = [own[k % len(own)] for k in range(options.count)] if own else None
+    names, own = pipeline.config.class_names, options.label
     words, prompts = asked_prompts(options, pipeline)
-    drawn = pipeline.generate(options.count, settings, labels, prompts=prompts)
+    drawn = pipeline.generate(options.count, settings, own or None, prompts=prompts)
     drawn.check_finite()
     if view is None:
         save_latents(pipeline.config.latents, drawn.samples, drawn.labels, out)
@@ -105,7 +102,8 @@ def run(options: Options) -> None:
     else:
         view.write(drawn.samples, drawn.labels, out, options.columns, names)
     guided = "" if settings.guidance_scale == 1 else f", guidance {settings.guidance_scale:g}"
-    print(f"{out}: {options.count} samples, {drawn.nfe:g} network calls each{guided}, {drawn.seconds:.2f} s")
+    calls = f"{counted(drawn.nfe, 'network call')} each"
+    print(f"{out}: {counted(options.count, 'sample')}, {calls}{guided}, {drawn.seconds:.2f} s")
     if stray := pipeline.strays(drawn.samples):
         print(f"The model has diverged, or learned nothing yet: {stray}")
     if words and not options.prompt:
@@ -128,16 +126,6 @@ def asked_prompts(options: Options, pipeline: "Pipeline") -> tuple[tuple[str, ..
     if options.prompt:
         return options.prompt, pipeline.encode_prompts(options.prompt, options.text_encoders)
     return pipeline.config.captions, None
-
-
-def class_number(name: str, names: tuple[str, ...]) -> int:
-    """The class of that name; its number where no class has a number for its name. Raises ConfigError for no class."""
-    if name in names:
-        return names.index(name)
-    renamed = any(each.isdecimal() and each != str(number) for number, each in enumerate(names))
-    if re.fullmatch(r"-?\d+", name) and (name == "-1" or not renamed):
-        return int(name)
-    raise ConfigError(f"this model has no class {name!r}: its classes are {listed(names) or 'none'}")
 
 
 def output_file(options: Options) -> Path:
@@ -170,4 +158,5 @@ def sampling_settings(options: Options, own: SamplingSettings) -> SamplingSettin
         interval=options.interval,
         seed=options.seed,
         batch_size=options.batch_size,
+        clip=False,
     )

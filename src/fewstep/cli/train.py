@@ -8,26 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from fewstep.cli.cache import cache_folder
 from fewstep.cli.parsing import parse
-from fewstep.recipes import RECIPES, recipe
+from fewstep.recipes import RECIPES, fitted, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import outside_files
-from fewstep.utils.text import from_here, quoted
-
-USAGE = f"""usage: fewstep train RECIPE [options]
-       fewstep train --resume RUN [options]
-
-Recipes: {", ".join(RECIPES)}
-
-A recipe of your own is a function in FILE.py or FILE.py:FUNCTION; any run's is RUN/config.json.
-The same command goes on where a run stopped, and so does --resume RUN with no other option; --from STEP goes back to
-the checkpoint of that step, --data.root FOLDER says where its data lie now. --initial RUN starts a new run from the
-weights of another.
-fewstep train RECIPE --help shows the options that people change, with the recipe's values; --help-all every one."""
+from fewstep.utils.text import counted, from_here, quoted
 
 
 @dataclass(frozen=True)
@@ -42,9 +30,6 @@ class Options:
 
 def read(args: Sequence[str]) -> Options:
     """The options, with the recipe's own values where none are given; raises ConfigError for what does not fit."""
-    if args and args[0] in ("-h", "--help"):
-        print(USAGE)
-        raise SystemExit(0)
     if args and args[0].partition("=")[0] == "--resume":
         return _resumed(args)
     if not args or args[0].startswith("-"):
@@ -54,6 +39,7 @@ def read(args: Sequence[str]) -> Options:
     name = options.run.recipe
     if name != started.recipe:
         raise ConfigError(f"the recipe is {started.recipe!r}; leave out --recipe {name}")
+    options = replace(options, run=fitted(options.run, None if ".py" in args[0] else started))
     if options.out is None and args[0] != name and (args[0].endswith(".json") or name in RECIPES):
         raise ConfigError(f"{args[0]} has the name {name}, which another run may have: give a folder with --out")
     return options
@@ -76,33 +62,29 @@ def _resumed(args: Sequence[str]) -> Options:
 
 def run(options: Options) -> None:
     """Train; raises what `train` raises."""
+    from fewstep.cli.announcing import Announcer
     from fewstep.data.sources import load_dataset
     from fewstep.evaluation.actions import actions_table, check_actions, measure_actions, write_actions
-    from fewstep.evaluation.align import perceptual_features
-    from fewstep.evaluation.curve import curve_watcher
     from fewstep.evaluation.evaluate import check_learned, too_few
-    from fewstep.evaluation.report.run import watcher
     from fewstep.evaluation.rollouts import next_command
-    from fewstep.training import Callbacks, train
+    from fewstep.evaluation.running import train_on
     from fewstep.training.parallel import LAUNCHED
     from fewstep.training.teacher_samples import run_data
 
     config = options.run
     run = RunFolder(options.out or Path("runs") / config.recipe)
     data = run_data(config, run, options.runtime.cpu, options.runtime.quiet)
-    dataset, cache = load_dataset(data), cache_folder()
+    dataset = load_dataset(data)
     if os.environ.get("RANK", "0") == "0" or not os.environ.keys() >= LAUNCHED:  # of several the first one speaks
         print(dataset.summary)
         if dataset.policy is None and (line := too_few(dataset)):
             print(f"Not to be measured: {line}")
-    features = perceptual_features(replace(config, data=data), dataset, cache)
-    pictures = None if dataset.policy is not None else watcher(run, config)
-    callbacks = Callbacks(pictures, curve_watcher(run, replace(config, data=data), dataset, cache), features)
-    result = train(config, dataset, run, options.runtime, callbacks)
+    result = train_on(config, data, dataset, run, options.runtime, [Announcer()])
     if not result.main_process:
         return
     memory = f", {result.peak_memory}" if result.peak_memory else ""
-    print(f"{run.root}: {result.images:,} images in {result.step:,} steps, {result.seconds:.0f} s{memory}")
+    done = f"{counted(result.images, 'image')} in {counted(result.step, 'step')}"
+    print(f"{run.root}: {done}, {result.seconds:.0f} s{memory}")
     if dataset.policy is None:
         check_learned(run)
         measured = not too_few(dataset) or (dataset.of_videos and config.teacher)

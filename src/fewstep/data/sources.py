@@ -20,6 +20,7 @@ from fewstep.data.latents.shards import load_latents
 from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
 from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.parts import kind_name, take_kinds
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
@@ -32,14 +33,18 @@ _VALUES, _LABELS = 52, 53
 _DRAWN_AT_ONCE = 256
 
 
+_READS_NOTHING = frozenset({"root", "image_size", "value_range"})
+
+
 class DataSource(ABC):
     """Where samples come from; subclasses are final frozen dataclasses, with settings of their own or none.
 
-    reads_root: whether it reads the folder or file that the data's settings name. of_actions: whether its samples are a
-    robot's actions.
+    reads_root: whether it reads the folder or file that the data's settings name. ignores: the settings of DataConfig
+    that change nothing for it. of_actions: whether its samples are a robot's actions.
     """
 
     reads_root: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = frozenset()
     of_actions: ClassVar[bool] = False
 
     @property
@@ -87,13 +92,14 @@ class DigitsSource(ImageSource):
     """scikit-learn's 8x8 digits."""
 
     reads_root: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = _READS_NOTHING
 
     def load(self, settings: "DataConfig") -> Loaded:
         """1,797 digits (1, 8, 8) with values 0..16 brought to [-1, 1]."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise MissingExtraError("source 'digits' needs scikit-learn: pip install fewstep[digits]") from error
+            raise MissingExtraError(f"source 'digits' needs scikit-learn: {installing('digits')}") from error
         digits = load_digits()
         values = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8.0 - 1.0
         labels = torch.tensor(digits.target, dtype=torch.int64)
@@ -105,6 +111,8 @@ class DigitsSource(ImageSource):
 class IdxSource(ImageSource):
     """MNIST's files."""
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"image_size"})
+
     def load(self, settings: "DataConfig") -> Loaded:
         return load_idx(settings.root, settings.value_range)
 
@@ -114,6 +122,8 @@ class IdxSource(ImageSource):
 class ImagesSource(ImageSource):
     """A folder of image files."""
 
+    ignores: ClassVar[frozenset[str]] = frozenset({"value_range"})
+
     def load(self, settings: "DataConfig") -> Loaded:
         return load_folder(settings.root, settings.image_size, settings.skip_unreadable)
 
@@ -122,6 +132,8 @@ class ImagesSource(ImageSource):
 @dataclass(frozen=True)
 class LatentsSource(DataSource):
     """A folder that `fewstep encode` wrote, split as it says."""
+
+    ignores: ClassVar[frozenset[str]] = frozenset({"image_size", "value_range", "heldout"})
 
     def dataset(self, settings: "DataConfig") -> Dataset:
         if settings.image_size or settings.channels:
@@ -137,6 +149,7 @@ class DemonstrationsSource(DataSource):
     """A robot's episodes in a file that `fewstep demos` wrote, held out by whole episodes."""
 
     of_actions: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = frozenset({"image_size", "value_range"})
 
     def dataset(self, settings: "DataConfig") -> Dataset:
         if settings.image_size or settings.channels:
@@ -150,6 +163,7 @@ class MixtureSource(ImageSource):
     """A mixture of Gaussians with a closed-form denoiser (fewstep.data.toys)."""
 
     reads_root: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = _READS_NOTHING
 
     def load(self, settings: "DataConfig") -> Loaded:
         return load_mixture(settings.seed)
@@ -170,6 +184,7 @@ class RandomSource(ImageSource):
     """Standard-normal latents with uniform labels, to build large configurations without their data."""
 
     reads_root: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = _READS_NOTHING
 
     def load(self, settings: "DataConfig") -> Loaded:
         indices = torch.arange(settings.random_count)

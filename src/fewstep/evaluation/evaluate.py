@@ -23,6 +23,7 @@ from fewstep.evaluation.metrics.features import (
     default_extractor,
 )
 from fewstep.evaluation.metrics.measure import Asked, Evaluator
+from fewstep.evaluation.progress import measuring
 from fewstep.recipes.config import EvaluationConfig, RunConfig
 from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, generate
 from fewstep.sampling.pipeline import Pipeline
@@ -30,7 +31,7 @@ from fewstep.sampling.step_times import SamplerName
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
-from fewstep.utils.text import counted
+from fewstep.utils.text import counted, printable
 
 _FEWEST = 4  # samples that a distance and its error can be measured of
 
@@ -49,6 +50,7 @@ def sampler_settings(config: RunConfig, steps: tuple[int, ...]) -> list[Sampling
         spacing=spacing(config),
         guidance_scale=evaluation.guidance_scale,
         seed=evaluation.seed,
+        clip=False,  # what lies outside tells a model that has diverged
     )
     return [replace(base, steps=count) for count in steps]
 
@@ -63,15 +65,15 @@ def own_settings(folder: Path, pipeline: Pipeline, steps: int) -> SamplingSettin
     if run.config_file.is_file() and run.checkpoints():
         own = sampler_settings(run.config(), (1,))[0]
         scale = own.guidance_scale if pipeline.flow_map.conditional else 1.0
-        return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, guidance_scale=scale)
+        return SamplingSettings(sampler=own.sampler, gamma=own.gamma or 0.5, guidance_scale=scale, clip=False)
     scales = {each.guidance_scale for each in pipeline.step_times}
     scale = scales.pop() if len(scales) == 1 else 1.0
     tuned = next((each for each in pipeline.step_times if each.steps == steps), None)
     if pipeline.flow_map.preconditioning.data_end_only:  # which has no other jumps
-        return SamplingSettings(sampler="gamma", gamma=1.0, guidance_scale=scale)
+        return SamplingSettings(sampler="gamma", gamma=1.0, guidance_scale=scale, clip=False)
     sampler: SamplerName = "map" if tuned is None else tuned.sampler
     gamma = 0.5 if tuned is None else tuned.gamma or 0.5
-    return SamplingSettings(sampler=sampler, gamma=gamma, guidance_scale=scale)
+    return SamplingSettings(sampler=sampler, gamma=gamma, guidance_scale=scale, clip=False)
 
 
 def spacing(config: RunConfig) -> Spacing:
@@ -193,12 +195,15 @@ def measure_run(
         plans.append((f"{name}, its ODE by Heun", reference_settings(config)))
     asked = evaluator.asked(pipeline.flow_map, settings.samples, settings)
     rows, broken = [], []
-    for label, each in plans:
-        drawn = generate(pipeline, settings.samples, each, asked.labels, prompts=asked.prompts)
-        if bool(drawn.samples.isfinite().all()):
-            rows.append(state | _measured(pipeline, label, each, drawn, evaluator))
-        else:
-            broken.append(f"{label}, {drawn.nfe:g} network calls, is not measured: {pipeline.strays(drawn.samples)}")
+    with measuring(pipeline.flow_map.network, plans, settings.samples) as bar:
+        for label, each in plans:
+            bar.set_description_str(printable(label))
+            drawn = generate(pipeline, settings.samples, each, asked.labels, prompts=asked.prompts)
+            if bool(drawn.samples.isfinite().all()):
+                rows.append(state | _measured(pipeline, label, each, drawn, evaluator))
+                continue
+            calls = counted(drawn.nfe, "network call")
+            broken.append(f"{label}, {calls}, is not measured: {pipeline.strays(drawn.samples)}")
     if not rows:
         drawn.check_finite()
     for line in broken:
@@ -212,8 +217,8 @@ def check_learned(run: RunFolder, weights: str = "", samples: int = 16) -> None:
     (settings,) = sampler_settings(config, config.evaluation.steps[:1])
     if wrong := pipeline.strays(generate(pipeline, samples, settings).samples, than_noise=True):
         raise TrainingDivergedError(
-            f"{run.root}: {wrong}, in {settings.steps} steps: the training has diverged, or learned nothing yet; "
-            "lower the learning rate and train anew with another --out, or train this run longer"
+            f"{run.root}: {wrong}, in {counted(settings.steps, 'step')}: the training has diverged, or learned nothing "
+            "yet; lower the learning rate and train anew with another --out, or train this run longer"
         )
 
 

@@ -15,6 +15,7 @@ from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.utils.errors import ConfigError, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.files import new_folder
 
 Format = Literal["onnx", "torch"]
@@ -156,7 +157,7 @@ def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, T
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(f"ONNX needs onnx and onnxscript: pip install 'fewstep[onnx]' ({error})") from error
+        raise MissingExtraError(f"ONNX needs onnx and onnxscript: {installing('onnx')} ({error})") from error
     program = _without_idle_squeezes(_traced(module, inputs, given))
     # Traced already: the exporter's own tracing takes batches of the inputs for different ones. Not optimised: that
     # breaks some networks, and onnxruntime does it as it loads.

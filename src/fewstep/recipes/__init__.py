@@ -6,14 +6,15 @@ A recipe's docstring states what it trains, the figure to expect and the cost; `
 from collections.abc import Callable
 from pathlib import Path
 
-from fewstep.recipes import digits, distillation, edm, fashion_mnist, foreign, latents, objectives, policies
+from fewstep.recipes import digits, distillation, edm, fashion_mnist, foreign, latents, objectives, photos, policies
 from fewstep.recipes.config import RunConfig
 from fewstep.recipes.files import configuration_of, public_functions, recipe_of_file
 from fewstep.recipes.foreign import TEACHERS_AT_SCALE
 from fewstep.recipes.latents import AT_SCALE
+from fewstep.recipes.length import fitted
 from fewstep.utils.errors import ConfigError
 
-_MODULES = (digits, fashion_mnist, edm, distillation, foreign, objectives, policies, latents)
+_MODULES = (digits, fashion_mnist, edm, distillation, foreign, objectives, policies, photos, latents)
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     name.replace("_", "-"): function for module in _MODULES for name, function in public_functions(module).items()
@@ -35,4 +36,4 @@ def recipe(name: str) -> RunConfig:
     raise ConfigError(f"there is no recipe {name!r}; recipes: {', '.join(RECIPES)}")
 
 
-__all__ = ["AT_SCALE", "RECIPES", "TEACHERS_AT_SCALE", "recipe"]
+__all__ = ["AT_SCALE", "RECIPES", "TEACHERS_AT_SCALE", "fitted", "recipe"]

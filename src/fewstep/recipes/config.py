@@ -67,6 +67,9 @@ class OptimizerConfig:
     """Largest gradient norm; 0 never clips."""
     warmup_images: int = 10_000
     """Images over which the learning rate rises from 0."""
+    warmup_share: float = later(float)
+    """Largest share of the run, by images or seconds, over which it rises; 0 for no limit. A run that is shorter than
+    its recipe, or ends by seconds, gets 0.05."""
     decay: Literal["constant", "cosine", "rsqrt"] = "constant"
     """After the warm-up: constant, cosine to 0, or 1/sqrt beyond decay_images (EDM2)."""
     decay_images: int = 1_000_000
@@ -76,6 +79,8 @@ class OptimizerConfig:
         check_positive(lr=self.lr, matrix_lr=self.matrix_lr)
         check_least(0, clip=self.clip, warmup_images=self.warmup_images, weight_decay=self.weight_decay)
         check_least(1, decay_images=self.decay_images)
+        if not 0 <= self.warmup_share <= 1:
+            raise ConfigError(f"warmup_share is {self.warmup_share}; it must lie in [0, 1]")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(f"beta1 is {self.beta1} and beta2 {self.beta2}: they must lie in [0, 1)")
 
@@ -106,6 +111,8 @@ class TrainingConfig:
     """Images between sample grids; 0 for none."""
     checkpoint_images: int = 100_000
     """Images between checkpoints."""
+    checkpoint_seconds: float = later(lambda: 300.0)
+    """Seconds after which there is a checkpoint all the same; 0 for none by time."""
     keep: int = 2
     """Checkpoints to keep."""
     seconds: float = 0.0
@@ -114,7 +121,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_least(1, images=self.images, batch_size=self.batch_size, log_images=self.log_images, keep=self.keep)
         check_least(1, checkpoint_images=self.checkpoint_images)
-        check_least(0, sample_images=self.sample_images, seconds=self.seconds)
+        check_least(
+            0, sample_images=self.sample_images, seconds=self.seconds, checkpoint_seconds=self.checkpoint_seconds
+        )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
 

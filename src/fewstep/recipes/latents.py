@@ -30,6 +30,8 @@ AT_SCALE = {
     "imagenet256-dit-b4": LatentData((4, 32, 32), 1000),
     "imagenet256-dit-xl1": LatentData((32, 16, 16), 1000),
     "celebahq256-dit-b4": LatentData((4, 32, 32), 0),
+    "photos-32-latents": LatentData((4, 32, 32), 3),
+    "photos-64-latents": LatentData((4, 64, 64), 3),
 }
 """By recipe: the data that its cost is computed for."""
 

@@ -1,13 +1,18 @@
 """Samples of a flow map: how they are drawn, and drawing them. Network evaluations (NFE) are counted, not assumed."""
 
 import math
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, Protocol, TypeGuard
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap
@@ -16,11 +21,13 @@ from fewstep.flow.paths import Path
 from fewstep.flow.times import GRIDS, check_grid
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Prompts
+from fewstep.sampling.images import to_uint8
 from fewstep.sampling.samplers import Model, Sampler, sampler_of
 from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import check_memory
+from fewstep.utils.text import listed
 
 STREAM_PRIOR = 20
 Spacing = Literal["auto", "uniform", "edm"]
@@ -35,6 +42,8 @@ class SamplingSettings:
 
     guidance_scale: omega, on the unit times of interval. A network trained with drawn guidance takes it as an
     input; otherwise guidance_scale != 1 doubles the evaluations.
+
+    clip: cut samples to the range of the data, where a pipeline knows it.
     """
 
     sampler: SamplerName = "map"
@@ -46,6 +55,7 @@ class SamplingSettings:
     interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
     batch_size: int = 512
+    clip: bool = True
 
     def grid(self, path: Path, known: tuple[StepTimes, ...] = ()) -> Tensor:
         """The times to walk, of those `known` for the flow map if any are meant.
@@ -85,12 +95,28 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Generated:
-    """Samples (n, ...) on the CPU, their labels, network evaluations per sample, and seconds of sampling."""
+    """Samples (n, ...) on the CPU, their labels, network evaluations per sample, and seconds of sampling.
+
+    pixels: what makes bytes (n, C, H, W) of samples; without a pipeline black and white are their own extremes.
+    """
 
     samples: Tensor
     labels: Tensor | None
     nfe: float
     seconds: float
+    pixels: Callable[[Tensor], Tensor] = partial(to_uint8, data_range=None)
+
+    def images(self) -> npt.NDArray[np.uint8]:
+        """Bytes (n, H, W, C) as NumPy, latents decoded; raises ShapeError for samples that are no images."""
+        found: npt.NDArray[np.uint8] = self.pixels(self.samples).permute(0, 2, 3, 1).cpu().numpy()
+        return found
+
+    def pil(self) -> list[Image.Image]:
+        """The same for Pillow; raises ShapeError unless they have 1 or 3 channels."""
+        images = self.images()
+        if images.shape[-1] not in (1, 3):
+            raise ShapeError(f"Pillow shows 1 or 3 channels, not {images.shape[-1]}")
+        return [Image.fromarray(each[..., 0] if each.shape[-1] == 1 else each) for each in images]
 
     def check_finite(self) -> None:
         """Raise ShapeError where a value is NaN or infinite: such samples are nothing to look at."""
@@ -118,7 +144,7 @@ class PromptSource(Protocol):
 
 
 class Timed(Protocol):
-    """A flow map with the step times found for it: a Pipeline."""
+    """A flow map with the step times found for it, and what its samples are: a Pipeline."""
 
     @property
     def flow_map(self) -> FlowMap:
@@ -132,28 +158,52 @@ class Timed(Protocol):
     def prompts(self) -> Prompts | None:
         """What samples are drawn of where nothing else is asked for."""
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels."""
+
+    @property
+    def data_range(self) -> tuple[float, float] | None:
+        """Of the data, where they have one."""
+
+    def pixels(self, samples: Tensor) -> Tensor:
+        """Samples (n, ...) as bytes (n, C, H, W)."""
+
+
+Labels = Tensor | Sequence[int] | Sequence[str] | str
+
 
 @torch.no_grad()
 def generate(
     model: FlowMap | Timed,
     count: int,
-    settings: SamplingSettings,
-    labels: Tensor | Sequence[int] | None = None,
+    settings: SamplingSettings = SamplingSettings(),
+    labels: Labels | None = None,
     first: int = 0,
     prompts: PromptSource | None = None,
+    **changes: Any,
 ) -> Generated:
     """Draw samples first .. first + count - 1 of the seed in batches, on the model's device.
 
-    model: a flow map, or a pipeline, which knows the step times found for it.
-    labels: (count,) whole numbers, -1 for no class, default k mod num_classes. prompts: sample k is of prompt k mod
-    their number; default the pipeline's own. Raises ShapeError for labels out of range, prompts of other widths than
-    the network takes, a count or batch size below 1, or settings that do not fit.
+    model: a flow map, or a pipeline, which knows the step times found for it, the names of its classes and the range of
+    its data. changes: to the settings, such as steps=1.
+    labels: (count,) whole numbers, -1 for no class, default k mod num_classes; or names of classes, which are taken in
+    turn. prompts: sample k is of prompt k mod their number; default the pipeline's own. Raises ShapeError for labels
+    out of range, names of no class, prompts of other widths than the network takes, a count or batch size below 1, or
+    settings that do not fit.
+
+    ```python
+    fewstep.generate(fewstep.load("runs/photos-64"), 16, steps=1, labels=["flower"]).pil()
+    ```
     """
+    settings = replace(settings, **changes)
     if count < 1 or settings.batch_size < 1:
         raise ShapeError(f"{count} samples in batches of {settings.batch_size}: both must be at least 1")
     flow_map, known = (model, ()) if isinstance(model, FlowMap) else (model.flow_map, model.step_times)
     check_memory(4 * count * math.prod(flow_map.sample_shape), f"drawing {count} samples", "draw fewer")
-    labels = _check_labels(labels, count, first, flow_map.num_classes)
+    names, bounds = ((), None) if isinstance(model, FlowMap) else (model.class_names, model.data_range)
+    numbered = class_numbers(labels, names, count) if _are_names(labels) else labels
+    known_labels = _check_labels(numbered, count, first, flow_map.num_classes)
     if prompts is None and not isinstance(model, FlowMap):
         prompts = model.prompts
     _check_prompts(prompts, flow_map)
@@ -169,12 +219,36 @@ def generate(
             part = slice(low, min(low + settings.batch_size, count))
             numbers = torch.arange(first + part.start, first + part.stop)
             draws = Draws(settings.seed, 0, numbers.to(device))
-            own = None if labels is None else labels[part].to(device)
+            own = None if known_labels is None else known_labels[part].to(device)
             asked = None if prompts is None else prompts[numbers % len(prompts)].to(device)
             cond = sampling_condition(own, flow_map.guided, settings.guidance_scale, settings.interval, asked)
             batches.append(sampler(guided, prior_noise(flow_map, draws), times, cond, draws).cpu())
         seconds = time.perf_counter() - start
-    return Generated(torch.cat(batches), labels, sum(rows) / count, seconds)
+    samples = torch.cat(batches)
+    if bounds is not None and settings.clip:
+        samples = samples.clamp(*bounds)
+    drawn = Generated(samples, known_labels, sum(rows) / count, seconds)
+    return drawn if isinstance(model, FlowMap) else replace(drawn, pixels=model.pixels)
+
+
+def class_number(name: str, names: tuple[str, ...]) -> int:
+    """The class of that name; its number where no class has a number for its name. Raises ShapeError for no class."""
+    if name in names:
+        return names.index(name)
+    renamed = any(each.isdecimal() and each != str(number) for number, each in enumerate(names))
+    if re.fullmatch(r"-?\d+", name) and (name == "-1" or not renamed):
+        return int(name)
+    raise ShapeError(f"this model has no class {name!r}: its classes are {listed(names) or 'none'}")
+
+
+def class_numbers(labels: Sequence[str] | str, names: tuple[str, ...], count: int) -> list[int]:
+    """`count` classes by their names, in turn."""
+    own = [class_number(name, names) for name in ([labels] if isinstance(labels, str) else labels)]
+    return [own[k % len(own)] for k in range(count)]
+
+
+def _are_names(labels: Labels | None) -> TypeGuard[Sequence[str] | str]:
+    return isinstance(labels, str) or (isinstance(labels, (list, tuple)) and any(isinstance(k, str) for k in labels))
 
 
 def _check_prompts(prompts: PromptSource | None, flow_map: FlowMap) -> None:
@@ -190,21 +264,21 @@ def _check_prompts(prompts: PromptSource | None, flow_map: FlowMap) -> None:
         raise ShapeError(f"prompts embedded with widths {own} (tokens, pooled), but this model takes {widths}")
 
 
-def _check_labels(labels: Tensor | Sequence[int] | None, count: int, first: int, num_classes: int) -> Tensor | None:
+def _check_labels(labels: Any, count: int, first: int, num_classes: int) -> Tensor | None:
     if labels is None:
         return torch.arange(first, first + count) % num_classes if num_classes else None
     if num_classes == 0:
         raise ShapeError("class labels given, but this model was trained without classes: leave them out")
-    labels = _whole_numbers(labels)
-    if labels.shape != (count,):
-        raise ShapeError(f"{tuple(labels.shape)} labels for {count} samples: give one per sample")
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
+    whole = _whole_numbers(labels)
+    if whole.shape != (count,):
+        raise ShapeError(f"{tuple(whole.shape)} labels for {count} samples: give one per sample")
+    wrong = whole[(whole < -1) | (whole >= num_classes)]
     if len(wrong):
         raise ShapeError(f"class {int(wrong[0])} is out of range: this model knows classes 0 to {num_classes - 1}")
-    return labels
+    return whole
 
 
-def _whole_numbers(labels: Tensor | Sequence[int]) -> Tensor:
+def _whole_numbers(labels: Any) -> Tensor:
     """Labels as int64; raises ShapeError for others than whole numbers of 64 bits."""
     try:
         found = torch.as_tensor(labels)

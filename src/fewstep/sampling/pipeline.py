@@ -25,7 +25,8 @@ from fewstep.networks.base import MOST_TENSORS, Network, at_most, fit_stored, st
 from fewstep.networks.condition import Prompts
 from fewstep.sampling.card import Card, Provenance
 from fewstep.sampling.decode import Viewer
-from fewstep.sampling.generate import Generated, PromptSource, SamplingSettings, generate
+from fewstep.sampling.generate import Generated, Labels, PromptSource, SamplingSettings, generate
+from fewstep.sampling.images import to_uint8
 from fewstep.sampling.step_times import StepTimes
 from fewstep.teachers.base_weights import has_base, moved, put_base, read_base
 from fewstep.teachers.second_time import merged_flow_map
@@ -89,6 +90,16 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         return self.config.step_times
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the labels."""
+        return self.config.class_names
+
+    @property
+    def data_range(self) -> tuple[float, float] | None:
+        """The values that samples are cut to, None where the data have no such range."""
+        return self.config.data_range
+
+    @property
     def provenance(self) -> Provenance | None:
         """Where the weights come from; None where nothing is known, and for a run whose record cannot be read."""
         try:
@@ -129,7 +140,7 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         self,
         count: int,
         settings: SamplingSettings = SamplingSettings(),
-        labels: Tensor | Sequence[int] | None = None,
+        labels: Labels | None = None,
         first: int = 0,
         prompts: Sequence[str] | PromptSource | None = None,
         **changes: Any,
@@ -139,7 +150,7 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         prompts: in words, as `encode_prompts` embeds them, or embedded; in turn.
         """
         embedded = self.encode_prompts(prompts) if isinstance(prompts, Sequence) else prompts
-        return generate(self, count, replace(settings, **changes), labels, first, embedded)
+        return generate(self, count, settings, labels, first, embedded, **changes)
 
     def strays(self, samples: Tensor, than_noise: bool = False) -> str:
         """What no trained model gives, in words: values that are not finite, or far from the data's; else nothing.
@@ -184,6 +195,11 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
     def images(self, samples: Tensor, autoencoder: Path | None = None) -> Tensor:
         """Samples (n, ...) as images (n, C, H, W), in `viewer().data_range`; raises what `viewer` raises."""
         return self.viewer(autoencoder).images(samples)
+
+    def pixels(self, samples: Tensor) -> Tensor:
+        """Samples (n, ...) as bytes (n, C, H, W), decoded where they are latents; raises what `viewer` raises."""
+        viewer = self.viewer()
+        return to_uint8(viewer.images(samples), viewer.data_range)
 
     def save(self, folder: Path | str, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; `weights` replaces the network's own (an EMA's, say).

@@ -35,6 +35,7 @@ from fewstep.teachers.second_time import (
     without_second_time,
 )
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import later
 from fewstep.utils.weights import read_weights
@@ -165,7 +166,7 @@ def make_model(name: str, settings: Settings) -> nn.Module:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingExtraError(f"{name} needs diffusers: pip install 'fewstep[diffusers]' ({error})") from error
+        raise MissingExtraError(f"{name} needs diffusers: {installing('diffusers')} ({error})") from error
     try:
         model: nn.Module = getattr(diffusers, name)(**settings)
     except (TypeError, ValueError, KeyError, RuntimeError, AttributeError, NotImplementedError) as error:

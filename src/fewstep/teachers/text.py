@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from fewstep.networks.condition import Prompts
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.files import read_record
 from fewstep.utils.serialization import later_value
 from fewstep.utils.weights import digest_of_settings, digest_of_tensors
@@ -300,9 +301,7 @@ def _load_encoder(folder: Path, name: str, index: Index, device: torch.device) -
 
         classes = [getattr(transformers, kind, getattr(transformers, kind.removesuffix("Fast"))) for kind in kinds]
     except (ImportError, AttributeError) as error:
-        raise MissingExtraError(
-            f"text encoders need transformers: pip install 'fewstep[diffusers]' ({error})"
-        ) from error
+        raise MissingExtraError(f"text encoders need transformers: {installing('diffusers')} ({error})") from error
     bars: Any = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

@@ -16,7 +16,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.utils.serialization import FORMAT, JSON, to_json
 
 WATCHED = frozenset(
-    f"training.{name}" for name in ("log_images", "sample_images", "checkpoint_images", "keep")
+    f"training.{name}" for name in ("log_images", "sample_images", "checkpoint_images", "checkpoint_seconds", "keep")
 ) | {"evaluation"}  # fmt: skip
 PLACES = frozenset({"recipe", "teacher", "data.root"})
 LENGTH = frozenset({"training.images", "training.seconds"})
@@ -47,9 +47,10 @@ def identity(record: dict[str, Any], config: RunConfig) -> JSON:
 
 
 def knows_its_end(config: RunConfig) -> bool:
-    """Whether steps depend on how long the run is: a learning rate that falls to its end, statistics kept at it."""
+    """Whether steps depend on how long the run is: a learning rate that falls to its end or rises over a share of it,
+    statistics kept at it."""
     statistics = config.model.preconditioning.needs_statistics and config.statistics.refresh_images > 0
-    return config.optimizer.decay == "cosine" or statistics
+    return config.optimizer.decay == "cosine" or config.optimizer.warmup_share > 0 or statistics
 
 
 def _without(value: JSON, names: frozenset[str], where: str = "") -> JSON:

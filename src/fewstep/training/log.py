@@ -9,27 +9,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.recipes.config import TrainingConfig
 from fewstep.training.checkpoint import is_sound
+from fewstep.training.clock import Clock
 from fewstep.training.gradient_stats import Recent
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import TrainingDivergedError
 from fewstep.utils.text import printable, quoted
 
 
-def progress_bar(settings: TrainingConfig, name: str, hidden: bool) -> "tqdm[Any]":
-    """Counts images, or seconds where they end the run; shows speed, loss and the time left."""
+def progress_bar(clock: Clock, name: str, hidden: bool) -> "tqdm[Any]":
+    """Counts images, or seconds where they end the run; shows speed, loss and the time left.
+
+    It is drawn anew by time, not by steps, so that slow ones are seen too.
+    """
+    settings = clock.settings
     unit, total = ("s", settings.seconds) if settings.seconds else ("img", settings.images)
     return tqdm(
         total=total, unit=unit, unit_scale=True, disable=hidden, desc=printable(name), file=sys.stderr, mininterval=0.5,
-        bar_format="{desc}: {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
+        miniters=0, initial=min(clock.progress, 1.0) * total,
+        bar_format="{desc}: {percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}",
     )  # fmt: skip
 
 
-def show_progress(bar: "tqdm[Any]", progress: float, images: int, seconds: float, loss: float) -> None:
-    """progress: share of the run that is done. loss: of the last line of the log; NaN before there is one."""
-    bar.n = min(progress, 1.0) * (bar.total or 0)
-    speed = f"{images:,} images, {images / max(seconds, 1e-9):,.0f} images/s"
+def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float) -> None:
+    """loss: of the last line of the log; NaN before there is one."""
+    bar.n = min(clock.progress, 1.0) * (bar.total or 0)
+    speed = f"{clock.images:,} images, {clock.rate:,.0f} images/s"
     bar.set_postfix_str(speed + ("" if math.isnan(loss) else f", loss {loss:.4f}"), refresh=False)
     bar.update(0)
 
@@ -67,15 +72,14 @@ class Window:
         self.recent.add(step, means | {"loss": loss, "grad_norm": norm})
         self.parts = []
 
-    def flush(self, batch_size: int, step: int, images: int, seconds: float) -> dict[str, float]:
+    def flush(self, batch_size: int, clock: Clock) -> dict[str, float]:
         """The line of the log that ends here; the next begins empty."""
         losses, norms, lrs = zip(*self.steps, strict=True)
         now = time.perf_counter()
         self.last_loss = sum(losses) / len(losses)
         record = {
-            "step": step,
-            "images": images,
-            "seconds": round(seconds, 3),
+            **clock.seen,
+            "seconds": round(clock.seconds, 3),
             "loss": self.last_loss,
             **{key: sum(values) / len(values) for key, values in self.terms.items()},
             "grad_norm": sum(norms) / len(norms),

@@ -8,7 +8,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Self, cast
@@ -18,23 +18,26 @@ from accelerate import DistributedDataParallelKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from fewstep.data.augment import random_flips
 from fewstep.data.base import Dataset
-from fewstep.data.order import batch_indices
 from fewstep.flow.derivatives import no_forward_mode
 from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
+from fewstep.training.batches import draw_batch
+from fewstep.training.callbacks import Callback, TrainingResult, start_of
 from fewstep.training.checkpoint import STATE_FILE, mark_shown
+from fewstep.training.claim import begin, hold
+from fewstep.training.clock import Clock
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
 from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.memory import memory_words, peak_memory
+from fewstep.training.optimizers import never_risen, risen
 from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
 from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.settings import Callbacks, Runtime, TrainingResult, Watcher
+from fewstep.training.settings import Callbacks, Runtime, Watcher
 from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
@@ -43,13 +46,10 @@ from fewstep.training.teacher import fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.training.trajectories import run_measures
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
-from fewstep.utils.random import Draws
 from fewstep.utils.serialization import JSON
 
-STREAM_FLIP = 30
 
-
-def train(
+def train_run(
     config: RunConfig,
     dataset: Dataset,
     run: RunFolder,
@@ -95,17 +95,17 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process
-        self.lock = run.hold(config, data_record(dataset), identity) if main else None
+        self.lock = hold(run, config, data_record(dataset), identity) if main else None
         try:
             if runtime.from_step and main:
                 run.go_back(runtime.from_step)
             self.accelerator.wait_for_everyone()
             self.prepare()
             if main:
-                run.begin(config, data_record(dataset), identity)
+                begin(run, config, data_record(dataset), identity)
             self.take_up()
             self.window = Window(self.clip)
-            start_trackers(self.accelerator, config, run.root, self.images)
+            start_trackers(self.accelerator, config, run.root, self.clock.images)
         except BaseException:
             if self.lock is not None and not run.config_file.exists():
                 self.lock.discard()  # a run that cannot begin leaves no folder
@@ -133,14 +133,14 @@ class Trainer:
             shape, classes, seed = dataset.shape, dataset.num_classes, config.training.seed
             gan = GAN(config.gan, shape, classes, seed, device, self.mean_over_processes)
         self.learner = Learner(config, pipeline, statistics, gan)
-        self.step, self.seconds, self.pending = 0, 0.0, False
+        self.clock, self.pending = Clock(config.training), False
         objective, self.derivative = self.differentiable(pipeline.flow_map)
         self.loss = TrainStep(pipeline.flow_map, objective, config.training.precision == "bf16")
         with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
             warnings.simplefilter("ignore", FutureWarning)
             self.module = self.accelerator.prepare(self.loss)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
-        self.stopping = False
+        self.stopping, self.late, self.saved = False, False, time.monotonic()
 
     def differentiable(self, flow_map: FlowMap) -> tuple[Objective, str]:
         """The objective with derivatives that serve the network, and their kind where that is not the objective's own.
@@ -174,11 +174,12 @@ class Trainer:
                 state = self.learner.load(newest)
                 if newest != self.run.checkpoint(state["step"]):
                     raise CheckpointError(f"{newest} says that it is of step {state['step']}")
-            self.step, self.seconds, self.pending = state["step"], state["seconds"], state["pending"]
+            self.clock.take_up(state["step"], state["seconds"])
+            self.pending = state["pending"]
         elif self.accelerator.is_main_process:
             self.run.warn_of_torn("the training begins anew")
         if self.accelerator.is_main_process:
-            self.run.truncate_log(self.step)
+            self.run.truncate_log(self.clock.step)
 
     def release(self) -> None:
         """Close the trackers, and let others train in the run's folder."""
@@ -190,7 +191,7 @@ class Trainer:
 
     def companions(self) -> Companions:
         """What the objective may consult at this step."""
-        begun = self.images >= self.config.gan.start_images
+        begun = self.clock.images >= self.config.gan.start_images
         target, gan = self.learner.target, self.learner.gan
         return Companions(
             teacher=self.teacher,
@@ -217,41 +218,30 @@ class Trainer:
         try:
             self.learner.use_statistics(fresh)
         except ConfigError as error:
-            warnings.warn(f"statistics not refreshed after {self.step} steps: {error}", FewstepWarning, stacklevel=2)
-
-    @property
-    def images(self) -> int:
-        """Images seen."""
-        return self.step * self.config.training.batch_size
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that is done, by images or by seconds."""
-        settings = self.config.training
-        by_seconds = self.seconds / settings.seconds if settings.seconds else 0.0
-        return max(self.images / settings.images, by_seconds)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the recipe's images, or its seconds, are used up."""
-        return self.progress >= 1
+            warnings.warn(
+                f"statistics not refreshed after {self.clock.step} steps: {error}", FewstepWarning, stacklevel=2
+            )
 
     def run_to_end(self) -> TrainingResult:
         """Take steps until finished; the last one is always saved."""
         settings, device = self.config.training, self.accelerator.device
         self.learner.flow_map.train()
         seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with seeded, progress_bar(settings, self.config.recipe, self.hidden) as bar, self.stops, self.last_words():
+        begun = start_of(self.config, self.learner.flow_map.network, device, self.group.count, self.clock.step)
+        self.tell(lambda each: each.start(begun))
+        with seeded, progress_bar(self.clock, self.config.recipe, self.hidden) as bar, self.stops, self.last_words():
             if self.pending:  # what an earlier start saved, and was stopped before it showed it
                 self.show()
-            while not self.finished:
+            while not self.clock.finished:
                 start = time.perf_counter()
                 self.take_step()
-                self.seconds = self.agreed(self.seconds + time.perf_counter() - start)
-                show_progress(bar, self.progress, self.images, self.seconds, self.window.last_loss)
-                if self.due(settings.log_images):
+                self.clock.seconds = self.agreed(self.clock.seconds + time.perf_counter() - start)
+                show_progress(bar, self.clock, self.window.last_loss)
+                moment = self.clock.moment(self.window.steps[-1][0])
+                self.tell(lambda each, moment=moment: each.step(moment))  # type: ignore[misc]
+                if self.clock.due(settings.log_images):
                     self.write_log()
-                if self.due(settings.checkpoint_images) or self.stopping:
+                if self.clock.due(settings.checkpoint_images) or self.stopping or self.late:
                     self.save()
                 if self.stopping:
                     raise self.stopped()
@@ -259,7 +249,16 @@ class Trainer:
             if self.stops.received is not None:  # while the last grid or point was made
                 raise self.stopped()
         main, memory = self.accelerator.is_main_process, memory_words(device)
-        return TrainingResult(self.step, self.images, self.seconds, main, memory)
+        if main and (share := risen(self.config.optimizer, self.clock.images, self.clock.progress)) < 1:
+            warnings.warn(never_risen(share, self.config.optimizer), FewstepWarning, stacklevel=2)
+        result = TrainingResult(self.clock.step, self.clock.images, self.clock.seconds, main, memory)
+        self.tell(lambda each: each.end(result))
+        return result
+
+    def tell(self, event: Callable[[Callback], None]) -> None:
+        """Call an event of the caller's callbacks, on the main process."""
+        for each in self.callbacks.also if self.accelerator.is_main_process else ():
+            event(each)
 
     def agreed(self, seconds: float) -> float:
         """The first process's clock where it decides when to stop: all must stop after the same step."""
@@ -268,35 +267,25 @@ class Trainer:
         clock = torch.tensor(seconds, dtype=torch.float64, device=self.accelerator.device)
         return float(broadcast(clock))
 
-    def due(self, every: int) -> bool:
-        """Whether the last step crossed a multiple of `every` images, or was the run's last; never where it is 0."""
-        before = self.images - self.config.training.batch_size
-        return every > 0 and (self.finished or self.images // every > before // every)
-
-    @property
-    def ends_line(self) -> bool:
-        """Whether the log is due after the step that comes next: that step looks at the gradient term by term."""
-        every = self.config.training.log_images
-        return (self.images + self.config.training.batch_size) // every > self.images // every
-
     def take_step(self) -> None:
         """One update from the global batch of this step."""
         found = self.accumulate()
-        asked = found.loss.new_tensor(self.stops.received is not None)
-        loss, stopping = self.accelerator.reduce(torch.stack([found.loss, asked]), "mean").tolist()
-        self.stopping = stopping > 0  # all processes after the same step
+        old = 0 < self.config.training.checkpoint_seconds < time.monotonic() - self.saved
+        asked, late = (found.loss.new_tensor(each) for each in (self.stops.received is not None, old))
+        loss, stopping, saving = self.accelerator.reduce(torch.stack([found.loss, asked, late]), "mean").tolist()
+        self.stopping, self.late = stopping > 0, saving > 0  # all processes after the same step
         norm = float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
         discriminator_norm, gan = 0.0, self.learner.gan
         if gan is not None and found.discriminator:
             found.discriminator = gan.averaged(found.discriminator, self.accumulation)
             discriminator_norm = float(nn.utils.get_total_norm(found.discriminator))
-        self.window.observe(self.step + 1, loss, norm)
+        self.window.observe(self.clock.step + 1, loss, norm)
         if not all(math.isfinite(value) for value in (loss, norm, discriminator_norm)):
             times, recent = torch.cat(found.times, dim=1), self.window.recent
-            raise diverged(self.run, self.step + 1, loss, norm, discriminator_norm, times, recent)
-        self.step += 1
-        factor = self.learner.update(self.step, self.images, self.progress, found.discriminator)
-        refresh = self.due(self.config.statistics.refresh_images) and not self.finished
+            raise diverged(self.run, self.clock.step + 1, loss, norm, discriminator_norm, times, recent)
+        self.clock.step += 1
+        factor = self.learner.update(self.clock.step, self.clock.images, self.clock.progress, found.discriminator)
+        refresh = self.clock.due(self.config.statistics.refresh_images) and not self.clock.finished
         if self.config.model.preconditioning.needs_statistics and refresh:
             self.refresh_statistics()
         self.window.steps.append((loss, norm, factor * self.config.optimizer.lr))
@@ -307,7 +296,7 @@ class Trainer:
         companions = self.companions()
         # What layers draw by themselves (dropout): another for every step and process, the same on resume.
         index = int(self.accelerator.process_index)
-        torch.manual_seed(((self.config.training.seed << 44) + (self.step << 12) + index) % 2**63)
+        torch.manual_seed(((self.config.training.seed << 44) + (self.clock.step << 12) + index) % 2**63)
         micro, first = self.share // self.accumulation, index * self.share
         found = Gradients(torch.zeros((), device=self.accelerator.device))
         for part in range(self.accumulation):
@@ -315,7 +304,7 @@ class Trainer:
             last = part == self.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 loss, terms, times, logs, generated = self.module(batch, companions)
-                if part == 0 and self.ends_line:
+                if part == 0 and self.clock.ends_line:
                     self.window.term_norms = term_norms(terms, list(self.learner.flow_map.network.parameters()))
                 self.accelerator.backward(loss / self.accumulation)
             gan = self.learner.gan
@@ -327,29 +316,20 @@ class Trainer:
         return found
 
     def batch(self, first: int, count: int) -> Batch:
-        """Samples first .. first + count - 1 of this step's global batch: seed, step and index decide which."""
-        settings, train, device = self.config.training, self.dataset.train, self.accelerator.device
-        places = torch.arange(first, first + count)
-        draws = Draws(settings.seed, self.step, places.to(device))
-        mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
-        rows = batch_indices(len(train), settings.seed, self.images + first, count)
-        x0, labels = train.fetch(rows, mirror)
-        context = train.context(rows)
-        labels, observation, loss_mask = (
-            None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
-        )
-        prompts = None if context.prompts is None else context.prompts.to(device)
-        return Batch(x0.to(device), labels, draws, self.images, observation, loss_mask, places, prompts)
+        """Samples first .. first + count - 1 of this step's global batch."""
+        train, device = self.dataset.train, self.accelerator.device
+        return draw_batch(train, self.config.training, self.clock.step, (first, count), device)
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last, if there were any."""
         if not self.window.steps:
             return
-        record = self.window.flush(self.config.training.batch_size, self.step, self.images, self.seconds)
+        record = self.window.flush(self.config.training.batch_size, self.clock)
         record["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
         if self.accelerator.is_main_process:
             self.run.append_log(record)
-        self.accelerator.log(record, step=self.images)
+        self.tell(lambda each: each.log(record))
+        self.accelerator.log(record, step=self.clock.images)
 
     @contextmanager
     def last_words(self) -> Iterator[None]:
@@ -359,7 +339,7 @@ class Trainer:
         except TrainingDivergedError as error:
             self.write_log()
             if self.accelerator.is_main_process:
-                seen = {"step": self.step + 1, "images": self.images, "seconds": round(self.seconds, 3)}
+                seen = self.clock.seen | {"step": self.clock.step + 1, "seconds": round(self.clock.seconds, 3)}
                 self.run.append_log(seen | {"diverged": str(error)})
             raise
 
@@ -369,30 +349,39 @@ class Trainer:
         try:
             self.learner.check_finite()
         except CheckpointError as error:
-            raise TrainingDivergedError(f"after step {self.step}, {error}; {last_good(self.run)}") from error
+            raise TrainingDivergedError(f"after step {self.clock.step}, {error}; {last_good(self.run)}") from error
         if self.accelerator.is_main_process:
-            state: dict[str, JSON] = {"step": self.step, "images": self.images, "seconds": self.seconds}
-            state |= {"pending": bool(self.watchers()), "derivative": self.derivative}
-            self.learner.save(self.run.checkpoint(self.step), state)
+            state: dict[str, JSON] = {
+                **self.clock.seen,
+                "pending": bool(self.watchers()),
+                "derivative": self.derivative,
+            }
+            self.learner.save(self.run.checkpoint(self.clock.step), state)
             self.run.keep_newest(self.config.training.keep)
+        self.saved = time.monotonic()
+        self.tell(lambda each: each.checkpoint(self.run.checkpoint(self.clock.step), self.clock.step))
 
     def watchers(self) -> list[Watcher]:
         """Those of the main process that are due after the last step."""
-        callbacks, grids, curves = self.callbacks, self.config.training.sample_images, self.config.evaluation
-        each = ((callbacks.watch, self.due(grids)), (callbacks.curve, self.due(curves.curve_images)))
-        return [watch for watch, due in each if due and watch is not None and self.accelerator.is_main_process]
+        if not self.accelerator.is_main_process:
+            return []
+        callbacks, sampling = self.callbacks, [each.sample for each in self.callbacks.also if each.samples]
+        grids = [*([callbacks.watch] if callbacks.watch else []), *sampling]
+        curves = [callbacks.curve] if callbacks.curve else []
+        every = ((grids, self.config.training.sample_images), (curves, self.config.evaluation.curve_images))
+        return [watch for watchers, images in every if self.clock.due(images) for watch in watchers]
 
     def show(self) -> None:
         """Hand the averaged model to the watchers that are due; a checkpoint of this step then has nothing pending."""
         for watch in (watchers := self.watchers()):
             with self.learner.averaged() as model:
-                watch(model, self.step)
-        checkpoint = self.run.checkpoint(self.step)
+                watch(model, self.clock.step)
+        checkpoint = self.run.checkpoint(self.clock.step)
         if watchers and (checkpoint / STATE_FILE).is_file():
             mark_shown(checkpoint)
 
     def stopped(self) -> Stopped:
         """What ends the run after a signal, with the exit code of one that it had ended."""
         number = self.stops.received or signal.SIGTERM  # it may have reached another process alone
-        message = f"stopped by {number.name}; step {self.step} is saved: {self.run.going_on} goes on"
+        message = f"stopped by {number.name}; step {self.clock.step} is saved: {self.run.going_on} goes on"
         return Stopped(message, 128 + number)

@@ -1,4 +1,4 @@
-"""The most memory that a process has taken so far, in MiB."""
+"""The device that a process trains on, and the most memory that it has taken so far, in MiB."""
 
 import sys
 
@@ -24,3 +24,8 @@ def memory_words(device: torch.device) -> str:
     kind = "allocated on the GPU" if device.type == "cuda" else "resident"
     mib = peak_memory(device)
     return f"peak memory {mib:,.0f} MiB ({kind})" if mib else ""
+
+
+def device_name(device: torch.device) -> str:
+    """CPU, or what the GPU calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.utils.errors import ConfigError, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 _ADAMW, _MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
@@ -70,7 +71,7 @@ def eight_bit_adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> 
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise MissingExtraError(
-            f"--optimizer.name adamw8bit needs bitsandbytes: pip install 'fewstep[bnb]' ({error})"
+            f"--optimizer.name adamw8bit needs bitsandbytes: {installing('bnb')} ({error})"
         ) from error
     betas = (config.beta1, config.beta2)
     optimizer: Any = AdamW8bit(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
@@ -154,9 +155,25 @@ def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.
     return Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
+def risen(config: OptimizerConfig, images: int, progress: float) -> float:
+    """Share of the warm-up that is done, in [0, 1]: by images, or by the run's progress where that limits it."""
+    if not config.warmup_images:
+        return 1.0
+    by_share = progress / config.warmup_share if config.warmup_share else 0.0
+    return min(1.0, max(images / config.warmup_images, by_share))
+
+
+def never_risen(share: float, config: OptimizerConfig) -> str:
+    """What to know of a run that ended when so much of its warm-up was done."""
+    return (
+        f"the run ended before its learning rate had risen: it had come to {share:.0%} of {config.lr:g}; train longer, "
+        "or lower --optimizer.warmup-images"
+    )
+
+
 def schedule(config: OptimizerConfig, images: int, progress: float) -> float:
     """Factor on the learning rate for the batch that ends at `images`, a share `progress` in [0, 1] of the run."""
-    factor = min(1.0, images / config.warmup_images) if config.warmup_images else 1.0
+    factor = risen(config, images, progress)
     if config.decay == "cosine":
         return factor * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     if config.decay == "rsqrt":

@@ -34,7 +34,6 @@ from fewstep.training.checkpoint import (
     step_of,
 )
 from fewstep.training.ema import ema_names
-from fewstep.training.identity import identity, placed, run_record
 from fewstep.training.provenance import read_provenance
 from fewstep.utils.errors import (
     BaseWeightsError,
@@ -45,8 +44,6 @@ from fewstep.utils.errors import (
     LaterFormatError,
 )
 from fewstep.utils.files import (
-    LOCK_FILE,
-    Lock,
     guarded,
     linked,
     read_lines,
@@ -56,7 +53,7 @@ from fewstep.utils.files import (
 )
 from fewstep.utils.hub import HUB
 from fewstep.utils.parts import kind_name
-from fewstep.utils.serialization import JSON, differences, from_json, in_this_format
+from fewstep.utils.serialization import JSON, from_json, in_this_format
 from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import read_weights
 
@@ -89,67 +86,6 @@ class RunFolder:
     def going_on(self) -> str:
         """The command that goes on with it."""
         return f"fewstep train --resume {quoted(self.root)}"
-
-    def hold(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> Lock:
-        """Keep other processes from training here until the lock is released; of the run nothing is written yet.
-
-        teacher: the fingerprint of its weights; where they lie may change between starts. Raises CheckpointError as
-        `check` does, when another process trains here, or when the folder cannot be written.
-        """
-        self.refuse_links()
-        self.check(config, data, teacher)  # before anything is written
-        lock = Lock(
-            self.root,
-            f"{self.root} is being trained in by another process, or by a run of this one that was not released: wait "
-            "for it, or give another folder with --out",
-        )
-        try:
-            self.check(config, data, teacher)  # once more: another process may have begun meanwhile
-        except BaseException:
-            lock.release()
-            raise
-        return lock
-
-    def begin(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
-        """Remove what a killed process left half written, and write config.json unless it says just this.
-
-        What is only logged, kept or measured may differ from what it said: the last command counts.
-        """
-        self.remove_leftovers()
-        if not self.config_file.exists() or self.config() != placed(config):
-            write_atomically(self.config_file, json.dumps(run_record(config, data, teacher), indent=2) + "\n")
-
-    def check(self, config: RunConfig, data: dict[str, JSON], teacher: str | None = None) -> None:
-        """Raise CheckpointError, showing every difference, when the folder holds anything else; nothing is written."""
-        if self.root.exists() and not self.root.is_dir():
-            raise CheckpointError(f"{self.root} is a file, not a folder: give another folder with --out")
-        if not self.config_file.exists():
-            left = (
-                LOCK_FILE,
-                ".config.json.",
-                "statistics",
-                FOLDER,
-            )  # by a run that was killed before it had its configuration
-            if self.root.exists() and any(not path.name.startswith(left) for path in self.root.iterdir()):
-                raise CheckpointError(f"{self.root} is not empty and holds no run: give another folder with --out")
-            return
-        there, here = self.config(), run_record(config, data, teacher)
-        lines = differences(identity(self.record(), there), identity(here, config))
-        if lines:
-            shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
-            shown += self._renumbered(data)
-            raise CheckpointError(
-                f"{self.root} holds a run with other settings ({shown}): go on with those it has ({self.going_on}), or "
-                f"give another folder with --out, where --initial {quoted(self.root)} starts from its weights"
-            )
-
-    def remove_leftovers(self) -> None:
-        """Delete what a killed process was still writing."""
-        files = (".config.json.*", ".log.jsonl.*", ".curve.jsonl.*", "samples/.step-*", "checkpoints/.step-*")
-        for pattern in (*files, "checkpoints/step-*/.state.json.*"):
-            for path in self.root.glob(pattern):
-                with guarded(path):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def refuse_links(self) -> None:
         """Raise CheckpointError for a link among the run's files, or in a folder of it that is written to.
@@ -203,11 +139,11 @@ class RunFolder:
             raise DataError(f"{error}; {advice}") from error
         if dataset.fingerprint != self.data("fingerprint")["fingerprint"]:
             where = config.root or dataset.name
-            numbers = self._renumbered({"fingerprint": dataset.fingerprint, "class_names": list(dataset.class_names)})
+            numbers = self.renumbered({"fingerprint": dataset.fingerprint, "class_names": list(dataset.class_names)})
             raise CheckpointError(f"{where} holds other data than {self.root} was trained on{numbers}: {advice}")
         return config, dataset
 
-    def _renumbered(self, data: dict[str, JSON]) -> str:
+    def renumbered(self, data: dict[str, JSON]) -> str:
         """What the run's classes were, where other data have others, or in another order.
 
         A run of images that does not say so had its classes in the order of their letters.

@@ -1,4 +1,4 @@
-"""What a run is given beside its recipe, and what it gives back."""
+"""What a run is given beside its recipe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.callbacks import Callback
 from fewstep.utils.errors import ConfigError
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -40,26 +41,14 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """What a finished run has done."""
-
-    step: int
-    images: int
-    seconds: float
-    main_process: bool = True
-    """False in all processes but the first."""
-    peak_memory: str = ""
-    """The most memory that this process has taken, in words; empty where the system does not say it."""
-
-
-@dataclass(frozen=True)
 class Callbacks:
     """What the caller adds to a run without deciding where it happens.
 
     watch: called when samples are due. curve: called when a point of the learning curve is due. features: images to
-    features with gradient, for objectives that compare them.
+    features with gradient, for objectives that compare them. also: told of events, in this order.
     """
 
     watch: Watcher | None = None
     curve: Watcher | None = None
     features: Callable[[Tensor], Tensor] | None = None
+    also: tuple[Callback, ...] = ()

@@ -137,7 +137,7 @@ def draw(
     """Samples first .. first + count - 1 of the set, (count, ...), cut to `bounds`, and their classes (count,)."""
     how = wanted.settings
     settings = SamplingSettings(
-        sampler=how.solver, steps=how.steps, guidance_scale=how.guidance_scale, seed=wanted.seed
+        sampler=how.solver, steps=how.steps, guidance_scale=how.guidance_scale, seed=wanted.seed, clip=False
     )
     labels = classes_of(how, wanted.seed, first, count) if how.shares else None
     drawn = generate(teacher, count, settings, labels, first)

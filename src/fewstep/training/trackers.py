@@ -8,6 +8,7 @@ from accelerate.tracking import get_available_trackers
 from fewstep.recipes.config import RunConfig
 from fewstep.training.settings import TrackerName
 from fewstep.utils.errors import MissingExtraError, UnsupportedError
+from fewstep.utils.extras import installing
 from fewstep.utils.serialization import to_json
 
 PROJECT = "fewstep"
@@ -17,7 +18,7 @@ def check_trackers(names: tuple[TrackerName, ...]) -> None:
     """Raise MissingExtraError for a tracker that is not installed."""
     for name in names:
         if name not in map(str, get_available_trackers()):
-            raise MissingExtraError(f"{name} is not installed: pip install 'fewstep[track]'")
+            raise MissingExtraError(f"{name} is not installed: {installing('track')}")
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, root: Path, images: int) -> None:

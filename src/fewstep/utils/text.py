@@ -38,9 +38,10 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def counted(count: int, word: str) -> str:
-    """How many there are of what a word says: "1 sample", "2 samples"."""
-    return f"{count} {word}" + "s" * (count != 1)
+def counted(number: float, noun: str) -> str:
+    """How many there are of something in words: 1 network call, 2 network calls, 1,024 images."""
+    shown = f"{number:g}" if number % 1 else f"{int(number):,}"
+    return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
 def listed(words: Sequence[str], most: int = 12) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from fewstep.data.base import source_path
 from fewstep.data.demonstrations.episodes import Demonstrations
 from fewstep.utils.errors import DataError, MissingExtraError
+from fewstep.utils.extras import installing
 from fewstep.utils.files import parse_json
 from fewstep.utils.tensors import check_memory
 
@@ -83,7 +84,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as error:
-        raise MissingExtraError(f"reading {file} needs h5py: pip install 'fewstep[policy]' ({error})") from error
+        raise MissingExtraError(f"reading {file} needs h5py: {installing('policy')} ({error})") from error
     if not file.is_file():
         raise DataError(f"{file}: no such file")
     if not h5py.is_hdf5(file):

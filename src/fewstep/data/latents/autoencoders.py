@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.data.latents.autoencoder_kinds import KINDS, KNOWN, Units
 from fewstep.networks.base import MOST_TENSORS, at_most
 from fewstep.utils.errors import CheckpointError, ConfigError, MissingExtraError, ShapeError
+from fewstep.utils.extras import installing
 from fewstep.utils.files import read_record
 from fewstep.utils.tensors import nonzero
 from fewstep.utils.weights import digest_of_settings, digest_of_tensors
@@ -184,7 +185,7 @@ def load_autoencoder(folder: Path, device: torch.device) -> Autoencoder:
         AttributeError,
         RuntimeError,
     ) as error:  # RuntimeError: one of its own extras does not fit torch
-        raise MissingExtraError(f"autoencoders need diffusers: pip install 'fewstep[diffusers]' ({error})") from error
+        raise MissingExtraError(f"autoencoders need diffusers: {installing('diffusers')} ({error})") from error
     try:
         with at_most(MOST_TENSORS):
             model, info = model_class.from_pretrained(

@@ -34,6 +34,7 @@ from fewstep.utils.errors import (
     ShapeError,
     UnsupportedError,
 )
+from fewstep.utils.extras import installing
 from fewstep.utils.files import parse_json, write_atomically
 from fewstep.utils.random import Draws
 
@@ -165,7 +166,7 @@ def _load_inception(weights: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise MissingExtraError(
-            f"Inception features need pip install 'fewstep[eval]' with a torchvision that fits torch: {error}"
+            f"Inception features need torch-fidelity and a torchvision that fits torch: {installing('eval')} ({error})"
         ) from error
     try:
         # torch-fidelity unpickles without restraint; a file that holds only tensors passes here first.

@@ -11,6 +11,7 @@ import numpy as np
 
 from fewstep.policies.simulation import Expert, Picture, Simulation, Vector
 from fewstep.utils.errors import MissingExtraError, UnsupportedError
+from fewstep.utils.extras import installing
 
 HEIGHT, WIDTH = 256, 320
 EXPERT_NOISE = 0.1
@@ -35,9 +36,7 @@ def packages_of(task: str, package: str) -> Iterator[None]:
         with redirect_stderr(io.StringIO()):  # gymnasium-robotics prints news of environments that are not used here
             yield
     except ImportError as error:
-        raise MissingExtraError(
-            f"task {task} needs {package}: pip install 'fewstep[policy]' ({_reason(error)})"
-        ) from error
+        raise MissingExtraError(f"task {task} needs {package}: {installing('policy')} ({_reason(error)})") from error
     except (AttributeError, RuntimeError) as error:  # what MuJoCo raises on import for a GL library that is not there
         raise UnsupportedError(f"task {task} cannot load {package} ({_reason(error)}); {_DRAWING_HINT}") from error
 

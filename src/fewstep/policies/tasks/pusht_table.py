@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.utils.errors import MissingExtraError
+from fewstep.utils.extras import installing
 
 SIZE = 512.0
 """Side of the square in which circle and block move; positions are in pixels of it, y downwards."""
@@ -18,7 +19,7 @@ def make_table() -> Any:
     try:
         from gym_pusht.envs.pusht import PushTEnv
     except ImportError as error:
-        raise MissingExtraError(f"task pusht needs gym-pusht: pip install 'fewstep[policy]' ({error})") from error
+        raise MissingExtraError(f"task pusht needs gym-pusht: {installing('policy')} ({error})") from error
     return PushTEnv(obs_type="state", render_mode="rgb_array")
 
 
