@@ -1,11 +1,11 @@
 """A set of photographs to try the tutorial on: 600 crops of 40 photographs that packages ship, in three classes.
 
-`python -m benchmarks.photographs cut FOLDER` writes FOLDER/{garden,landscape,things}/NAME-NN.png, 64x64, from
+`python benchmarks/photographs.py cut FOLDER` writes FOLDER/{garden,landscape,things}/NAME-NN.png, 64x64, from
 
     apt-get install plasma-workspace-wallpapers mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
     pip install scikit-learn
 
-`python -m benchmarks.photographs picture RUN FILE.png` draws what a run on them gives in one and in two calls, above
+`python benchmarks/photographs.py picture RUN FILE.png` draws what a run on them gives in one and in two calls, above
 photographs that it has not seen.
 
 Each crop is a square with 0.6 to 1 times the shorter side, anywhere in the photograph, always the same ones.

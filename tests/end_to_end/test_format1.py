@@ -36,7 +36,9 @@ def settings_of(name: str) -> SamplingSettings:
 def test_a_folder_of_format_1_loads_and_samples_the_same(name: str) -> None:
     """Weights, path, preconditioning (computed ones too), tuned times: all of it decides these numbers."""
     pipeline = fewstep.load(FIXTURES / name)
-    torch.testing.assert_close(pipeline.generate(4, settings_of(name)).samples, EXPECTED[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        pipeline.generate(4, settings_of(name), clip=False).samples, EXPECTED[name], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir() if (path / "checkpoints").is_dir()))
@@ -63,6 +65,7 @@ def test_a_policy_of_format_1_acts() -> None:
     assert (abs(action) <= 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:the run ended before its learning rate")
 @pytest.mark.parametrize("name", ["isd-half", "ctm"])
 def test_a_run_of_format_1_goes_on_to_the_same_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
