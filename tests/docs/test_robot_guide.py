@@ -50,6 +50,7 @@ def test_the_guides_commands_run(files: Path, capsys: pytest.CaptureFixture[str]
     assert "Next: fewstep rollout --task my_task.py:TASK runs/policy-mlp" in said[1]
     page = (files / "runs/policy-mlp/report.html").read_text()
     assert "elbow left" in page
+    assert "data:image/gif" in page
 
 
 @pytest.mark.usefixtures("files")

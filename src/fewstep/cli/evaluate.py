@@ -92,7 +92,7 @@ def run(options: Options) -> None:
         print(f"Stored: {write_actions(errors, folder)}")
         check_actions(run, errors)
         if options.task:
-            starts = options.episodes, evaluation.seed, FIRST_TEST_SEED, 25
+            starts = options.episodes, options.seed or 0, FIRST_TEST_SEED, 25  # as fewstep rollout has them
             acted, _, _ = measure_rollouts(options.run, evaluation.steps, options.task, *starts, None)
             print(f"\n{rollout_table(acted)}\nStored: {write_rollouts(acted, folder)}")
         return

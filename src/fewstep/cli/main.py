@@ -21,6 +21,7 @@ from fewstep.utils.text import printable
 _LONGEST = 2000  # characters of a message: it may quote what a file holds
 COMMANDS = {
     "quickstart": ("", "train on real digits, measure, write a report: minutes on a laptop"),
+    "advise": ("DATA", "which recipe for some data, perhaps a teacher, perhaps little time; what to expect"),
     "recipes": ("", "what can be trained, the figure to expect, the cost"),
     "objectives": ("", "every training objective: formula, velocity, gradient, evaluations, paper"),
     "train": ("RECIPE", "train it, or go on where it stopped; every option can be set by name"),

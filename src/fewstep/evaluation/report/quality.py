@@ -108,7 +108,7 @@ def episode_tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _episode_table(rows: Sequence[Row]) -> dict[str, Any]:
     routes = sorted({name for row in rows for name in row["routes"]})
     scored = any(abs(row["score"] - row["success"]) > 1e-9 for row in rows)
-    first, ordered = rows[0], sorted(rows, key=lambda row: (row["method"], row["steps"]))
+    first, ordered = rows[0], sorted(rows, key=lambda row: (not row["steps"], row["method"], row["steps"]))
     return {
         "heads": ["Method", "Calls", "Success", "95 %", "Length", *(["Score"] if scored else []), *routes, "ms"],
         "own": ordered,

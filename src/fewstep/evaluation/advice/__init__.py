@@ -1,0 +1,1 @@
+"""Which recipe for which data, teacher and time, with the figures that studies measured."""

@@ -1,0 +1,97 @@
+"""Advice: its figures are the studies', its commands are taken, bad input gets one line."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep.cli.train import read
+from fewstep.data.demonstrations.episodes import save_demonstrations
+from fewstep.data.sources import load_dataset
+from fewstep.evaluation.advice.advise import advise
+from fewstep.evaluation.advice.look import look
+from fewstep.evaluation.advice.rules import Entry, measured
+from fewstep.policies.rollout import record
+from fewstep.recipes import RECIPES
+from fewstep.recipes.config import RunConfig
+from fewstep.training import build
+from fewstep.utils.errors import ConfigError, DataError
+from tests.evaluation.measured import figures_of
+from tests.support.pointtask import point_task
+
+
+@pytest.mark.parametrize("entry", measured(), ids=lambda entry: f"{entry['recipe']}, {entry['objective']}")
+def test_what_is_cited_is_what_the_studies_measured(entry: Entry) -> None:
+    figures, seconds, real = figures_of(entry)
+    assert entry["recipe"] in RECIPES
+    for calls, value in entry["figures"].items():
+        assert value == pytest.approx(figures[int(calls)], abs=6e-4)
+    assert (entry["seconds"] is None) == (seconds is None)
+    assert entry["seconds"] == pytest.approx(seconds, abs=0.06)
+    assert entry["real"] == pytest.approx(real, abs=6e-4)
+
+
+def test_reasons_are_what_the_studies_say() -> None:
+    found = {(each["recipe"], each["objective"], each["network"]): each["figures"] for each in measured()}
+    student = found["distil-diffusers", "CTM", "the teacher's"]
+    assert student["2"] < found["distil-diffusers", "its teacher by DDIM", "UNet2DModel"]["2"] / 4
+    unet, dit = (found[f"fashion-mnist-{name}", "iSD-T", label] for name, label in (("unet", "U-Net"), ("dit", "DiT")))
+    assert all(unet[calls] < dit[calls] for calls in unet)
+    policy, flow = found["policy-mlp", "iSD", "MLP"], found["policy-flow-matching", "flow matching", "MLP"]
+    assert policy["1"] > flow["1"]
+    assert flow["16"] - policy["2"] < 0.06
+
+
+def configured(advice: str) -> RunConfig:
+    """What the command in some advice trains."""
+    (command,) = [line for line in advice.splitlines() if line.startswith("  fewstep train")]
+    return read(shlex.split(command)[2:]).run
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures in two classes and in none, an archive, demonstrations."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("with classes/a", "with classes/b", "loose"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (70 + number, 90), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    values = np.random.default_rng(0).integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    np.savez("grey.npz", images=values)
+    np.savez("small.npz", images=values[:, :8, :8], labels=np.arange(20) % 2)
+    save_demonstrations(record(point_task().task, 4).demonstrations, Path("point.npz"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("data", ["with classes", "loose", "grey.npz", "small.npz", "point.npz", "digits"])
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+@pytest.mark.usefixtures("places")
+def test_the_command_builds_a_model_of_the_data(data: str, seconds: float) -> None:
+    advice = advise(data, seconds=seconds)
+    config = configured(advice)
+    assert config.training.seconds == seconds
+    dataset = load_dataset(config.data)
+    assert build(config, dataset).flow_map.sample_shape == tuple(dataset.shape)
+    assert ("nearest measured" in advice) == (data != "digits") or "no figure was measured" in advice
+    guidance = getattr(config.objective, "guidance", None)
+    assert dataset.num_classes or getattr(guidance, "omega", 1.0) == 1.0
+
+
+@pytest.mark.usefixtures("places")
+def test_data_are_seen_as_they_are() -> None:
+    found = look("with classes")
+    assert (found.count, found.classes, found.shape, found.source) == (8, 2, (3, 70, 90), "images")
+    assert "4 episodes" in str(look("point.npz"))
+    assert look("grey.npz").shape == (1, 16, 16)
+
+
+@pytest.mark.usefixtures("places")
+def test_what_is_no_data_gets_one_line() -> None:
+    with pytest.raises(DataError, match="nothing is no data: give digits"):
+        advise("nothing")
+    with pytest.raises(ConfigError, match="-1 seconds"):
+        advise("digits", seconds=-1)
+    with pytest.raises(ConfigError, match="fewstep train edm-mixture"):
+        advise("mixture")
