@@ -111,7 +111,7 @@ def _pictures(data: Look, seconds: float) -> Choice:
     cautions = (f"{data.count:,} images are few: expect copies of them",) if data.count < 500 else ()
     resized = ("--data.image-size", str(size)) if data.source == "images" else ()
     if (name := f"photos-{size}") in RECIPES:
-        words = data.words[2:] if data.source == "images" else data.words
+        words = data.words[2:] if data.source == "images" else (*data.words, "--data.image-size", "0")
         why = (f"a U-Net on blocks of pixels learns pictures of {size} pixels in minutes",)
         return _unguided(data, Choice(name, words, why, name, cautions))
     why = ("a U-Net learns pictures better than a transformer of its size in short runs",)
@@ -168,9 +168,10 @@ def _student(format: str, teacher: FlowMap, words: Sequence[str]) -> Choice:
         why = ("CTM with the computed preconditioning: the teacher's format is known, its data are needed",)
         return Choice("distil-edm", (*words,), why, "teacher-edm")
     path = kind_name(type(teacher.path))
-    own = ("--network", "teacher", "--model.path", "teacher", "--model.scaling", "teacher")
+    own = ("--network", "teacher")
     if path == "linear":
         why = ("CTM leads EMD and LMD in one call, and costs nearly twice EMD's time",)
         return Choice("ctm-flow-matching", (*words, *own), why, "teacher-linear")
+    own = (*own, "--model.path", "teacher", "--model.scaling", "teacher")
     why = ("CTM's jumps go anywhere; consistency distillation (cd-digits) where one call is all that is wanted",)
     return Choice("ctm-digits", (*words, *own), why, "teacher-run")
