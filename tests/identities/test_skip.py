@@ -16,7 +16,12 @@ from fewstep.flow.preconditioning.covariance import (
     from_cosines,
     to_cosines,
 )
-from fewstep.flow.preconditioning.jumps import CMPreconditioning, CMPreconditioningConfig, EulerPreconditioning
+from fewstep.flow.preconditioning.jumps import (
+    CMPreconditioning,
+    CMPreconditioningConfig,
+    EulerPreconditioning,
+    LinearPreconditioning,
+)
 from fewstep.flow.preconditioning.skip import SkipPreconditioning, SkipPreconditioningConfig
 from fewstep.objectives import eulerian_error, eulerian_residual
 from fewstep.utils.errors import ConfigError
@@ -176,6 +181,13 @@ def test_without_variance_it_is_finite_at_both_ends(path_name: str) -> None:
         torch.tensor([path.t_min, path.t_max, path.t_min], dtype=F64),
     )
     assert bool(flow_map.jump(noise(3, 3), *ends).isfinite().all())
+    for base in (EulerPreconditioning(path), LinearPreconditioning()):
+        skip = SkipPreconditioning(base, covariance, path)
+        middle = 0.5 * (path.t_min + path.t_max)
+        for t, s in ((middle, path.t_min), (path.t_max, path.t_min), (middle, middle)):
+            times = tuple(torch.tensor([time], dtype=F64) for time in (t, s))
+            both = torch.func.jvp(lambda t, s: skip.linear(noise(1, 3), t, s), times, (torch.ones(1).double(),) * 2)  # noqa: B023
+            assert bool(both[1].isfinite().all())
 
 
 def test_a_share_of_the_gaussian_explains_what_euler_does_not() -> None:

@@ -293,9 +293,9 @@ def from_cosines(y: Tensor, channels: Tensor) -> Tensor:
 
 def flow_gain(at_t: PathValues, at_s: PathValues, lam: Tensor) -> Tensor:
     """The flow map's factor along directions of variance lam, from t to s; 1 where there is neither data nor noise."""
-    before, after = _spread(at_t, lam), _spread(at_s, lam)
+    before, after = _root(at_t, lam), _root(at_s, lam)
     none = before == 0
-    return torch.where(none, 1.0, torch.sqrt(after / torch.where(none, 1.0, before)))
+    return torch.where(none, 1.0, after / torch.where(none, 1.0, before))
 
 
 def denoiser_gain(at_t: PathValues, lam: Tensor) -> Tensor:
@@ -306,6 +306,13 @@ def denoiser_gain(at_t: PathValues, lam: Tensor) -> Tensor:
 def velocity_gain(at_t: PathValues, lam: Tensor) -> Tensor:
     """The velocity's factor along directions of variance lam."""
     return (at_t.alpha * at_t.d_alpha * lam + at_t.sigma * at_t.d_sigma) / nonzero(_spread(at_t, lam))
+
+
+def _root(at: PathValues, lam: Tensor) -> Tensor:
+    """The deviation along the directions; sigma where there is neither data nor noise, whose derivative is finite."""
+    spread = _spread(at, lam)
+    none = spread == 0
+    return torch.where(none, at.sigma, torch.sqrt(torch.where(none, 1.0, spread)))
 
 
 def _spread(at: PathValues, lam: Tensor) -> Tensor:
