@@ -27,7 +27,9 @@ _LATENT = UNetConfig(width=128, multipliers=(1, 2, 2), blocks=2, attention=(8,),
 def photos_64() -> RunConfig:
     """iSD-T on a folder of pictures at 64x64, with a U-Net of 2.8 million parameters on 8x8 pixel blocks.
 
-    No figure is measured yet.
+    59 images a second on one core, so that its 60,000 take 17 minutes of one. Tried for 16,000 images on 600 crops of
+    40 photographs, in 273 s of one core: colours and textures of the classes, in blocks, and no pictures yet. No
+    Frechet distance is measured.
     """
     return RunConfig(
         recipe="photos-64",
@@ -40,15 +42,15 @@ def photos_64() -> RunConfig:
             derivative=Derivative("finite-difference"),
             weighting=Weighting(weight_power=1.0, weight_eps=1.0),
         ),
-        optimizer=OptimizerConfig(lr=3e-3, warmup_images=800, decay="cosine"),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_images=3_000, decay="cosine"),
         training=TrainingConfig(
-            images=16_000,
+            images=60_000,
             batch_size=32,
             flip=True,
             ema_power=(0.1,),
             log_images=1_600,
-            checkpoint_images=8_000,
-            sample_images=4_000,
+            checkpoint_images=15_000,
+            sample_images=15_000,
         ),
         evaluation=EvaluationConfig(samples=2000, steps=(1, 2, 4), reference_steps=32),
     )
