@@ -168,7 +168,7 @@ def _student(format: str, teacher: FlowMap, words: Sequence[str]) -> Choice:
         why = ("CTM with the computed preconditioning: the teacher's format is known, its data are needed",)
         return Choice("distil-edm", (*words,), why, "teacher-edm")
     path = kind_name(type(teacher.path))
-    own = ("--network", "teacher")
+    own: tuple[str, ...] = ("--network", "teacher")
     if path == "linear":
         why = ("CTM leads EMD and LMD in one call, and costs nearly twice EMD's time",)
         return Choice("ctm-flow-matching", (*words, *own), why, "teacher-linear")
