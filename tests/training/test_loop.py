@@ -254,6 +254,7 @@ def test_bf16_keeps_float32_weights(unbroken: Callable[[str], Path]) -> None:
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
 
 
+@pytest.mark.filterwarnings("ignore:the run ended before its learning rate")
 def test_the_time_limit_stops_the_run(digits: Dataset, tmp_path: Path) -> None:
     config = replace(TINY, training=replace(TINY.training, images=10**9, seconds=0.3, checkpoint_images=10**9))
     result = train_run(config, digits, RunFolder(tmp_path), RUNTIME)
