@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from fewstep.data.folder import decode
 from fewstep.data.latents.encode import EncodingWork, encode_folder
+from fewstep.data.latents.pictures import RowPictures
 from fewstep.data.latents.shards import EncodingSettings, load_latents
 from fewstep.data.rows import Columns, ImageRows, find_caption_column, find_image_column, holds_rows
 from fewstep.utils.errors import CheckpointError, DataError, FewstepError
@@ -44,7 +45,10 @@ def test_a_rows_image_is_read_as_its_file_would_be(tmp_path: Path) -> None:
     assert np.array_equal(found.decode(1, 4), decode(tmp_path / "1.png", 4))  # type: ignore[arg-type]
     assert found.content(1) == png(1)
     assert (found.labels(), rows((png(), "a"), class_names=("cat", "dog")).labels()) == (None, (1,))
-    assert "UnidentifiedImageError" in str(rows((b"no image", "a")).decode(0, 4))
+    assert "UnidentifiedImageError: cannot identify image file what the row holds" in str(
+        rows((b"no image", "a")).decode(0, 4)
+    )
+    assert RowPictures(rows((png(), "a"))).place == "data"
     elsewhere = ImageRows("'data'", [{"image": {"bytes": None, "path": str(tmp_path / "1.png")}}], "image", "", "", ())
     assert elsewhere.content(0) == png(1)
 

@@ -1,5 +1,6 @@
 """Teachers of diffusers: each family is its library's own model, and its student equals it to the last bit at first."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fewstep.sampling.pipeline import Pipeline, PipelineConfig, load_pipeline
 from fewstep.sampling.samplers import map_sampler
 from fewstep.teachers.diffusers import load_diffusers
 from fewstep.training.probe import fault, needs_probe
-from fewstep.utils.errors import CheckpointError, FewstepWarning
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from fewstep.utils.random import Draws
 from tests.export.test_export import assert_drawn_alike, own_words
 from tests.export.test_export import load_pipeline as load_exported
@@ -179,6 +180,55 @@ def batch(kind: str, step: int) -> Batch:
     draws, cond = Draws(0, step, torch.arange(2)), TINY[kind].condition(2)
     x0 = 0.5 * draws.normal(0, TINY[kind].shape)
     return Batch(x0, cond.labels, draws, images=2 * step, prompts=cond.prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "t"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5, "sigma_min": 0.01, "sigma_max": 50.0}, 3.0),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, 900.0),
+        ({"_class_name": "DDPMScheduler", "trained_betas": [0.002 * k for k in range(1, 101)]}, 60.0),
+        ({"_class_name": "DDPMScheduler", "prediction_type": "sample"}, 500.0),
+    ],
+    ids=["edm", "zero-snr", "trained-betas", "sample"],
+)
+def test_its_denoiser_is_what_its_scheduler_makes_of_it(changes: dict[str, Any], t: float, tmp_path: Path) -> None:
+    """Kinds of schedules and predictions that no family above has."""
+    import diffusers
+
+    settings = {"num_train_timesteps": len(changes.get("trained_betas", range(1000))), "clip_sample": False, **changes}
+    model = save_foreign(tmp_path, "UNet2DModel", bare=True)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(settings))
+    teacher = load_diffusers(tmp_path)
+    scheduler = getattr(diffusers, changes["_class_name"]).from_config(settings)
+    x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 7])
+    with torch.no_grad():
+        if "sigma_data" in changes:
+            sigma = torch.tensor(t)
+            raw = model(scheduler.precondition_inputs(x, sigma), sigma.log() / 4, class_labels=labels).sample
+            own = scheduler.precondition_outputs(x, raw, sigma)
+        else:
+            scheduler.set_timesteps(settings["num_train_timesteps"])
+            own = scheduler.step(model(x, int(t), class_labels=labels).sample, int(t), x).pred_original_sample
+        found = teacher.denoise(x, torch.full((2,), t, dtype=torch.float64), Condition(labels))
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=2e-5 * max(1.0, float(own.abs().max())))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"_class_name": "SCMScheduler"}, "the noise of SCMScheduler is not known"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "the noise of CMStochasticIterativeScheduler is not known"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "'epsilon' with use_flow_sigmas"),
+    ],
+)
+def test_a_scheduler_of_unknown_noise_is_not_taken_for_another(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    save_foreign(tmp_path, "UNet2DModel", bare=True)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=reason):
+        load_diffusers(tmp_path)
 
 
 def test_samples_of_another_size_than_it_was_made_for_are_warned_of(tmp_path: Path) -> None:

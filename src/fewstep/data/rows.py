@@ -1,6 +1,7 @@
 """Images and captions in a Hugging Face dataset: parquet on this disk, or one of the Hub, read by `datasets`."""
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fewstep.utils.text import listed
 _CAPTIONS = ("text", "caption", "prompt")
 _LABELS = ("label", "labels")
 _NAMED = 5
+_NO_FILE = re.compile(r"<_io\.BytesIO[^>]*>")
 Row = Mapping[str, Any]
 
 
@@ -74,7 +76,8 @@ class ImageRows:
     def decode(self, number: int, image_size: int) -> Pixels | str:
         """As `fewstep.data.folder.decode`, or why there is nothing."""
         content = self.content(number)
-        return decode_or_reason(io.BytesIO(content), image_size) if content else "there is no image"
+        found = decode_or_reason(io.BytesIO(content), image_size) if content else "there is no image"
+        return _NO_FILE.sub("what the row holds", found) if isinstance(found, str) else found
 
     def captions(self) -> tuple[str, ...]:
         """Of every row, in order.
@@ -136,8 +139,9 @@ def read_rows(source: Path, columns: Columns) -> ImageRows:
             f"'{source}' is no folder of images, and parquet and datasets of the Hub need the library datasets: "
             f"pip install 'fewstep[data]' ({error})"
         ) from error
-    shown = datasets.is_progress_bar_enabled()
+    shown, said = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it raises says as much
     place = f"'{source}'"
     try:
         if source.suffix == ".parquet":
@@ -150,6 +154,7 @@ def read_rows(source: Path, columns: Columns) -> ImageRows:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{place} holds no dataset that can be read: {type(error).__name__}: {reason}") from error
     finally:
+        datasets.logging.set_verbosity(said)
         if shown:
             datasets.enable_progress_bars()
     label, names = _classes(found.features)

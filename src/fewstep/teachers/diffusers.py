@@ -47,6 +47,8 @@ _SCHEDULES: dict[str, BetaSchedule] = {
     "scaled_linear": "scaled-linear",
     "squaredcos_cap_v2": "cosine",
 }
+_BETAS_BY_DEFAULT = ("DDPM", "DDIM", "PNDM")
+"""Schedulers whose betas are linear from 1e-4 to 0.02 where their settings say nothing."""
 _PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon",
     "sample": "sample",
@@ -241,9 +243,16 @@ def read_scheduler(file: Path, kind: Family) -> tuple[TimePath, Scaling]:
         if settings.get("prediction_type", "epsilon") != "epsilon":
             raise ConfigError(f"{file}: prediction_type {settings['prediction_type']!r} of {name} is not known")
         return path, EDMScaling(settings.get("sigma_data", 0.5), path)
+    schedule, predicted = settings.get("beta_schedule", "linear"), settings.get("prediction_type", "epsilon")
+    if settings.get("use_flow_sigmas") and predicted != "flow_prediction":
+        raise ConfigError(f"{file}: prediction_type {predicted!r} with use_flow_sigmas is not known")
     if name.startswith("Flow") or settings.get("use_flow_sigmas"):
         return Linear(), PredictionScaling("flow", Linear(), Linear(), time_factor=kind.noise_time)
-    schedule, predicted = settings.get("beta_schedule", "linear"), settings.get("prediction_type", "epsilon")
+    if not (name.startswith(_BETAS_BY_DEFAULT) or settings.keys() & {"beta_schedule", "trained_betas"}):
+        raise ConfigError(
+            f"{file}: the noise of {name or 'a scheduler without _class_name'} is not known; known are flow matching's "
+            "schedulers, EDM's, and those with a beta_schedule"
+        )
     if predicted not in _PREDICTIONS:
         raise ConfigError(f"{file}: prediction_type {predicted!r} is not known; known are {', '.join(_PREDICTIONS)}")
     given = settings.get("trained_betas")
@@ -277,7 +286,10 @@ def _warn_of_size(folder: Path, shape: Shape, settings: Settings) -> None:
 def _sample_shape(name: str, settings: Settings) -> Shape:
     size, channels = settings.get("sample_size"), settings.get("in_channels")
     if not isinstance(channels, int) or size is None:
-        raise ConfigError(f"the configuration of this {name} does not say its samples' size: give the data's shape")
+        raise ConfigError(
+            f"the configuration of this {name} does not say its samples' size: train on data (no set of its own "
+            "samples can be drawn), or give load_teacher their shape"
+        )
     sides = [size, size] if isinstance(size, int) else list(size)
     return (channels, *map(int, sides))
 

@@ -104,7 +104,7 @@ class RowPictures(Pictures):
 
     @property
     def place(self) -> str:
-        return self.rows.place
+        return self.rows.place.strip("'")
 
     @property
     def labels(self) -> tuple[int, ...] | None:
@@ -132,7 +132,9 @@ class RowPictures(Pictures):
 
     def captions(self, file: Path | None) -> tuple[str, ...]:
         if file is not None:
-            raise ConfigError(f"{self.place} has captions in a column: leave out --captions, name it --caption-column")
+            raise ConfigError(
+                f"{self.rows.place} has captions in a column: leave out --captions, name it --caption-column"
+            )
         return self.rows.captions()
 
 
