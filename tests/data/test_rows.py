@@ -49,8 +49,16 @@ def test_a_rows_image_is_read_as_its_file_would_be(tmp_path: Path) -> None:
         rows((b"no image", "a")).decode(0, 4)
     )
     assert RowPictures(rows((png(), "a"))).place == "data"
-    elsewhere = ImageRows("'data'", [{"image": {"bytes": None, "path": str(tmp_path / "1.png")}}], "image", "", "", ())
-    assert elsewhere.content(0) == png(1)
+
+
+def test_a_rows_file_lies_in_the_datasets_own_folders(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("own/in.png", "out.png"):
+        (tmp_path / name).write_bytes(png(1))
+    (tmp_path / "own" / "link.png").symlink_to(tmp_path / "out.png")
+    for name, content in (("own/in.png", png(1)), ("out.png", b""), ("own/../out.png", b""), ("own/link.png", b"")):
+        named = [{"image": {"bytes": None, "path": str(tmp_path / name)}}]
+        assert ImageRows("'data'", named, "image", "", "", (), folders=(tmp_path / "own",)).content(0) == content
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class ImageRows:
     """Rows that each have an image, and perhaps a caption and a class.
 
     place: of the data, for messages. rows: by their numbers, images as {"bytes", "path"}. texts: the captions' column,
-    "" for none. names: of all columns.
+    "" for none. names: of all columns. folders: where files that a row names may lie; no other file is opened.
     """
 
     place: str
@@ -45,6 +45,7 @@ class ImageRows:
     label: str
     names: tuple[str, ...]
     class_names: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -69,8 +70,9 @@ class ImageRows:
         found = self.rows[number][self.image]
         held = found.get("bytes") if isinstance(found, Mapping) else None
         if held is None and isinstance(found, Mapping) and found.get("path"):
-            place = Path(found["path"])
-            return place.read_bytes() if place.is_file() else b""
+            place = Path(found["path"]).resolve()
+            inside = any(place.is_relative_to(folder.resolve()) for folder in self.folders)
+            return place.read_bytes() if inside and place.is_file() else b""
         return held if isinstance(held, bytes) else b""
 
     def decode(self, number: int, image_size: int) -> Pixels | str:
@@ -159,7 +161,9 @@ def read_rows(source: Path, columns: Columns) -> ImageRows:
             datasets.enable_progress_bars()
     label, names = _classes(found.features)
     texts = find_caption_column(place, tuple(found.features), columns)
-    return ImageRows(place, found, name, texts, label, tuple(found.features), names)
+    own = source.parent if source.suffix == ".parquet" else source
+    folders = (*([own] if own.is_dir() else []), Path(datasets.config.HF_CACHE_HOME))
+    return ImageRows(place, found, name, texts, label, tuple(found.features), names, folders)
 
 
 def find_image_column(place: str, kinds: Mapping[str, str], columns: Columns) -> str:
