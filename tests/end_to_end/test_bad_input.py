@@ -41,7 +41,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
     ("words", "message"),
     [
         ("trian digits", r"unknown command 'trian'; did you mean train\?"),
-        ("xyz digits", r"unknown command 'xyz'; commands: quickstart, recipes, objectives"),
+        ("xyz digits", r"unknown command 'xyz'; commands: quickstart, advise, recipes, objectives"),
         ("train", r"train needs a recipe first.*digits-unet"),
         ("train --out x", r"train needs a recipe first"),
         ("train digit", r"no recipe 'digit'; recipes: digits, "),
@@ -301,7 +301,7 @@ def test_weights_of_another_architecture(run: Path, command: Command) -> None:
         ("--interval 0 0.5", r"--interval bounds where guidance acts, and there is none: add --guidance-scale"),
         ("--times 0.2 0.9", r"fall"),
         ("--columns 0", r"columns"),
-        ("--out picture.jpg", r"picture\.jpg: give FILE\.png, FILE\.npz or a folder"),
+        ("--out picture.jpg", r"picture\.jpg: give FILE\.png, FILE\.gif, FILE\.npz or a folder"),
         ("--interval 0.5", r"--interval"),
     ],
 )
@@ -368,7 +368,7 @@ def test_an_interrupt_says_how_to_go_on(command: Command, monkeypatch: pytest.Mo
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewstep.training.train", interrupt)
+    monkeypatch.setattr("fewstep.evaluation.running.train_on", interrupt)
     shown = command("train", "digits", *SMALL)
     assert shown.code == 130
     assert shown.err.startswith("fewstep: interrupted")

@@ -188,7 +188,7 @@ def test_memory_that_runs_out(error: Exception, command: Command, monkeypatch: p
     def exhaust(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fewstep.training.train", exhaust)
+    monkeypatch.setattr("fewstep.evaluation.running.train_on", exhaust)
     assert_refused(command("train", "digits", *SMALL), r"out of memory \(.+\): take a smaller network")
 
 
@@ -210,6 +210,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(command: Command, monke
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("fewstep.training.train", fail)
+    monkeypatch.setattr("fewstep.evaluation.running.train_on", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         command("train", "digits", *SMALL)

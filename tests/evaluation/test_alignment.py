@@ -299,7 +299,7 @@ def test_a_matrix_that_does_not_fit_its_times_is_refused() -> None:
 
 def test_a_report_shows_its_alignments() -> None:
     page = render(RunReport("t", "", alignments=(measured("Euler").row(), measured(HOSTILE, 0.01).row())))
-    assert page.count("<h2>Alignment with the teacher</h2>") == 1
+    assert page.count("<summary>Alignment with the teacher</summary>") == 1
     assert page.count("data:image/png;base64,") == 4
     assert "1,000 noised samples" in page
     assert HOSTILE not in page

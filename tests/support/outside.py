@@ -171,6 +171,7 @@ def outside() -> RunConfig:
         ),
         network=LayerConfig(),
         objective=ScaledMatching(),
+        optimizer=replace(base.optimizer, warmup_images=0),
         training=replace(
             base.training, images=320, batch_size=32, log_images=64, checkpoint_images=96, sample_images=160
         ),
