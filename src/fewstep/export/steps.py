@@ -59,22 +59,35 @@ def step_table(pipeline: Pipeline, calls: tuple[int, ...], **settings: Any) -> S
 
     settings: of SamplingSettings, besides steps. Raises ConfigError for another sampler than the map's.
     """
-    tables = {}
+    times = sampling_times(pipeline, calls, **settings)
+    return StepTable(prior_of(pipeline), {count: steps_of(pipeline.flow_map, own) for count, own in times.items()})
+
+
+def sampling_times(pipeline: Pipeline, calls: tuple[int, ...], **settings: Any) -> dict[int, Tensor]:
+    """For each number of calls the falling times of the map sampler; raises ConfigError for another sampler."""
+    found = {}
     for count in calls:
         own = SamplingSettings(steps=count, **settings)
         if own.sampler != "map":
             raise ConfigError(f"sampler {own.sampler!r} is no table of steps: export the map sampler")
-        tables[count] = steps_of(pipeline.flow_map, own.grid(pipeline.flow_map.path, pipeline.step_times))
+        found[count] = own.grid(pipeline.flow_map.path, pipeline.step_times)
+    return found
+
+
+def prior_of(pipeline: Pipeline) -> float:
+    """The deviation of the noise that samples start from."""
     path = pipeline.flow_map.path
-    prior = path.values(torch.tensor([path.t_max], dtype=torch.float64)).sigma
-    return StepTable(float(prior), tables)
+    return float(path.values(torch.tensor([path.t_max], dtype=torch.float64)).sigma)
 
 
 def steps_of(flow_map: FlowMap, times: Tensor) -> tuple[Step, ...]:
     """Steps at falling times (n + 1,)."""
     path, scaling = flow_map.path, flow_map.scaling
     if flow_map.preconditioning.known_measures() is not None:
-        raise ConfigError("a model with a skip cannot be exported: its steps scale every direction of the data apart")
+        raise ConfigError(
+            "the steps of a model with a skip scale every direction of the data apart, which this format has no place "
+            "for: export it --to torch"
+        )
     times = path.clock(times)
     t, s = times[:-1], times[1:]
     f, g = flow_map.preconditioning.coefficients(t, s)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.export.cards import traced_card, write_card
-from fewstep.export.steps import Step, step_table
+from fewstep.export.steps import Step, prior_of, sampling_times, step_table
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.skip import SkipPreconditioning
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.sampling.pipeline import Pipeline
@@ -63,6 +65,40 @@ class SamplerModule(nn.Module):
         return x
 
 
+class SkipSamplerModule(nn.Module):
+    """The same for a model with a skip, whose steps scale every direction of the data apart; times (n + 1,) falling."""
+
+    def __init__(self, flow_map: FlowMap, names: tuple[str, ...], prior: float, times: Tensor) -> None:
+        super().__init__()
+        skip, scaling = flow_map.preconditioning, flow_map.scaling
+        assert isinstance(skip, SkipPreconditioning)
+        self.network, self.names, self.prior, self.covariance = flow_map.network, names, prior, skip.covariance
+        self.sees = isinstance(self.network, Network) and self.network.sees_skip
+        times = flow_map.path.clock(times)
+        self.steps = [skip.at_times(t, s) for t, s in zip(times[:-1].split(1), times[1:].split(1), strict=True)]
+        numbers = torch.stack([*scaling.values(times[:-1]), scaling.c_noise(times[:-1]), scaling.c_noise(times[1:])], 1)
+        self.numbers: list[list[float]] = numbers.tolist()
+
+    def forward(self, noise: Tensor, *given: Tensor) -> Tensor:
+        x, cond = self.prior * noise, condition_of(dict(zip(self.names, given, strict=True)))
+        covariance = self.covariance.of(cond.labels)
+        mean = covariance.mean.to(x)
+        for step, (c_skip, c_out, c_in, clock_t, clock_s) in zip(self.steps, self.numbers, strict=True):
+            t, s = (torch.full_like(x[:, 0].flatten(1)[:, 0], time) for time in (clock_t, clock_s))
+            centred = x - step.alpha * mean
+            own = cond
+            if self.sees:
+                own = replace(cond, seen=covariance.scaled(centred, _always(step.seen)) / covariance.deviation)
+            output = c_skip * x + c_out * self.network(c_in * x, t, s, own)
+            x = covariance.scaled(centred, _always(step.gains)) + step.weight * mean + step.g * output
+        return x
+
+
+def _always(gains: Tensor) -> Callable[[Tensor], Tensor]:
+    """Gains that are known, whatever the variances."""
+    return lambda variances: gains
+
+
 def conditions(flow_map: FlowMap) -> dict[str, Tensor]:
     """What the network takes besides x and times: an example of each, of a batch of two."""
     network = flow_map.network
@@ -89,12 +125,14 @@ def export_traced(
     flow_map = pipeline.flow_map.cpu().eval()
     if flow_map.config is not None and flow_map.config.observation:
         raise ConfigError("a policy's observations have no place in these files: export models of images")
-    write, table, given = writer_of(kind), step_table(pipeline, calls), conditions(flow_map)
+    write, given = writer_of(kind), conditions(flow_map)
     x, names = torch.randn(2, *flow_map.sample_shape), tuple(given)
     times = {"t": torch.full((2,), flow_map.path.t_max), "s": torch.full((2,), flow_map.path.t_min)}
     modules: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {"jump": (JumpModule(flow_map, names), {"x": x, **times})}
-    for count, steps in table.steps.items():
-        modules[f"sampler-{count}"] = SamplerModule(flow_map, names, table.prior, steps), {"noise": x}
+    with torch.no_grad():  # numbers that are computed once are there before anything is traced
+        modules["jump"][0](x, *times.values(), *given.values())
+    samplers, numbers = _samplers(pipeline, names, calls)
+    modules |= {f"sampler-{count}": (module, {"noise": x}) for count, module in samplers.items()}
     with new_folder(folder) as aside:
         for name, (module, inputs) in modules.items():
             try:
@@ -112,12 +150,29 @@ def export_traced(
             "class_names": list(pipeline.config.class_names),
             "range": pipeline.config.data_range,
             "clock": [flow_map.path.t_min, flow_map.path.t_max],
-            **json.loads(table.to_json()),
+            **numbers,
         }
         (aside / "fewstep.json").write_text(json.dumps(record, indent=1) + "\n")
         words = {name: _expression(kind, value) for name, value in {"noise": x, **given}.items()}
-        write_card(pipeline, traced_card(pipeline, kind, words, min(table.steps)), aside, teacher)
+        write_card(pipeline, traced_card(pipeline, kind, words, min(samplers)), aside, teacher)
     return [folder / f"{name}{SUFFIX[kind]}" for name in modules]
+
+
+def _samplers(
+    pipeline: Pipeline, names: tuple[str, ...], calls: tuple[int, ...]
+) -> tuple[dict[int, nn.Module], dict[str, Any]]:
+    """The sampler in each number of calls, and its numbers: steps, or times alone for a model with a skip."""
+    flow_map = pipeline.flow_map
+    if isinstance(flow_map.preconditioning, SkipPreconditioning):
+        prior, times = prior_of(pipeline), sampling_times(pipeline, calls)
+        numbers = {"prior": prior, "times": {str(count): own.tolist() for count, own in times.items()}}
+        return {count: SkipSamplerModule(flow_map, names, prior, own) for count, own in times.items()}, numbers
+    table = step_table(pipeline, calls)
+    made: dict[int, nn.Module] = {
+        count: SamplerModule(flow_map, names, table.prior, steps) for count, steps in table.steps.items()
+    }
+    of_table: dict[str, Any] = json.loads(table.to_json())
+    return made, of_table
 
 
 def _expression(kind: Format, value: Tensor) -> str:

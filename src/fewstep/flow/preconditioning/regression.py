@@ -6,6 +6,7 @@ On the EDM path, with a = -log t, b = -log s, along a direction of variance lam,
 R is 1 at s = t, and dR/ds = (1 - d)/t there, for any q: so says dx/dt = (x - D)/t. q = 0 is the Gaussian's own.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, final
@@ -89,11 +90,14 @@ class Regression:
         weight = self.weight if self.weight.numel() else torch.zeros_like(self.table[0])
         return Surface.through(self.table, start, step), Surface.through(weight, start, step)
 
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        return float(self.lam[0]) - _BEYOND, float(self.lam[-1]) + _BEYOND
+
     def _place(self, at: PathValues) -> tuple[Tensor, Tensor]:
         """(-log tau held within the levels, whether it lies there), (B,) each; finite where tau is 0 or infinite."""
-        low, high = float(self.lam[0]) - _BEYOND, float(self.lam[-1]) + _BEYOND
-        above = at.sigma > torch.exp(at.sigma.new_tensor(-low)) * at.alpha
-        below = at.sigma < torch.exp(at.sigma.new_tensor(-high)) * at.alpha
+        low, high = self._ends
+        above, below = at.sigma > math.exp(-low) * at.alpha, at.sigma < math.exp(-high) * at.alpha
         beyond = above | below
         ratio = torch.where(beyond, 1.0, at.sigma) / torch.where(beyond, 1.0, at.alpha)
         return torch.where(above, low, torch.where(below, high, -torch.log(ratio))), ~beyond

@@ -3,7 +3,7 @@ finds; the network learns the rest (math.md §3.8).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, final, get_args
+from typing import Literal, NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
@@ -124,6 +124,14 @@ class SkipPreconditioning(Preconditioning):
         weight = expand(at_s.alpha - g * self._output_of_mean(t), x).to(x.dtype)
         return self.passed(self.path, centred, t, s) + weight * mean
 
+    def at_times(self, t: Tensor, s: Tensor) -> "SkipAtTimes":
+        """The numbers of one jump t -> s, times (1,): all that it needs of them."""
+        alpha_t, alpha_s = (self.path.values(time).alpha for time in (t, s))
+        f, g = self.coefficients(t, s)
+        gains = self._gain(self.covariance.lam[None], t, s)
+        weight = alpha_s - g * self._output_of_mean(t)
+        return SkipAtTimes(gains, gains - f[:, None], float(alpha_t), float(weight), float(g))
+
     def _gain(self, lam: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """G - g n along directions of variance lam (1, k): (B, k); n the factor of N_G on the diagonal."""
         at_t, g = columns(self.path, t), self.coefficients(t, s)[1][:, None]
@@ -143,6 +151,19 @@ class SkipPreconditioning(Preconditioning):
             return torch.ones_like(t)
         at_t, (f_s, g_s) = self.path.values(t), self.base.diagonal(t)
         return (at_t.d_alpha - f_s * at_t.alpha) / nonzero(g_s)
+
+
+class SkipAtTimes(NamedTuple):
+    """X = V diag(gains) V' (x - alpha m) + weight m + g N, and what is shown, V diag(seen) V' (x - alpha m)/sd.
+
+    gains, seen (1, n): one for each variance of the covariance.
+    """
+
+    gains: Tensor
+    seen: Tensor
+    alpha: float
+    weight: float
+    g: float
 
 
 @final
