@@ -38,7 +38,7 @@ TEACHERS = {
     text.NAME: "A text teacher and its students",
 }
 ADAPTERS = ["--network.lora", "8", "--optimizer.lr", "1e-3"]
-WITHOUT_DATA = ["--data.source", "teacher-samples", "--data.source.count", "2000"]
+WITHOUT_DATA = ["--data.source", "teacher-samples", "--data.source.draw.count", "2000"]
 STUDENTS: dict[str, dict[str, list[str]]] = {
     "diffusers": {
         "euler": ["--model.preconditioning", "euler"],
