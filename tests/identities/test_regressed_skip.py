@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning.covariance import Covariance, PrincipalComponents
@@ -18,10 +17,9 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreco
 from fewstep.flow.preconditioning.regression import Family, Measured, Regression, RegressionSettings
 from fewstep.flow.preconditioning.skip import SkipPreconditioning, SkipPreconditioningConfig
 from fewstep.flow.preconditioning.trajectory_moments import TrajectoryMoments, pooled
-from fewstep.objectives import eulerian_residual
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import from_json, to_json
-from tests.identities.test_skip import SHAPE, SIZE, cases, components, cosine
+from tests.identities.test_skip import SHAPE, SIZE, assert_residual_is_the_slope, cases, components, cosine
 from tests.support.cases import F64, PATHS, clock, close, every_pair, noise, pair, random_network, unit_triples
 
 LEVELS = 20
@@ -119,12 +117,7 @@ def test_the_residual_is_the_derivative_of_the_jump_along_the_flow(
     flow_map = FlowMap(path, skip, random_network(SHAPE))
     x, (s, _, t) = cases(path_name, times, seed)
     v = noise(3, *SHAPE, seed=seed + 2)
-    terms = Derivative().along(flow_map, x, v, t, s, None)  # type: ignore[arg-type]  # networks without conditions
-    residual = eulerian_residual(flow_map, x, v, *terms, t, s)
-    h = 1e-6 * t
-    across = [flow_map.jump(x + sign * h[:, None, None, None] * v, t + sign * h, s) for sign in (1, -1)]
-    slope = (across[0] - across[1]) / (2 * h[:, None, None, None])
-    close(residual.detach(), slope.detach(), rtol=1e-4, atol=1e-5 * float(1 + slope.detach().abs().max()))
+    assert_residual_is_the_slope(flow_map, x, v, t, s)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])

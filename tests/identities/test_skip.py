@@ -88,6 +88,16 @@ def cases(path_name: str, times: list[float], seed: int) -> tuple[Tensor, list[T
     return noise(3, *SHAPE, seed=seed), [time.repeat(3) for time in clock(PATHS[path_name], *times)]
 
 
+def assert_residual_is_the_slope(flow_map: FlowMap, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> None:
+    """The Eulerian residual against a central difference of the jump along (v, 1)."""
+    terms = Derivative().along(flow_map, x, v, t, s, None)  # type: ignore[arg-type]  # networks without conditions
+    residual = eulerian_residual(flow_map, x, v, *terms, t, s)
+    h = 1e-6 * t
+    across = [flow_map.jump(x + sign * h[:, None, None, None] * v, t + sign * h, s) for sign in (1, -1)]
+    slope = (across[0] - across[1]) / (2 * h[:, None, None, None])
+    close(residual.detach(), slope.detach(), rtol=1e-4, atol=1e-5 * float(1 + slope.detach().abs().max()))
+
+
 @every_covariance
 def test_a_covariance_is_symmetric_and_scales_its_directions(covariance: Covariance) -> None:
     c = matrix(covariance)
@@ -156,12 +166,7 @@ def test_the_residual_is_the_derivative_of_the_jump_along_the_flow(
     flow_map = skipped(path_name, name, covariance, random_network(SHAPE))
     x, (s, _, t) = cases(path_name, times, seed)
     v = noise(3, *SHAPE, seed=seed + 2)
-    terms = Derivative().along(flow_map, x, v, t, s, None)  # type: ignore[arg-type]  # networks without conditions
-    residual = eulerian_residual(flow_map, x, v, *terms, t, s)
-    h = 1e-6 * t
-    across = [flow_map.jump(x + sign * h[:, None, None, None] * v, t + sign * h, s) for sign in (1, -1)]
-    slope = (across[0] - across[1]) / (2 * h[:, None, None, None])
-    close(residual.detach(), slope.detach(), rtol=1e-4, atol=1e-5 * float(1 + slope.detach().abs().max()))
+    assert_residual_is_the_slope(flow_map, x, v, t, s)
     exact = skipped(path_name, name, covariance, gaussian_network(covariance, path_name, name))
     v = path.velocity_from_denoised(x, denoiser(covariance, path, x, t), t)
     terms = Derivative().along(exact, x, v, t, s, None)  # type: ignore[arg-type]

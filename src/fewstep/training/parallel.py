@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,14 @@ class ProcessGroup:
         """The processes that an accelerator has."""
         index, count = accelerator.process_index, accelerator.num_processes
         return ProcessGroup(index, count, lambda value: cast(Tensor, accelerator.reduce(value, "sum")))
+
+    def all_have(self, file: Path | None, device: torch.device) -> bool:
+        """Whether a file is there for every process: without a disk in common some may have it and others not.
+
+        Every process asks, also one that has no place for the file, None.
+        """
+        there = float(file is not None and file.is_file())
+        return int(self.total(torch.tensor(there, device=device))) == self.count
 
 
 def join_processes(cpu: bool, **options: Any) -> Accelerator:

@@ -27,7 +27,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import build
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, FewstepError
-from fewstep.utils.files import linked, write_atomically
+from fewstep.utils.files import refuse_links, write_atomically
 from fewstep.utils.random import shuffled_rows
 from fewstep.utils.serialization import to_json
 from fewstep.utils.tensors import expand
@@ -182,10 +182,8 @@ def kept_statistics(
     folder cannot be written or what it keeps is damaged, ConfigError when the model's denoiser is not finite.
     """
     file = cache_file(folder, model, dataset, settings)
-    for link in (path for path in linked(folder, (file.parent.name,)) if path.is_relative_to(file.parent)):
-        raise CheckpointError(f"{link} is a link, to which nothing is written: put what it leads to there")
-    there = torch.tensor(float(file.is_file()), device=next(model.parameters()).device)
-    if int(group.total(there)) == group.count:  # without a disk in common some may have it and others not
+    refuse_links(folder, file.parent.name)
+    if group.all_have(file, next(model.parameters()).device):
         return prepared(_read(file), settings, dataset)
     partial = file.with_suffix(".partial.safetensors")
     found = estimate_together(model, dataset, settings, group, partial if group.count == 1 else None, quiet)

@@ -29,7 +29,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.statistics import ConditionedDenoiser, folder_beside
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
-from fewstep.utils.files import linked, read_record, write_atomically
+from fewstep.utils.files import read_record, refuse_links, write_atomically
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import from_json, to_json
 
@@ -83,16 +83,14 @@ def kept_regression(
 
     Raises CheckpointError when the file is damaged or cannot be written, ConfigError for a denoiser that is not finite.
     """
-    there = torch.tensor(float(file is not None and file.is_file()), device=next(teacher.parameters()).device)
-    if file is not None and int(group.total(there)) == group.count:
+    if group.all_have(file, next(teacher.parameters()).device) and file is not None:
         return _read(file)
     found = regress(teacher, dataset, covariance, settings, group, quiet)
     if not quiet:
         calls = settings.trajectories * settings.levels * EVALUATIONS
         print(f"skip: {settings.trajectories:,} trajectories of the teacher, {calls:,} calls, {found.seconds:.0f} s")
     if file is not None and group.index == 0:
-        for link in (path for path in linked(file.parent.parent, (file.parent.name,))):
-            raise CheckpointError(f"{link} is a link, to which nothing is written: put what it leads to there")
+        refuse_links(file.parent.parent, file.parent.name)
         write_atomically(file, json.dumps(to_json(found)) + "\n")
     return found
 

@@ -218,6 +218,13 @@ def linked(root: Path, folders: Collection[str]) -> Iterator[Path]:
                 break
 
 
+def refuse_links(root: Path, folder: str) -> None:
+    """Raise CheckpointError where a folder of `root`, or anything below it, is a link: nothing is written to those."""
+    for link in linked(root, (folder,)):
+        if link.is_relative_to(root / folder):
+            raise CheckpointError(f"{link} is a link, to which nothing is written: put what it leads to there")
+
+
 class Lock:
     """A file `.lock` in a folder, held by one holder at a time until `release`, or until its process ends.
 

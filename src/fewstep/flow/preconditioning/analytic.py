@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig, WrappedPreconditioning
 from fewstep.flow.preconditioning.covariance import class_means
 from fewstep.flow.preconditioning.interpolation import HermiteCurve, Place
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
@@ -227,29 +227,14 @@ class AnalyticPreconditioning(Preconditioning):
 
 @final
 @dataclass(frozen=True)
-class Recentred(Preconditioning):
+class Recentred(WrappedPreconditioning):
     """Another's (f, g) about other origins, (B, ...): of a batch, and never stored."""
 
-    base: Preconditioning
     about: Tensor
 
     @property
     def origin(self) -> Tensor:
         return self.about
-
-    @property
-    def target_in_network(self) -> bool:
-        return self.base.target_in_network
-
-    @property
-    def denoises(self) -> bool:
-        return self.base.denoises
-
-    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.coefficients(t, s)
-
-    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.diagonal(t)
 
 
 @dataclass(frozen=True)

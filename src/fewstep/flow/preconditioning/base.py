@@ -6,6 +6,7 @@ in s at s = t.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -160,6 +161,35 @@ class PreconditioningConfig(ABC):
 
     def check_scaling(self, scaling: ScalingConfig) -> None:  # noqa: B027  (no check by default)
         """Raise ConfigError for an inner scaling that it does not go with; all go with most."""
+
+
+@dataclass(frozen=True)
+class WrappedPreconditioning(Preconditioning):
+    """One that jumps another way than `base` does, and whose network means on the diagonal what it means there."""
+
+    base: Preconditioning
+
+    @property
+    def target_in_network(self) -> bool:
+        return self.base.target_in_network
+
+    @property
+    def denoises(self) -> bool:
+        return self.base.denoises
+
+    @property
+    def frozen_at(self) -> Literal["t", "s"]:
+        return self.base.frozen_at
+
+    @property
+    def origin(self) -> Tensor | None:
+        return self.base.origin
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.coefficients(t, s)
+
+    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.base.diagonal(t)
 
 
 def origin_weight(path: Path, f: Tensor, g: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -3,13 +3,13 @@ finds; the network learns the rest (math.md §3.8).
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, final, get_args
+from typing import NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
 
 from fewstep.flow.paths import EDM, Path
-from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig
+from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningConfig, WrappedPreconditioning
 from fewstep.flow.preconditioning.covariance import (
     Basis,
     Classes,
@@ -32,7 +32,7 @@ from fewstep.utils.tensors import check_choice, check_least, expand, nonzero
 
 @final
 @dataclass(frozen=True)
-class SkipPreconditioning(Preconditioning):
+class SkipPreconditioning(WrappedPreconditioning):
     """X = X_G(x, t, s) + g (N - N_G(x, t)), g the base's, X_G the flow map of N(m, C), N_G its N on the diagonal.
 
     N_G is the Gaussian's denoiser D_G where the base's N denoises, else (v_G - f_s x)/g_s. At s = t the jump is x and
@@ -43,7 +43,6 @@ class SkipPreconditioning(Preconditioning):
     the above holds for any values of it, and it is nothing on Gaussian data.
     """
 
-    base: Preconditioning
     covariance: Covariance
     path: Path = EDM()
     regression: Regression | None = later(lambda: None)
@@ -51,22 +50,6 @@ class SkipPreconditioning(Preconditioning):
     def __post_init__(self) -> None:
         if self.base.data_end_only:
             raise ConfigError("a skip needs a preconditioning with a velocity, which cm has not: take euler or bcm")
-
-    @property
-    def target_in_network(self) -> bool:
-        return self.base.target_in_network
-
-    @property
-    def denoises(self) -> bool:
-        return self.base.denoises
-
-    @property
-    def frozen_at(self) -> Literal["t", "s"]:
-        return self.base.frozen_at
-
-    @property
-    def origin(self) -> Tensor | None:
-        return self.base.origin
 
     def check_end(self, path: Path) -> None:
         self.base.check_end(path)
@@ -92,9 +75,6 @@ class SkipPreconditioning(Preconditioning):
             return f, g
         t, s = torch.broadcast_tensors(self.path.clock(t), self.path.clock(s))
         return f, self.regression.weighed(g, self.path.values(t), self.path.values(s))
-
-    def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.diagonal(t)
 
     def jump(self, path: Path, x: Tensor, output: Tensor, t: Tensor, s: Tensor) -> Tensor:
         g = expand(self.coefficients(t, s)[1], x).to(x.dtype)
