@@ -7,30 +7,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.advice.__main__ import entries
 from fewstep.cli.train import read
 from fewstep.data.demonstrations.episodes import save_demonstrations
 from fewstep.data.sources import load_dataset
 from fewstep.evaluation.advice.advise import advise
 from fewstep.evaluation.advice.look import look
-from fewstep.evaluation.advice.rules import Entry, measured
+from fewstep.evaluation.advice.rules import measured
 from fewstep.policies.rollout import record
 from fewstep.recipes import RECIPES
 from fewstep.recipes.config import RunConfig
 from fewstep.training import build
 from fewstep.utils.errors import ConfigError, DataError
-from tests.evaluation.measured import figures_of
 from tests.support.pointtask import point_task
 
 
-@pytest.mark.parametrize("entry", measured(), ids=lambda entry: f"{entry['recipe']}, {entry['objective']}")
-def test_what_is_cited_is_what_the_studies_measured(entry: Entry) -> None:
-    figures, seconds, real = figures_of(entry)
-    assert entry["recipe"] in RECIPES
-    for calls, value in entry["figures"].items():
-        assert value == pytest.approx(figures[int(calls)], abs=6e-4)
-    assert (entry["seconds"] is None) == (seconds is None)
-    assert entry["seconds"] == pytest.approx(seconds, abs=0.06)
-    assert entry["real"] == pytest.approx(real, abs=6e-4)
+def test_what_is_cited_is_what_the_studies_measured() -> None:
+    assert list(measured()) == entries(), "python -m benchmarks.advice page writes them anew"
+    assert {entry["recipe"] for entry in measured()} <= RECIPES.keys()
 
 
 def test_reasons_are_what_the_studies_say() -> None:
