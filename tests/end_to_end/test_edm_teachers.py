@@ -20,7 +20,7 @@ from tests.support.edm_files import Runs, save_edm, write
         ("edm2", ("--model.preconditioning", "euler", "--objective", "isd")),
     ],
 )
-def test_a_student_is_trained_in_twenty_steps(
+def test_a_student_is_trained_in_four_steps(
     kind: str, options: tuple[str, ...], tmp_path: Path, command: Command
 ) -> None:
     """By CTM and by the continuous objective; it samples, saved and loaded."""

@@ -33,7 +33,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["ctm-euler", "ctm-analytic", "isd", "ctm-lora"],
 )
-def test_a_student_is_trained_in_twenty_steps_measured_and_exported(
+def test_a_student_is_trained_in_four_steps_measured_and_exported(
     options: tuple[str, ...], teacher: Path, tmp_path: Path, command: Command
 ) -> None:
     """Its first weights are the teacher's; it is exported to a folder that diffusers samples from."""
