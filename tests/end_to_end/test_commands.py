@@ -22,6 +22,7 @@ from fewstep.cli.policy_quickstart import policy_quickstart
 from fewstep.cli.quickstart import quickstart
 from fewstep.evaluation.figures import read_figures, write_figures
 from fewstep.evaluation.report.run import report
+from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import TABLE
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
@@ -341,15 +342,16 @@ class Measuring(Exception):
 def test_quickstart_trains_two_methods_distils_one_and_writes_a_page(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slowest test: real digits, each method for half a second, a classifier; with little to measure."""
+    """Real digits, each method for a fifth of a second, a classifier; a small network with little to measure."""
 
     def cheaper(name: str) -> RunConfig:
         config = recipe(name)
-        return replace(config, evaluation=replace(config.evaluation, samples=128, reference_steps=8))
+        network = MLPConfig(width=16, depth=1, embedding_width=16)
+        return replace(config, network=network, evaluation=replace(config.evaluation, samples=128, reference_steps=8))
 
     monkeypatch.setattr("fewstep.cli.quickstart.recipe", cheaper)
     runtime = Runtime(cpu=True, threads=1, quiet=True)
-    page = quickstart(tmp_path / "run", cache, runtime, seconds=0.5)
+    page = quickstart(tmp_path / "run", cache, runtime, seconds=0.2)
     rows = json.loads((tmp_path / "run" / "figures.json").read_text())
     shown = {(row["method"], row["nfe"]) for row in rows}
     assert shown >= {("iSD-T", nfe) for nfe in (1, 2, 4, 16)} | {("flow matching", nfe) for nfe in (1, 2, 16, 32)}
@@ -371,7 +373,7 @@ def test_quickstart_trains_two_methods_distils_one_and_writes_a_page(
 
     monkeypatch.setattr("fewstep.cli.quickstart.measure_run", stop)
     with pytest.raises(Measuring):
-        quickstart(tmp_path / "run", cache, runtime, seconds=0.5)
+        quickstart(tmp_path / "run", cache, runtime, seconds=0.2)
     assert logs == [(tmp_path / "run" / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "student")]
 
 
@@ -391,7 +393,7 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     monkeypatch.setattr("fewstep.cli.policy_quickstart.POLICY_DEMONSTRATIONS", 12)
     monkeypatch.setattr("fewstep.cli.policy_quickstart.POLICY_EPISODES", 2)
     runtime, root = Runtime(cpu=True, threads=1, quiet=True), tmp_path / "run"
-    page = policy_quickstart(root, runtime, seconds=0.3)
+    page = policy_quickstart(root, runtime, seconds=0.2)
     printed = capsys.readouterr().out
     assert "The expert reached the goal in 12 of 12 episodes" in printed
     assert all(name in printed for name in ("iSD", "flow matching", "regression", "expert"))
@@ -414,5 +416,5 @@ def test_the_policies_quickstart_records_trains_rolls_out_and_writes_a_page(
     monkeypatch.setattr("fewstep.cli.policy_quickstart.measure_rollouts", lambda *_: ([], None, None))
     for measuring in ("expert_row", "write_rollouts", "draw_film", "rollout_table", "report"):
         monkeypatch.setattr(f"fewstep.cli.policy_quickstart.{measuring}", lambda *_, **__: None)
-    policy_quickstart(root, runtime, seconds=0.3)
+    policy_quickstart(root, runtime, seconds=0.2)
     assert logs == [(root / name / "log.jsonl").read_bytes() for name in (".", "flow-matching", "regression")]
