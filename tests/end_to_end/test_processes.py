@@ -141,6 +141,7 @@ STUDENT = [
     "--gan.start-images", "128", "--statistics.points", "8", "--statistics.samples", "160",
     "--evaluation.curve-images", "0",
 ]  # fmt: skip
+SHARED = ["--runtime.shard", "--training.checkpoint-images", "320", "--training.sample-images", "640"]
 ESTIMATE = ["--points", "8", "--samples", "200"]
 
 
@@ -163,7 +164,8 @@ def printed_by_two(forked: Forking, folder: Path, commands: list[list[str]]) -> 
 def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
     statistics, balanced losses, a discriminator; ten of a policy, whose padded steps are masked; a teacher's
-    statistics, by their command. Then, in the same pair, a NaN in one process and a time limit.
+    statistics, by their command. The first two also with all tensors shared out. Then, in the same pair, a NaN in one
+    process and a time limit.
     """
     teacher, demonstrations = tmp_path / "teacher", tmp_path / "demos.safetensors"
     assert command(*TEACHER, "--out", teacher).code == 0
@@ -176,18 +178,32 @@ def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Pa
         [*policy, "--out", str(tmp_path / "policy-two")],
         [*STUDENT, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
         ["statistics", str(tmp_path / "its-second-copy"), *ESTIMATE],
+        [*SCRATCH, *SHARED, "--out", str(tmp_path / "shared")],
+        [
+            *STUDENT,
+            "--runtime.shard",
+            "--teacher",
+            str(tmp_path / "its-copy"),
+            "--out",
+            str(tmp_path / "student-shared"),
+        ],
     ]
     printed = printed_by_two(forked, tmp_path, commands)
     assert printed.count("two: 640 images in 20 steps") == 1
     assert command(*SCRATCH, "--out", tmp_path / "one").code == 0
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert len(RunFolder(tmp_path / "two").read_log()) == 1
+    assert largest_difference(tmp_path / "one", tmp_path / "shared") < 1e-5
+    assert len([*RunFolder(tmp_path / "shared").samples.iterdir()]) == 1
+    assert command("train", "--resume", tmp_path / "shared", "--from", "10", *SMALL[6:]).code == 0
+    assert largest_difference(tmp_path / "one", tmp_path / "shared") < 1e-5
 
     assert command(*STUDENT, "--teacher", teacher, "--out", tmp_path / "student-one").code == 0
     assert {"discriminator/discriminator.score.weight", "ema-target-0.99/output.weight"} <= stored(
         tmp_path / "student-one"
     ).keys()
     assert largest_difference(tmp_path / "student-one", tmp_path / "student-two") < 1e-5
+    assert largest_difference(tmp_path / "student-one", tmp_path / "student-shared") < 1e-5
     kept = [
         sorted(file.name for file in (tmp_path / name / "statistics").iterdir()) for name in ("teacher", "its-copy")
     ]

@@ -122,6 +122,10 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
         config = replace(self.config, step_times=step_times)
         return Pipeline(self.flow_map, config, self._provenance, self.prompts)
 
+    def of(self, flow_map: FlowMap) -> "Pipeline":
+        """The same of other weights."""
+        return Pipeline(flow_map, self.config, self._provenance, self.prompts)
+
     def from_run(self, provenance: Callable[[], Provenance]) -> "Pipeline":
         """The same, knowing where it comes from."""
         return Pipeline(self.flow_map, self.config, provenance, self.prompts)

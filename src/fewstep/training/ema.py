@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fewstep.networks.base import stored_state
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.weights import check_finite, check_shapes, shapes
+from fewstep.utils.weights import check_finite, check_shapes, own_part, shapes
 
 
 def power_exponent(sigma_rel: float) -> float:
@@ -60,8 +60,8 @@ class EMA:
         """Fold in the module's weights after `step` steps; integer buffers are copied."""
         current = stored_state(module)
         floating = [key for key, value in current.items() if value.is_floating_point()]
-        averages = [self.weights[key] for key in floating]
-        torch._foreach_lerp_(averages, [current[key] for key in floating], 1 - self.beta(step))
+        averages, latest = ([own_part(state[key]) for key in floating] for state in (self.weights, current))
+        torch._foreach_lerp_(averages, latest, 1 - self.beta(step))
         for key in current.keys() - set(floating):
             self.weights[key].copy_(current[key])
 

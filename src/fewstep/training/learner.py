@@ -25,7 +25,9 @@ from fewstep.training.checkpoint import (
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
+from fewstep.training.parallel import Replicated
 from fewstep.training.teacher import SlowAverage
+from fewstep.utils.errors import CheckpointError
 from fewstep.utils.serialization import JSON
 from fewstep.utils.weights import check_finite
 
@@ -33,18 +35,23 @@ from fewstep.utils.weights import check_finite
 class Learner:
     """The flow map of a pipeline with its optimisers and averages, and the discriminator beside it, if there is one.
 
+    held: how processes hold all that; what is trained has been wrapped by it.
     emas: averages to sample from, the first being the run's. target: the slow average that the objective consults.
     """
 
     def __init__(
-        self, config: RunConfig, pipeline: Pipeline, statistics: TrajectoryStatistics | None, gan: GAN | None
+        self,
+        config: RunConfig,
+        pipeline: Pipeline,
+        statistics: TrajectoryStatistics | None,
+        gan: GAN | None,
+        target: SlowAverage | None,
+        held: Replicated,
     ) -> None:
-        self.pipeline, self.statistics, self.gan = pipeline, statistics, gan
+        self.pipeline, self.statistics, self.gan, self.target, self.held = pipeline, statistics, gan, target, held
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         settings = config.training
         self.emas = make_emas(self.flow_map.network, settings.ema_power, settings.ema_decay, settings.ema_ramp)
-        decay = config.objective.target_decay
-        self.target = None if decay is None else SlowAverage(self.flow_map, decay)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -74,6 +81,9 @@ class Learner:
     @contextmanager
     def averaged(self) -> Iterator[Pipeline]:
         """The pipeline with the weights of the first average, for evaluation; its own come back at the end."""
+        if (copied := self.held.averaged(self.flow_map, self.emas[0].weights)) is not None:
+            yield self.pipeline.of(copied)
+            return
         network = self.flow_map.network
         own = {key: value.clone() for key, value in stored_state(network).items()}
         network.load_state_dict(self.emas[0].weights, strict=False)
@@ -93,26 +103,46 @@ class Learner:
         files |= {f"ema-{ema.name}.safetensors": ema.weights for ema in self.averages[1:]}
         return files if self.gan is None else files | {DISCRIMINATOR_FILE: self.gan.tensors()}
 
-    def save(self, folder: Path, state: dict[str, JSON]) -> None:
-        """Write a checkpoint; raises CheckpointError when the disk refuses."""
-        save_checkpoint(folder, self.pipeline, self.emas[0].weights, self.files(), state)
+    def save(self, folder: Path, state: dict[str, JSON], main: bool) -> None:
+        """Write a checkpoint, on the main process; all take part. Raises CheckpointError when the disk refuses."""
+        average = self.held.whole(self.emas[0].weights, main)
+        files = {name: self.held.whole(tensors, main) for name, tensors in self.files().items()}
+        if main:
+            save_checkpoint(folder, self.pipeline, average, files, state)
 
     def check_finite(self) -> None:
         """Raise CheckpointError naming a tensor of what `save` writes that is not finite; buffers may be."""
         buffers = {name for name, _ in self.flow_map.network.named_buffers()}
-        for file, tensors in (self.files() | {WEIGHTS_FILE: self.emas[0].weights}).items():
-            check_finite({key: value for key, value in tensors.items() if key not in buffers}, file)
+        fault = None
+        try:
+            for file, tensors in (self.files() | {WEIGHTS_FILE: self.emas[0].weights}).items():
+                check_finite({key: value for key, value in tensors.items() if key not in buffers}, file)
+        except CheckpointError as error:
+            fault = error
+        if (found := self.held.agreed(fault)) is not None:
+            raise found
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go back to a checkpoint; returns its state.
 
         Raises CheckpointError when a file does not fit, is not finite or is not what was written.
         """
-        fit_stored(self.flow_map.network, *stored(folder / LAST_FILE))
-        self.optimizers.load(*stored(folder / OPTIMIZER_FILE))
+        network = self.flow_map.network
+        fit_stored(network, *self.stored(folder / LAST_FILE, stored_state(network)))
+        self.optimizers.load(*self.stored(folder / OPTIMIZER_FILE, self.optimizers.parameters()))
         for i, ema in enumerate(self.averages):
-            ema.load(*stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE)))
+            ema.load(*self.stored(folder / (f"ema-{ema.name}.safetensors" if i else WEIGHTS_FILE), ema.weights))
         if self.gan is not None:
             self.gan.load(*stored_discriminator(folder))
         check_digests(folder)
         return read_state(folder)
+
+    def stored(self, file: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+        """A file's tensors, as this process holds them, and its name for messages.
+
+        Raises CheckpointError for what is not finite, in all processes alike; buffers may be.
+        """
+        tensors, name = stored(file)
+        buffers = {name for name, _ in self.flow_map.network.named_buffers()}
+        check_finite({key: value for key, value in tensors.items() if key not in buffers}, name)
+        return self.held.parts(tensors, like), name

@@ -9,7 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self, cast
 
@@ -34,7 +34,7 @@ from fewstep.training.learner import Learner
 from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import never_risen, risen
-from fewstep.training.parallel import ProcessGroup, join_processes, split_batch
+from fewstep.training.parallel import ProcessGroup, Replicated, join_processes, share_out, split_batch
 from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
@@ -42,7 +42,7 @@ from fewstep.training.setup import build, check_checkpoint, check_context, check
 from fewstep.training.statistics import estimate_together, first_statistics, prepared
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
-from fewstep.training.teacher import fingerprint, teacher_of
+from fewstep.training.teacher import SlowAverage, fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.training.trajectories import run_measures
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
@@ -85,6 +85,7 @@ class Trainer:
             project_dir=str(run.root / "tensorboard"),
         )
         self.group = ProcessGroup.of(self.accelerator)
+        self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
         self.clip = config.optimizer.clip or math.inf
         self.share, self.accumulation = split_batch(
@@ -132,13 +133,14 @@ class Trainer:
         if config.objective.needs_discriminator:
             shape, classes, seed = dataset.shape, dataset.num_classes, config.training.seed
             gan = GAN(config.gan, shape, classes, seed, device, self.mean_over_processes)
-        self.learner = Learner(config, pipeline, statistics, gan)
         self.clock, self.pending = Clock(config.training), False
         objective, self.derivative = self.differentiable(pipeline.flow_map)
+        decay = config.objective.target_decay
+        target = None if decay is None else SlowAverage(pipeline.flow_map, decay)
         self.loss = TrainStep(pipeline.flow_map, objective, config.training.precision == "bf16")
-        with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
-            warnings.simplefilter("ignore", FutureWarning)
-            self.module = self.accelerator.prepare(self.loss)
+        beside = [each.network for each in (self.teacher, None if target is None else target.flow_map) if each]
+        self.module = self.held.wrap(self.loss, beside)
+        self.learner = Learner(config, pipeline, statistics, gan, target, self.held)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping, self.late, self.saved = False, False, time.monotonic()
 
@@ -269,12 +271,13 @@ class Trainer:
 
     def take_step(self) -> None:
         """One update from the global batch of this step."""
-        found = self.accumulate()
+        with self.held.gathered():
+            found = self.accumulate()
         old = 0 < self.config.training.checkpoint_seconds < time.monotonic() - self.saved
         asked, late = (found.loss.new_tensor(each) for each in (self.stops.received is not None, old))
         loss, stopping, saving = self.accelerator.reduce(torch.stack([found.loss, asked, late]), "mean").tolist()
         self.stopping, self.late = stopping > 0, saving > 0  # all processes after the same step
-        norm = float(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
+        norm = float(self.held.norm(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip)))
         discriminator_norm, gan = 0.0, self.learner.gan
         if gan is not None and found.discriminator:
             found.discriminator = gan.averaged(found.discriminator, self.accumulation)
@@ -302,7 +305,7 @@ class Trainer:
         for part in range(self.accumulation):
             batch = self.batch(first + part * micro, micro)
             last = part == self.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with self.held.accumulating(self.module, last):
                 loss, terms, times, logs, generated = self.module(batch, companions)
                 if part == 0 and self.clock.ends_line:
                     self.window.term_norms = term_norms(terms, list(self.learner.flow_map.network.parameters()))
@@ -350,21 +353,17 @@ class Trainer:
             self.learner.check_finite()
         except CheckpointError as error:
             raise TrainingDivergedError(f"after step {self.clock.step}, {error}; {last_good(self.run)}") from error
-        if self.accelerator.is_main_process:
-            state: dict[str, JSON] = {
-                **self.clock.seen,
-                "pending": bool(self.watchers()),
-                "derivative": self.derivative,
-            }
-            self.learner.save(self.run.checkpoint(self.clock.step), state)
+        pending = bool(self.watchers())
+        state: dict[str, JSON] = {**self.clock.seen, "pending": pending, "derivative": self.derivative}
+        main = self.accelerator.is_main_process
+        self.learner.save(self.run.checkpoint(self.clock.step), state, main)
+        if main:
             self.run.keep_newest(self.config.training.keep)
         self.saved = time.monotonic()
         self.tell(lambda each: each.checkpoint(self.run.checkpoint(self.clock.step), self.clock.step))
 
     def watchers(self) -> list[Watcher]:
-        """Those of the main process that are due after the last step."""
-        if not self.accelerator.is_main_process:
-            return []
+        """Those that are due after the last step."""
         callbacks, sampling = self.callbacks, [each.sample for each in self.callbacks.also if each.samples]
         grids = [*([callbacks.watch] if callbacks.watch else []), *sampling]
         curves = [callbacks.curve] if callbacks.curve else []
@@ -373,11 +372,13 @@ class Trainer:
 
     def show(self) -> None:
         """Hand the averaged model to the watchers that are due; a checkpoint of this step then has nothing pending."""
-        for watch in (watchers := self.watchers()):
+        main, watchers = self.accelerator.is_main_process, self.watchers()
+        if watchers:
             with self.learner.averaged() as model:
-                watch(model, self.clock.step)
+                for watch in watchers if main else ():
+                    watch(model, self.clock.step)
         checkpoint = self.run.checkpoint(self.clock.step)
-        if watchers and (checkpoint / STATE_FILE).is_file():
+        if main and watchers and (checkpoint / STATE_FILE).is_file():
             mark_shown(checkpoint)
 
     def stopped(self) -> Stopped:

@@ -114,6 +114,12 @@ class Optimizers:
         """The state as flat tensors 'OPTIMIZER.PARAMETER.KEY'."""
         return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.tensors().items()}
 
+    def parameters(self) -> dict[str, Tensor]:
+        """What each tensor of the state belongs to, by its name."""
+        named = {f"{i}.{key}": key for i, part in enumerate(self.parts) for key in part.shapes()}
+        own = [[p for group in part.optimizer.param_groups for p in group["params"]] for part in self.parts]
+        return {name: own[int(name.split(".")[0])][int(key.split(".")[0])] for name, key in named.items()}
+
     def load(self, tensors: Mapping[str, Tensor], source: str) -> None:
         """Take over what `tensors` gave.
 

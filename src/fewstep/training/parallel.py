@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,9 +13,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import clear_environment
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.utils.errors import ConfigError, FewstepWarning
+from fewstep.flow.flow_map import FlowMap
+from fewstep.recipes.config import RunConfig
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "I_MPI_")
@@ -48,6 +51,64 @@ class ProcessGroup:
         """
         there = float(file is not None and file.is_file())
         return int(self.total(torch.tensor(there, device=device))) == self.count
+
+
+class Replicated:
+    """How processes hold what a run learns: each a whole copy, gradients averaged behind the backward pass (DDP).
+
+    `Sharded` of sharding.py overrides all of it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def wrap(self, module: nn.Module, beside: list[nn.Module]) -> nn.Module:
+        """The module that steps call; beside: frozen networks that they call too."""
+        with warnings.catch_warnings():  # PyTorch's new name for `broadcast_buffers` is none that Accelerate passes on
+            warnings.simplefilter("ignore", FutureWarning)
+            return cast(nn.Module, self.accelerator.prepare(module))
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, the frozen networks can be called."""
+        return nullcontext()
+
+    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a part of the batch; processes meet at the last."""
+        return nullcontext() if last else cast(AbstractContextManager[None], self.accelerator.no_sync(module))
+
+    def whole(self, tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+        """Tensors as files hold them; keep: whether this process wants them."""
+        return dict(tensors) if keep else {}
+
+    def parts(self, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors from a file what this process holds, as it does of those of the same names in `like`."""
+        return dict(tensors)
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """A norm over all that is trained."""
+        return norm
+
+    def averaged(self, flow_map: FlowMap, weights: Mapping[str, Tensor]) -> FlowMap | None:
+        """A flow map of whole weights for this process to evaluate; None where the trained one can take them."""
+        return None
+
+    def agreed(self, fault: CheckpointError | None) -> CheckpointError | None:
+        """What is wrong with what any process holds."""
+        return fault
+
+
+def share_out(accelerator: Accelerator, config: RunConfig) -> Replicated:
+    """`Sharded` over several processes; raises ConfigError for an optimizer that needs whole tensors."""
+    if config.optimizer.name != "adamw":
+        raise ConfigError(
+            f"--runtime.shard shares tensors out, and {config.optimizer.name} needs whole ones: take --optimizer.name "
+            "adamw"
+        )
+    if accelerator.num_processes == 1:
+        return Replicated(accelerator)
+    from fewstep.training.sharding import Sharded  # imports much of torch.distributed
+
+    return Sharded(accelerator)
 
 
 def join_processes(cpu: bool, **options: Any) -> Accelerator:

@@ -23,6 +23,8 @@ class Runtime:
     """Stay on the CPU even where a GPU is present."""
     micro_batch: int = 0
     """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
+    shard: bool = False
+    """Share weights, averages, optimizer and teacher out over the processes (FSDP2) in place of a copy in each."""
     gradient_checkpointing: bool = False
     """Keep no activations within a foreign network's blocks: less memory, about a third more time, the same losses."""
     threads: int = 0

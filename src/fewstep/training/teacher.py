@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -156,4 +157,9 @@ class SlowAverage:
     def __init__(self, flow_map: FlowMap, decay: float) -> None:
         frozen = {id(value): value for value in flow_map.parameters() if not value.requires_grad}  # need no second copy
         self.flow_map = copy.deepcopy(flow_map, dict(frozen)).requires_grad_(False).eval()
-        self.ema = EMA(f"target-{decay!r}", self.flow_map.network, decay, None, ramp=False, in_place=True)
+        self.decay = decay
+
+    @cached_property
+    def ema(self) -> EMA:
+        """The average, in the flow map's own tensors as they are when it is first asked for."""
+        return EMA(f"target-{self.decay!r}", self.flow_map.network, self.decay, None, ramp=False, in_place=True)

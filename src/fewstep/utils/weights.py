@@ -95,8 +95,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that is shared out over processes; itself where it is not."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError naming the first tensor with a value that is not finite."""
-    bad = next((name for name, value in tensors.items() if not bool(value.isfinite().all())), None)
+    """Raise CheckpointError naming the first tensor with a value that is not finite; of a shared one, its part here."""
+    bad = next((name for name, value in tensors.items() if not bool(own_part(value).isfinite().all())), None)
     if bad is not None:
         raise CheckpointError(f"{source} is of no use: its tensor {bad} holds values that are not finite")
