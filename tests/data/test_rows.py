@@ -16,7 +16,7 @@ from fewstep.data.folder import decode
 from fewstep.data.latents.encode import EncodingWork, encode_folder
 from fewstep.data.latents.pictures import RowPictures
 from fewstep.data.latents.shards import EncodingSettings, load_latents
-from fewstep.data.rows import Columns, ImageRows, find_caption_column, find_image_column, holds_rows
+from fewstep.data.rows import Columns, ImageRows, find_caption_column, find_image_column, holds_rows, read_rows
 from fewstep.utils.errors import CheckpointError, DataError, FewstepError
 from tests.support.photographs import SIDE, save_autoencoder, save_pictures
 
@@ -162,3 +162,14 @@ def test_a_folder_of_parquet_gives_the_latents_of_its_images(parquet: Path, monk
     with pytest.raises(DataError, match="holds no dataset that can be read"):
         encode_folder(parquet / "broken.parquet", vae, parquet / "new", SETTINGS, work=WORK)
     assert not (parquet / "new").exists()
+
+
+def test_only_the_columns_that_are_asked_for_are_read(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captions, classes and the images' sizes come without an image's bytes."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    found = read_rows(parquet / "rows", ORDINARY)
+    whole = tuple(len(found.content(k)) for k in range(len(found)))
+    monkeypatch.setattr(ImageRows, "content", None)
+    assert found.sizes == whole
+    assert found.captions()[8] == "picture 8"
+    assert found.labels() == (0, 1, 0, 1, 0, 1, 0, 1, 0)

@@ -2,22 +2,27 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fewstep
 from fewstep.data.base import Dataset
-from fewstep.data.generated import DrawSettings, load_set
+from fewstep.data.generated import DrawSettings, load_set, read_set
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
+from fewstep.sampling.generate import SamplingSettings, generate
+from fewstep.teachers.text import load_text_encoders
 from fewstep.training import RunFolder, teacher_samples, train_run
 from fewstep.training.teacher_samples import classes_of
 from fewstep.utils.errors import ConfigError
 from tests.end_to_end.test_bad_input import assert_refused
 from tests.support.commands import DISTILLED, SMALL, Command, contents
 from tests.support.foreign import save_foreign
+from tests.support.text import save_pipeline
 from tests.support.tiny import RUNTIME, TEACHER
 
 QUICK = (*DISTILLED, *SMALL[:6], "--optimizer.lr", "1e-3")
@@ -130,22 +135,74 @@ def test_what_does_not_fit_is_one_line(teacher: Path, tmp_path: Path, command: C
     assert_refused(command("evaluate", str(tmp_path / "run")), "holds no whole set of a teacher's samples")
 
 
-def test_a_teacher_of_prompts_is_refused(tmp_path: Path, command: Command) -> None:
-    """Before anything is drawn or written."""
+@pytest.fixture(scope="module")
+def painter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline of text, and a list of prompts."""
     pytest.importorskip("diffusers")
-    save_foreign(tmp_path / "teacher", "UNet2DConditionModel")
-    given = (
-        "train",
-        "distil-diffusers",
-        "--teacher",
-        tmp_path / "teacher",
-        *SOURCE,
-        *DISTILLED,
-        "--out",
-        tmp_path / "run",
-    )
-    assert_refused(command(*map(str, given)), r"takes prompts.*fewstep encode FOLDER --teacher")
-    assert not (tmp_path / "run").exists()
+    pytest.importorskip("transformers")
+    root: Path = tmp_path_factory.mktemp("painter")
+    save_pipeline(root / "sd")
+    (root / "prompts.txt").write_text("a three\n\n  a seven \na three\n")
+    return root
+
+
+def prompted(painter: Path, run: Path, *more: object) -> list[str]:
+    """A student of that pipeline without data."""
+    given = ("distil-diffusers", "--teacher", painter / "sd", *SOURCE[:2], "--data.source.draw.count", 12)
+    listed = ("--data.source.draw.prompts", painter / "prompts.txt", "--data.source.draw.steps", 2)
+    length = ("--training.batch-size", 4, "--training.images", 8, "--training.sample-images", 8, *DISTILLED[-4:])
+    small = ("--evaluation.samples", 4, "--evaluation.steps", 1, "--evaluation.curve-images", 0)
+    return ["train", *map(str, (*given, *listed, *length, *small, *more, "--out", run))]
+
+
+def test_a_teacher_of_text_draws_what_a_list_says(painter: Path, tmp_path: Path, command: Command) -> None:
+    """Sample k is of prompt k mod n; the student hears prompts, and goes on where the list is gone."""
+    shutil.copytree(painter, tmp_path / "own")
+    own, run = tmp_path / "own", tmp_path / "run"
+    done = command(*prompted(own, run))
+    assert done.code == 0, done.err
+    assert "samples of sd: 12 latents of 4x8x8, 4 of them held out; with prompts of 16 x 6" in done.out
+    made = read_set(run / "teacher-samples")
+    assert made is not None
+    assert sorted(made.captions) == ["a seven", "a three", "a three"]
+    loaded, latents = load_set(str(run / "teacher-samples"))
+    assert latents is not None
+    assert latents.image_shape == (1, 16, 16)
+    encoders = load_text_encoders(own / "sd", torch.device("cpu"))
+    settings = SamplingSettings(sampler="heun", steps=2, seed=0, clip=False)
+    drawn = generate(fewstep.load_teacher(own / "sd"), 12, settings, prompts=encoders.encode(made.captions)).samples
+    torch.testing.assert_close(loaded.train.values, drawn, rtol=1e-2, atol=1e-2)  # embeddings lie in half precision
+    data = load_dataset(replace(RunFolder(run).config().data, root=str(run / "teacher-samples")))
+    rows = torch.arange(len(data.heldout))
+    found = data.heldout.context(rows).prompts
+    assert found is not None
+    torch.testing.assert_close(found.text, encoders.encode(data.heldout.captions(rows)).text, rtol=1e-3, atol=1e-3)
+    (own / "prompts.txt").unlink()
+    again = command(*prompted(own, run))
+    assert again.code == 0, again.err
+    shown = command("sample", run, "--prompt", "a three", "--count", 1, "--steps", 1, "--out", tmp_path / "a.png")
+    assert shown.code == 0, shown.err
+
+
+def test_what_is_wrong_with_prompts_is_one_line(painter: Path, teacher: Path, tmp_path: Path, command: Command) -> None:
+    """Before anything is drawn or written."""
+    save_foreign(tmp_path / "bare", "UNet2DConditionModel")
+    (tmp_path / "none.txt").write_text(" \n")
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\xff")
+    out, option = tmp_path / "run", "--data.source.draw.prompts"
+    before = contents(tmp_path)
+    cases = {
+        r"takes prompts.*--data\.source\.draw\.prompts FILE\.txt.*fewstep encode": prompted(painter, out, option, ""),
+        "has no prompt": prompted(painter, out, option, tmp_path / "none.txt"),
+        r"odd\.txt' cannot be read as UTF-8": prompted(painter, out, option, tmp_path / "odd.txt"),
+        r"gone\.txt' cannot be read": prompted(painter, out, option, tmp_path / "gone.txt"),
+        "has no text encoders": prompted(painter, out, "--teacher", tmp_path / "bare"),
+        "takes no prompts": words(teacher, out, "emd", option, painter / "prompts.txt"),
+        "has no latents.json": prompted(painter, out, option, painter / "sd"),
+    }
+    for message, given in cases.items():
+        assert_refused(command(*given), message)
+        assert contents(tmp_path) == before, message
 
 
 def test_shares_of_classes_are_those_asked_for() -> None:

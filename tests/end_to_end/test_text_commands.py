@@ -15,8 +15,10 @@ import fewstep
 from fewstep.cli.main import main
 from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.evaluation import tune_steps
 from fewstep.evaluation.align import guided_teacher
 from fewstep.evaluation.evaluate import build_evaluator, measure_run
+from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.flow.guidance import ClassifierFreeGuidance, FixedGuidance
 from fewstep.recipes.config import EvaluationConfig
 from fewstep.sampling.pipeline import Pipeline
@@ -164,6 +166,24 @@ def test_samples_of_the_held_out_prompts_are_measured(studio: Path, dataset: Dat
     assert rows[0]["frechet"] >= 0
     assert evaluator.prompts is not None
     assert len(evaluator.prompts) == 6
+
+
+def test_steps_of_a_student_of_text_are_tuned(
+    studio: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On samples of the held-out prompts, as they are measured."""
+    shutil.copytree(studio / "run", tmp_path / "run")
+    monkeypatch.setattr(tune_steps, "LEAST", 6)
+    monkeypatch.setattr(tune_steps, "_SMALLEST_HALF", 3)
+    asked, defaults = Evaluator.asked, []
+    given = words("tune-steps", tmp_path / "run", "--samples", 6, "--evaluations", 4, "--steps", 2, "--cpu")
+    for change in ({}, {"prompts": None}):
+        monkeypatch.setattr(Evaluator, "asked", lambda *given, to=change: replace(asked(*given), **to))
+        found = command(*given)
+        assert found.code == 0, found.err
+        (tuned,) = json.loads((tmp_path / "run" / "step_times.json").read_text())["found"]
+        defaults.append(tuned["figures"]["search"]["default"])
+    assert defaults[0] != defaults[1]
 
 
 def test_a_stopped_encoding_goes_on_to_the_same_files(studio: Path, tmp_path: Path, command: Command) -> None:

@@ -23,6 +23,8 @@ class Options:
     """Folders of at least two runs on the same data."""
     out: Path = Path("comparison")
     """Folder for comparison.html, comparison.png and comparison.json."""
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 def run(options: Options) -> None:

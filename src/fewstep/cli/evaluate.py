@@ -51,6 +51,8 @@ class Options:
     out: Path | None = None
     """Folder for figures.json, actions.json and alignment.json, for a run that cannot be written to: `fewstep report`
     with the same --out shows them. RUN when not given."""
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 def run(options: Options) -> None:

@@ -115,6 +115,16 @@ def _is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
+def _device(options: object) -> contextlib.AbstractContextManager[None]:
+    """Where the command's work happens. PyTorch is imported for those alone that may choose."""
+    places = (options, getattr(options, "runtime", None))
+    if not any(getattr(place, "cpu", False) for place in places):
+        return contextlib.nullcontext()
+    from fewstep.utils.device import placed
+
+    return placed(cpu=True)
+
+
 def run_command(name: str, args: Sequence[str]) -> None:
     """Run one of COMMANDS. Its module is imported here, and PyTorch with it: overviews are shown without."""
     if name == "train" and list(args[:1]) in (["-h"], ["--help"]):
@@ -127,7 +137,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
     command = importlib.import_module(f"fewstep.cli.{name.replace('-', '_')}")
     options = command.read(words) if hasattr(command, "read") else parse(command.Options, words, name)
     try:
-        with contextlib.redirect_stdout(_Printed(sys.stdout)):
+        with contextlib.redirect_stdout(_Printed(sys.stdout)), _device(options):
             command.run(options)
     except WriteError as error:
         elsewhere = "; or give another place with --out" if hasattr(options, "out") else ""

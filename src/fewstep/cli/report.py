@@ -21,6 +21,8 @@ class Options:
     """Where the run's data lie now, for real images beside samples; where they lay in training when not given."""
     out: Path | None = None
     """Folder for report.html, where what `fewstep evaluate --out` left is shown too; RUN when not given."""
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 def run(options: Options) -> None:

@@ -81,14 +81,14 @@ def run(options: Options) -> None:
     from fewstep.evaluation.evaluate import own_settings
     from fewstep.sampling.decode import save_latents
     from fewstep.training import load
+    from fewstep.utils.device import best_device
 
     out = output_file(options)
     pipeline = load(options.run, options.weights)
     if pipeline.config.policy is not None:
         command = f"fewstep evaluate {quoted(options.run)}"
         raise ConfigError(f"{options.run} holds a policy, which draws no images: {command}")
-    if torch.cuda.is_available() and not options.cpu:
-        pipeline = pipeline.to("cuda")
+    pipeline = pipeline.to(best_device())
     view = None if options.latents else pipeline.viewer(options.autoencoder)
     settings = sampling_settings(options, own_settings(options.run, pipeline, options.steps))
     names, own = pipeline.config.class_names, options.label

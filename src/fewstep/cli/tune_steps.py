@@ -39,6 +39,8 @@ class Options:
     """Weights of the Inception network (extra [eval]), as for `fewstep evaluate`."""
     autoencoder: Path | None = None
     """Where the autoencoder of latents lies now, as for `fewstep evaluate`."""
+    cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
 
 
 def run(options: Options) -> None:

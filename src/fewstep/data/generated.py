@@ -2,11 +2,12 @@
 
 DIR/samples.json             the manifest: the teacher, how it was sampled, the shards; without it the set is not whole
 DIR/samples-N.safetensors    `samples` (n, ...) float32, `labels` (n,) int64 where there are classes
+DIR/prompts.safetensors      of a teacher of text, what its samples are of (fewstep.data.drawn_prompts)
 """
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, final
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from fewstep.data.base import Loaded, Samples, source_path
 from fewstep.data.latents.autoencoders import LatentSpec
 from fewstep.data.latents.shards import Shard, fingerprint, map_shard
+from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import ConfigError, DataError
 from fewstep.utils.files import read_record, write_atomically
-from fewstep.utils.serialization import from_json, to_json
+from fewstep.utils.serialization import from_json, later, later_value, to_json
 from fewstep.utils.tensors import check_least, check_positive
 
 MANIFEST_FILE = "samples.json"
@@ -43,6 +45,9 @@ class DrawSettings:
     """Guidance of the teacher; 1 is none."""
     shares: tuple[float, ...] = ()
     """Shares of the classes, one number for each; equal when not given."""
+    prompts: str = later_value("")
+    """What the samples of a teacher of text are of: FILE.txt, a prompt a line, or a folder that fewstep encode wrote,
+    for its captions. In turn, in an order that data.seed draws; the teacher's own text encoders embed them."""
 
     def __post_init__(self) -> None:
         check_least(2, count=self.count)
@@ -58,7 +63,8 @@ class GeneratedSet:
     """What a folder of drawn samples holds.
 
     teacher: its name; weights: its fingerprint. seed: of the noise and of drawn classes. latents: how samples become
-    images, where they are latents.
+    images, where they are latents. captions: of a teacher of text, sample k is of caption k mod their number; text:
+    what embedded them; embedded: sixteen hex digits of their file.
     """
 
     teacher: str
@@ -69,11 +75,15 @@ class GeneratedSet:
     class_names: tuple[str, ...] = ()
     latents: LatentSpec | None = None
     shards: tuple[Shard, ...] = ()
+    captions: tuple[str, ...] = later(tuple)
+    text: TextSpec | None = later(lambda: None)
+    embedded: str = later_value("")
 
     def differs(self, other: "GeneratedSet") -> list[str]:
         """The names of what decides the samples and is not the same."""
-        names = ("weights", "settings", "seed", "shape")
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+        own, others = (replace(each, settings=replace(each.settings, prompts="")) for each in (self, other))
+        names = {"weights": "weights", "settings": "settings", "seed": "seed", "shape": "shape", "captions": "prompts"}
+        return [said for name, said in names.items() if getattr(own, name) != getattr(others, name)]
 
 
 def read_set(folder: Path) -> GeneratedSet | None:

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fewstep.utils.text import listed
 
 _CAPTIONS = ("text", "caption", "prompt")
 _LABELS = ("label", "labels")
-_NAMED = 5
+_NAMED, _AT_ONCE = 5, 1000
 _NO_FILE = re.compile(r"<_io\.BytesIO[^>]*>")
 Row = Mapping[str, Any]
 
@@ -75,6 +76,22 @@ class ImageRows:
             return place.read_bytes() if inside and place.is_file() else b""
         return held if isinstance(held, bytes) else b""
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Of each image's file in bytes, 0 where there is none; read off the table's offsets where rows are a table."""
+        found = self._stored_sizes()
+        return tuple(size or len(self.content(k)) for k, size in enumerate(found or [0] * len(self)))
+
+    def _stored_sizes(self) -> list[int]:
+        """Of what lies in the column itself; none for rows that are no table of Arrow."""
+        if not hasattr(self.rows, "select_columns"):
+            return []
+        import pyarrow.compute as pc
+
+        parts = self.rows.select_columns([self.image]).with_format("arrow").iter(_AT_ONCE)
+        columns = (pc.struct_field(part.column(self.image), "bytes") for part in parts)
+        return [size or 0 for column in columns for size in pc.binary_length(column).to_pylist()]
+
     def decode(self, number: int, image_size: int) -> Pixels | str:
         """As `fewstep.data.folder.decode`, or why there is nothing."""
         content = self.content(number)
@@ -95,7 +112,7 @@ class ImageRows:
         found = list(self._column(self.texts))
         self._refuse([k for k, each in enumerate(found) if not isinstance(each, str)], "no caption, in words, for")
         self._refuse([k for k, each in enumerate(found) if not each.strip()], "captions without a word for")
-        self._refuse([k for k in range(len(found)) if not self.content(k)], "captions without image for")
+        self._refuse([k for k, size in enumerate(self.sizes) if not size], "captions without image for")
         return tuple(each.strip() for each in found)
 
     def _column(self, name: str) -> Iterable[Any]:

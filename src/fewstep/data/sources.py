@@ -9,13 +9,14 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from fewstep.data.base import Dataset, Loaded, Samples, chunks
+from fewstep.data.base import Dataset, Loaded, Samples, chunks, source_path
 from fewstep.data.demonstrations.chunks import load_chunks
 from fewstep.data.demonstrations.normaliser import ChunkConfig
+from fewstep.data.drawn_prompts import EmbeddedPrompts, PromptedSamples
 from fewstep.data.folder import load_folder
-from fewstep.data.generated import FOLDER, DrawSettings, load_set
+from fewstep.data.generated import FOLDER, DrawSettings, load_set, read_set
 from fewstep.data.idx import load_idx
-from fewstep.data.labels import split
+from fewstep.data.labels import held_out, split
 from fewstep.data.latents.shards import load_latents
 from fewstep.data.npz import Layout, load_npz
 from fewstep.data.toys import load_mixture
@@ -211,7 +212,21 @@ class TeacherSamplesSource(ImageSource):
         return load_set(settings.root)[0]
 
     def dataset(self, settings: "DataConfig") -> Dataset:
-        return replace(super().dataset(settings), latents=load_set(settings.root)[1])
+        """With the prompts that they were drawn of, unless these are left out."""
+        found, folder = super().dataset(settings), source_path(settings.root)
+        made = read_set(folder)
+        assert made is not None  # it has just been read
+        found = replace(found, latents=made.latents)
+        if not made.captions or not settings.prompts:
+            return found
+        prompts = EmbeddedPrompts(folder, made.captions, made.embedded)
+        train, heldout = found.train, found.heldout
+        assert isinstance(train, Samples)
+        assert isinstance(heldout, Samples)
+        held = held_out(len(train) + len(heldout), None, settings.heldout, settings.seed)
+        rows = [part.nonzero()[:, 0] for part in (~held, held)]
+        parts = [PromptedSamples(part, own, prompts) for part, own in zip((train, heldout), rows, strict=True)]
+        return replace(found, train=parts[0], heldout=parts[1], text=made.text)
 
 
 @dataclass(frozen=True)
@@ -248,7 +263,7 @@ class DataConfig:
     """Values of npz and idx that stand for black and white, such as 0 1; None: 0 255 in bytes, -1 1 in floats."""
 
     prompts: bool = later(lambda: True)
-    """Whether to keep the prompts of latents that were encoded with captions."""
+    """Whether to keep the prompts of latents that were encoded with captions, and of a teacher's samples."""
 
     def __post_init__(self) -> None:
         """Take a source by its name too; raise ConfigError for values outside these ranges."""

@@ -38,6 +38,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
 from fewstep.training.teacher import find_teacher, fingerprint
+from fewstep.utils.device import best_device
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
 from fewstep.utils.files import check_numbers, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
@@ -128,7 +129,7 @@ def measure_alignment(
     learns jumps to the data end alone, those alone, and samples in 1 step. place: of the teacher, as in
     `teacher_of_run`. Returns {"teacher", "jumps": Alignment.row(), "trajectories": [TrajectoryAlignment.row()]}.
     """
-    config, device = run.config(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, device = run.config(), best_device()
     student = run.pipeline().flow_map.to(device)
     teacher = guided_teacher(config, teacher_of_run(run, place).to(device))
     x0, cond = dataset.heldout.conditioned(even_draw(dataset.heldout, samples, config.evaluation.seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.data.base import Dataset
 from fewstep.evaluation.align import with_labels
-from fewstep.evaluation.evaluate import best_device, build_evaluator, draw_features, sampler_settings, too_few
+from fewstep.evaluation.evaluate import build_evaluator, draw_features, sampler_settings, too_few
 from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.recipes.config import RunConfig
@@ -17,6 +17,7 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.checkpoint import load_checkpoint_pipeline, read_state, step_of
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
+from fewstep.utils.device import best_device
 from fewstep.utils.errors import DataError, FewstepWarning
 from fewstep.utils.files import parse_json, read_lines, reading_line, write_atomically
 

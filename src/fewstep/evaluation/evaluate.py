@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.data.base import Dataset
@@ -29,6 +28,7 @@ from fewstep.sampling.generate import Generated, SamplingSettings, Spacing, gene
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import SamplerName
 from fewstep.training.run_folder import RunFolder
+from fewstep.utils.device import best_device
 from fewstep.utils.errors import ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.parts import kind_name
 from fewstep.utils.text import counted, printable
@@ -166,11 +166,6 @@ def measure_real(dataset: Dataset, samples: int, evaluator: Evaluator) -> Row:
     method = {"method": "real data (training part)", "nfe": 0}
     times = {"seed": 0, "seconds": 0.0, "sampling_seconds": 0.0, "latency_ms": None}
     return method | evaluator.measure(images, labels) | times | {"guidance_scale": 1.0, "device": str(best_device())}
-
-
-def best_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure_run(

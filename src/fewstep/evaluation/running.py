@@ -23,6 +23,7 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Callback, Callbacks, RunFolder, TrainingResult, train_run
 from fewstep.training.settings import Runtime
 from fewstep.training.teacher_samples import run_data
+from fewstep.utils.device import placed
 
 Data = str | Path | DataConfig | Dataset
 
@@ -106,10 +107,10 @@ def train(
     length = replace(length, images=images or length.images, seconds=seconds or length.seconds)
     config = fitted(replace(config, training=length), published(config))
     folder = RunFolder(out or Path("runs") / config.recipe)
-    placed = config.data if isinstance(data, Dataset) else run_data(config, folder, runtime.cpu, runtime.quiet)
-    dataset = data if isinstance(data, Dataset) else load_dataset(placed)
-    result = train_on(config, placed, dataset, folder, runtime, callbacks)
-    return Run(folder, replace(config, data=placed), dataset, result)
+    read = config.data if isinstance(data, Dataset) else run_data(config, folder, runtime.cpu, runtime.quiet)
+    dataset = data if isinstance(data, Dataset) else load_dataset(read)
+    result = train_on(config, read, dataset, folder, runtime, callbacks)
+    return Run(folder, replace(config, data=read), dataset, result)
 
 
 def placed_on(config: RunConfig, data: Data | None) -> RunConfig:
@@ -136,8 +137,9 @@ def train_on(
     callbacks: Sequence[Callback],
 ) -> TrainingResult:
     """`train_run` with its sample grids and its learning curve; data: as the data set was read."""
-    cache, placed = cache_folder(), replace(config, data=data)
+    cache, whole = cache_folder(), replace(config, data=data)
     pictures = None if dataset.policy is not None else watcher(folder, config)
-    features = perceptual_features(placed, dataset, cache)
-    curve = curve_watcher(folder, placed, dataset, cache)
-    return train_run(config, dataset, folder, runtime, Callbacks(pictures, curve, features, tuple(callbacks)))
+    with placed(runtime.cpu):
+        features = perceptual_features(whole, dataset, cache)
+        curve = curve_watcher(folder, whole, dataset, cache)
+        return train_run(config, dataset, folder, runtime, Callbacks(pictures, curve, features, tuple(callbacks)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.evaluation.evaluate import best_device, draw_features, sampler_settings
+from fewstep.evaluation.evaluate import draw_features, sampler_settings
 from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.evaluation.metrics.measure import ANYTHING, Asked, Evaluator
 from fewstep.flow.paths import Path
@@ -25,6 +25,7 @@ from fewstep.sampling.generate import SamplingSettings
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.sampling.step_times import StepTimes, Tuned, TunedSteps, read_tuned_steps
 from fewstep.training.run_folder import RunFolder
+from fewstep.utils.device import best_device
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
 from fewstep.utils.files import updating
 from fewstep.utils.random import permutation

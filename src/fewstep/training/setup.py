@@ -151,7 +151,8 @@ def _without_prompts(config: RunConfig, dataset: Dataset, flow_map: FlowMap) -> 
         )
     return (
         f"{dataset.name} has no prompts, and this network of text is trained without: the student will not hear any; "
-        f"encode images with captions (fewstep encode FOLDER --teacher {quoted(config.teacher or 'PIPELINE')})"
+        "encode images with captions, of a folder or a Hugging Face dataset (fewstep encode FOLDER --teacher "
+        f"{quoted(config.teacher or 'PIPELINE')})"
     )
 
 

@@ -125,7 +125,7 @@ class RowPictures(Pictures):
         return f"row {number}"
 
     def size(self, number: int) -> int:
-        return len(self.rows.content(number))
+        return self.rows.sizes[number]
 
     def read(self, number: int, image_size: int) -> Pixels | str:
         return self.rows.decode(number, image_size)

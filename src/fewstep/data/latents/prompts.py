@@ -81,7 +81,12 @@ class CaptionEncoder:
 
 
 def encode_prompts(spec: TextSpec, prompts: Sequence[str], place: Path | None, device: torch.device) -> Prompts:
-    """Embed prompts by the encoders of `spec`, found in the pipeline at `place`, or where they lay.
+    """Embed prompts by the encoders of `spec`; raises what `find_encoders` raises."""
+    return find_encoders(spec, place, device).encode(prompts)
+
+
+def find_encoders(spec: TextSpec, place: Path | None, device: torch.device) -> TextEncoders:
+    """The encoders of `spec`, in the pipeline at `place`, or where they lay.
 
     Raises CheckpointError where they are missing, damaged or others.
     """
@@ -97,7 +102,7 @@ def encode_prompts(spec: TextSpec, prompts: Sequence[str], place: Path | None, d
         raise CheckpointError(
             f"{folder} holds other text encoders than the prompts were embedded by: give those with --text-encoders"
         )
-    return encoders.encode(prompts)
+    return encoders
 
 
 def save_prompts(prompts: Prompts, file: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from fewstep.evaluation.actions import each_error, read_actions
 from fewstep.evaluation.align import read_alignment, teacher_name
 from fewstep.evaluation.evaluate import (
-    best_device,
     method_name,
     method_of,
     reference_settings,
@@ -34,6 +33,7 @@ from fewstep.sampling.images import fitting_columns, save_grid
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
+from fewstep.utils.device import best_device
 from fewstep.utils.errors import FewstepError
 from fewstep.utils.files import parse_json, reading, reading_line
 from fewstep.utils.parts import kind_name, outside_files
