@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -134,6 +135,16 @@ def test_data_without_prompts_for_a_network_of_text_is_said(studio: Path, datase
     left_out = replace(config, data=replace(config.data, prompts=False))
     with pytest.warns(FewstepWarning, match="leave out --data.no-prompts"):
         check_context(left_out, without, pipeline.flow_map)
+
+
+def test_prompts_of_an_archive_are_not_left_out_unsaid(studio: Path, tmp_path: Path, command: Command) -> None:
+    """Nothing says which encoders made them; a network of no text does not miss them."""
+    values = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "some.npz", images=values, text=np.zeros((8, 16, 6), np.float32))
+    where = words("--data.source", "npz", "--data.root", tmp_path / "some.npz", "--out", tmp_path / "run", *TRAIN[2:])
+    shown = command("train", "distil-diffusers", "--teacher", studio / "sd", *where)
+    assert_refused(shown, r"some has array text, .*fewstep encode.*--data\.no-prompts")
+    assert not (tmp_path / "run").exists()
 
 
 def test_pictures_in_place_of_latents_are_refused_with_what_to_do(studio: Path) -> None:

@@ -32,6 +32,17 @@ def videos(count: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:clips has no prompts")
+def test_jumps_of_videos_are_computed_from_the_teacher(command: Command, tmp_path: Path) -> None:
+    save_foreign(tmp_path / "wan", KIND)
+    np.savez(tmp_path / "clips.npz", images=videos(16, TINY[KIND].shape))
+    words = ("--data.source", "npz", "--data.root", "clips.npz", *SHORT, "--model.preconditioning", "analytic")
+    few = ("--statistics.points", 4, "--statistics.samples", 4, "--evaluation.samples", 4)
+    trained = command("train", "distil-diffusers", "--teacher", "wan", *words, *few, "--out", "run")
+    assert trained.code == 0, trained.err
+    assert fewstep.load("run").generate(2, steps=1).samples.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:clips has no prompts")
 def test_a_teacher_of_videos_is_distilled_drawn_and_exported(command: Command, tmp_path: Path) -> None:
     """What features of images would measure is left out, and said; the student is measured against its teacher."""
     shape = TINY[KIND].shape

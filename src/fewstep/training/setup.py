@@ -28,11 +28,12 @@ from fewstep.training.teacher import start_from, teacher_place
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
 from fewstep.utils.tensors import check_memory
-from fewstep.utils.text import quoted
+from fewstep.utils.text import listed, quoted
 from fewstep.utils.weights import check_shapes, read_shapes, shapes
 
 _COPIES = 4
 _EXAMPLES = 8
+_PROMPT_ARRAYS = {f"array {name}" for name in ("text", "prompts", "captions", "prompt_embeds", "text_mask", "pooled")}
 
 
 def data_record(dataset: Dataset) -> dict[str, JSON]:
@@ -127,22 +128,38 @@ def check_context(config: RunConfig, dataset: Dataset, flow_map: FlowMap, warn: 
     """A FewstepWarning for a network of text on data without prompts, which are then nothing to it; else for training
     guidance on data without classes or prompts, where it has no effect.
 
-    Raises ConfigError where such a run would be measured with guidance, which it could not be.
+    Raises ConfigError where such a run would be measured with guidance, which it could not be, and where a network of
+    text would leave prompts beside its data unread.
     """
     if config.evaluation.guidance_scale != 1.0 and not dataset.conditional:
         raise ConfigError(
             f"{dataset.name} has no classes or prompts to guide samples to: leave --evaluation.guidance-scale at 1 (it "
             f"is {config.evaluation.guidance_scale:g})"
         )
+    if unread := _unread_prompts(config, dataset, flow_map):
+        raise ConfigError(
+            f"{dataset.name} has {unread}, but does not say which text encoders made it: encode images with captions "
+            "(fewstep encode), or train without prompts (--data.no-prompts)"
+        )
     line = _without_prompts(config, dataset, flow_map) or _without_guidance(config, dataset)
     if warn and line:
         warnings.warn(line, FewstepWarning, stacklevel=5)
 
 
+def _unread_prompts(config: RunConfig, dataset: Dataset, flow_map: FlowMap) -> str:
+    """What of a data set seems to be prompts for a network of text and is left out; empty where nothing is."""
+    if not config.data.prompts or not _takes_prompts(flow_map) or dataset.text is not None:
+        return ""
+    return listed([name for name in dataset.left_out if name in _PROMPT_ARRAYS])
+
+
+def _takes_prompts(flow_map: FlowMap) -> bool:
+    return isinstance(flow_map.network, Network) and flow_map.network.prompt_widths != (0, 0)
+
+
 def _without_prompts(config: RunConfig, dataset: Dataset, flow_map: FlowMap) -> str:
     """What is wrong with data without prompts for a network of text, in a line; empty where nothing is."""
-    takes_none = not isinstance(flow_map.network, Network) or flow_map.network.prompt_widths == (0, 0)
-    if takes_none or dataset.text is not None:
+    if not _takes_prompts(flow_map) or dataset.text is not None:
         return ""
     if dataset.latents is not None and not config.data.prompts:
         return (
