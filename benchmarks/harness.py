@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, DOCS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "docs", ROOT / "docs" / "figures"
 NAMED = r"(?:: ([^>;]+?))?(?:;\s+columns: ([^>;]+?))?(?:;\s+rows: ([^>;]+?))?"
 MARK = re.compile(rf"(<!-- table: (\w+){NAMED} -->\n).*?(<!-- end of table -->)", re.DOTALL)
+QUIET = fs.Runtime(cpu=True, quiet=True)
 Row = dict[str, Any]
 Label, Words = tuple[Any, ...], tuple[str, ...]
 C = TypeVar("C")
@@ -265,12 +266,12 @@ def ticks(axis: Axis, values: Sequence[float]) -> None:
 
 @contextlib.contextmanager
 def trainer_of(
-    config: fs.RunConfig, dataset: fs.Dataset | None = None, folder: Path | None = None
+    config: fs.RunConfig, dataset: fs.Dataset | None = None, folder: Path | None = None, runtime: fs.Runtime = QUIET
 ) -> Iterator[Trainer]:
     """A quiet trainer on the CPU before its first step, in a folder that goes away unless one is given."""
     data = fs.load_dataset(config.data) if dataset is None else dataset
     with tempfile.TemporaryDirectory() as temporary:
-        run, runtime = fs.RunFolder(folder or Path(temporary) / "run"), fs.Runtime(cpu=True, quiet=True)
+        run = fs.RunFolder(folder or Path(temporary) / "run")
         with Trainer(config, data, run, runtime, Callbacks()) as trainer:
             trainer.learner.flow_map.train()
             yield trainer

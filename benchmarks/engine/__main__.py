@@ -6,6 +6,7 @@ from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks.engine import attention as attention_memory
+from benchmarks.engine import sharding as shared
 
 FILE = h.RESULTS / "engine.json"
 
@@ -30,5 +31,12 @@ def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048
             h.show([row])
 
 
+def sharding() -> None:
+    """What each of two processes keeps of a run, shared out or not, and the ratio of a step's time."""
+    for row in shared.rows():
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 if __name__ == "__main__":
-    STUDY.main(attention=attention)
+    STUDY.main(attention=attention, sharding=sharding)
