@@ -44,13 +44,13 @@ def photos_64() -> RunConfig:
         ),
         optimizer=OptimizerConfig(lr=3e-3, warmup_images=3_000, decay="cosine"),
         training=TrainingConfig(
-            images=60_000,
+            images=120_000,
             batch_size=32,
             flip=True,
             ema_power=(0.1,),
             log_images=1_600,
-            checkpoint_images=15_000,
-            sample_images=15_000,
+            checkpoint_images=30_000,
+            sample_images=30_000,
         ),
         evaluation=EvaluationConfig(samples=2000, steps=(1, 2, 4), reference_steps=32),
     )
