@@ -1,7 +1,10 @@
 """Flow maps as plain modules of tensors, and those as ONNX files and programs of torch.export."""
 
 import json
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -216,11 +219,26 @@ def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, T
     program = _without_idle_squeezes(_traced(module, inputs, given))
     # Traced already: the exporter's own tracing takes batches of the inputs for different ones. Not optimised: that
     # breaks some networks, and onnxruntime does it as it loads.
-    torch.onnx.export(
-        program, (), str(file), input_names=[*inputs, *given], output_names=["samples"], opset_version=OPSET,
-        dynamo=True, optimize=False, external_data=False, verbose=False,
-    )  # fmt: skip
+    with _without_remarks():
+        torch.onnx.export(
+            program, (), str(file), input_names=[*inputs, *given], output_names=["samples"], opset_version=OPSET,
+            dynamo=True, optimize=False, external_data=False, verbose=False,
+        )  # fmt: skip
     _check_onnx(module, {**inputs, **given}, file)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Inside, the exporter is silent about packages that it could use and names of its own that it will change."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _without_idle_squeezes(program: Any) -> Any:
