@@ -95,7 +95,7 @@ def picture(pixels: Tensor) -> Image.Image:
 def png_bytes(image: Image.Image) -> bytes:
     """A Pillow image as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")  # the best compression is 2 % smaller and takes nine times as long
     return buffer.getvalue()
 
 

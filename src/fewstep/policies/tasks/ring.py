@@ -128,9 +128,14 @@ class RingExpert(Expert):
 def _disc(picture: Picture, centre: Any, radius: float, colour: tuple[int, int, int]) -> None:
     """Paint a disc in place; centre and radius in m."""
     half = picture.shape[0] / 2
-    row, column = np.ogrid[: picture.shape[0], : picture.shape[1]]
+    middle = (half - centre[1] * _CELL_PIXELS, half + centre[0] * _CELL_PIXELS)
+    rows, columns = (  # no pixel outside these is near enough
+        slice(max(0, int(m - radius * _CELL_PIXELS) - 1), max(0, int(m + radius * _CELL_PIXELS) + 2)) for m in middle
+    )
+    near = picture[rows, columns]
+    row, column = np.ogrid[rows.start : rows.start + near.shape[0], columns.start : columns.start + near.shape[1]]
     x, y = (column + 0.5 - half) / _CELL_PIXELS, (half - row - 0.5) / _CELL_PIXELS
-    picture[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2] = colour
+    near[(x - centre[0]) ** 2 + (y - centre[1]) ** 2 <= radius**2] = colour
 
 
 RING = Task(
