@@ -41,8 +41,11 @@ def fast_zero_tangents() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def sources_read_once() -> Iterator[None]:
     """The command line reads the words of every option from the source of its class, a third of a command's time."""
+    from tyro._docstrings import _ClassTokenization
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        patch.setattr(_ClassTokenization, "make", staticmethod(functools.cache(_ClassTokenization.make)))
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fewstep.cli.main import main
 from tests.support.commands import SMALL, STEPS, Command, Finished
-from tests.support.figures import draw_once
+from tests.support.figures import Unplaced, draw_once
 from tests.support.processes import Forking, forking
 
 
@@ -20,13 +20,16 @@ def cache(classifiers: Path) -> Iterator[Path]:
         yield classifiers
 
 
-@pytest.fixture(autouse=True)
-def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of few pixels, drawn once for all widths and grounds: they are most of a report's time. The page of
-    test_report.py has whole ones.
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Figures of few pixels, drawn once for all widths and grounds, without a layout: they are most of a report's time.
+    The page of test_report.py has whole ones.
     """
-    monkeypatch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
-    draw_once(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fewstep.evaluation.report.canvas._DPI", 100)
+        patch.setattr("fewstep.evaluation.report.canvas.ConstrainedLayoutEngine", Unplaced)
+        draw_once(patch)
+        yield
 
 
 @pytest.fixture

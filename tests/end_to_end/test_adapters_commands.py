@@ -13,13 +13,13 @@ from fewstep.training import RunFolder
 from fewstep.training.run_folder import load
 from fewstep.utils.weights import read_weights, save_weights
 from tests.end_to_end.test_bad_input import assert_refused
-from tests.support.commands import DISTILLED, Command, contents
+from tests.support.commands import DISTILLED, FEW, Command, contents
 from tests.support.edm_files import network as network_of
 from tests.support.edm_files import save_edm, write
 from tests.support.foreign import save_foreign
 
 pytest.importorskip("diffusers")
-SHORT = (*DISTILLED, "--training.ema-decay", "0.9")
+SHORT = (*DISTILLED, *FEW, "--training.ema-decay", "0.9")
 """Two averages."""
 
 

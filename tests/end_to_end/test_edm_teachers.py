@@ -7,15 +7,15 @@ import pytest
 
 from fewstep.training import RunFolder
 from tests.end_to_end.test_bad_input import assert_refused
-from tests.support.commands import DISTILLED, Command, contents
+from tests.support.commands import DISTILLED, FEW, Command, contents
 from tests.support.edm_files import Runs, save_edm, write
 
 
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("ddpmpp", ("--model.preconditioning", "euler")),
-        ("adm", ("--model.preconditioning", "analytic", "--statistics.points", "8", "--statistics.samples", "8")),
+        ("ddpmpp", ("--model.preconditioning", "euler", *FEW)),
+        ("adm", ("--model.preconditioning", "analytic", *FEW, "--statistics.points", "8", "--statistics.samples", "8")),
         ("ncsnpp", ("--model.preconditioning", "linear", "--objective", "isd")),
         ("edm2", ("--model.preconditioning", "euler", "--objective", "isd")),
     ],

@@ -10,7 +10,7 @@ import torch
 
 from fewstep.training import RunFolder
 from tests.end_to_end.test_bad_input import assert_refused
-from tests.support.commands import DISTILLED, Command, contents
+from tests.support.commands import DISTILLED, FEW, Command, contents
 from tests.support.foreign import save_foreign
 
 pytest.importorskip("diffusers")
@@ -26,10 +26,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--model.preconditioning", "euler"),
-        ("--model.preconditioning", "analytic", "--statistics.points", "8", "--statistics.samples", "8"),
+        ("--model.preconditioning", "euler", *FEW),
+        ("--model.preconditioning", "analytic", *FEW, "--statistics.points", "8", "--statistics.samples", "8"),
         ("--model.preconditioning", "linear", "--objective", "isd"),
-        ("--network.lora", "2"),
+        ("--network.lora", "2", *FEW),
     ],
     ids=["ctm-euler", "ctm-analytic", "isd", "ctm-lora"],
 )

@@ -21,7 +21,18 @@ from fewstep.objectives.losses import gradient_balance
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import expand
-from tests.support.cases import F64, PATHS, SD, close, gaussian, noise, preconditionings, random_network, slope
+from tests.support.cases import (
+    F64,
+    PATHS,
+    SD,
+    close,
+    covering,
+    gaussian,
+    noise,
+    preconditionings,
+    random_network,
+    slope,
+)
 from tests.support.objectives import changed, made
 from tests.support.statistics import wavy
 
@@ -63,19 +74,19 @@ MAPS = [
     ("edm", "euler"), ("vp", "euler"), ("edm", "analytic"), ("vp", "analytic"), ("linear", "analytic"),
     ("trig", "analytic"), ("linear", "linear"), ("trig", "trig"), ("edm", "bcm"),
 ]  # fmt: skip
-TURNS = [(name, each, list(SOLVERS)[(i + k) % 2]) for i, name in enumerate(TAUGHT) for k, each in enumerate(MAPS)]
-"""Every objective at every map; every objective, and every map, by both solvers."""
+TURNS = covering((name, *each, solver) for name in TAUGHT for each in MAPS for solver in SOLVERS)
+"""Every objective on every path, with every preconditioning, and by both solvers."""
 
 
-@pytest.mark.parametrize(("objective_name", "each", "solver"), TURNS, ids=str)
+@pytest.mark.parametrize(("objective_name", "path_name", "preconditioning", "solver"), TURNS)
 def test_the_residual_falls_at_exact_maps_as_the_solver_does(
-    objective_name: str, each: tuple[str, str], solver: str
+    objective_name: str, path_name: str, preconditioning: str, solver: str
 ) -> None:
     """Nothing but the solver stands between an exact student and a loss of zero: its root falls as points^-order.
 
     Adjacent steps make one local error, of one order more.
     """
-    objective, (exact, companions) = TAUGHT[objective_name], exact_case(*each)
+    objective, (exact, companions) = TAUGHT[objective_name], exact_case(path_name, preconditioning)
     sizes, errors = [], []
     for points in (20, 40):
         steps = replace(objective.steps, solver=solver, points=points)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def small(config: RunConfig, demonstrations: str = "") -> RunConfig:
     if isinstance(network, DiTConfig):
         network = replace(network, width=32, depth=1, heads=2)
     elif isinstance(network, UNetConfig):
-        network = replace(network, width=8, head_width=8, embedding_width=16)
+        network = replace(network, width=8, head_width=8, embedding_width=16, blocks=1)
     elif isinstance(network, UNet1dConfig):
         network = replace(network, width=8, embedding_width=16)
     elif isinstance(network, MLPConfig):

@@ -1,7 +1,8 @@
 """Paths, preconditionings, scalings, networks and strategies that the identities are tested on. All in float64."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -56,6 +57,20 @@ def scalings(path: Path) -> dict[str, Scaling]:
 PAIRS = [(p, c) for p, path in PATHS.items() for c in preconditionings(path)]
 
 every_pair = pytest.mark.parametrize(("path_name", "name"), PAIRS)
+
+
+def covering(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Some of the rows: any two values that meet in one of all rows meet in one of these."""
+    found, rows = [], list(rows)
+    left = set().union(*map(_meetings, rows))
+    while left:
+        found.append(max(rows, key=lambda row: len(left & _meetings(row))))
+        left -= _meetings(found[-1])
+    return found
+
+
+def _meetings(row: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
+    return set(itertools.combinations(enumerate(row), 2))
 
 
 def pair(path_name: str, name: str) -> tuple[Path, Preconditioning]:

@@ -31,6 +31,9 @@ DISTILLED = (
 )  # fmt: skip
 """Four steps of a student, two checkpoints."""
 
+FEW = ("--objective.steps.points", "5")
+"""The noise levels of a teacher's walks, where an objective takes them."""
+
 
 @dataclass(frozen=True)
 class Finished:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from types import ModuleType
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import fewstep.evaluation.compare
 import fewstep.evaluation.report.run  # noqa: F401  (with both, every module that makes a page)
@@ -15,6 +17,13 @@ from fewstep.evaluation.report.html import Plot, embed
 def drawn_once(draw: Callable[[int, bool], bytes], columns: int, alt: str) -> Plot:
     """The wide and light version of a figure in the place of all four."""
     return Plot(alt, *[embed(draw(columns, False))] * 4)
+
+
+class Unplaced(ConstrainedLayoutEngine):
+    """Panels stay where they are: finding their places takes as long as drawing."""
+
+    def execute(self, fig: Figure) -> None:
+        pass
 
 
 def draw_once(patch: pytest.MonkeyPatch, but: ModuleType | None = None) -> None:

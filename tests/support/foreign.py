@@ -123,12 +123,12 @@ def make_model(kind: str, seed: int = 0, scale: float = 0.2, **changes: Any) -> 
     return model
 
 
-def save_foreign(folder: Path, kind: str, bare: bool = False, trained: bool = False) -> Any:
+def save_foreign(folder: Path, kind: str, bare: bool = False, trained: bool = False, **changes: Any) -> Any:
     """Save it as a pipeline, or as a bare network with its scheduler beside it; returns the network.
 
-    trained: with the weights of one of TRAINED.
+    trained: with the weights of one of TRAINED. changes: to the network's settings.
     """
-    model = make_model(kind)
+    model = make_model(kind, **changes)
     if trained:
         model.load_state_dict(load_file(FIXTURES / f"{kind}.safetensors"))
     name = "unet" if "UNet" in class_name(kind) else "transformer"

@@ -56,18 +56,18 @@ def test_a_stopped_run_goes_on_exactly(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "calls"),
+    ("owner", "name", "calls", "cleaned"),
     [
-        (Pipeline, "save", 1),
-        (checkpoint, "save_weights", 3),
-        (checkpoint, "save_weights", 4),
-        (checkpoint, "save_weights", 5),
-        (checkpoint.os, "fsync", 8),
-        (checkpoint.os, "replace", 3),
+        (Pipeline, "save", 1, False),
+        (checkpoint, "save_weights", 3, False),
+        (checkpoint, "save_weights", 4, True),
+        (checkpoint, "save_weights", 4, False),
+        (checkpoint, "save_weights", 5, False),
+        (checkpoint.os, "fsync", 8, False),
+        (checkpoint.os, "replace", 3, True),
+        (checkpoint.os, "replace", 3, False),
     ],
-    ids=["model", "weights", "optimizer", "average", "fsync", "rename"],
 )
-@pytest.mark.parametrize("cleaned", [True, False], ids=["raised", "killed"])
 def test_a_stop_while_writing_leaves_the_older_checkpoint(
     owner: Any,
     name: str,
