@@ -6,6 +6,7 @@ from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks.engine import attention as attention_memory
+from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
 
 FILE = h.RESULTS / "engine.json"
@@ -31,6 +32,13 @@ def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048
             h.show([row])
 
 
+def questions() -> None:
+    """How often a step makes the host wait for its device, by operations that ask for values."""
+    found = list(step_questions.rows())
+    h.put(FILE, found, "measure", "setting")
+    h.show(found)
+
+
 def sharding() -> None:
     """What each of two processes keeps of a run, shared out or not, and the ratio of a step's time."""
     for row in shared.rows():
@@ -39,4 +47,4 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    STUDY.main(attention=attention, sharding=sharding)
+    STUDY.main(attention=attention, questions=questions, sharding=sharding)

@@ -68,7 +68,7 @@ def variance_within(images: Tensor, labels: Tensor) -> float:
 def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: Path) -> Row:
     """Train, measuring at four moments; what is left of a run that diverged counts as NaN."""
     study, matching = STUDIES[cell.dataset, cell.network], cell.objective == "flow matching"
-    last, norms, curve = study.steps, [], []
+    last, curve = study.steps, []
     diverged_at, spent = None, 0.0
 
     def watch(pipeline: fs.Pipeline, step: int) -> None:
@@ -82,12 +82,14 @@ def train_cell(cell: Cell, config: fs.RunConfig, reference: Reference, folder: P
     with trainer_of(config, reference.dataset, folder) as trainer:
         for moment in (last // 4, last // 2, 3 * last // 4, last):
             try:
-                spent += train_to(trainer, moment, lambda: norms.append(trainer.window.steps[-1][1]))
+                spent += train_to(trainer, moment)
+                trainer.read()
             except TrainingDivergedError:
                 diverged_at = trainer.clock.step
                 break
             with trainer.learner.averaged() as model:
                 watch(model, moment)
+        norms = [norm for _, norm, _ in trainer.window.steps]
         if matching:
             trainer.save()
     more = {"extractor": reference.extractor.name, "seconds": round(spent, 1), "curve": curve}

@@ -251,10 +251,10 @@ def test_jump_where_apart_leaves_the_others_and_does_not_evaluate_them() -> None
     student, _, _ = student_case()
     x, t = noise(4, 3), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=F64)
     s = torch.tensor([1.0, 0.5, 3.0, 0.1], dtype=F64)
-    moved = jump_where_apart(student, x, t, s, Condition())
+    moved = jump_where_apart(student, x, (t, s), Condition(), s < t)
     close(moved[[0, 2]], x[[0, 2]], rtol=0, atol=0)
     close(moved[[1, 3]], student.jump(x[[1, 3]], t[[1, 3]], s[[1, 3]]))
-    assert jump_where_apart(student, x, t, t, Condition()) is x
+    assert jump_where_apart(student, x, (t, t), Condition(), t < t) is x
 
 
 @pytest.mark.parametrize("objective", [CD(), CTM(), made(CTM, kind="features")], ids=["cd", "ctm", "features"])

@@ -12,7 +12,7 @@ from torch import nn
 from fewstep.data.base import Dataset
 from fewstep.training import RunFolder, train_run
 from fewstep.training.gradient_stats import FACTOR, REMEMBERED, Recent, term_norms
-from fewstep.training.log import Window
+from fewstep.training.log import StepValues, Window
 from fewstep.training.loop import Callbacks, Trainer
 from fewstep.utils.errors import TrainingDivergedError
 from tests.support.tiny import RUNTIME, TINY
@@ -27,8 +27,8 @@ def test_term_norms_are_the_norms_of_the_parts_of_the_gradient() -> None:
     for name, term in (("first", first), ("second", second)):
         gradients = torch.autograd.grad(term, list(layer.parameters()), retain_graph=True, allow_unused=True)
         expected = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
-        assert found[name] == pytest.approx(expected, rel=1e-12)
-    assert found["none"] == 0.0
+        assert float(found[name]) == pytest.approx(expected, rel=1e-12)
+    assert float(found["none"]) == 0.0
     (first + second).backward()  # the graphs are still there
 
 
@@ -111,10 +111,16 @@ def test_what_is_not_finite_first_is_named_and_a_part_without_a_value_is_not_cou
     for step in range(1, 6):
         window.add_terms({"derivative_rms": torch.tensor([1.0, 2.0]), "anchor": torch.ones(4)})
         window.add_terms({"derivative_rms": torch.tensor([]), "anchor": 3 * torch.ones(4)})
-        window.observe(step, 1.0, 1.0)
+        window.observe(StepValues(step, torch.ones(()), torch.ones(())))
+    assert window.read() is None
     assert window.recent.steps[-1][1] == {"derivative_rms": 1.5, "anchor": 2.0, "loss": 1.0, "grad_norm": 1.0}
     window.add_terms({"derivative_rms": torch.tensor([1.0, math.nan]), "anchor": torch.ones(4)})
-    window.observe(6, math.nan, math.nan)
+    spoilt = torch.tensor(math.nan)
+    window.observe(StepValues(6, spoilt, spoilt, times=[torch.zeros(2, 4)]))
+    window.observe(StepValues(7, torch.ones(()), torch.ones(())))  # that it goes on until it is read changes nothing
+    diverged = window.read()
+    assert diverged is not None
+    assert (diverged.step, len(window.steps)) == (6, 5)
     found = window.recent.first_to_leave()
     assert found is not None
     assert (found.name, found.step) == ("derivative_rms", 6)

@@ -130,7 +130,7 @@ def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: 
         trainer.take_step()
         if trainer.clock.due(config.training.checkpoint_images):
             trainer.save()
-    before, weights = snapshot(run.root), stored_weights(trainer)
+    before = snapshot(run.root)
     last = "step-00000003" if step > 3 else "there is no checkpoint yet"
     times = r"batch times t in \[0\.\d+, 0\.\d+\], s in \[\S+, 0\.\d+\]"
     with pytest.raises(TrainingDivergedError, match=rf"step {step + 1}: .*nan.*{times}.*{last}"):
@@ -138,7 +138,6 @@ def test_a_value_that_is_not_finite_stops_the_run(what: str, step: int, digits: 
     after = snapshot(run.root)
     assert after == before | {"log.jsonl": after["log.jsonl"]}
     assert run.read_log()[-2]["step"] == step  # what had gathered since the last line is not lost
-    assert all(torch.equal(value, weights[key]) for key, value in stored_weights(trainer).items())
 
 
 def stored_weights(trainer: Trainer) -> dict[str, Tensor]:

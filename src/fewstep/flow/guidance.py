@@ -16,7 +16,7 @@ from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import ConfigError, ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
-from fewstep.utils.tensors import expand
+from fewstep.utils.tensors import expand, on_host, rows_where
 
 _MOST = torch.finfo(torch.float32).max  # what is more is infinite to samples
 _STREAM_OMEGA, _STREAM_LOW, _STREAM_HIGH, _STREAM_DROP = 40, 41, 42, 43
@@ -67,8 +67,8 @@ class NoGuidance(TrainingGuidance):
         return False
 
     def draw(self, draws: Draws) -> Tensor:
-        row = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64, device=draws.indices.device)
-        return row.expand(len(draws.indices), 3)
+        row = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+        return row.to(draws.indices.device, non_blocking=True).expand(len(draws.indices), 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class FixedGuidance(ActiveGuidance):
 
     def draw(self, draws: Draws) -> Tensor:
         row = torch.tensor([math.log(self.omega), self.low, self.high], dtype=torch.float64)
-        return row.to(draws.indices.device).expand(len(draws.indices), 3)
+        return row.to(draws.indices.device, non_blocking=True).expand(len(draws.indices), 3)
 
 
 @final
@@ -162,10 +162,11 @@ def guide(null: Tensor, conditional: Tensor, omega: Tensor) -> Tensor:
     return null + expand(omega, null).to(null.dtype) * (conditional - null)
 
 
-def guided_denoiser(path: Path, denoise: Denoiser) -> Denoiser:
+def guided_denoiser(path: Path, denoise: Denoiser, waiting: bool = True) -> Denoiser:
     """D_null + omega (D - D_null), by the strength and interval of cond.guidance; D itself where there is none.
 
-    denoise: D, which takes no guidance. Where a label or prompt is kept and t lies in the interval; D elsewhere.
+    denoise: D, which takes no guidance. Where a label or prompt is kept and t lies in the interval; D elsewhere. The
+    others are not evaluated without their condition; on another device than the host only if it may be waited for.
     """
 
     def guided(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
@@ -174,7 +175,10 @@ def guided_denoiser(path: Path, denoise: Denoiser) -> Denoiser:
         if cond.guidance is None or cond.kept is None:
             return denoised
         omega = omega_at(path, cond.guidance, t, cond.kept)
-        rows = torch.nonzero(omega != 1).squeeze(1)
+        if not (waiting or on_host(omega)):
+            guided = guide(denoise(x, t, own.unconditional()), denoised, omega)
+            return torch.where(expand(omega != 1, denoised), guided, denoised)
+        rows = rows_where((omega != 1).cpu(), omega.device)
         if len(rows) == 0:
             return denoised
         null = denoise(x[rows], t[rows], own[rows].unconditional())

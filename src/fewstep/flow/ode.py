@@ -21,7 +21,7 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.runge_kutta import runge_kutta_step
-from fewstep.utils.tensors import check_batch, check_choice, expand
+from fewstep.utils.tensors import check_batch, check_choice, expand, rows_where
 
 SolverName = Literal["euler", "heun", "dpm-solver++"]
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -48,19 +48,26 @@ def euler_step(
 
 
 def heun_step(
-    denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor, cond: Condition = _UNCONDITIONAL
+    denoise: Denoiser,
+    path: Path,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    cond: Condition = _UNCONDITIONAL,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Heun's method in tau on y = x/alpha (EDM, 2206.00364), of order 2; x (B, ...), t, s (B,).
 
     D* = D_t + (tau_t/tau_s) (D_s - D_t)/2, D_s the denoiser at Euler's guess: y_s is y + (tau_s - tau_t) times the mean
     of the slopes (y - D)/tau at both ends. Two evaluations; one for a sample whose step ends at tau_s = 0 or starts at
-    tau_t > PURE_NOISE, which is Euler's.
+    tau_t > PURE_NOISE, which is Euler's. rows: (k,) int64 of the others, where they are known already.
     """
     t, s = path.clock(t), path.clock(s)
     at_t = denoise(x, t, cond)
     guess = ddim(path, x, at_t, t, s)
     tau_t, tau_s = path.tau(t), path.tau(s)
-    rows = torch.nonzero((tau_s > 0) & (tau_t <= PURE_NOISE)).squeeze(1)
+    if rows is None:
+        rows = _corrected(path, t.cpu(), s.cpu()).to(x.device)
     if len(rows) == 0:
         return guess
     at_s = denoise(guess[rows], s[rows], cond[rows])
@@ -69,8 +76,9 @@ def heun_step(
     return guess.index_copy(0, rows, corrected)
 
 
-_SINGLE_STEPS = {"euler": euler_step, "heun": heun_step}
-"""Those that remember nothing of the step before."""
+def _corrected(path: Path, t: Tensor, s: Tensor) -> Tensor:
+    """Rows (k,) of the steps that are not Euler's; t, s (B,) on the host."""
+    return rows_where((path.tau(s) > 0) & (path.tau(t) <= PURE_NOISE))
 
 
 Memory = tuple[Tensor, Tensor]
@@ -100,19 +108,25 @@ def solve(
 
     times: (B, K + 1) per sample or (K + 1,) for all, falling weakly: where two in a row are equal the sample rests and
     is not evaluated. A sample that moves k times costs k evaluations by "euler" and "dpm-solver++", 2 k by "heun", less
-    its steps that are Euler's (`heun_step`). Raises ShapeError for times that rise or do not fit x, ConfigError for
+    its steps that are Euler's (`heun_step`). Times on the host are read there, and x is not waited for: times on its
+    device are fetched once. Raises ShapeError for times that rise or do not fit x, ConfigError for
     another solver.
     """
     check_choice("solver", solver, get_args(SolverName))
     times = _per_sample(path, x, times)
     before, lengths = x, torch.full(x.shape[:1], torch.inf, dtype=torch.float64, device=x.device)
     for t, s in zip(times.T[:-1], times.T[1:], strict=True):
-        rows = torch.nonzero(s < t).squeeze(1)
-        if len(rows) == 0:
+        here = rows_where(s < t)
+        if len(here) == 0:
             continue
-        now, t, s, own = x[rows], t[rows], s[rows], cond[rows]
-        if solver in _SINGLE_STEPS:
-            moved = _SINGLE_STEPS[solver](denoise, path, now, t, s, own)
+        rows, times_here = here.to(x.device, non_blocking=True), (t[here], s[here])
+        t, s = (time.to(x.device, non_blocking=True) for time in times_here)
+        now, own = x[rows], cond[rows]
+        if solver == "euler":
+            moved = euler_step(denoise, path, now, t, s, own)
+        elif solver == "heun":
+            second = _corrected(path, *times_here).to(x.device, non_blocking=True)
+            moved = heun_step(denoise, path, now, t, s, own, second)
         else:
             moved, (denoised, h) = dpm_solver_step(denoise, path, now, t, s, (before[rows], lengths[rows]), own)
             before = before.index_copy(0, rows, denoised.to(before.dtype))
@@ -130,7 +144,7 @@ def trajectory(
     """
     times = _per_sample(path, x, grid)
     states = [x]
-    for t, s in zip(times.T[:-1], times.T[1:], strict=True):
+    for t, s in zip(times.to(x.device).T[:-1], times.to(x.device).T[1:], strict=True):
         states.append(reference_solution(denoise, path, states[-1], t, s, steps, cond))
     return torch.stack(states)
 
@@ -153,7 +167,7 @@ def reference_solution(
     first = torch.where(path.tau(t) > _SMOOTH[1], high, t).clamp(min=s)
     last = torch.minimum(torch.where(path.tau(s) < _SMOOTH[0], low, s), first)
     x = solve(denoise, path, x, torch.stack([t, first], 1), "euler", cond)
-    rows = torch.nonzero(last < first).squeeze(1)
+    rows = rows_where((last < first).cpu(), x.device)
     if len(rows):
         solved = _runge_kutta(denoise, path, x[rows], first[rows], last[rows], steps, cond[rows])
         x = x.index_copy(0, rows, solved)
@@ -178,12 +192,12 @@ def _runge_kutta(denoise: Denoiser, path: Path, x: Tensor, t: Tensor, s: Tensor,
 
 
 def _per_sample(path: Path, x: Tensor, times: Tensor) -> Tensor:
-    """Times as (B, K + 1), float64; raises ShapeError when they rise or do not fit."""
-    times = path.clock(times.to(x.device))
+    """Times as (B, K + 1), float64, on the host; raises ShapeError when they rise or do not fit."""
+    times = path.clock(times.cpu())
     times = times.expand(len(x), -1) if times.ndim == 1 else times
     if times.ndim != 2 or times.shape[1] < 1:
         raise ShapeError(f"times of shape {tuple(times.shape)}: give (K + 1,) or one row per sample")
     check_batch(x, times[:, 0])
-    if not bool((times[:, 1:] <= times[:, :-1]).all()):
+    if not (times[:, 1:] <= times[:, :-1]).numpy().all():
         raise ShapeError("times rise somewhere: a solver goes from noise down to data")
     return times

@@ -37,6 +37,11 @@ class Prompts:
         null = None if self.null is None else self.null.to(device)
         return Prompts(self.text.to(device), mask, pooled, null, kept)
 
+    def on_host(self) -> "Prompts":
+        """Which of them are kept, without the embeddings."""
+        kept = None if self.kept is None else self.kept.cpu()
+        return Prompts(torch.empty(len(self.text), 1, 1), kept=kept)
+
     def drop(self, dropped: Tensor) -> "Prompts":
         """The same with the empty prompt where `dropped` (B,) bool says so."""
         null = Prompts(torch.zeros_like(self.text[:1])) if self.null is None else self.null

@@ -277,7 +277,7 @@ class ConditionEmbedding(nn.Module):
 def _guidance(guidance: Tensor | None, t: Tensor) -> Tensor:
     """(log omega, t_lo, t_hi), (B, 3); none given means log omega = 0 on the interval [0, 1]."""
     if guidance is None:
-        return torch.tensor([0.0, 0.0, 1.0], device=t.device).expand(len(t), 3)
+        return torch.tensor([0.0, 0.0, 1.0]).to(t.device, non_blocking=True).expand(len(t), 3)
     if guidance.shape != (len(t), 3):
         raise ShapeError(f"guidance of shape {tuple(guidance.shape)} for {len(t)} samples: pass ({len(t)}, 3)")
     return guidance

@@ -14,7 +14,7 @@ from fewstep.flow.paths import Path
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
-from fewstep.utils.tensors import check_share, expand
+from fewstep.utils.tensors import check_share, expand, on_host, rows_where
 
 Acting = Literal["map", "gamma", "euler", "mean"]
 """How a policy samples: by jumps, by jumps to the data end, by Euler's method, or by one jump from zero."""
@@ -39,8 +39,9 @@ class Batch:
 
     images: seen in training before this batch, which curricula are functions of. observation: (B, To, Do) that
     the samples are conditioned on. loss_mask: (B, ...) bool, broadcasting to x0: the numbers that a loss may count;
-    None for all. places: (B,) int64 on the host, the samples' indices in the global batch, by which they are split
-    without asking the device; None reads those of the draws. prompts: that the samples are conditioned on.
+    None for all. places, host_labels: (B,) int64 on the host, the samples' indices in the global batch and their
+    labels, by which rows are chosen without asking the device; None reads those above. prompts: that the samples are
+    conditioned on.
     """
 
     x0: Tensor
@@ -51,14 +52,29 @@ class Batch:
     loss_mask: Tensor | None = None
     places: Tensor | None = None
     prompts: Prompts | None = None
+    host_labels: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> "Batch":
+    def take(self, places: Tensor, rows: Tensor) -> "Batch":
+        """The samples of these rows (k,), which are given on the host and on the device."""
         labels, observation, loss_mask = (
             None if each is None else each[rows] for each in (self.labels, self.observation, self.loss_mask)
         )
+        here = (None if each is None else each[places] for each in (self.places, self.host_labels))
         draws = replace(self.draws, indices=self.draws.indices[rows])
         prompts = None if self.prompts is None else self.prompts[rows]
-        return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask, prompts=prompts)
+        return Batch(self.x0[rows], labels, draws, self.images, observation, loss_mask, next(here), prompts, next(here))
+
+    def __getitem__(self, rows: Tensor) -> "Batch":
+        known = self.places is not None or self.host_labels is not None
+        return self.take(rows.cpu() if known else rows, rows)
+
+    def on_host(self) -> "Batch":
+        """What is known of the samples on the host: random numbers, labels, and which prompts are kept. No data."""
+        places = self.draws.indices.cpu() if self.places is None else self.places
+        labels = self.host_labels if self.labels is None or self.host_labels is not None else self.labels.cpu()
+        prompts = self.prompts if self.prompts is None else self.prompts.on_host()
+        draws = replace(self.draws, indices=places)
+        return Batch(torch.empty(len(places), 0), labels, draws, self.images, None, None, places, prompts, labels)
 
     def matched(self, share: float) -> Tensor:
         """Which samples take s = t, a `share` of all: (B,) bool, on the device."""
@@ -66,9 +82,19 @@ class Batch:
 
     def split(self, share: float) -> tuple[Tensor, Tensor]:
         """Rows of the samples that take s = t, a `share` of all, and of the others; decided on the host."""
-        on = is_diagonal(self.draws.indices.cpu() if self.places is None else self.places, share)
-        first, second = (torch.nonzero(each).squeeze(1).to(self.x0.device, non_blocking=True) for each in (on, ~on))
+        first, second = (rows.to(self.x0.device, non_blocking=True) for rows in self._split(share))
         return first, second
+
+    def halves(self, share: float) -> "tuple[tuple[Batch, Batch], tuple[Tensor, Tensor]]":
+        """The samples of `split`, and the rows themselves."""
+        first, second = (
+            (self.take(rows, moved), moved) for rows, moved in zip(self._split(share), self.split(share), strict=True)
+        )
+        return (first[0], second[0]), (first[1], second[1])
+
+    def _split(self, share: float) -> tuple[Tensor, Tensor]:
+        on = is_diagonal(self.draws.indices.cpu() if self.places is None else self.places, share)
+        return rows_where(on), rows_where(~on)
 
     def noise(self) -> Tensor:
         """Standard normal, shape and dtype of x0."""
@@ -211,12 +237,36 @@ class Objective(ABC):
         if not self.guidance.active or cond.kept is None:
             return v
         omega = self.guidance.strength(model.path, batch.draws, t, cond.kept)
-        rows = torch.nonzero(omega != 1).squeeze(1)
+        rows = self.guided_rows(model.path, batch, omega)
         if len(rows) == 0:
             return v
         with torch.no_grad():
             null = model.velocity(x[rows], t[rows], cond[rows].unconditional())
         return v.index_copy(0, rows, guide(null, v[rows], omega[rows]))
+
+    def guided_rows(self, path: Path, batch: Batch, omega: Tensor) -> Tensor:
+        """Rows (k,) whose strength omega (B,) is not 1; of another device they are found again on the host."""
+        if on_host(omega):
+            return rows_where(omega != 1)
+        rows = self.rows_on_host(path, batch)
+        return rows_where(omega.cpu() != 1, omega.device) if rows is None else rows.to(omega.device, non_blocking=True)
+
+    def rows_on_host(self, path: Path, batch: Batch) -> Tensor | None:
+        """`guided_rows` by the batch's random numbers and labels; None where `target_times` says nothing."""
+        own = batch.on_host()
+        t, kept = self.target_times(path, own), Condition(own.labels, prompts=own.prompts).kept
+        if t is None or kept is None:
+            return None
+        if self.label_dropout:
+            kept = kept & ~dropped(self.label_dropout, own.draws)
+        return rows_where(self.guidance.strength(path, own.draws, t, kept) != 1)
+
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        """The times (B,) at which the targets of a batch are guided, by its draws alone; None where that is not said.
+
+        Where it is, guidance finds its rows on the host, and the device is not asked.
+        """
+        return None
 
     def guided_velocity(self, model: Velocities, batch: Batch, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """v(x, t) of a model, (B, ...), guided by its own without a label, or by its own input of a strength."""

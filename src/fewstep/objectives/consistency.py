@@ -77,7 +77,7 @@ class CT(AdjacentObjective):
 
     def neighbours(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor]:
         cells = self.cells(batch.images)
-        rising = edm_grid(path, cells).flip(0).to(batch.x0.device)
+        rising = edm_grid(path, cells).flip(0).to(batch.x0.device, non_blocking=True)
         drawn = self.times.quantile(path, batch.draws.uniform(STREAM_T))
         n = torch.searchsorted(rising, drawn, right=True).clamp(1, cells)
         return rising[n], rising[n - 1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import columns, flow_gain
-from fewstep.flow.times import LogNormalTimes, TimeDistribution, edm_grid
+from fewstep.flow.times import LogNormalTimes, TimeDistribution
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
 from fewstep.objectives.base import ALONE, Batch, Companions, FakeSamples, Losses
@@ -98,22 +98,21 @@ class CTM(GuidedDistillation):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         target = companions.ema_target
-        n, k, j = self.steps.draw(batch, self.endpoint_only)
-        grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
-        t, u, s, end = grid[n], grid[k], grid[j], grid[-1].expand(len(n))
+        n, k, j, t, u, s = self.steps.times(flow_map.path, batch, self.endpoint_only)
+        end, apart = torch.full_like(s, flow_map.path.t_min), j < self.steps.points - 1
         cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         x_u = self.steps.walk(flow_map, x, n, k, self.teacher_condition(batch, cond), companions.teacher)
         with torch.no_grad():
-            goal = jump_where_apart(target, x_u, u, s, cond)
+            goal = jump_where_apart(target, x_u, (u, s), cond, k < j)
         reached = flow_map.jump(x, t, s, cond)
         compared = reached
         if self.compare == "data-end" or self.gan:
-            reached = jump_where_apart(target, reached, s, end, cond)
+            reached = jump_where_apart(target, reached, (s, end), cond, apart)
         if self.compare == "data-end":
             compared = reached
             with torch.no_grad():
-                goal = jump_where_apart(target, goal, s, end, cond)
+                goal = jump_where_apart(target, goal, (s, end), cond, apart)
         elif self.carried == "covariance":
             compared, goal = (carried(flow_map, x, s, end, cond) for x in (compared, goal))
         consistency = self.distance(batch, compared, goal, companions) * self.weight_at(flow_map, s).to(x.dtype)

@@ -5,7 +5,7 @@ ends.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fewstep.objectives.losses import DistanceObjective
 from fewstep.teachers import denoiser_on
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later, later_value
-from fewstep.utils.tensors import check_choice
+from fewstep.utils.tensors import check_choice, rows_where
 
 _MOST_POINTS = 10**6
 
@@ -78,7 +78,8 @@ class TeacherSteps:
 
     def _published(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         last = self.points - 1
-        odds = torch.arange(1, min(self.longest or last, last) + 1, device=batch.x0.device).double().cumsum(0)
+        device = batch.draws.indices.device
+        odds = torch.arange(1, min(self.longest or last, last) + 1, device=device).double().cumsum(0)
         h = 1 + torch.searchsorted(odds / odds[-1], batch.draws.uniform(STREAM_U).double(), right=True)
         h = h.clamp(max=len(odds))
         n = (batch.draws.uniform(STREAM_T) * (last - h + 1)).long().minimum(last - h)
@@ -86,23 +87,40 @@ class TeacherSteps:
         j = k + (batch.draws.uniform(STREAM_S) * (last - k + 1)).long().minimum(last - k)
         return n, k, torch.full_like(n, last) if endpoint_only else j
 
+    def times(self, path: Path, batch: Batch, endpoint_only: bool) -> "Walk":
+        """The draws of a batch and their times, by its random numbers on the host."""
+        n, k, j = self.draw(batch.on_host(), endpoint_only)
+        grid = edm_grid(path, self.points - 1)
+        t, u, s = (grid[each].to(batch.x0.device, non_blocking=True) for each in (n, k, j))
+        return Walk(n, k, j, t, u, s)
+
     def walk(self, flow_map: FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: FlowMap) -> Tensor:
-        """x_u: the teacher's solution at grid point k from x at grid point n; without gradient.
+        """x_u: the teacher's solution at grid point k from x at grid point n; without gradient. n, k: on the host.
 
         cond: with the strength and interval by which the teacher is guided, if it is (`Objective.teacher_condition`).
         """
-        grid = edm_grid(flow_map.path, self.points - 1).to(x.device)
-        cells = torch.arange(int((k - n).max()) + 1, device=x.device)
-        times = grid[torch.minimum(n[:, None] + cells, k[:, None])]
+        cells = torch.arange(int((k - n).numpy().max()) + 1)
+        times = edm_grid(flow_map.path, self.points - 1)[torch.minimum(n[:, None] + cells, k[:, None])]
         with torch.no_grad():
             return solve(teacher_denoiser(flow_map.path, teacher), flow_map.path, x, times, self.solver, cond)
+
+
+class Walk(NamedTuple):
+    """Grid indices n < k <= j (B,) int64, on the host, and their times t, u, s (B,) float64, where the samples are."""
+
+    n: Tensor
+    k: Tensor
+    j: Tensor
+    t: Tensor
+    u: Tensor
+    s: Tensor
 
 
 def teacher_denoiser(path: Path, teacher: FlowMap) -> Denoiser:
     """The teacher's denoiser on a path, guided as the condition says: by its own input, or from its own without label
     and prompt."""
     denoise = denoiser_on(path, teacher)
-    return denoise if teacher.takes_guidance else guided_denoiser(path, denoise)
+    return denoise if teacher.takes_guidance else guided_denoiser(path, denoise, waiting=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,21 +153,22 @@ class CD(GuidedDistillation):
 
     def __call__(self, flow_map: FlowMap, batch: Batch, companions: Companions = ALONE) -> Losses:
         target = companions.ema_target
-        n, k, j = self.steps.draw(batch, endpoint_only=True)
-        grid = edm_grid(flow_map.path, self.steps.points - 1).to(batch.x0.device)
-        t, u, s = grid[n], grid[k], grid[j]
+        n, k, j, t, u, s = self.steps.times(flow_map.path, batch, endpoint_only=True)
         cond = self.condition(flow_map, batch, t)
         x = flow_map.path.interpolate(batch.x0, batch.noise(), t)
         x_u = self.steps.walk(flow_map, x, n, k, self.teacher_condition(batch, cond), companions.teacher)
         with torch.no_grad():
-            goal = jump_where_apart(target, x_u, u, s, cond)
+            goal = jump_where_apart(target, x_u, (u, s), cond, k < j)
         error = self.distance(batch, flow_map.jump(x, t, s, cond), goal, companions)
         return Losses(error, t, s, {"consistency": error.detach()})
 
 
-def jump_where_apart(model: FlowMap, x: Tensor, t: Tensor, s: Tensor, cond: Condition) -> Tensor:
-    """X(x, t, s), evaluated for the samples with s < t alone: the others stay where they are."""
-    rows = torch.nonzero(s < t).squeeze(1)
+def jump_where_apart(model: FlowMap, x: Tensor, times: tuple[Tensor, Tensor], cond: Condition, apart: Tensor) -> Tensor:
+    """X(x, t, s), times = (t, s), evaluated for the samples with s < t alone: the others stay where they are.
+
+    apart: (B,) bool on the host, which these are.
+    """
+    (t, s), rows = times, rows_where(apart, x.device)
     if len(rows) == len(x):
         return model.jump(x, t, s, cond)
     if len(rows) == 0:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.paths import Path
 from fewstep.flow.times import LogitNormalTimes
 from fewstep.objectives.base import ALONE, Batch, Companions, Losses
 from fewstep.objectives.eulerian import step_error
@@ -45,6 +46,9 @@ class FlowMapDistillation(AnchoredObjective):
             return self.off_diagonal(flow_map, teacher, own, t[rows], s[rows])
 
         return self.split(flow_map, batch, (t, s), self.pairs.flow_matching_ratio, compare, teacher)
+
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        return self.pairs.draw(path, batch)[0]
 
     @abstractmethod
     def off_diagonal(
@@ -125,6 +129,10 @@ class LMD(FlowMapDistillation):
         """Its gradient passes back through the derivative."""
         added, wide = self.derivative.evaluations(bf16)
         return 3 * added, 3 * wide
+
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        """Where jumps end, which is where they begin for samples with s = t."""
+        return self.pairs.draw(path, batch)[1]
 
     def off_diagonal(
         self, flow_map: FlowMap, teacher: TeacherVelocity, batch: Batch, t: Tensor, s: Tensor

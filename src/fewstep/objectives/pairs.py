@@ -97,10 +97,11 @@ class AnchoredObjective(Objective):
 
         compare: those others and their rows (k,) to what they give. teacher: as in `on_path`.
         """
-        on, off = rows = batch.split(share)
-        anchor, own = batch.x0[on], batch[off]
+        (matched, own), rows = batch.halves(share)
+        on, off = rows
+        anchor = matched.x0
         if len(on):
-            _, _, v, target = self.on_path(flow_map, batch[on], times[0][on], teacher)
+            _, _, v, target = self.on_path(flow_map, matched, times[0][on], teacher)
             anchor = v - target
         compared = compare(own, off) if len(off) else self.nothing(own.x0)
         errors = zip((anchor, compared.error), rows, strict=True)
@@ -142,6 +143,9 @@ class PairObjective(AnchoredObjective):
             flow_map, batch, (t, s), ratio, lambda own, rows: self.off_diagonal(flow_map, own, t[rows], s[rows])
         )
 
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        return self.pairs.draw(path, batch)[0]
+
     @abstractmethod
     def off_diagonal(self, flow_map: FlowMap, batch: Batch, t: Tensor, s: Tensor) -> Comparison:
         """The error of samples with s < t."""
@@ -171,6 +175,9 @@ class JointObjective(AnchoredObjective):
     def anchor_loss(self, error: Tensor, v: Tensor, target: Tensor) -> Tensor:
         """|v - v*|^2 (B,) of the error between them, (B, ...) with zeros for what does not count."""
         return self.weighting.measure(error)
+
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        return self.pairs.draw(path, batch)[0]
 
     @property
     def share(self) -> float:

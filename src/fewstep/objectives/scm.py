@@ -146,6 +146,9 @@ class SCD(ContinuousObjective):
 
     needs_teacher: ClassVar[bool] = True
 
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        return self.times.quantile(path, batch.draws.uniform(STREAM_T))
+
     def driving(
         self, flow_map: FlowMap, batch: Batch, t: Tensor, cond: Condition, companions: Companions
     ) -> tuple[Tensor, Tensor]:
@@ -176,5 +179,6 @@ class TeacherVelocity:
 
     def lowest(self) -> float:
         """The time of the least noise at which the teacher has a velocity."""
-        known = self.teacher.path.tau(torch.tensor(self.teacher.path.t_min, dtype=torch.float64))
-        return float(self.path.time_from_tau(known.clamp(min=LEAST)))
+        known = self.teacher.path.tau(torch.tensor([self.teacher.path.t_min], dtype=torch.float64))
+        (lowest,) = self.path.time_from_tau(known.clamp(min=LEAST)).tolist()
+        return float(lowest)

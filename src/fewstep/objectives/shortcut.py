@@ -65,6 +65,9 @@ class Shortcut(AnchoredObjective):
             lambda own, rows: self.off_diagonal(flow_map, own, (t[rows], u[rows], s[rows]), short),
         )
 
+    def target_times(self, path: Path, batch: Batch) -> Tensor | None:
+        return self.draw_times(path, batch)[0]
+
     def draw_times(self, path: Path, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(t, u, s), each (B,) float64, all one where the sample is matched to the data."""
         on_diagonal = batch.matched(1 - self.bootstrap)

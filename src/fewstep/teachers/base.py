@@ -8,7 +8,7 @@ from torch import Tensor
 from fewstep.flow.ode import Denoiser
 from fewstep.flow.paths import Path
 from fewstep.networks.condition import Condition
-from fewstep.utils.tensors import expand
+from fewstep.utils.tensors import constant, expand
 
 
 class Teacher(Protocol):
@@ -33,7 +33,7 @@ def denoiser_on(path: Path, teacher: Teacher) -> Denoiser:
 
     def denoise(x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         t = path.clock(t)
-        ends = t.new_tensor([teacher.path.t_min, teacher.path.t_max])
+        ends = constant([teacher.path.t_min, teacher.path.t_max], t)
         own = teacher.path.time_from_tau(path.tau(t).clamp(*teacher.path.tau(ends))).clamp(*ends)
         here, there = path.values(t), teacher.path.values(own)
         scale = torch.hypot(there.alpha, there.sigma) / torch.hypot(here.alpha, here.sigma)

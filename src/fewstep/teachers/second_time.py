@@ -24,6 +24,7 @@ from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
 from fewstep.teachers.lora import adapters_of, merged
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.serialization import differences, later
+from fewstep.utils.tensors import constant
 from fewstep.utils.weights import digest, fit_weights, save_weights
 
 _FEATURES = 256
@@ -122,7 +123,7 @@ class TwoTimes(nn.Module):
         """The time where jumps end, (B,), and the guidance, (B, 3), for the passes within."""
         value: Tensor = self.second_time(s)
         if self.guidance is not None:
-            given = s.new_tensor([0.0, 0.0, 1.0]).expand(len(s), 3) if guidance is None else guidance.to(s.dtype)
+            given = constant([0.0, 0.0, 1.0], s).expand(len(s), 3) if guidance is None else guidance.to(s.dtype)
             value = value + silu(self.guidance(given))
         self.shared.value = value
         try:

@@ -21,13 +21,17 @@ def draw_batch(
     """
     (first, count), images = part, step * settings.batch_size
     places = torch.arange(first, first + count)
-    draws = Draws(settings.seed, step, places.to(device))
-    mirror = random_flips(draws, STREAM_FLIP) if settings.flip else None
+    own = Draws(settings.seed, step, places)
+    mirror = random_flips(own, STREAM_FLIP) if settings.flip else None
     rows = batch_indices(len(train), settings.seed, images + first, count)
     x0, labels = train.fetch(rows, mirror)
     context = train.context(rows)
+    known = None if labels is None else labels.cpu()
     labels, observation, loss_mask = (
-        None if each is None else each.to(device) for each in (labels, context.observation, context.loss_mask)
+        None if each is None else each.to(device, non_blocking=True)
+        for each in (labels, context.observation, context.loss_mask)
     )
+    indices, x0 = places.to(device, non_blocking=True), x0.to(device, non_blocking=True)
     prompts = None if context.prompts is None else context.prompts.to(device)
-    return Batch(x0.to(device), labels, draws, images, observation, loss_mask, places, prompts)
+    draws = Draws(settings.seed, step, indices)
+    return Batch(x0, labels, draws, images, observation, loss_mask, places, prompts, known)

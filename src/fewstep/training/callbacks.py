@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
@@ -57,16 +57,22 @@ class Moment:
     """Where a run is after a step.
 
     seconds: of training, over all starts. progress: the share of the run that is done, in [0, 1] until the last step.
-    left: seconds to the end at the pace since this start. rate: images a second.
+    left: seconds to the end at the pace since this start. rate: images a second. measured: the loss, as the step left
+    it.
     """
 
     step: int
     images: int
     seconds: float
     progress: float
-    loss: float
+    measured: Tensor | float
     rate: float
     left: float
+
+    @property
+    def loss(self) -> float:
+        """Of this step, the mean over its batch; who reads it on a GPU waits for the step to end there."""
+        return float(self.measured)
 
 
 @dataclass(frozen=True)

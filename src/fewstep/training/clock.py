@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.recipes.config import TrainingConfig
 from fewstep.training.callbacks import Moment
 
@@ -52,7 +54,7 @@ class Clock:
         done = self.progress - progress
         return max(1 - self.progress, 0.0) * (self.seconds - seconds) / done if done > 0 else float("inf")
 
-    def moment(self, loss: float) -> Moment:
+    def moment(self, loss: Tensor | float) -> Moment:
         """What callbacks are told after a step with that loss."""
         return Moment(self.step, self.images, self.seconds, self.progress, loss, self.rate, self.left)
 

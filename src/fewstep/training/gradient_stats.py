@@ -14,8 +14,8 @@ FACTOR = 10.0
 QUANTILES = (0.5, 0.9, 0.99)
 
 
-def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, float]:
-    """|gradient of each term| for terms () that are parts of one loss; their graphs are kept.
+def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """|gradient of each term|, (), for terms () that are parts of one loss; their graphs are kept.
 
     A term that no parameter reaches has norm 0. Costs a backward pass for each term, so that the training loop asks
     once a line of the log, of the first process's first part of the batch: with accumulation or several processes
@@ -28,7 +28,7 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dic
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if term.requires_grad else ()
         )
         reached = [gradient for gradient in gradients if gradient is not None]
-        found[name] = float(torch.nn.utils.get_total_norm(reached)) if reached else 0.0
+        found[name] = torch.nn.utils.get_total_norm(reached) if reached else torch.zeros_like(term)
     return found
 
 

@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,38 +41,102 @@ def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float) -> None:
     bar.update(0)
 
 
+@dataclass(frozen=True)
+class StepValues:
+    """What a step leaves where it was taken, to be read later: loss, and norms of gradients, () each.
+
+    lr: the learning rate. times: (2, B) of each part of its batch. terms: what each part says of those that have it.
+    """
+
+    step: int
+    loss: Tensor
+    norm: Tensor
+    lr: float = 0.0
+    discriminator_norm: Tensor | None = None
+    times: list[Tensor] = field(default_factory=list)
+    terms: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is read, () each: the loss, the norm, that of the discriminator (0 for none), and the terms."""
+        yield from (self.loss, self.norm)
+        yield torch.zeros_like(self.norm) if self.discriminator_norm is None else self.discriminator_norm
+        for part in self.terms:
+            yield from part.values()
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """A step that was not finite, as it was read; times: (2, B)."""
+
+    step: int
+    loss: float
+    norm: float
+    discriminator_norm: float
+    times: Tensor
+
+
 class Window:
     """Means since the last line of the log, and what the gradient was made of.
 
-    clip: the norm above which a step is clipped; infinite where none is. steps: loss, gradient norm and learning rate.
+    What steps leave is read once for many of them, by `read`: until then nobody waits for the device.
+    clip: the norm above which a step is clipped; infinite where none is. steps: loss, gradient norm and learning rate
+    of those that were read. latest: the loss of the last step, read or not.
     """
+
+    MOST = 256
+    """Steps that may wait to be read."""
 
     def __init__(self, clip: float) -> None:
         self.clip = clip
+        self.waiting: list[StepValues] = []
+        self.latest: Tensor | float = math.nan
         self.last_loss = math.nan
         self.recent = Recent()
-        self.parts: list[dict[str, float]] = []
+        self.parts: list[dict[str, Tensor]] = []
         self.terms: dict[str, list[float]] = {}
-        self.term_norms: dict[str, float] = {}
+        self.term_norms: dict[str, Tensor] = {}
         self.steps: list[tuple[float, float, float]] = []
         self.since = time.perf_counter()
 
     def add_terms(self, logs: dict[str, Tensor]) -> None:
         """Values of those samples of a part of a batch that have them."""
-        found = {name: value.detach().float().mean() for name, value in logs.items() if len(value)}
-        if found:
-            self.parts.append(dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)))
+        self.parts.append({name: value.detach().float().mean() for name, value in logs.items() if len(value)})
 
-    def observe(self, step: int, loss: float, norm: float) -> None:
-        """The loss and gradient norm of a step, finite or not, after its parts."""
-        names = dict.fromkeys(name for part in self.parts for name in part)
-        found = {name: [part[name] for part in self.parts if name in part] for name in names}
+    def observe(self, values: StepValues) -> None:
+        """What a step has left, finite or not, after its parts."""
+        self.waiting.append(replace(values, terms=self.parts))
+        self.latest, self.parts = values.loss, []
+
+    @property
+    def full(self) -> bool:
+        """Whether as many steps wait to be read as may."""
+        return len(self.waiting) >= self.MOST
+
+    def read(self) -> Diverged | None:
+        """Read the steps that wait; the first that is not finite, where there is one, with which the window ends."""
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return None
+        numbers = iter(torch.stack([each.double() for values in waiting for each in values.tensors]).tolist())
+        for values in waiting:
+            loss, norm, discriminator_norm = (next(numbers) for _ in range(3))
+            parts = [{name: next(numbers) for name in part} for part in values.terms]
+            self._take(values.step, loss, norm, parts)
+            if not all(map(math.isfinite, (loss, norm, discriminator_norm))):
+                self.term_norms = {}
+                return Diverged(values.step, loss, norm, discriminator_norm, torch.cat(values.times, dim=1))
+            self.steps.append((loss, norm, values.lr))
+        return None
+
+    def _take(self, step: int, loss: float, norm: float, parts: list[dict[str, float]]) -> None:
+        names = dict.fromkeys(name for part in parts for name in part)
+        found = {name: [part[name] for part in parts if name in part] for name in names}
         means = {name: sum(values) / len(values) for name, values in found.items()}
         for name, mean in means.items():
             if math.isfinite(mean):
                 self.terms.setdefault(name, []).append(mean)
         self.recent.add(step, means | {"loss": loss, "grad_norm": norm})
-        self.parts = []
 
     def flush(self, batch_size: int, clock: Clock) -> dict[str, float]:
         """The line of the log that ends here; the next begins empty."""
@@ -85,7 +151,7 @@ class Window:
             "grad_norm": sum(norms) / len(norms),
             "grad_norm_max": max(norms),
             **{f"grad_norm_q{100 * level:.0f}": value for level, value in self.recent.quantiles("grad_norm").items()},
-            **{f"grad_norm_{name}": value for name, value in self.term_norms.items()},
+            **{f"grad_norm_{name}": float(value) for name, value in self.term_norms.items()},
             "clipped": sum(norm > self.clip for norm in norms) / len(norms),
             "lr": lrs[-1],
             "images_per_second": round(len(losses) * batch_size / max(now - self.since, 1e-9), 1),
@@ -94,19 +160,18 @@ class Window:
         return record
 
 
-def diverged(
-    run: RunFolder, step: int, loss: float, norm: float, discriminator_norm: float, times: Tensor, recent: Recent
-) -> TrainingDivergedError:
+def diverged(run: RunFolder, at: Diverged, recent: Recent) -> TrainingDivergedError:
     """What stops a run at a value that is not finite: where it happened, what went first and what is left.
 
-    times (2, B). recent: the steps before, this one included.
+    recent: the steps before, this one included.
     """
-    discriminator = "" if math.isfinite(discriminator_norm) else f", of the discriminator {discriminator_norm}"
-    t, s = times.double().cpu()
+    norm = at.discriminator_norm
+    discriminator = "" if math.isfinite(norm) else f", of the discriminator {norm}"
+    t, s = at.times.double().cpu()
     first = recent.first_to_leave()
     cause = "" if first is None else f"{first}; "
     return TrainingDivergedError(
-        f"step {step}: loss {loss}, gradient norm {norm}{discriminator}; "
+        f"step {at.step}: loss {at.loss}, gradient norm {at.norm}{discriminator}; "
         f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{last_good(run)}"
     )
 

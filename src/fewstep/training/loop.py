@@ -15,7 +15,6 @@ from typing import Self, cast
 
 import torch
 from accelerate import DistributedDataParallelKwargs
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from fewstep.data.base import Dataset
@@ -31,10 +30,10 @@ from fewstep.training.clock import Clock
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
-from fewstep.training.log import Window, diverged, last_good, progress_bar, show_progress
+from fewstep.training.log import StepValues, Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import never_risen, risen
-from fewstep.training.parallel import ProcessGroup, Replicated, join_processes, share_out, split_batch
+from fewstep.training.parallel import Agreement, ProcessGroup, Replicated, join_processes, share_out, split_batch
 from fewstep.training.probe import fault, needs_probe, with_derivatives
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
@@ -141,6 +140,7 @@ class Trainer:
         beside = [each.network for each in (self.teacher, None if target is None else target.flow_map) if each]
         self.module = self.held.wrap(self.loss, beside)
         self.learner = Learner(config, pipeline, statistics, gan, target, self.held)
+        self.agreement = Agreement(self.accelerator.num_processes)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping, self.late, self.saved = False, False, time.monotonic()
 
@@ -239,8 +239,10 @@ class Trainer:
                 self.take_step()
                 self.clock.seconds = self.agreed(self.clock.seconds + time.perf_counter() - start)
                 show_progress(bar, self.clock, self.window.last_loss)
-                moment = self.clock.moment(self.window.steps[-1][0])
+                moment = self.clock.moment(self.window.latest)
                 self.tell(lambda each, moment=moment: each.step(moment))  # type: ignore[misc]
+                if self.window.full:
+                    self.read()
                 if self.clock.due(settings.log_images):
                     self.write_log()
                 if self.clock.due(settings.checkpoint_images) or self.stopping or self.late:
@@ -264,34 +266,39 @@ class Trainer:
 
     def agreed(self, seconds: float) -> float:
         """The first process's clock where it decides when to stop: all must stop after the same step."""
-        if self.accelerator.num_processes == 1 or not self.config.training.seconds:
-            return seconds
-        clock = torch.tensor(seconds, dtype=torch.float64, device=self.accelerator.device)
-        return float(broadcast(clock))
+        return self.agreement.first(seconds) if self.config.training.seconds else seconds
 
     def take_step(self) -> None:
-        """One update from the global batch of this step."""
+        """One update from the global batch of this step; what it leaves waits on the device for `read`."""
         with self.held.gathered():
             found = self.accumulate()
         old = 0 < self.config.training.checkpoint_seconds < time.monotonic() - self.saved
-        asked, late = (found.loss.new_tensor(each) for each in (self.stops.received is not None, old))
-        loss, stopping, saving = self.accelerator.reduce(torch.stack([found.loss, asked, late]), "mean").tolist()
-        self.stopping, self.late = stopping > 0, saving > 0  # all processes after the same step
-        norm = float(self.held.norm(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip)))
-        discriminator_norm, gan = 0.0, self.learner.gan
+        self.stopping, self.late = self.agreement.any(self.stops.received is not None, old)  # all after the same step
+        loss = self.mean_over_processes(found.loss)
+        norm = self.held.norm(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
+        discriminator_norm, gan = None, self.learner.gan
         if gan is not None and found.discriminator:
             found.discriminator = gan.averaged(found.discriminator, self.accumulation)
-            discriminator_norm = float(nn.utils.get_total_norm(found.discriminator))
-        self.window.observe(self.clock.step + 1, loss, norm)
-        if not all(math.isfinite(value) for value in (loss, norm, discriminator_norm)):
-            times, recent = torch.cat(found.times, dim=1), self.window.recent
-            raise diverged(self.run, self.clock.step + 1, loss, norm, discriminator_norm, times, recent)
+            discriminator_norm = nn.utils.get_total_norm(found.discriminator)
         self.clock.step += 1
         factor = self.learner.update(self.clock.step, self.clock.images, self.clock.progress, found.discriminator)
+        lr = factor * self.config.optimizer.lr
+        self.window.observe(StepValues(self.clock.step, loss, norm, lr, discriminator_norm, found.times))
         refresh = self.clock.due(self.config.statistics.refresh_images) and not self.clock.finished
         if self.config.model.preconditioning.needs_statistics and refresh:
+            self.read()
             self.refresh_statistics()
-        self.window.steps.append((loss, norm, factor * self.config.optimizer.lr))
+
+    def read(self) -> None:
+        """Look at what steps have left: once a line of the log, and before anything is saved, shown or measured.
+
+        Raises TrainingDivergedError for the first that was not finite; the clock is set back to the one before it, and
+        the weights in memory are of no use.
+        """
+        found = self.window.read()
+        if found is not None:
+            self.clock.step = found.step - 1
+            raise diverged(self.run, found, self.window.recent)
 
     def accumulate(self) -> Gradients:
         """The gradients of this process's share of the batch, part by part; processes meet at the last."""
@@ -325,6 +332,7 @@ class Trainer:
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last, if there were any."""
+        self.read()
         if not self.window.steps:
             return
         record = self.window.flush(self.config.training.batch_size, self.clock)
@@ -349,6 +357,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this step; raises TrainingDivergedError for one that is not finite."""
         self.accelerator.wait_for_everyone()
+        self.read()
         try:
             self.learner.check_finite()
         except CheckpointError as error:
@@ -372,6 +381,8 @@ class Trainer:
 
     def show(self) -> None:
         """Hand the averaged model to the watchers that are due; a checkpoint of this step then has nothing pending."""
+        if self.clock.due(self.config.training.sample_images) or self.clock.due(self.config.evaluation.curve_images):
+            self.read()
         main, watchers = self.accelerator.is_main_process, self.watchers()
         if watchers:
             with self.learner.averaged() as model:

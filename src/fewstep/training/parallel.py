@@ -53,6 +53,29 @@ class ProcessGroup:
         return int(self.total(torch.tensor(there, device=device))) == self.count
 
 
+class Agreement:
+    """What all processes of a run decide alike: between their hosts, so that none waits for its device."""
+
+    def __init__(self, processes: int) -> None:
+        self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+
+    def any(self, *asked: bool) -> list[bool]:
+        """Of each question, whether any process says yes."""
+        if self.group is None:
+            return [*asked]
+        answers = torch.tensor(asked, dtype=torch.float64)
+        torch.distributed.all_reduce(answers, torch.distributed.ReduceOp.MAX, self.group)
+        return [answer > 0 for answer in answers.tolist()]
+
+    def first(self, value: float) -> float:
+        """What the first process says."""
+        if self.group is None:
+            return value
+        said = torch.tensor([value], dtype=torch.float64)
+        torch.distributed.broadcast(said, 0, self.group)
+        return float(said.tolist()[0])
+
+
 class Replicated:
     """How processes hold what a run learns: each a whole copy, gradients averaged behind the backward pass (DDP).
 

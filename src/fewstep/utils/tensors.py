@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,25 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
+def rows_where(mask: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Rows (k,) int64 where a mask (B,) on the host holds, on a device, the host where none is given.
+
+    A mask on another device would make the host wait for it: TypeError.
+    """
+    rows = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return rows if device is None else rows.to(device, non_blocking=True)
+
+
+def on_host(value: Tensor) -> bool:
+    """Whether to look at its values makes nobody wait."""
+    return value.device.type == "cpu"
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """A few numbers (n,) with the type and device of another tensor, which is not waited for."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def in_float64(time: Tensor, ends: tuple[float, ...] = ()) -> Tensor:
     """A time in float64, the very tensor where it is that already; differentiable.
 
@@ -26,7 +47,7 @@ def in_float64(time: Tensor, ends: tuple[float, ...] = ()) -> Tensor:
         return time
     exact = time.double()
     for end in ends if time.is_floating_point() else ():
-        rounded = float(torch.tensor(end, dtype=time.dtype))
+        (rounded,) = torch.tensor([end], dtype=time.dtype).tolist()
         exact = exact + (exact == rounded).double() * (end - rounded)
     return exact
 

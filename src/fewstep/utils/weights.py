@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -102,6 +103,12 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Raise CheckpointError naming the first tensor with a value that is not finite; of a shared one, its part here."""
-    bad = next((name for name, value in tensors.items() if not bool(own_part(value).isfinite().all())), None)
-    if bad is not None:
-        raise CheckpointError(f"{source} is of no use: its tensor {bad} holds values that are not finite")
+    own = {name: own_part(value) for name, value in tensors.items()}
+    places: dict[torch.device, list[str]] = {}
+    for name, value in own.items():
+        places.setdefault(value.device, []).append(name)
+    for names in places.values():  # one answer a device
+        finite = torch.stack([own[name].isfinite().all() for name in names]).tolist()
+        bad = next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
+        if bad is not None:
+            raise CheckpointError(f"{source} is of no use: its tensor {bad} holds values that are not finite")

@@ -17,7 +17,7 @@ from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningCo
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
-from fewstep.utils.tensors import check_positive, in_float64, nonzero
+from fewstep.utils.tensors import check_positive, in_float64, nonzero, on_host
 
 
 class VelocityPreconditioning(Preconditioning):
@@ -132,16 +132,22 @@ class CMPreconditioning(Preconditioning):
             )
 
     def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(f, g); raises UnsupportedError when some s is not t_min (not checked under torch.compile)."""
+        """(f, g); raises UnsupportedError when some s is not t_min, elsewhere than on the CPU g is NaN there.
+
+        Nothing is checked under torch.compile.
+        """
         t, s = in_float64(t), in_float64(s)
-        if not torch.compiler.is_compiling() and not bool((torch.abs(s - self.t_min) <= 1e-6).all()):
+        here = on_host(s) and not torch.compiler.is_compiling()
+        if here and not (torch.abs(s.detach() - self.t_min) <= 1e-6).numpy().all():
             raise UnsupportedError(
                 f"CM preconditioning jumps to s = t_min = {self.t_min} alone; "
                 "sample by --sampler gamma --gamma 1, or train with Euler or BCM preconditioning"
             )
         variance = self.sigma_data**2
         gap = t - s
-        return variance / (gap * gap + variance), self.sigma_data * gap / torch.sqrt(t * t + variance)
+        g = self.sigma_data * gap / torch.sqrt(t * t + variance)
+        g = g if on_host(s) else torch.where(torch.abs(s - self.t_min) <= 1e-6, g, torch.nan)
+        return variance / (gap * gap + variance), g
 
     def diagonal(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """CM has no diagonal: always raises UnsupportedError."""

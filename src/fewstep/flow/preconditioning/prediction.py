@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.network_scaling import Scaling, ScalingValues
-from fewstep.utils.tensors import check_choice, check_positive
+from fewstep.utils.tensors import check_choice, check_positive, constant
 
 Prediction = Literal["epsilon", "sample", "v", "flow", "score"]
 Meaning = Literal["denoiser", "velocity"]
@@ -49,7 +49,7 @@ class PredictionScaling(Scaling):
         t = self.path.clock(t)
         if self.own == self.path:
             return _Place(t, t)
-        ends = torch.tensor([self.own.t_min, self.own.t_max], dtype=torch.float64, device=t.device)
+        ends = constant([self.own.t_min, self.own.t_max], t)
         low, high = self.own.tau(ends)
         tau = self.path.tau(t)
         own = self.own.time_from_tau(tau.clamp(low, high)).clamp(*ends)
