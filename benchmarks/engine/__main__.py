@@ -6,6 +6,7 @@ from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks.engine import attention as attention_memory
+from benchmarks.engine import loader as batches
 from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
 
@@ -32,6 +33,13 @@ def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048
             h.show([row])
 
 
+def loader(rounds: int = 3) -> None:
+    """Images a second of batches decoded from files over the bare decoder's, and the wait of a run for them."""
+    for row in batches.rows(rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def questions() -> None:
     """How often a step makes the host wait for its device, by operations that ask for values."""
     found = list(step_questions.rows())
@@ -47,4 +55,4 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    STUDY.main(attention=attention, questions=questions, sharding=sharding)
+    STUDY.main(attention=attention, loader=loader, questions=questions, sharding=sharding)

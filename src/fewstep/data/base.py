@@ -3,7 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from fewstep.utils.tensors import expand
 from fewstep.utils.text import listed
 
 _CHUNK_ELEMENTS = 1 << 22
+# ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
+_LUMA = (19595, 38470, 7471)
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,10 @@ class Samples(SampleSet):
     def fetch(self, indices: Tensor, mirror: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         indices = indices.to(self.values.device)
         labels = None if self.labels is None else self.labels[indices]
-        values = _as_floats(self.values[indices], torch.float32)
-        if mirror is not None:
-            values = torch.where(expand(mirror.to(values.device), values), values.flip(-1), values)
-        return values, labels
+        return mirrored(self.values[indices], mirror), labels
 
     def moments(self) -> tuple[float, float]:
-        return _moments(self.values)
+        return chunk_moments(chunks(self.values))
 
     @cached_property
     def data_range(self) -> tuple[float, float] | None:
@@ -313,18 +312,36 @@ class Loaded:
 
 def chunks(values: Tensor) -> Iterator[Tensor]:
     """Consecutive slices of `values` (N, ...), each of a few million elements."""
-    per_sample = max(1, math.prod(values.shape[1:]))
-    yield from torch.split(values, max(1, _CHUNK_ELEMENTS // per_sample))
+    yield from torch.split(values, chunk_size(values.shape[1:]))
+
+
+def chunk_size(shape: Sequence[int]) -> int:
+    """How many samples of a shape a chunk has."""
+    return max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape)))
+
+
+def mirrored(values: Tensor, mirror: Tensor | None) -> Tensor:
+    """Stored values (n, ..., W) as float32, images in [-1, 1]; left to right where `mirror` (n,) bool says so."""
+    found = _as_floats(values, torch.float32)
+    return found if mirror is None else torch.where(expand(mirror.to(found.device), found), found.flip(-1), found)
+
+
+def luma(colours: Tensor) -> Tensor:
+    """Brightness (n, 1, ..., H, W) of red, green and blue (n, 3, ..., H, W), in the same type."""
+    weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, *[1] * (colours.ndim - 2))
+    if colours.dtype == torch.uint8:
+        return (((colours.int() * weights).sum(1, keepdim=True) + (1 << 15)) >> 16).to(torch.uint8)
+    return (colours * (weights / 65536.0)).sum(1, keepdim=True)
 
 
 def _as_floats(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype) / 127.5 - 1.0 if values.dtype == torch.uint8 else values.to(dtype)
 
 
-def _moments(values: Tensor) -> tuple[float, float]:
+def chunk_moments(values: Iterable[Tensor]) -> tuple[float, float]:
     """Mean and standard deviation of all elements, in float64, by Chan, Golub and LeVeque's merge of chunks (1979)."""
     count, mean, squares = 0, 0.0, 0.0
-    for chunk in chunks(values):
+    for chunk in values:
         part = _as_floats(chunk, torch.float64)
         size, part_mean = part.numel(), float(part.mean())
         shift, total = part_mean - mean, count + size

@@ -134,6 +134,15 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
     return tuple(number[path.parts[0]] for path in images), names
 
 
+def grey_or_reason(path: Path) -> bool | str:
+    """Whether an image is grey, by its header alone; or why it is none."""
+    try:
+        with Image.open(path, formats=_formats()[0]) as file:
+            return file.mode in _GREY_MODES or file.mode.startswith("I")
+    except Exception as error:  # as in decode_or_reason
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def decode(path: Path | io.BytesIO, image_size: int = 0, stacks: list[Path] | None = None) -> Pixels:
     """One image, of a file or its content, as uint8 (H, W) when grey or (H, W, 3), upright and opaque; image_size
     square unless that is 0.

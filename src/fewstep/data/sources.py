@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import ClassVar, Literal, final
 
 import torch
-from torch import Tensor
 
-from fewstep.data.base import Dataset, Loaded, Samples, chunks, source_path
+from fewstep.data.base import Dataset, Loaded, Samples, chunks, luma, source_path
 from fewstep.data.demonstrations.chunks import load_chunks
 from fewstep.data.demonstrations.normaliser import ChunkConfig
 from fewstep.data.drawn_prompts import EmbeddedPrompts, PromptedSamples
@@ -19,6 +18,7 @@ from fewstep.data.idx import load_idx
 from fewstep.data.labels import held_out, split
 from fewstep.data.latents.shards import load_latents
 from fewstep.data.npz import Layout, load_npz
+from fewstep.data.on_disk import load_files
 from fewstep.data.toys import load_mixture
 from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
 from fewstep.utils.extras import installing
@@ -27,8 +27,6 @@ from fewstep.utils.random import Draws
 from fewstep.utils.serialization import later
 from fewstep.utils.text import counted
 
-# ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
-_LUMA = (19595, 38470, 7471)
 # Streams of their own: the order of an epoch is drawn from stream 0 of the same seeds.
 _VALUES, _LABELS = 52, 53
 _DRAWN_AT_ONCE = 256
@@ -124,9 +122,26 @@ class ImagesSource(ImageSource):
     """A folder of image files."""
 
     ignores: ClassVar[frozenset[str]] = frozenset({"value_range"})
+    on_disk: bool = later(bool)
+    """Leave the images in their files and decode them as they are needed, for more than memory holds; see
+    --runtime.workers."""
+
+    def dataset(self, settings: "DataConfig") -> Dataset:
+        return load_on_disk(settings) if self.on_disk else super().dataset(settings)
 
     def load(self, settings: "DataConfig") -> Loaded:
         return load_folder(settings.root, settings.image_size, settings.skip_unreadable)
+
+
+def load_on_disk(settings: "DataConfig") -> Dataset:
+    """The images of a folder, left there: `load_files`."""
+    return load_files(
+        settings.root,
+        (settings.image_size, settings.channels),
+        (settings.heldout, settings.seed),
+        settings.labels,
+        settings.skip_unreadable,
+    )
 
 
 @final
@@ -318,13 +333,5 @@ def _convert(name: str, samples: Samples, config: DataConfig) -> Samples:
     if channels == 1:
         return Samples(samples.values.expand(-1, 3, *frames, -1, -1).contiguous(), samples.labels)
     if channels == 3:
-        return Samples(torch.cat([_luma(chunk) for chunk in chunks(samples.values)]), samples.labels)
+        return Samples(torch.cat([luma(chunk) for chunk in chunks(samples.values)]), samples.labels)
     raise DataError(f"'{name}' has {channels} channels, which are no colours: set channels to 0")
-
-
-def _luma(colours: Tensor) -> Tensor:
-    """Brightness (n, 1, ..., H, W) of red, green and blue (n, 3, ..., H, W), in the same type."""
-    weights = torch.tensor(_LUMA, dtype=torch.int32).reshape(3, *[1] * (colours.ndim - 2))
-    if colours.dtype == torch.uint8:
-        return (((colours.int() * weights).sum(1, keepdim=True) + (1 << 15)) >> 16).to(torch.uint8)
-    return (colours * (weights / 65536.0)).sum(1, keepdim=True)

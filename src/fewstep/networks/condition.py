@@ -1,5 +1,6 @@
 """What a network is conditioned on besides the two times: a label, a prompt, an observation, a strength of guidance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -31,11 +32,17 @@ class Prompts:
         mask, pooled, kept = (None if each is None else each[index] for each in (self.mask, self.pooled, self.kept))
         return Prompts(self.text[index], mask, pooled, self.null, kept)
 
-    def to(self, device: torch.device | str) -> "Prompts":
-        """The same on a device."""
-        mask, pooled, kept = (None if each is None else each.to(device) for each in (self.mask, self.pooled, self.kept))
-        null = None if self.null is None else self.null.to(device)
-        return Prompts(self.text.to(device), mask, pooled, null, kept)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Prompts":
+        """The same on a device; non_blocking as of a tensor."""
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Prompts":
+        """The same in memory from which a GPU copies by itself."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Prompts":
+        mask, pooled, kept = (None if each is None else change(each) for each in (self.mask, self.pooled, self.kept))
+        return Prompts(change(self.text), mask, pooled, None if self.null is None else self.null._each(change), kept)
 
     def on_host(self) -> "Prompts":
         """Which of them are kept, without the embeddings."""

@@ -33,12 +33,17 @@ def progress_bar(clock: Clock, name: str, hidden: bool) -> "tqdm[Any]":
     )  # fmt: skip
 
 
-def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float) -> None:
-    """loss: of the last line of the log; NaN before there is one."""
+def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float, waiting: float) -> None:
+    """loss: of the last line of the log; NaN before there is one. waiting: the share of time in wait for data."""
     bar.n = min(clock.progress, 1.0) * (bar.total or 0)
     speed = f"{clock.images:,} images, {clock.rate:,.0f} images/s"
+    speed += f", {waiting:.0%} in wait for data" if waiting >= NOTICED else ""
     bar.set_postfix_str(speed + ("" if math.isnan(loss) else f", loss {loss:.4f}"), refresh=False)
     bar.update(0)
+
+
+NOTICED = 0.05
+"""Share of time in wait for data that the bar shows."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ class Window:
         """What a step has left, finite or not, after its parts."""
         self.waiting.append(replace(values, terms=self.parts))
         self.latest, self.parts = values.loss, []
+
+    @property
+    def seconds(self) -> float:
+        """Since the last line of the log."""
+        return max(time.perf_counter() - self.since, 1e-9)
 
     @property
     def full(self) -> bool:

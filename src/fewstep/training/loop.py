@@ -18,11 +18,10 @@ from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fewstep.data.base import Dataset
-from fewstep.flow.derivatives import no_forward_mode
 from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Companions, Objective
 from fewstep.recipes.config import RunConfig
-from fewstep.training.batches import draw_batch
+from fewstep.training.batches import fetch_part, on_device
 from fewstep.training.callbacks import Callback, TrainingResult, start_of
 from fewstep.training.checkpoint import STATE_FILE, mark_shown
 from fewstep.training.claim import begin, hold
@@ -30,11 +29,13 @@ from fewstep.training.clock import Clock
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
+from fewstep.training.loader import Loader, Shares
 from fewstep.training.log import StepValues, Window, diverged, last_good, progress_bar, show_progress
 from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import never_risen, risen
 from fewstep.training.parallel import Agreement, ProcessGroup, Replicated, join_processes, share_out, split_batch
-from fewstep.training.probe import fault, needs_probe, with_derivatives
+from fewstep.training.probe import serving, with_derivatives
+from fewstep.training.profiling import PROFILE, StepProfile
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
 from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
@@ -85,12 +86,16 @@ class Trainer:
         )
         self.group = ProcessGroup.of(self.accelerator)
         self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
+        self.device: torch.device = self.accelerator.device
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
         self.clip = config.optimizer.clip or math.inf
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
-        check_run(config, dataset, self.share // self.accumulation)
+        micro = self.share // self.accumulation
+        check_run(config, dataset, micro)
+        place = int(self.accelerator.process_index) * self.share, micro, self.accumulation
+        self.loader = Loader(Shares(dataset.train, config.training, *place), self.device, runtime.workers)
         teacher = teacher_of(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
@@ -147,18 +152,13 @@ class Trainer:
     def differentiable(self, flow_map: FlowMap) -> tuple[Objective, str]:
         """The objective with derivatives that serve the network, and their kind where that is not the objective's own.
 
-        A checkpoint says which were chosen; before the first step they are tried, with a FewstepWarning where forward
-        mode is given up.
+        A checkpoint says which were chosen; before the first step they are tried.
         """
         objective, bf16 = self.config.objective, self.config.training.precision == "bf16"
         if self.run.checkpoints():
             chosen = self.run.state()["derivative"]
-        elif needs_probe(objective) and (reason := fault(objective, flow_map, self.batch(0, 2), bf16)):
-            chosen = "finite-difference"
-            if self.accelerator.is_main_process:
-                warnings.warn(no_forward_mode(reason), FewstepWarning, stacklevel=4)
         else:
-            chosen = ""
+            chosen = serving(objective, flow_map, lambda: self.batch(0, 2), bf16, self.accelerator.is_main_process)
         return (with_derivatives(objective, chosen) if chosen else objective), chosen
 
     def __enter__(self) -> Self:
@@ -184,7 +184,8 @@ class Trainer:
             self.run.truncate_log(self.clock.step)
 
     def release(self) -> None:
-        """Close the trackers, and let others train in the run's folder."""
+        """End the processes that read data, close the trackers, and let others train in the run's folder."""
+        self.loader.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()
@@ -226,19 +227,22 @@ class Trainer:
 
     def run_to_end(self) -> TrainingResult:
         """Take steps until finished; the last one is always saved."""
-        settings, device = self.config.training, self.accelerator.device
+        settings, device, main = self.config.training, self.device, self.accelerator.is_main_process
         self.learner.flow_map.train()
         seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
         begun = start_of(self.config, self.learner.flow_map.network, device, self.group.count, self.clock.step)
         self.tell(lambda each: each.start(begun))
+        profiled = StepProfile(self.run.root / PROFILE, device, self.runtime.profile and main)
         with seeded, progress_bar(self.clock, self.config.recipe, self.hidden) as bar, self.stops, self.last_words():
             if self.pending:  # what an earlier start saved, and was stopped before it showed it
                 self.show()
             while not self.clock.finished:
                 start = time.perf_counter()
                 self.take_step()
-                self.clock.seconds = self.agreed(self.clock.seconds + time.perf_counter() - start)
-                show_progress(bar, self.clock, self.window.last_loss)
+                spent = self.clock.seconds + time.perf_counter() - start
+                self.clock.seconds = self.agreement.first(spent) if settings.seconds else spent  # all stop alike
+                show_progress(bar, self.clock, self.window.last_loss, self.loader.waited / self.window.seconds)
+                profiled.step()
                 moment = self.clock.moment(self.window.latest)
                 self.tell(lambda each, moment=moment: each.step(moment))  # type: ignore[misc]
                 if self.window.full:
@@ -252,7 +256,8 @@ class Trainer:
                 self.show()
             if self.stops.received is not None:  # while the last grid or point was made
                 raise self.stopped()
-        main, memory = self.accelerator.is_main_process, memory_words(device)
+        profiled.end()
+        memory = memory_words(device)
         if main and (share := risen(self.config.optimizer, self.clock.images, self.clock.progress)) < 1:
             warnings.warn(never_risen(share, self.config.optimizer), FewstepWarning, stacklevel=2)
         result = TrainingResult(self.clock.step, self.clock.images, self.clock.seconds, main, memory)
@@ -263,10 +268,6 @@ class Trainer:
         """Call an event of the caller's callbacks, on the main process."""
         for each in self.callbacks.also if self.accelerator.is_main_process else ():
             event(each)
-
-    def agreed(self, seconds: float) -> float:
-        """The first process's clock where it decides when to stop: all must stop after the same step."""
-        return self.agreement.first(seconds) if self.config.training.seconds else seconds
 
     def take_step(self) -> None:
         """One update from the global batch of this step; what it leaves waits on the device for `read`."""
@@ -307,10 +308,9 @@ class Trainer:
         # What layers draw by themselves (dropout): another for every step and process, the same on resume.
         index = int(self.accelerator.process_index)
         torch.manual_seed(((self.config.training.seed << 44) + (self.clock.step << 12) + index) % 2**63)
-        micro, first = self.share // self.accumulation, index * self.share
         found = Gradients(torch.zeros((), device=self.accelerator.device))
         for part in range(self.accumulation):
-            batch = self.batch(first + part * micro, micro)
+            batch = self.loader.batch(self.clock.step, part)
             last = part == self.accumulation - 1
             with self.held.accumulating(self.module, last):
                 loss, terms, times, logs, generated = self.module(batch, companions)
@@ -327,15 +327,16 @@ class Trainer:
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of this step's global batch."""
-        train, device = self.dataset.train, self.accelerator.device
-        return draw_batch(train, self.config.training, self.clock.step, (first, count), device)
+        settings, step, part = self.config.training, self.clock.step, (first, count)
+        return on_device(fetch_part(self.dataset.train, settings, step, part), settings, step, part, self.device)
 
     def write_log(self) -> None:
         """One line of log.jsonl: means over the steps since the last, if there were any."""
         self.read()
         if not self.window.steps:
             return
-        record = self.window.flush(self.config.training.batch_size, self.clock)
+        waited = round(self.loader.wait_of(self.window.seconds), 3)
+        record = self.window.flush(self.config.training.batch_size, self.clock) | {"data_wait": waited}
         record["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
         if self.accelerator.is_main_process:
             self.run.append_log(record)

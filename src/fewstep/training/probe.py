@@ -1,14 +1,17 @@
 """Whether an objective's forward-mode derivatives serve its network: tried once, where and as it is trained."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from fewstep.flow.derivatives import Derivative, DerivativeKind, forward_mode_fault
+from fewstep.flow.derivatives import Derivative, DerivativeKind, forward_mode_fault, no_forward_mode
 from fewstep.flow.flow_map import FlowMap
 from fewstep.objectives import Batch, Objective
+from fewstep.utils.errors import FewstepWarning
 
 T = TypeVar("T")
 _T, _S = 0.6, 0.3  # unit times of the jump that is tried
@@ -34,6 +37,19 @@ def with_derivatives(value: T, kind: DerivativeKind) -> T:
 def needs_probe(objective: Objective) -> bool:
     """Whether it takes any derivative by forward mode."""
     return any(each.kind == "exact" for each in derivatives(objective))
+
+
+def serving(
+    objective: Objective, flow_map: FlowMap, batch: Callable[[], Batch], bf16: bool, loud: bool
+) -> Literal["", "finite-difference"]:
+    """The kind of derivatives that serve a network, by a few samples of its own; '' for the objective's own.
+
+    A FewstepWarning where forward mode is given up, if it may be said.
+    """
+    reason = fault(objective, flow_map, batch(), bf16) if needs_probe(objective) else ""
+    if reason and loud:
+        warnings.warn(no_forward_mode(reason), FewstepWarning, stacklevel=5)
+    return "finite-difference" if reason else ""
 
 
 def fault(objective: Objective, flow_map: FlowMap, batch: Batch, bf16: bool = False) -> str:

@@ -29,6 +29,11 @@ class Runtime:
     """Keep no activations within a foreign network's blocks: less memory, about a third more time, the same losses."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    workers: int = 0
+    """Processes that fetch, decode and mirror batches ahead of the training, which is the same with any number; 0 does
+    it between steps. Several help where images are decoded (--data.source.on-disk)."""
+    profile: bool = False
+    """Watch ten steps, after five to warm up: their trace in the run's profile.json, and what took longest."""
     track: tuple[TrackerName, ...] = ()
     """Also log to these experiment trackers, for short --track (extra [track]); wandb and trackio read their own
     settings from the environment, such as WANDB_MODE=offline."""
@@ -40,6 +45,8 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
+        if self.workers < 0:
+            raise ConfigError(f"{self.workers} workers asked for: give at least 1, or 0 to read data between steps")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,116 @@
+"""Batches one after another, made between steps or ahead of them by processes of their own, to the same bits."""
+
+import itertools
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from fewstep.data.base import SampleSet
+from fewstep.objectives import Batch
+from fewstep.recipes.config import TrainingConfig
+from fewstep.training.batches import HostPart, fetch_part, on_device
+from fewstep.utils.errors import DataError, FewstepError
+
+AHEAD = 2
+"""Parts of batches that each process has ready."""
+
+
+@dataclass(frozen=True)
+class Shares(TorchDataset[HostPart | FewstepError]):
+    """A process's share of every batch, in `parts` of `micro` samples from `first` on, numbered through the run."""
+
+    train: SampleSet
+    settings: TrainingConfig
+    first: int
+    micro: int
+    parts: int
+
+    def place(self, number: int) -> tuple[int, tuple[int, int]]:
+        """(step, (first sample of the global batch, how many)) of a part."""
+        step, part = divmod(number, self.parts)
+        return step, (self.first + part * self.micro, self.micro)
+
+    def __getitem__(self, number: int) -> HostPart | FewstepError:
+        """What is wrong with it is handed over as it is, for the training to raise."""
+        try:
+            return fetch_part(self.train, self.settings, *self.place(number))
+        except FewstepError as error:
+            return error
+
+
+class Loader:
+    """The parts in order, from any one on.
+
+    workers: processes that fetch, decode and mirror ahead; none does it when a part is asked for. waited: seconds
+    that the training has spent so since it was last asked for its share.
+    """
+
+    def __init__(self, shares: Shares, device: torch.device, workers: int = 0, context: str | None = None) -> None:
+        self.shares, self.device, self.workers, self.context = shares, device, workers, context
+        self.waited = 0.0
+        self._coming: Iterator[HostPart | FewstepError] | None = None
+        self._number = -1
+
+    def batch(self, step: int, part: int) -> Batch:
+        """A part of a step's batch, on the device; raises what its data raise, DataError where a process was killed."""
+        number, start = step * self.shares.parts + part, time.perf_counter()
+        found = self._next(number) if self.workers else self.shares[number]
+        self.waited += time.perf_counter() - start
+        if isinstance(found, FewstepError):
+            self.close()
+            raise found
+        return on_device(found, self.shares.settings, *self.shares.place(number), self.device)
+
+    def wait_of(self, seconds: float) -> float:
+        """The share of so many seconds that was spent in wait for data, and counts anew."""
+        waited, self.waited = self.waited, 0.0
+        return min(waited / seconds, 1.0)
+
+    def _next(self, number: int) -> HostPart | FewstepError:
+        if self._coming is None or number != self._number:
+            self.close()
+            self._coming = self._from(number)
+        self._number = number + 1
+        try:
+            return next(self._coming)
+        except (RuntimeError, EOFError, OSError) as error:  # when it misses one, or one ends while it hands over
+            self.close()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"a process that reads the data has ended ({reason}): it may have run out of memory; take fewer "
+                "--runtime.workers"
+            ) from error
+
+    def _from(self, number: int) -> Iterator[HostPart | FewstepError]:
+        pinned = self.device.type == "cuda"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of more processes than cores, which may be meant
+            loader = DataLoader(
+                self.shares,
+                batch_size=None,
+                sampler=itertools.count(number),
+                num_workers=self.workers,
+                pin_memory=pinned,
+                prefetch_factor=AHEAD,
+                multiprocessing_context=self.context,
+                worker_init_fn=deaf,
+                generator=torch.Generator(),  # the run's own numbers are not touched
+            )
+            return iter(loader)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._coming, self._number = None, -1
+
+
+def deaf(worker: int) -> None:
+    """A process that reads data leaves signals to the training, which ends it when it ends itself."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -1,0 +1,122 @@
+"""Batches made by processes of their own: the same bits, the same errors, and nothing left behind."""
+
+import os
+import pickle
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.data.base import Dataset
+from fewstep.data.sources import DataConfig, ImagesSource, load_dataset
+from fewstep.networks.mlp import MLPConfig
+from fewstep.training import RunFolder, train_run
+from fewstep.training.loader import Loader, Shares
+from fewstep.utils.errors import ConfigError, DataError
+from tests.support.sources import bytes_of
+from tests.support.tiny import RUNTIME, TINY, assert_same_run, killed_after
+
+WORKED = replace(RUNTIME, workers=2)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve grey and coloured images of several sizes in two classes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(12):
+        file = root / f"class-{i % 2}" / f"{i:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(bytes_of((6 + i, 8) if i % 3 == 0 else (9, 6 + i, 3), i)).save(file)
+    return root
+
+
+def on_disk(root: Path, **settings: object) -> DataConfig:
+    return DataConfig(ImagesSource(on_disk=True), root=str(root), image_size=4, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [0, 1])
+def test_images_on_disk_are_those_in_memory(channels: int, pictures: Path) -> None:
+    config = on_disk(pictures, channels=channels)
+    files, memory = load_dataset(config), load_dataset(replace(config, source=ImagesSource()))
+    assert (files.fingerprint, files.mean, files.sigma_data) == (memory.fingerprint, memory.mean, memory.sigma_data)
+    assert (files.summary, files.shape, files.data_range) == (memory.summary, memory.shape, memory.data_range)
+    rows, mirror = torch.tensor([5, 0, 3]), torch.tensor([True, False, True])
+    for part, other in ((files.train, memory.train), (pickle.loads(pickle.dumps(files.train)), memory.train)):
+        for own, expected in zip(part.fetch(rows, mirror), other.fetch(rows, mirror), strict=True):
+            assert torch.equal(own, expected)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"stay on disk are cut to one size: give it with --data\.image-size"):
+        load_dataset(replace(config, image_size=0))
+
+
+def test_a_run_with_workers_is_the_run_without(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed and gone on in mid-epoch, with two parts a step, and with another number of workers."""
+    data = load_dataset(on_disk(pictures, heldout=0.2))
+    config = replace(TINY, network=MLPConfig(width=8, depth=1, embedding_width=8), data=on_disk(pictures, heldout=0.2))
+    config = replace(config, optimizer=replace(TINY.optimizer, warmup_images=0))
+    config = replace(config, training=replace(TINY.training, batch_size=8, images=56, checkpoint_images=24, flip=True))
+    train_run(config, data, RunFolder(tmp_path / "plain"), replace(RUNTIME, micro_batch=4))
+    with monkeypatch.context() as patch:
+        patch.setattr("tests.support.tiny.RUNTIME", replace(WORKED, micro_batch=4))
+        killed_after(4, config, data, tmp_path / "run", monkeypatch)
+    train_run(config, data, RunFolder(tmp_path / "run"), replace(RUNTIME, workers=1, micro_batch=4))
+    assert_same_run(tmp_path / "run", tmp_path / "plain")
+    assert all(0 <= line["data_wait"] <= 1 for line in RunFolder(tmp_path / "run").read_log())
+
+
+def test_a_file_that_is_damaged_later_is_named(pictures: Path, tmp_path: Path) -> None:
+    """In one line, the same with workers and without."""
+    data = load_dataset(on_disk(pictures))
+    file = pictures / data.train.files[2]  # type: ignore[attr-defined]
+    content, said = file.read_bytes(), []
+    file.write_bytes(content[: len(content) // 2])
+    for workers in (0, 1):
+        shares = Shares(data.train, replace(TINY.training, batch_size=len(data.train)), 0, len(data.train), 1)
+        loader = Loader(shares, torch.device("cpu"), workers)
+        with pytest.raises(DataError, match=rf"{file.name}' cannot be read \(.*\): mend or remove it$") as refused:
+            loader.batch(0, 0)
+        said.append(str(refused.value))
+    file.write_bytes(content)
+    assert said[0] == said[1]
+    assert "\n" not in said[0]
+
+
+def loader_of(digits: Dataset, workers: int, context: str | None = None) -> Loader:
+    return Loader(Shares(digits.train, TINY.training, 0, 16, 2), torch.device("cpu"), workers, context)
+
+
+def test_parts_come_in_order_and_from_any_one_on(digits: Dataset) -> None:
+    plain, ahead = loader_of(digits, 0), loader_of(digits, 2)
+    for step, part in ((0, 0), (0, 1), (1, 0), (7, 1), (8, 0)):
+        first, second = plain.batch(step, part), ahead.batch(step, part)
+        assert torch.equal(first.x0, second.x0)
+        assert torch.equal(first.draws.indices, second.draws.indices)
+        assert torch.equal(first.host_labels, second.host_labels)  # type: ignore[arg-type]
+    ahead.close()
+
+
+def test_processes_leave_signals_to_the_training_and_a_killed_one_is_said(digits: Dataset) -> None:
+    loader = loader_of(digits, 1)
+    loader.batch(0, 0)
+    (worker,) = loader._coming._workers  # type: ignore[union-attr]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    for part in range(1, 6):
+        loader.batch(part // 2, part % 2)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"^a process that reads the data has ended \(.*\): .*--runtime\.workers$"):
+        [loader.batch(part // 2, part % 2) for part in range(6, 20)]
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def test_ten_steps_are_watched(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run of ten the last five."""
+    train_run(TINY, digits, RunFolder(tmp_path / "run"), replace(RUNTIME, profile=True))
+    said = capsys.readouterr().out.splitlines()
+    assert "5 steps watched, their trace in" in said[0]
+    assert len(said) == 6
+    assert "ms a step  aten::" in said[1]
+    assert (tmp_path / "run" / "profile.json").stat().st_size > 1000
