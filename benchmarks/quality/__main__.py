@@ -2,7 +2,12 @@
 
 from benchmarks.harness import FIGURES, Study, markdown, read
 
-RUNS = {"Fashion-MNIST, U-Net": "fashion-mnist", "Fashion-MNIST, DiT": "fashion-mnist-dit", "Quickstart": "quickstart"}
+RUNS = {
+    "Fashion-MNIST, U-Net": "fashion-mnist",
+    "Fashion-MNIST, DiT": "fashion-mnist-dit",
+    "Quickstart": "quickstart",
+    "Photographs": "photos",
+}
 HEADS = ("method", "calls", "Fréchet distance", "class accuracy", "precision", "recall")
 FORM = "{method}|{nfe}|{frechet:.2f}|{accuracy:.3f}|{precision:.2f}|{recall:.2f}"
 
