@@ -24,6 +24,7 @@ from tests.support.processes import Forking
 from tests.support.tiny import RUNTIME, Killed, assert_same_run, interrupt_after
 
 OUTSIDE = Path(__file__).parents[1] / "support" / "outside.py"
+OUTSIDE_TEACHERS = OUTSIDE.with_name("outside_teachers.py")
 QUIET = ("--runtime.cpu", "--runtime.quiet", "--runtime.threads", "1")
 PARTS = (
     "--import", OUTSIDE, "--data.source", "bands", "--data.source.width", 6, "--model.path", "bent",
@@ -84,10 +85,17 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
     assert_same_run(tmp_path / "run", outside_run)
 
 
-@pytest.mark.parametrize("kind", ["ctm-digits", "cd-digits", "digits-scd"])
-def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "file", "name"),
+    [
+        ("ctm-digits", OUTSIDE, "MeanTeacher"),
+        ("cd-digits", OUTSIDE_TEACHERS, "mean_teacher"),
+        ("digits-scd", OUTSIDE, "MeanTeacher"),
+    ],
+)
+def test_a_teacher_from_a_file_is_distilled(kind: str, file: Path, name: str, command: Command, tmp_path: Path) -> None:
     """CTM with statistics of it, CD and sCD; a copy resumed after six steps, and aligned with it."""
-    teacher = ("--teacher", f"{OUTSIDE}:MeanTeacher", "--initial=")
+    teacher = ("--teacher", f"{file}:{name}", "--initial=")
     data = ("--data.source", f"{OUTSIDE}:BandsSource", "--data.source.width", 6, "--data.labels")
     words = ("train", kind, *data, *SMALL, *STEPS, "--statistics.samples", 64, "--statistics.points", 8, *teacher)
     assert command(*words, "--out", "whole").code == 0
@@ -96,11 +104,11 @@ def test_a_teacher_from_a_file_is_distilled(kind: str, command: Command, tmp_pat
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
     assert command(*words, "--out", "run").code == 0
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    assert json.loads((tmp_path / "run/config.json").read_text())["run"]["teacher"] == "outside.py:MeanTeacher"
+    assert json.loads((tmp_path / "run/config.json").read_text())["run"]["teacher"] == f"{file.name}:{name}"
     shown = command("evaluate", "run")
     assert (shown.code, shown.err) == (0, "")
-    assert "Alignment with outside.py:MeanTeacher" in shown.out
-    assert not (tmp_path / "outside.py:MeanTeacher").exists()
+    assert f"Alignment with {file.name}:{name}" in shown.out
+    assert not (tmp_path / f"{file.name}:{name}").exists()
 
 
 def test_a_teacher_must_be_one(command: Command) -> None:
@@ -108,6 +116,11 @@ def test_a_teacher_must_be_one(command: Command) -> None:
         command("train", "cd-digits", "--teacher", f"{OUTSIDE}:LayerConfig"),
         r"LayerConfig is no TeacherModel",
     )
+    for name, line in {
+        "no_teacher": "returns no TeacherModel",
+        "broken_teacher": r"gives no teacher: .*weights\.pt",
+    }.items():
+        refused(command("train", "cd-digits", "--teacher", f"{OUTSIDE_TEACHERS}:{name}"), f"{name} {line}")
     refused(command("train", "cd-digits", "--teacher=gone.py:Mine"), r"gone\.py: no such file")
 
 

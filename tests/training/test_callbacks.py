@@ -105,7 +105,7 @@ def test_a_slow_bar_is_drawn_by_time(capsys: pytest.CaptureFixture[str]) -> None
         for step in range(1, 4):
             bar.last_print_t -= 1.0  # a second ago
             clock.step, clock.seconds = step, 1.0 * step
-            show_progress(bar, clock, math.nan)
+            show_progress(bar, clock, math.nan, 0.0)
     shown = capsys.readouterr().err
     assert all(f"{percent}%" in shown for percent in ("0.1", "0.2", "0.3"))
     assert "96 images, 32 images/s" in shown

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fewstep.teachers import TeacherModel
@@ -61,7 +62,7 @@ def _kind(annotation: Any, word: str, option: str) -> type:
 def import_named(args: Sequence[str]) -> list[str]:
     """The words without every `--import FILE.py`, whose file is imported; raises ConfigError where it cannot be.
 
-    A teacher's FILE.py:CLASS is imported too, and becomes the name that a run stores of it.
+    A teacher's FILE.py:NAME is imported too, and becomes the name that a run stores of it.
     """
     rest = list(args)
     if (place := _position(rest, "teacher")) is not None:
@@ -78,9 +79,12 @@ def import_named(args: Sequence[str]) -> list[str]:
 
 def _teacher_name(word: str) -> str:
     found = from_file(word)
-    if not (isinstance(found, type) and issubclass(found, TeacherModel)):
-        raise ConfigError(f"--teacher {word} is no TeacherModel")
-    return stored_name(found)
+    if isinstance(found, type) and issubclass(found, TeacherModel):
+        return stored_name(found)
+    if isinstance(found, type) or not callable(found):
+        raise ConfigError(f"--teacher {word} is no TeacherModel, nor a function that returns one or a flow map")
+    file, _, inner = word.rpartition(":")
+    return f"{Path(file).name}:{inner}"
 
 
 def _position(args: list[str], option: str) -> int | None:

@@ -21,7 +21,7 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.runge_kutta import runge_kutta_step
-from fewstep.utils.tensors import check_batch, check_choice, expand, rows_where
+from fewstep.utils.tensors import check_batch, check_choice, expand, holds_everywhere, rows_where
 
 SolverName = Literal["euler", "heun", "dpm-solver++"]
 Denoiser = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -198,6 +198,6 @@ def _per_sample(path: Path, x: Tensor, times: Tensor) -> Tensor:
     if times.ndim != 2 or times.shape[1] < 1:
         raise ShapeError(f"times of shape {tuple(times.shape)}: give (K + 1,) or one row per sample")
     check_batch(x, times[:, 0])
-    if not (times[:, 1:] <= times[:, :-1]).numpy().all():
+    if not holds_everywhere(times[:, 1:] <= times[:, :-1]):
         raise ShapeError("times rise somewhere: a solver goes from noise down to data")
     return times

@@ -227,7 +227,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     teacher: str = ""
     """Model to distil: a run, a saved model, a folder of diffusers, a network pickle of EDM, OWNER/NAME of one of these
-    folders on the Hugging Face Hub, or FILE.py:CLASS; its statistics serve an analytic preconditioning."""
+    folders on the Hugging Face Hub, or FILE.py:NAME; its statistics serve an analytic preconditioning."""
     initial: str = ""
     """Run or saved model whose weights the network starts from; "teacher" for the teacher's own."""
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

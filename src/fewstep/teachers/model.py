@@ -10,6 +10,8 @@ from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
+from fewstep.utils.errors import ConfigError, FewstepError
+from fewstep.utils.parts import outside_function, stored_class, subclasses
 
 
 class TeacherModel(Network):
@@ -38,3 +40,25 @@ class TeacherModel(Network):
     def flow_map(self) -> FlowMap:
         """The teacher as a flow map whose jumps are DDIM's steps."""
         return FlowMap(self.path, EulerPreconditioning(self.path), self).eval()
+
+
+def own_teacher(name: str) -> FlowMap:
+    """The teacher that FILE.py:NAME of an imported file is: a `TeacherModel`, or a function without arguments that
+    returns one, or a flow map.
+
+    Raises ConfigError when no imported file has the name, or what it has is neither.
+    """
+    make = outside_function(name)
+    if make is None:
+        found = stored_class(subclasses(TeacherModel), name)()
+    else:
+        try:
+            found = make()
+        except FewstepError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{name} gives no teacher: {type(error).__name__}: {error}") from error
+    flow_map = found.flow_map() if isinstance(found, TeacherModel) else found
+    if not isinstance(flow_map, FlowMap):
+        raise ConfigError(f"{name} returns no TeacherModel and no flow map")
+    return flow_map.eval()

@@ -12,12 +12,12 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
-from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers, load_edm
+from fewstep.teachers import is_diffusers, is_edm, load_diffusers, load_edm, own_teacher
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import RunFolder, load
 from fewstep.utils.errors import CheckpointError, ConfigError, HubError
 from fewstep.utils.hub import local_copy
-from fewstep.utils.parts import import_file, stored_class, subclasses
+from fewstep.utils.parts import import_file
 from fewstep.utils.weights import digest
 
 
@@ -47,7 +47,8 @@ def load_teacher(name: Path | str, shape: tuple[int, ...] = ()) -> FlowMap:
     """A model as a denoiser on its own path, a flow map that jumps by DDIM's steps; without gradients.
 
     name: a run's or saved model's folder, a folder of diffusers, a network pickle of EDM or EDM2, OWNER/NAME of one of
-    these folders on the Hugging Face Hub, or FILE.py:CLASS, a `TeacherModel` whose file is imported.
+    these folders on the Hugging Face Hub, or FILE.py:NAME, whose file is imported: a `TeacherModel`, or a function that
+    returns one or a flow map.
     shape: of its samples (C, H, W), for those whose files do not say it.
     Raises CheckpointError for files that are missing, damaged or do not fit (HubError where the Hub does not give
     them), ConfigError for kinds that are not known.
@@ -60,14 +61,14 @@ def load_teacher(name: Path | str, shape: tuple[int, ...] = ()) -> FlowMap:
 
 
 def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, PolicySpec | None]:
-    """The teacher in a folder, a network pickle, or a class of an imported file, without gradients; what it acts on.
+    """The teacher in a folder, a network pickle, or of an imported file, without gradients; what it acts on.
 
     shape: of its samples, for those whose files do not say it.
 
     Raises CheckpointError when the folder cannot be read or had, ConfigError when the class is not there.
     """
     if ".py:" in name:
-        return stored_class(subclasses(TeacherModel), name)().flow_map().requires_grad_(False), None
+        return own_teacher(name).requires_grad_(False), None
     place = local_copy(name)
     if is_diffusers(place):
         return load_diffusers(place, shape).requires_grad_(False), None

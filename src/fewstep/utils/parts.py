@@ -14,6 +14,7 @@ import sys
 import traceback
 import types
 import typing
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, Union
@@ -204,6 +205,14 @@ def outside_values(kind: type[T]) -> list[T]:
     modules = [module for name, module in list(sys.modules.items()) if name in _IMPORTED]
     values = [value for module in modules for key, value in vars(module).items() if key[0] != "_"]
     return [value for value in values if isinstance(value, kind)]
+
+
+def outside_function(name: str) -> Callable[..., Any] | None:
+    """The function that a run stores as FILE.py:NAME, of a file that was imported; None where none has it."""
+    file, _, inner = name.partition(":")
+    modules = [module for key, module in list(sys.modules.items()) if key in _IMPORTED]
+    found = [vars(module).get(inner) for module in modules if Path(str(module.__file__)).name == file]
+    return next((each for each in found if callable(each) and not isinstance(each, type)), None)
 
 
 def file_of_value(value: object) -> tuple[Path, str] | None:

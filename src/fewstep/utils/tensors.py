@@ -23,13 +23,26 @@ def rows_where(mask: Tensor, device: torch.device | str | None = None) -> Tensor
 
     A mask on another device would make the host wait for it: TypeError.
     """
-    rows = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    rows = torch.from_numpy(np.flatnonzero(_array(mask)))
     return rows if device is None else rows.to(device, non_blocking=True)
 
 
 def on_host(value: Tensor) -> bool:
     """Whether to look at its values makes nobody wait."""
     return value.device.type == "cpu"
+
+
+def holds_everywhere(mask: Tensor) -> bool:
+    """Whether a mask on the host holds in all places."""
+    return bool(_array(mask).all())
+
+
+def _array(mask: Tensor) -> np.ndarray:
+    """The values of a mask on the host, also of one that torch.func has wrapped for its derivatives."""
+    try:
+        return mask.numpy()
+    except RuntimeError:  # within a derivative, where it has no memory of its own
+        return np.asarray(mask.tolist(), dtype=bool)
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:

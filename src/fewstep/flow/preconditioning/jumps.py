@@ -17,7 +17,7 @@ from fewstep.flow.preconditioning.base import Preconditioning, PreconditioningCo
 from fewstep.flow.preconditioning.network_scaling import ScalingConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.utils.errors import ConfigError, UnsupportedError
-from fewstep.utils.tensors import check_positive, in_float64, nonzero, on_host
+from fewstep.utils.tensors import check_positive, holds_everywhere, in_float64, nonzero, on_host
 
 
 class VelocityPreconditioning(Preconditioning):
@@ -138,7 +138,7 @@ class CMPreconditioning(Preconditioning):
         """
         t, s = in_float64(t), in_float64(s)
         here = on_host(s) and not torch.compiler.is_compiling()
-        if here and not (torch.abs(s.detach() - self.t_min) <= 1e-6).numpy().all():
+        if here and not holds_everywhere(torch.abs(s.detach() - self.t_min) <= 1e-6):
             raise UnsupportedError(
                 f"CM preconditioning jumps to s = t_min = {self.t_min} alone; "
                 "sample by --sampler gamma --gamma 1, or train with Euler or BCM preconditioning"
