@@ -112,7 +112,7 @@ def _pictures(data: Look, seconds: float) -> Choice:
     resized = ("--data.image-size", str(size)) if data.source == "images" else ()
     if (name := f"photos-{size}") in RECIPES:
         words = data.words[2:] if data.source == "images" else (*data.words, "--data.image-size", "0")
-        why = (f"a U-Net on blocks of pixels learns pictures of {size} pixels in minutes",)
+        why = ("a U-Net on blocks of pixels is cheap: minutes of a CPU give colours and textures, things need longer",)
         return _unguided(data, Choice(name, words, why, name, cautions))
     why = ("a U-Net learns pictures better than a transformer of its size in short runs",)
     return _unguided(data, Choice("digits-unet", (*data.words, *resized), why, "images-32", cautions))
