@@ -12,6 +12,8 @@ from fewstep._version import __version__
 
 if TYPE_CHECKING:
     from fewstep.data.base import Dataset as Dataset
+    from fewstep.data.base import Loaded as Loaded
+    from fewstep.data.base import Samples as Samples
     from fewstep.data.demonstrations.episodes import Demonstrations as Demonstrations
     from fewstep.data.demonstrations.episodes import load_demonstrations as load_demonstrations
     from fewstep.data.demonstrations.episodes import save_demonstrations as save_demonstrations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.running import train as train
     from fewstep.flow.closed_form import GaussianData as GaussianData
     from fewstep.flow.closed_form import MixtureData as MixtureData
+    from fewstep.flow.derivatives import Derivative as Derivative
     from fewstep.flow.flow_map import FlowMap as FlowMap
     from fewstep.flow.flow_map import FlowMapConfig as FlowMapConfig
     from fewstep.flow.guidance import ClassifierFreeGuidance as ClassifierFreeGuidance
@@ -84,6 +87,11 @@ if TYPE_CHECKING:
     from fewstep.objectives import Regression as Regression
     from fewstep.objectives import Shortcut as Shortcut
     from fewstep.objectives import TeacherSteps as TeacherSteps
+    from fewstep.objectives import Weighting as Weighting
+    from fewstep.objectives import eulerian_error as eulerian_error
+    from fewstep.objectives.losses import Comparison as Comparison
+    from fewstep.objectives.pairs import JointObjective as JointObjective
+    from fewstep.objectives.pairs import PairObjective as PairObjective
     from fewstep.policies.policy import Policy as Policy
     from fewstep.policies.policy import load_policy as load_policy
     from fewstep.policies.rollout import roll_out as roll_out
@@ -91,6 +99,7 @@ if TYPE_CHECKING:
     from fewstep.policies.simulation import Outcome as Outcome
     from fewstep.policies.simulation import Simulation as Simulation
     from fewstep.policies.simulation import Task as Task
+    from fewstep.recipes import recipe as recipe
     from fewstep.recipes.config import RunConfig as RunConfig
     from fewstep.sampling.generate import SamplingSettings as SamplingSettings
     from fewstep.sampling.generate import generate as generate
@@ -107,6 +116,7 @@ if TYPE_CHECKING:
     from fewstep.training.teacher import load_teacher as load_teacher
     from fewstep.utils.errors import FewstepError as FewstepError
     from fewstep.utils.parts import import_file as import_file
+    from fewstep.utils.random import Draws as Draws
 
 _IMPORTS = [node for node in ast.walk(ast.parse(_File(__file__).read_text())) if isinstance(node, ast.ImportFrom)]
 _MODULES = {name.asname: str(node.module) for node in _IMPORTS for name in node.names if name.asname == name.name}

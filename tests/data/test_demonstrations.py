@@ -35,8 +35,11 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["toy.safetensors", "toy.npz"])
 def test_what_is_written_is_read(name: str, tmp_path: Path) -> None:
-    found, own = load_demonstrations(save_demonstrations(example(), tmp_path / name)), example()
+    found, own = load_demonstrations(save_demonstrations(example(), str(tmp_path / name))), example()
     assert (found.task, found.action_low, found.action_high) == (own.task, own.action_low, own.action_high)
+    assert (
+        repr(found) == f"Demonstrations('toy': {len(own)} episodes, {sum(LENGTHS)} steps, 3 numbers seen and 2 moved)"
+    )
     for name in ("observations", "actions", "ends"):
         assert torch.equal(getattr(found, name), getattr(own, name))
 

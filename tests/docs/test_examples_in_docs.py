@@ -36,7 +36,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("written")
 def test_guides_objective_is_zero_at_an_exact_flow_map() -> None:
     names: dict[str, Any] = {}
-    exec(blocks(GUIDE)[1], names)
+    exec(blocks(GUIDE)[2], names)
     assert names["losses"].logs["distill"].max() < 1e-25
 
 
@@ -48,26 +48,42 @@ def test_guides_objective_trains_from_the_command_line(capsys: pytest.CaptureFix
     assert main(["sample", "mine", "--import", "my_objective.py", "--count", "4", "--cpu"]) == 0
 
 
-def test_guides_other_parts_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+SHORT = ("--training.images", "256", "--training.sample-images", "0", "--runtime.cpu", "--runtime.quiet")
+PARTS = {
+    "a network and data": "digits --network my_network.py:SmallConfig --network.width 8 "
+    "--data.source my_data.py:StripesSource --data.source.width 6",
+    "an objective": "digits --objective my_straight.py:Straight --network.width 16",
+    "a teacher": "ctm-digits --teacher my_teacher.py:NormalTeacher --initial= --model.preconditioning euler "
+    "--network.width 16 --evaluation.curve-images 0",
+    "a teacher of classes": "ctm-flow-matching --teacher my_flow.py:FlowTeacher --data.labels --initial= "
+    "--network.width 16 --evaluation.curve-images 0",
+}
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guides' files, in the folder that commands run in."""
     monkeypatch.chdir(tmp_path)
     guides = ROOT / "docs" / "guides"
     network, data, _ = blocks(guides / "your-own-parts.md")
-    for name, text in {"net": network, "data": data, "teacher": blocks(guides / "bring-a-teacher.md")[0]}.items():
+    teacher, flow, *_ = blocks(guides / "bring-a-teacher.md")
+    straight = blocks(GUIDE)[1]
+    files = {"network": network, "data": data, "teacher": teacher, "flow": flow, "straight": straight}
+    for name, text in files.items():
         Path(f"my_{name}.py").write_text(text)
-    own = "train digits --network my_net.py:AffineConfig --network.width 8 --data.source my_data.py:StripesSource"
-    taught = "train ctm-digits --teacher my_teacher.py:NormalTeacher --initial= --model.preconditioning euler"
-    for words in (own, f"{taught} --network.width 16 --evaluation.curve-images 0"):
-        short = "--training.images 256 --training.sample-images 0 --runtime.cpu --runtime.quiet --out"
-        assert main([*words.split(), *short.split(), words.split()[1]]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", PARTS)
+@pytest.mark.usefixtures("parts")
+def test_guides_other_parts_train(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *PARTS[what].split(), *SHORT, "--out", "run"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("parts")
 def test_training_from_python_does_as_the_guide_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Both examples, on fewer images and a small network."""
-    monkeypatch.chdir(tmp_path)
+    """All examples, on fewer images and a small network."""
     small = replace(recipe("digits"), network=MLPConfig(width=16, depth=1, embedding_width=16))
     monkeypatch.setitem(RECIPES, "digits", lambda: small)
     for block in blocks(ROOT / "docs" / "guides" / "from-python.md"):

@@ -47,7 +47,7 @@ def test_the_guides_commands_run(files: Path, capsys: pytest.CaptureFixture[str]
         if given := words(line):
             assert main([*given, *SHORTER[given[0]]]) == 0, capsys.readouterr().err
             said.append(capsys.readouterr().out)
-    assert "Next: fewstep rollout --task my_task.py:TASK runs/policy-mlp" in said[1]
+    assert "Next: fewstep rollout runs/policy-mlp --task my_task.py:TASK" in said[1]
     page = (files / "runs/policy-mlp/report.html").read_text()
     assert "elbow left" in page
     assert "data:image/gif" in page
@@ -74,7 +74,8 @@ def test_what_is_no_task_gets_one_line() -> None:
         "odd.py:WHOLE": "no fewstep.Task",
         "odd.py:Bare": "no fewstep.Task",
         "odd.py:fails": "gives no task: KeyError",
-        "odd.py:NONE": "has no 'NONE': it has",
+        "odd.py:NONE": "has no 'NONE': it has places, Arm, Bender, TASK, Bare, fails",
+        "odd.py": "name the task in it, such as odd.py:TASK",
         "none.py:TASK": "no such file",
         "armm": "one of your own is FILE.py:NAME",
     }.items():

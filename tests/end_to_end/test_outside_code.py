@@ -98,7 +98,10 @@ def test_a_teacher_from_a_file_is_distilled(kind: str, file: Path, name: str, co
     teacher = ("--teacher", f"{file}:{name}", "--initial=")
     data = ("--data.source", f"{OUTSIDE}:BandsSource", "--data.source.width", 6, "--data.labels")
     words = ("train", kind, *data, *SMALL, *STEPS, "--statistics.samples", 64, "--statistics.points", 8, *teacher)
-    assert command(*words, "--out", "whole").code == 0
+    trained = command(*words, "--out", "whole")
+    assert trained.code == 0
+    assert f"fewstep evaluate whole --import {OUTSIDE}" in trained.out.splitlines()[-1]
+    assert f" --import {file}   fewstep report" in trained.out.splitlines()[-1]
     shutil.copytree("whole", "run")
     for step in (9, 10):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
@@ -118,10 +121,25 @@ def test_a_teacher_must_be_one(command: Command) -> None:
     )
     for name, line in {
         "no_teacher": "returns no TeacherModel",
-        "broken_teacher": r"gives no teacher: .*weights\.pt",
+        "broken_teacher": r"gives no teacher: .*weights\.pt \(outside_teachers\.py, line \d+\)",
+        "Shrinking": r"gives no teacher: TypeError: .*'variance'",
     }.items():
         refused(command("train", "cd-digits", "--teacher", f"{OUTSIDE_TEACHERS}:{name}"), f"{name} {line}")
+    absent = command("train", "cd-digits", "--teacher", f"{OUTSIDE_TEACHERS}:absent")
+    refused(absent, "has no 'absent': it has Shrinking, Flat, mean_teacher, no_teacher, broken_teacher$")
     refused(command("train", "cd-digits", "--teacher=gone.py:Mine"), r"gone\.py: no such file")
+
+
+def test_what_a_teacher_of_a_file_cannot_give_is_said_with_the_way_out(command: Command) -> None:
+    """Labels that the recipe leaves out, weights to start from, a denoised sample of the right shape."""
+    data = ("--data.source", f"{OUTSIDE}:BandsSource", "--data.source.width", 6)
+    words = ("train", "cd-digits", "--teacher", f"{OUTSIDE_TEACHERS}:Flat", *data, *SMALL, *STEPS)
+    refused(command(*words), r"in 6 classes, but .* 0 classes: --data\.labels takes those that the data have$")
+    refused(command(*words, "--data.labels"), r"--initial= lets the student start from its own$")
+    wrong = r"Flat\.denoise gives \(\d+, 36\) for samples of shape \(\d+, 1, 6, 6\): give one tensor of their shape$"
+    refused(command(*words, "--data.labels", "--initial="), wrong)
+    shown = command(*words, "--data.labels", "--training.seed", 1, "--initial=")
+    refused(shown, r"\(run\.training\.seed: 0 -> 1\) and no checkpoint yet: delete it, or give another folder")
 
 
 def test_another_process_loads_the_run_where_its_file_is_named(

@@ -18,6 +18,7 @@ from fewstep.policies.rollout import record
 from fewstep.recipes import RECIPES
 from fewstep.recipes.config import RunConfig
 from fewstep.training import build
+from fewstep.training.teacher import load_teacher
 from fewstep.utils.errors import ConfigError, DataError
 from tests.support.pointtask import point_task
 
@@ -89,3 +90,20 @@ def test_what_is_no_data_gets_one_line() -> None:
         advise("digits", seconds=-1)
     with pytest.raises(ConfigError, match="fewstep train edm-mixture"):
         advise("mixture")
+
+
+@pytest.mark.parametrize("path", ["Linear", "EDM"])
+def test_a_teacher_of_a_file_is_distilled_by_a_network_of_fewsteps(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has neither weights to start from nor settings of a network to take."""
+    monkeypatch.chdir(tmp_path)
+    body = f"super().__init__(fewstep.{path}(), (1, 8, 8), 10)"
+    code = f"import fewstep\n\n\nclass Mine(fewstep.TeacherModel):\n    def __init__(self):\n        {body}\n"
+    Path(f"advised_{path}.py").write_text(code + "\n    def denoise(self, x, t, cond):\n        return x\n")
+    said = advise("digits", f"advised_{path}.py:Mine")
+    found = configured(said)
+    assert (found.initial, found.data.labels) == ("", True)
+    assert "network    mlp" in said
+    if not found.model.preconditioning.needs_statistics:
+        build(found, load_dataset(found.data), load_teacher(f"advised_{path}.py:Mine"))

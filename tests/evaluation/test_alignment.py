@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path as Folder
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.evaluation import align
 from fewstep.evaluation.metrics.alignment import Alignment, AlignmentSettings, alignment, trajectory_alignment
 from fewstep.evaluation.report.heatmap import alignment_heatmap
 from fewstep.evaluation.report.page import RunReport, render
@@ -20,6 +22,8 @@ from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreco
 from fewstep.flow.times import edm_grid, uniform_grid
 from fewstep.networks.condition import Condition
 from fewstep.networks.unet import UNetConfig
+from fewstep.teachers import own_teacher
+from fewstep.training import RunFolder
 from fewstep.utils.errors import DataError, ShapeError
 from fewstep.utils.random import Draws
 
@@ -304,3 +308,14 @@ def test_a_report_shows_its_alignments() -> None:
     assert "1,000 noised samples" in page
     assert HOSTILE not in page
     assert "Alignment" not in render(RunReport("t", ""))
+
+
+def test_a_teacher_of_a_file_that_nobody_named_is_only_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Folder) -> None:
+    def absent(*_: object) -> None:
+        own_teacher("my_teacher.py:Mine")
+
+    monkeypatch.setattr(align, "measure_alignment", absent)
+    said = align.align(RunFolder(tmp_path), None, "CTM", tmp_path)  # type: ignore[arg-type]
+    assert said.startswith("Alignment not measured: ")
+    assert "--import my_teacher.py" in said
+    assert list(tmp_path.iterdir()) == []

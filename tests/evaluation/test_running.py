@@ -78,6 +78,9 @@ def test_a_file_is_a_recipe_and_data_may_be_in_memory(trained: Run, tmp_path: Pa
     stored = trained.folder.config_file
     run = fewstep.train(stored, dataset, tmp_path / "run", images=64, runtime=RUNTIME)
     assert (run.result.step, run.dataset) == (2, dataset)
+    assert repr(dataset) == "Dataset('own', samples of 1x8x8: 30 to train on, 10 held out, 2 classes)"
+    assert repr(dataset.train) == "Samples(30 of 1x8x8, torch.float32, labelled)"
+    assert repr(run) == f"Run('{tmp_path}/run', {run.config.recipe}: 64 images in 2 steps)"
     assert run.config.optimizer.warmup_share == 0.05
     with pytest.raises(ConfigError, match="there is no recipe 'none'"):
         fewstep.train("none")

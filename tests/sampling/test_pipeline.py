@@ -97,6 +97,7 @@ def test_samples_are_cut_to_the_range_of_the_data_and_seen_as_bytes() -> None:
     free, cut = own.generate(6, steps=1, clip=False), own.generate(6, steps=1)
     assert torch.equal(cut.samples, free.samples.clamp(low, high))
     assert not torch.equal(cut.samples, free.samples)
+    assert repr(cut).startswith("Generated(6 samples of 1x2x2, 1 network call each, ")
     images = cut.images()
     assert (images.shape, images.dtype) == ((6, 2, 2, 1), np.uint8)
     expected = ((cut.samples - low) / (high - low) * 255).round().permute(0, 2, 3, 1).numpy()
@@ -109,6 +110,7 @@ def test_samples_are_cut_to_the_range_of_the_data_and_seen_as_bytes() -> None:
 def test_classes_are_asked_for_by_name_in_turn() -> None:
     own = pipeline()
     names = own.class_names
+    assert repr(own) == "Pipeline(MLP, samples of 1x2x2, 2 classes)"
     assert generate(own, 5, labels=[names[1], names[0]], steps=1).labels.tolist() == [1, 0, 1, 0, 1]  # type: ignore[union-attr]
     assert torch.equal(own.generate(3, labels=names[1]).samples, own.generate(3, labels=[1, 1, 1]).samples)
     with pytest.raises(ShapeError, match=rf"no class 'horse': its classes are {names[0]}, {names[1]}"):

@@ -21,6 +21,16 @@ class Shrinking(TeacherModel):
         return x * self.variance / (self.variance + noise)
 
 
+class Flat(Shrinking):
+    """Forgets the shape of its samples."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+
+    def denoise(self, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return x.flatten(1)
+
+
 def mean_teacher() -> FlowMap:
     """A denoiser as a flow map."""
     return Shrinking(1.0).flow_map()

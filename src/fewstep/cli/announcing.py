@@ -27,7 +27,8 @@ class Announcer(Callback):
         processes = f", {start.processes} processes" if start.processes > 1 else ""
         network = f"{start.network} with {counted(start.parameters, 'parameter')}{adapted}"
         print(f"{network}; {start.device}{threads}{processes}")
-        print(f"{length}; goes on from step {start.step:,}" if start.step else length, flush=True)
+        done = "all of them are done" if start.step >= steps else f"goes on from step {start.step:,}"
+        print(f"{length}; {done}" if start.step else length, flush=True)
 
     def step(self, moment: Moment) -> None:
         """The first step warms up: it does not count."""

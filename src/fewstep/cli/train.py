@@ -14,7 +14,7 @@ from fewstep.recipes.config import RunConfig
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
-from fewstep.utils.parts import outside_files
+from fewstep.utils.parts import imported_file, outside_files
 from fewstep.utils.text import counted, from_here, quoted
 
 
@@ -95,5 +95,13 @@ def run(options: Options) -> None:
         write_actions(errors, run.root)
         check_actions(run, errors)
         following = [next_command(dataset.policy), "report"]
-    also = "".join(f" --import {quoted(from_here(file))}" for file in outside_files(config))
-    print("Next: " + "   ".join(f"fewstep {command} {quoted(run.root)}{also}" for command in following))
+    print("Next: " + "   ".join(_with_imports(words, run, config) for words in following))
+
+
+def _with_imports(words: str, run: RunFolder, config: RunConfig) -> str:
+    """A command on the run, with the files of the user's that it needs: `evaluate` asks the teacher too."""
+    command, _, options = words.partition(" ")
+    taught = imported_file(config.teacher) if command == "evaluate" else None
+    files = dict.fromkeys([*outside_files(config), *([taught] if taught else [])])
+    named = "".join(f" --import {quoted(from_here(file))}" for file in files)
+    return f"fewstep {command} {quoted(run.root)}{options and f' {options}'}{named}"

@@ -17,7 +17,7 @@ from fewstep.networks.condition import Condition, Prompts
 from fewstep.teachers.text import TextSpec
 from fewstep.utils.errors import DataError
 from fewstep.utils.tensors import expand
-from fewstep.utils.text import listed
+from fewstep.utils.text import by, listed
 
 _CHUNK_ELEMENTS = 1 << 22
 # ITU-R BT.601 luma in 16-bit fixed point, as Pillow's mode L.
@@ -136,6 +136,10 @@ class Samples(SampleSet):
                 f"give int64 of shape ({len(self.values)},), one per sample"
             )
 
+    def __repr__(self) -> str:
+        labels = "without labels" if self.labels is None else "labelled"
+        return f"Samples({len(self):,} of {by(self.shape)}, {self.values.dtype}, {labels})"
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -226,6 +230,10 @@ class Dataset:
             )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "sigma_data", sigma_data)
+
+    def __repr__(self) -> str:
+        parts = f"{len(self.train):,} to train on, {len(self.heldout):,} held out"
+        return f"Dataset({self.name!r}, samples of {by(self.shape)}: {parts}, {self.num_classes} classes)"
 
     def _check_labels(self, samples: SampleSet, part: str) -> None:
         labels = samples.labels

@@ -39,7 +39,7 @@ from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
 from fewstep.training.teacher import find_teacher, fingerprint
 from fewstep.utils.device import best_device
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, NotImportedError
 from fewstep.utils.files import check_numbers, parse_json, reading, write_atomically
 from fewstep.utils.random import Draws
 from fewstep.utils.text import quoted
@@ -156,6 +156,8 @@ def align(run: RunFolder, dataset: Dataset, method: str, folder: Path, teacher: 
         if teacher is not None:
             raise
         return f"Alignment not measured, give the run's teacher with --teacher: {error}"
+    except NotImportedError as error:
+        return f"Alignment not measured: {error}"
     write_atomically(folder / ALIGNMENT_FILE, json.dumps(record, indent=2) + "\n")
     return alignment_line(record)
 

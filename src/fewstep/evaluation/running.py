@@ -24,6 +24,7 @@ from fewstep.training import Callback, Callbacks, RunFolder, TrainingResult, tra
 from fewstep.training.settings import Runtime
 from fewstep.training.teacher_samples import run_data
 from fewstep.utils.device import placed
+from fewstep.utils.text import counted
 
 Data = str | Path | DataConfig | Dataset
 
@@ -46,6 +47,10 @@ class Run:
     config: RunConfig
     dataset: Dataset
     result: TrainingResult
+
+    def __repr__(self) -> str:
+        done = f"{counted(self.result.images, 'image')} in {counted(self.result.step, 'step')}"
+        return f"Run({str(self.folder)!r}, {self.config.recipe}: {done})"
 
     @property
     def pipeline(self) -> Pipeline:

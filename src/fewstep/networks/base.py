@@ -279,5 +279,7 @@ class TeacherNetworkConfig(NetworkConfig):
 
     def beside(self, teacher: NetworkConfig | None) -> NetworkConfig:
         if teacher is None:
-            raise ConfigError("the network is the teacher's, which does not say its settings: name a network")
+            raise ConfigError(
+                "the network is the teacher's, which does not say its settings: name another, such as --network mlp"
+            )
         return teacher.with_lora(self._adapters()) if self.lora else teacher.without_lora()

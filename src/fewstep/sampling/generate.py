@@ -27,7 +27,7 @@ from fewstep.sampling.step_times import Purpose, SamplerName, StepTimes
 from fewstep.utils.errors import ShapeError
 from fewstep.utils.random import Draws
 from fewstep.utils.tensors import check_memory
-from fewstep.utils.text import listed
+from fewstep.utils.text import by, counted, listed
 
 STREAM_PRIOR = 20
 Spacing = Literal["auto", "uniform", "edm"]
@@ -105,6 +105,10 @@ class Generated:
     nfe: float
     seconds: float
     pixels: Callable[[Tensor], Tensor] = partial(to_uint8, data_range=None)
+
+    def __repr__(self) -> str:
+        calls = f"{counted(self.nfe, 'network call')} each"
+        return f"Generated({len(self.samples)} samples of {by(self.samples.shape[1:])}, {calls}, {self.seconds:.2f} s)"
 
     def images(self) -> npt.NDArray[np.uint8]:
         """Bytes (n, H, W, C) as NumPy, latents decoded; raises ShapeError for samples that are no images."""
@@ -271,7 +275,7 @@ def _check_labels(labels: Any, count: int, first: int, num_classes: int) -> Tens
         raise ShapeError("class labels given, but this model was trained without classes: leave them out")
     whole = _whole_numbers(labels)
     if whole.shape != (count,):
-        raise ShapeError(f"{tuple(whole.shape)} labels for {count} samples: give one per sample")
+        raise ShapeError(f"{tuple(whole.shape)} labels for {count} samples: give one per sample, or names in turn")
     wrong = whole[(whole < -1) | (whole >= num_classes)]
     if len(wrong):
         raise ShapeError(f"class {int(wrong[0])} is out of range: this model knows classes 0 to {num_classes - 1}")

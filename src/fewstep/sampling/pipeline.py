@@ -35,6 +35,7 @@ from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, M
 from fewstep.utils.files import read_record, reading
 from fewstep.utils.hub import HUB, cached_copy, fetching
 from fewstep.utils.serialization import FORMAT, JSON, from_json, in_this_format, later, to_json
+from fewstep.utils.text import by
 from fewstep.utils.weights import check_shapes, read_shapes, read_weights, save_weights, shapes
 
 CONFIG_FILE = "config.json"
@@ -83,6 +84,11 @@ class Pipeline(ModelHubMixin, library_name="fewstep", tags=["flow-map", "few-ste
     ) -> None:
         """provenance: reads where the weights come from, when a card is written. prompts: what is drawn if not told."""
         self.flow_map, self.config, self._provenance, self.prompts = flow_map, config, provenance, prompts
+
+    def __repr__(self) -> str:
+        flow_map = self.flow_map
+        parts = type(flow_map.network).__name__, f"samples of {by(flow_map.sample_shape)}"
+        return f"Pipeline({', '.join(parts)}, {flow_map.num_classes} classes)"
 
     @property
     def step_times(self) -> tuple[StepTimes, ...]:

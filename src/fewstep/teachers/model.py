@@ -10,8 +10,8 @@ from fewstep.flow.paths import Path
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.networks.base import Network
 from fewstep.networks.condition import Condition
-from fewstep.utils.errors import ConfigError, FewstepError
-from fewstep.utils.parts import outside_function, stored_class, subclasses
+from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.parts import made, outside_function, stored_class, stored_name, subclasses
 
 
 class TeacherModel(Network):
@@ -34,8 +34,15 @@ class TeacherModel(Network):
         """
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
-        """The denoiser, whatever s."""
-        return self.denoise(x, t, Condition() if cond is None else cond)
+        """The denoiser, whatever s; raises ShapeError where it gives no tensor of the shape of x."""
+        denoised = self.denoise(x, t, Condition() if cond is None else cond)
+        if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+            given = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise ShapeError(
+                f"{stored_name(type(self))}.denoise gives {given} for samples of shape {tuple(x.shape)}: give one "
+                "tensor of their shape"
+            )
+        return denoised
 
     def flow_map(self) -> FlowMap:
         """The teacher as a flow map whose jumps are DDIM's steps."""
@@ -46,18 +53,10 @@ def own_teacher(name: str) -> FlowMap:
     """The teacher that FILE.py:NAME of an imported file is: a `TeacherModel`, or a function without arguments that
     returns one, or a flow map.
 
-    Raises ConfigError when no imported file has the name, or what it has is neither.
+    Raises ConfigError when no imported file has the name, or what it has is neither, or fails.
     """
     make = outside_function(name)
-    if make is None:
-        found = stored_class(subclasses(TeacherModel), name)()
-    else:
-        try:
-            found = make()
-        except FewstepError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{name} gives no teacher: {type(error).__name__}: {error}") from error
+    found = made(name, stored_class(subclasses(TeacherModel), name) if make is None else make, "teacher")
     flow_map = found.flow_map() if isinstance(found, TeacherModel) else found
     if not isinstance(flow_map, FlowMap):
         raise ConfigError(f"{name} returns no TeacherModel and no flow map")

@@ -61,9 +61,12 @@ def check(run: RunFolder, config: RunConfig, data: dict[str, Any], teacher: str 
     if lines:
         shown = "; ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
         shown += run.renumbered(data)
+        other = f"{run.root} holds a run with other settings ({shown})"
+        if not run.checkpoints():
+            raise CheckpointError(f"{other} and no checkpoint yet: delete it, or give another folder with --out")
         raise CheckpointError(
-            f"{run.root} holds a run with other settings ({shown}): go on with those it has ({run.going_on}), or "
-            f"give another folder with --out, where --initial {quoted(run.root)} starts from its weights"
+            f"{other}: go on with those it has ({run.going_on}), or give another folder with --out, where --initial "
+            f"{quoted(run.root)} starts from its weights"
         )
 
 

@@ -42,6 +42,8 @@ from fewstep.utils.errors import (
     DataError,
     FewstepWarning,
     LaterFormatError,
+    NotImportedError,
+    first_cause,
 )
 from fewstep.utils.files import (
     guarded,
@@ -69,6 +71,9 @@ class RunFolder:
 
     def __init__(self, root: Path | str) -> None:
         object.__setattr__(self, "root", Path(root))
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     @property
     def config_file(self) -> Path:
@@ -200,6 +205,8 @@ class RunFolder:
         except (LaterFormatError, BaseWeightsError):
             raise
         except (CheckpointError, ConfigError) as error:
+            if isinstance(first_cause(error), NotImportedError):
+                raise
             before = [path for path in self.checkpoints() if step_of(path) < step_of(checkpoint)]
             sound = next((path for path in reversed(before) if is_sound(path)), None)
             which = "the one before" if sound in before[-1:] else "the newest that can be used"

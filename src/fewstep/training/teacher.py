@@ -12,7 +12,7 @@ from fewstep.data.demonstrations.normaliser import PolicySpec
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.base import Network
 from fewstep.recipes.config import RunConfig
-from fewstep.teachers import is_diffusers, is_edm, load_diffusers, load_edm, own_teacher
+from fewstep.teachers import TeacherModel, is_diffusers, is_edm, load_diffusers, load_edm, own_teacher
 from fewstep.training.ema import EMA
 from fewstep.training.run_folder import RunFolder, load
 from fewstep.utils.errors import CheckpointError, ConfigError, HubError
@@ -33,9 +33,12 @@ def teacher_of(config: RunConfig, dataset: Dataset) -> FlowMap | None:
     with advising("teacher", "--teacher"):
         teacher, policy = find_teacher(config.teacher, dataset.shape)
     if teacher.sample_shape != dataset.shape or teacher.num_classes != dataset.num_classes:
+        hint = ": --data.no-labels leaves them out" if not teacher.num_classes else ""
+        hint = ": --data.labels takes those that the data have" if not config.data.labels else hint
         raise ConfigError(
             f"the teacher {config.teacher} makes samples of shape {teacher.sample_shape} in {teacher.num_classes} "
             f"classes, but the data {dataset.name} has shape {dataset.shape} and {dataset.num_classes} classes"
+            + (hint if teacher.sample_shape == dataset.shape else "")
         )
     if teacher.preconditioning.data_end_only:
         raise ConfigError(f"the teacher {config.teacher} has cm preconditioning, and so no velocity: name another")
@@ -138,6 +141,10 @@ def start_from(config: RunConfig, flow_map: FlowMap, teacher: FlowMap | None) ->
         with advising("model to start from", "--initial"):
             source = load(config.initial).flow_map
     name = config.teacher if from_teacher else config.initial
+    if isinstance(source.network, TeacherModel):
+        raise ConfigError(
+            f"{name} has no weights for a network of fewstep: --initial= lets the student start from its own"
+        )
     try:
         cast(Network, flow_map.network).take(cast(Network, source.network), name)
     except CheckpointError as error:

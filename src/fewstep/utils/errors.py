@@ -9,6 +9,10 @@ class ConfigError(FewstepError):
     """A recipe, an option or a stored configuration that cannot be used as given."""
 
 
+class NotImportedError(ConfigError):
+    """A part of the user's own file, which nobody has named; says how."""
+
+
 class DataError(FewstepError):
     """A data source that is missing, empty, corrupt, or of another shape than asked for."""
 
@@ -59,3 +63,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What an error was raised from, or that from, to the first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -19,7 +19,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
-from fewstep.utils.errors import ConfigError
+from fewstep.utils.errors import ConfigError, FewstepError, NotImportedError
 
 T = TypeVar("T")
 _IMPORTED: set[str] = set()  # modules of the user's files
@@ -136,7 +136,7 @@ def stored_class(candidates: list[type], name: object) -> type:
         raise ConfigError(f"{name} may be of {' or '.join(str(_file_of(cls)) for cls in current)}: rename one")
     if isinstance(name, str) and re.fullmatch(r"[\w-]+\.py:[\w.<>]+", name):
         file = name.partition(":")[0]
-        raise ConfigError(
+        raise NotImportedError(
             f"type {name} is no part of fewstep: name the file that has it, with --import {file}, or "
             f'fewstep.import_file("{file}") in Python'
         )
@@ -196,8 +196,36 @@ def from_file(name: str) -> Any:
     try:
         return reduce(getattr, inner.split("."), module)
     except AttributeError:
-        public = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        homes = module.__name__, "fewstep"
+        public = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", "") == homes[0] or type(value).__module__.partition(".")[0] in homes
+        ]
         raise ConfigError(f"{file} has no {inner!r}: it has {', '.join(public) or 'nothing of its own'}") from None
+
+
+def made(name: str, make: Callable[[], T], what: str) -> T:
+    """What a function or a class FILE.py:NAME of the user's gives without arguments.
+
+    Raises ConfigError, in one line, where it raises.
+    """
+    try:
+        return make()
+    except FewstepError:
+        raise
+    except Exception as error:
+        own = {str(vars(module).get("__file__")) for key, module in list(sys.modules.items()) if key in _IMPORTED}
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+        place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+        raise ConfigError(f"{name} gives no {what}: {type(error).__name__}: {error}{place}") from error
+
+
+def imported_file(name: str) -> Path | None:
+    """The imported file that a run's FILE.py:NAME is of; None for other names, and where none was imported."""
+    file, inner, _ = name.partition(":")
+    modules = [module for key, module in list(sys.modules.items()) if key in _IMPORTED] if inner else []
+    return next((path for module in modules if (path := Path(str(module.__file__))).name == file), None)
 
 
 def outside_values(kind: type[T]) -> list[T]:

@@ -44,6 +44,11 @@ def counted(number: float, noun: str) -> str:
     return f"{shown} {noun}" if number == 1 else f"{shown} {noun}s"
 
 
+def by(shape: Sequence[int]) -> str:
+    """A shape in words: 3x64x64."""
+    return "x".join(map(str, shape))
+
+
 def listed(words: Sequence[str], most: int = 12) -> str:
     """Words with commas between; those before the last are left out where there are more than `most`."""
     return ", ".join(words if len(words) <= most else [*words[: most - 2], "...", words[-1]])

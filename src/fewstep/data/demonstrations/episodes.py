@@ -63,6 +63,11 @@ class Demonstrations:
             object.__setattr__(self, name, _bounds(name, getattr(self, name), actions.shape[1]))
         check_bounds(actions, self.action_low, self.action_high)
 
+    def __repr__(self) -> str:
+        seen, done = self.observations.shape[1], self.actions.shape[1]
+        steps = f"{len(self)} episodes, {len(self.actions):,} steps"
+        return f"Demonstrations({self.task!r}: {steps}, {seen} numbers seen and {done} moved)"
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -101,12 +106,12 @@ def check_bounds(actions: Tensor, low: tuple[float, ...], high: tuple[float, ...
         )
 
 
-def save_demonstrations(demonstrations: Demonstrations, file: Path) -> Path:
+def save_demonstrations(demonstrations: Demonstrations, file: Path | str) -> Path:
     """Write observations, actions, episode_ends, the task's name and the bounds, as `load_demonstrations` reads them.
 
     A .npz file holds them all as arrays; any other is safetensors, with the last two as JSON in its header.
     """
-    own = demonstrations
+    own, file = demonstrations, Path(file)
     tensors = {"observations": own.observations, "actions": own.actions, "episode_ends": own.ends}
     about = {"task": own.task, "action_low": own.action_low, "action_high": own.action_high}
     if file.suffix == ".npz":

@@ -30,7 +30,7 @@ def advise(data: str, teacher: str = "", seconds: float = 0.0) -> str:
     rows = [
         ("recipe", choice.recipe),
         ("objective", kind_name(type(config.objective)) if entry is None else str(entry["objective"])),
-        ("network", "the teacher's" if teacher else kind_name(type(config.network))),
+        ("network", _network(choice)),
         *(_expected(entry, short, seconds, found) if entry else [("expected", "no figure was measured for such data")]),
         *[("why", line) for line in choice.why],
         *[("mind", line) for line in choice.cautions],
@@ -44,6 +44,12 @@ def command(choice: Choice, seconds: float) -> str:
     """The command that trains it."""
     limit = ["--training.seconds", f"{seconds:g}"] if seconds else []
     return " ".join(quoted(word) for word in ("fewstep", "train", choice.recipe, *choice.words, *limit))
+
+
+def _network(choice: Choice) -> str:
+    words = choice.words
+    named = words[words.index("--network") + 1] if "--network" in words else kind_name(type(choice.config.network))
+    return "the teacher's" if named == "teacher" else named
 
 
 def _of_teacher(found: Look, name: str) -> Choice:

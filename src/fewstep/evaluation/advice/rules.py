@@ -14,6 +14,7 @@ from fewstep.evaluation.advice.look import Look
 from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
+from fewstep.teachers import TeacherModel
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind_name
 
@@ -168,10 +169,15 @@ def _student(format: str, teacher: FlowMap, words: Sequence[str]) -> Choice:
         why = ("CTM with the computed preconditioning: the teacher's format is known, its data are needed",)
         return Choice("distil-edm", (*words,), why, "teacher-edm")
     path = kind_name(type(teacher.path))
+    bare = isinstance(teacher.network, TeacherModel)
+    small = teacher.sample_shape[-1] <= _SMALL
     own: tuple[str, ...] = ("--network", "teacher")
+    if bare:  # a denoiser of the user's: no weights to start from, and no settings to take
+        own = ("--initial=",) if small else ("--initial=", "--network", "unet")
     if path == "linear":
         why = ("CTM leads EMD and LMD in one call, and costs nearly twice EMD's time",)
         return Choice("ctm-flow-matching", (*words, *own), why, "teacher-linear")
-    own = (*own, "--model.path", "teacher", "--model.scaling", "teacher")
+    own = (*own, *(("--data.labels",) if teacher.num_classes else ()))
+    own = own if bare else (*own, "--model.path", "teacher", "--model.scaling", "teacher")
     why = ("CTM's jumps go anywhere; consistency distillation (cd-digits) where one call is all that is wanted",)
     return Choice("ctm-digits", (*words, *own), why, "teacher-run")

@@ -8,8 +8,8 @@ from fewstep.policies.tasks.fetch_retrieve import RETRIEVE
 from fewstep.policies.tasks.metaworld import METAWORLD_TASKS
 from fewstep.policies.tasks.pusht import PUSHT
 from fewstep.policies.tasks.ring import RING
-from fewstep.utils.errors import ConfigError, FewstepError
-from fewstep.utils.parts import from_file, outside_values
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.parts import from_file, made, outside_values
 
 TASKS: dict[str, Task] = {task.name: task for task in (PUSHT, RING, *FETCH_TASKS, RETRIEVE, *METAWORLD_TASKS)}
 
@@ -22,6 +22,8 @@ def find_task(name: str) -> Task:
     if ":" in name:
         return task_of_file(name)
     known = {task.name: task for task in outside_values(Task)} | TASKS
+    if name.endswith(".py"):
+        raise ConfigError(f"{name} is a file: name the task in it, such as {name}:TASK")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -43,12 +45,7 @@ def task_of_file(name: str) -> Task:
             f"observation_size, action_low, action_high, max_steps, make=lambda pictures: {found.__name__}())"
         )
     if callable(found) and not isinstance(found, Task):
-        try:
-            found = found()
-        except FewstepError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"{name} gives no task: {type(error).__name__}: {error}") from error
+        found = made(name, found, "task")
     if not isinstance(found, Task):
         raise ConfigError(f"{name} is no fewstep.Task, nor a function without arguments that returns one")
     return found
