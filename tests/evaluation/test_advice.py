@@ -1,6 +1,7 @@
 """Advice: its figures are the studies', its commands are taken, bad input gets one line."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fewstep.policies.rollout import record
 from fewstep.recipes import RECIPES
 from fewstep.recipes.config import RunConfig
 from fewstep.training import build
-from fewstep.training.teacher import load_teacher
+from fewstep.training.teacher import teacher_of
 from fewstep.utils.errors import ConfigError, DataError
 from tests.support.pointtask import point_task
 
@@ -105,5 +106,5 @@ def test_a_teacher_of_a_file_is_distilled_by_a_network_of_fewsteps(
     found = configured(said)
     assert (found.initial, found.data.labels) == ("", True)
     assert "network    mlp" in said
-    if not found.model.preconditioning.needs_statistics:
-        build(found, load_dataset(found.data), load_teacher(f"advised_{path}.py:Mine"))
+    found = replace(found, teacher=f"advised_{path}.py:Mine")
+    assert teacher_of(found, load_dataset(found.data)) is not None
