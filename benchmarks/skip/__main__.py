@@ -22,51 +22,43 @@ from benchmarks.harness import FIGURES, RESULTS, Cache, Grid, Seeds, Study, Work
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
-from fewstep.recipes import recipe
-from fewstep.training import train_run
 
-UNET = fs.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=(), embedding_width=128)
-"""A convolutional student of digits that two cores train in minutes."""
 DATASETS: dict[str, Plan] = {
     "mixture": PLANS["mixture"],
     "digits": PLANS["digits"],
-    "digits-unet": replace(PLANS["digits"], moments=(25, 50, 100, 200, 300)),
+    "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
 }
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
 BASELINE = "euler"
-FAMILIES = ("regressed", "regressed-components", "regressed-length")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "covariance": {},
+    "regressed": {"family": "regressed"},
+    "components": {"family": "regressed-components"},
+    "length": {"family": "regressed-length"},
+}
+"""The skip's families: the Gaussian's map, and what a teacher's trajectories say, as one number, along each component,
+and with the Gaussian's lengths."""
+JUMP_END = ", jump end"
+"""Of a method's name: jumps are compared where they end, not at the data end."""
 
 
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """Every method on a data set: Euler's as published, with one or two things changed."""
-    plan = DATASETS[dataset]
-    euler = of_acceleration("mixture" if dataset == "mixture" else "digits")["euler"]
+    """Every method on a data set: Euler's as published, with one or two things changed. U-Nets see their skip."""
+    plan, known = DATASETS[dataset], of_acceleration(dataset)
+    euler = known["euler"]
     euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
-    if dataset == "digits-unet":
-        euler = replace(euler, network=UNET)
+
+    def skip(seen: bool, **settings: Any) -> fs.RunConfig:
+        model = replace(euler.model, preconditioning=SkipPreconditioningConfig(**settings))
+        return replace(euler, model=model, network=replace(euler.network, sees_skip=seen))  # type: ignore[call-arg]
+
+    seen = isinstance(euler.network, fs.UNetConfig)
+    forms = {BASELINE: euler, "analytic": replace(euler, model=known["analytic"].model)}
+    forms |= {name: skip(seen, **settings) for name, settings in FAMILIES.items()}
+    forms |= {} if seen else {"covariance, seen": skip(True)}
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
-
-    def skip(base: fs.RunConfig, seen: bool, **settings: Any) -> fs.RunConfig:
-        model = replace(base.model, preconditioning=SkipPreconditioningConfig(**settings))
-        return replace(base, model=model, network=replace(base.network, sees_skip=seen))  # type: ignore[call-arg]
-
-    compared = replace(euler, objective=at_end)
-    found = {
-        BASELINE: euler,
-        "euler, jump end": compared,
-        "skip": skip(euler, seen=False),
-        "skip, jump end": skip(compared, seen=False),
-        "skip seen": skip(euler, seen=True),
-        "skip seen, jump end": skip(compared, seen=True),
-    }
-    if dataset == "digits-unet":
-        found["cosine skip seen"] = skip(euler, seen=True, basis="cosine")
-    for family in FAMILIES:
-        found[family] = skip(euler, seen=False, family=family)
-        found[f"{family}, jump end"] = skip(compared, seen=False, family=family)
-        found[f"{family} seen, jump end"] = skip(compared, seen=True, family=family)
-    return found
+    return forms | {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
 
 
 @dataclass(frozen=True)
@@ -84,9 +76,9 @@ def settings(cell: Cell) -> str:
 
 
 def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Net."""
+    """Five seeds of the small networks, three of the U-Nets."""
     for dataset in DATASETS:
-        seeds = range(3 if dataset == "digits-unet" else 5)
+        seeds = range(5 if dataset in ("mixture", "digits") else 3)
         yield from (Cell(dataset, name, seed) for seed in seeds for name in methods(dataset))
 
 
@@ -108,7 +100,7 @@ def tables() -> dict[str, str]:
             ("method", *heads),
             [(name, *(at_end(key[0], row) for key, row in zip(CALLS, own, strict=True))) for name, own in rows.items()],
         )
-    return found | fits.tables((*DATASETS, "fashion"))
+    return found | fits.tables((*DATASETS,))
 
 
 def draw() -> None:
@@ -142,12 +134,11 @@ def run(
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    DATASET is mixture, digits or digits-unet, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits or fashion, TEACHER the run folder of the trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
-    source = "mixture" if dataset == "mixture" else "digits"
-    truth = Truth(DATASETS[dataset], *measured_against(source, teacher, cache))
+    truth = Truth(DATASETS[dataset], *measured_against(dataset, teacher, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
 
@@ -160,19 +151,12 @@ def learnability(
 ) -> None:
     """Fit every form of a jump by plain regression on stored trajectories, and keep its errors.
 
-    DATASET is mixture, digits, digits-unet or fashion, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits or fashion, TEACHER the run folder of the trained teacher.
     """
     part, workers = (int(number) for number in worker.split("/"))
-    network = UNET if dataset == "digits-unet" else None
-    known = list(names or fits.forms(dataset, network))
-    fits.run(dataset, teacher, network, names, lambda name: known.index(name) % workers == part)
-
-
-def teacher(folder: Annotated[Path, Positional]) -> None:
-    """Train the U-Net that students of digits-unet are distilled from, `edm-digits` with another network, in FOLDER."""
-    config = replace(recipe("edm-digits"), recipe="edm-digits-unet", network=UNET)
-    train_run(config, fs.load_dataset(config.data), fs.RunFolder(folder), fs.Runtime(threads=1))
+    known = list(names or fits.forms(dataset))
+    fits.run(dataset, teacher, names, lambda name: known.index(name) % workers == part)
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, learnability=learnability, teacher=teacher)
+    STUDY.main(run=run, learnability=learnability)

@@ -33,12 +33,10 @@ WARM_UP = 50
 FAMILIES = ("covariance", "regressed", "regressed-components", "regressed-length")
 
 
-def forms(dataset: str, network: fs.NetworkConfig | None) -> dict[str, fs.RunConfig]:
+def forms(dataset: str) -> dict[str, fs.RunConfig]:
     """Every form of a jump, over Euler's: the family, in principal components or cosines, and whether it is seen."""
-    source = dataset if dataset in ("mixture", "fashion") else "digits"
-    known = of_acceleration(source)
-    euler = known["euler"] if network is None else replace(known["euler"], network=network)
-    analytic = replace(known["analytic"], network=euler.network)
+    known = of_acceleration(dataset)
+    euler, analytic = known["euler"], known["analytic"]
 
     def skip(seen: bool, **settings: Any) -> fs.RunConfig:
         model = replace(euler.model, preconditioning=SkipPreconditioningConfig(**settings))
@@ -50,7 +48,7 @@ def forms(dataset: str, network: fs.NetworkConfig | None) -> dict[str, fs.RunCon
     cosines = {
         f"cosine {name}, seen": skip(True, family=name, basis="cosine") for name in FAMILIES if name != "regressed"
     }
-    return found if network is None and source != "fashion" else found | cosines
+    return found | cosines if isinstance(euler.network, fs.UNetConfig) else found
 
 
 class Stored:
@@ -113,11 +111,9 @@ def fit(config: fs.RunConfig, teacher: Path, train: Stored, heldout: Stored, dat
     return rows
 
 
-def run(
-    dataset: str, teacher: Path, network: fs.NetworkConfig | None, names: tuple[str, ...], wanted: Callable[[str], bool]
-) -> None:
+def run(dataset: str, teacher: Path, names: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
     """Fit the forms of these names, all where none is given, and keep a row of each."""
-    known = forms(dataset, network)
+    known = forms(dataset)
     if unknown := sorted(set(names) - set(known)):
         raise SystemExit(f"no form {', '.join(unknown)}; forms: {', '.join(known)}")
     todo = [name for name in names or known if wanted(name)]
