@@ -80,3 +80,14 @@ def test_settings_of_other_data_are_not_shown(capsys: pytest.CaptureFixture[str]
 def test_a_command_that_is_misspelt_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "did you mean train?" in capsys.readouterr().err
+
+
+def test_with_other_parts_the_recipe_s_figures_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def about(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            parse(Options, [*words, "--help"], "train digits", Options(run=recipe("digits")))
+        return capsys.readouterr().out.split("  --out")[0]
+
+    assert "Frechet" in about()
+    assert "Frechet" not in about("--objective", "mean-flow")
+    assert "Here with objective mean-flow." in about("--objective", "mean-flow")

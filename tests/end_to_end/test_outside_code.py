@@ -85,6 +85,11 @@ def test_the_command_line_names_outside_parts(outside_run: Path, command: Comman
     assert_same_run(tmp_path / "run", outside_run)
 
 
+def test_what_goes_on_with_a_run_names_the_files_it_needs(outside_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(OUTSIDE.parent)
+    assert RunFolder(outside_run).going_on == f"fewstep train --resume {outside_run} --import outside.py"
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "name"),
     [

@@ -1,9 +1,11 @@
 """The commands of policies, on a task made for the test: demonstrations, training, rollout, film, report, bad input."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fewstep.data.demonstrations.episodes import load_demonstrations, save_demonstrations
 from fewstep.policies.tasks.registry import TASKS
 from tests.support.commands import SMALL, Command
 from tests.support.pointtask import point_task
@@ -131,6 +133,14 @@ def test_settings_that_do_not_fit_are_refused(command: Command, demos: str) -> N
         refused = command("train", "policy-mlp", "--data.root", demos, *TRAIN, *words)
         assert refused.code == 2
         assert said in refused.err
+
+
+def test_a_policy_of_an_unknown_task_asks_for_its_file(command: Command, demos: str) -> None:
+    save_demonstrations(replace(load_demonstrations(demos), task="mine"), Path("demos/mine.safetensors"))
+    assert command("train", "policy-mlp", "--data.root", "demos/mine.safetensors", *TRAIN).code == 0
+    refused = command("rollout", "runs/policy-mlp", "--episodes", 1, "--quiet")
+    assert refused.code == 2
+    assert "the task 'mine', which is none of fewstep's: add --task FILE.py:NAME" in refused.err
 
 
 def test_a_task_of_other_sizes_is_refused(command: Command, demos: str) -> None:

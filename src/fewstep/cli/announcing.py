@@ -17,11 +17,13 @@ class Announcer(Callback):
     def __init__(self) -> None:
         self._begun: Moment | None = None
         self._said = False
+        self._unit = "image"
 
     def start(self, start: Start) -> None:
+        self._unit = start.unit
         adapted = "" if start.trained == start.parameters else f", {start.trained:,} of them trained"
         steps = math.ceil(start.images / start.batch_size)
-        length = f"{counted(start.images, 'image')} in {counted(steps, 'step')} of {start.batch_size}"
+        length = f"{counted(start.images, start.unit)} in {counted(steps, 'step')} of {start.batch_size}"
         length += f", at most {duration(start.seconds)}" if start.seconds else ""
         threads = f", {counted(start.threads, 'thread')}" if start.device == "CPU" else ""
         processes = f", {start.processes} processes" if start.processes > 1 else ""
@@ -41,7 +43,7 @@ class Announcer(Callback):
         rate, pace = (moment.images - self._begun.images) / seconds, (moment.progress - self._begun.progress) / seconds
         left = (1 - moment.progress) / pace
         if left > _SHORT:
-            tqdm.write(f"Measured: {rate:,.0f} images/s, about {duration(left)} to the end", file=sys.stdout)
+            tqdm.write(f"Measured: {rate:,.0f} {self._unit}s/s, about {duration(left)} to the end", file=sys.stdout)
             sys.stdout.flush()
 
 

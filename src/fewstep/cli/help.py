@@ -57,6 +57,9 @@ def short_help(options: Any, command: str, asked: tuple[str, ...] = ()) -> str:
     rest = len(shown) - sum(name in shown for name in (*CHANGED, *more))
     also = f"{command} --help-all lists these and {rest} more. Those of a kind: --network unet --help."
     about = inspect.getdoc(RECIPES[run.recipe]) if run.recipe in RECIPES else None
+    if about and asked:  # figures of the recipe as it is say nothing of it with other parts
+        parts = (f"{name} {shown[name][0]}" for name in asked if name in shown)
+        about = f"{about.splitlines()[0]} Here with {listed(list(parts), 8)}."
     return "\n".join([f"usage: {command} [options]", "", *([about, ""] if about else []), *rows, "", also])
 
 

@@ -5,8 +5,8 @@ import dataclasses
 import difflib
 import inspect
 import io
-from collections.abc import Sequence
-from typing import TypeVar, cast
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -34,6 +34,7 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = N
             raise SystemExit(0)
         description = _with_choices(default)
     args = ["--help" if word == "--help-all" else word for word in args]
+    args = gathered(args, lists(default if default is not None else cls))
     try:
         with contextlib.redirect_stderr(complaint):
             parsed, unknown = tyro.cli(
@@ -79,13 +80,46 @@ def _first_paragraph(box: str) -> str:
     return " ".join(lines[: rules[0]] if rules else lines)
 
 
-def _option_names(options: object, prefix: str = "--") -> list[str]:
+def gathered(args: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Words with all values of an option that takes several behind its first mention: --label a --label b."""
+    found: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = None
+    for word in args:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            into = name if name in lists else None
+            if into is None:
+                found.append(word)
+                continue
+            if into not in values:
+                values[into] = []
+                found.append(into)
+            values[into] += [value] if equals else []
+        elif into is None:
+            found.append(word)
+        else:
+            values[into].append(word)
+    return [word for each in found for word in (each, *values.get(each, ()))]
+
+
+def lists(options: object) -> set[str]:
+    """The options that take several values."""
+    return {name for name, value in _options(options) if isinstance(value, tuple)}
+
+
+def _option_names(options: object) -> list[str]:
     """The option strings of a dataclass, nested fields by dots."""
-    names: list[str] = []
+    return [name for name, _ in _options(options)]
+
+
+def _options(options: object, prefix: str = "--") -> list[tuple[str, Any]]:
+    """The option strings of a dataclass with their values, nested fields by dots."""
+    names: list[tuple[str, Any]] = []
     for item in dataclasses.fields(options):  # type: ignore[arg-type]  # callers pass dataclasses
         name = prefix + item.name.replace("_", "-")
         value = item.default if isinstance(options, type) else getattr(options, item.name)
         nested = dataclasses.is_dataclass(value)
         inner = prefix if item.name in ("run", "settings", "work") else f"{name}."
-        names += _option_names(value, inner) if nested else [name]
+        names += _options(value, inner) if nested else [(name, value)]
     return names

@@ -15,7 +15,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Runtime
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import imported_file, outside_files
-from fewstep.utils.text import counted, from_here, quoted
+from fewstep.utils.text import counted, import_words, quoted
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
     if not result.main_process:
         return
     memory = f", {result.peak_memory}" if result.peak_memory else ""
-    done = f"{counted(result.images, 'image')} in {counted(result.step, 'step')}"
+    done = f"{counted(result.images, config.data.source.unit)} in {counted(result.step, 'step')}"
     print(f"{run.root}: {done}, {result.seconds:.0f} s{memory}")
     if dataset.policy is None:
         check_learned(run)
@@ -102,6 +102,5 @@ def _with_imports(words: str, run: RunFolder, config: RunConfig) -> str:
     """A command on the run, with the files of the user's that it needs: `evaluate` asks the teacher too."""
     command, _, options = words.partition(" ")
     taught = imported_file(config.teacher) if command == "evaluate" else None
-    files = dict.fromkeys([*outside_files(config), *([taught] if taught else [])])
-    named = "".join(f" --import {quoted(from_here(file))}" for file in files)
+    named = import_words([*outside_files(config), taught])
     return f"fewstep {command} {quoted(run.root)}{options and f' {options}'}{named}"

@@ -47,6 +47,11 @@ class DataSource(ABC):
     of_actions: ClassVar[bool] = False
 
     @property
+    def unit(self) -> str:
+        """What one sample is called."""
+        return "chunk" if self.of_actions else "image"
+
+    @property
     def of_teacher(self) -> DrawSettings | None:
         """How the run's teacher is sampled for it, before it can be read; None for any other."""
         return None

@@ -93,7 +93,7 @@ def measure_rollouts(
     trained_for = policies[0].spec.task
     if not (name or trained_for):
         raise ConfigError(f"{folder} does not say which task it was trained for: name one with --task")
-    task = find_task(name or trained_for)
+    task = find_task(name) if name else _own_task(folder, trained_for)
     rows = []
     for policy in policies:
         label = f"{method}, {policy.steps} step{'s' if policy.steps > 1 else ''}: "
@@ -102,6 +102,15 @@ def measure_rollouts(
         _check_ran(found, task)
         rows.append(rollout_row(found, task, method, first_seed, policy))
     return rows, task, policies[0]
+
+
+def _own_task(folder: Path, name: str) -> Task:
+    """The task that a policy was trained for."""
+    try:
+        return find_task(name)
+    except ConfigError as error:
+        advice = "add --task FILE.py:NAME, with the file that has it"
+        raise ConfigError(f"{folder} acts in the task {name!r}, which is none of fewstep's: {advice}") from error
 
 
 def _check_ran(found: Rollout, task: Task) -> None:

@@ -49,7 +49,7 @@ class Run:
     result: TrainingResult
 
     def __repr__(self) -> str:
-        done = f"{counted(self.result.images, 'image')} in {counted(self.result.step, 'step')}"
+        done = f"{counted(self.result.images, self.config.data.source.unit)} in {counted(self.result.step, 'step')}"
         return f"Run({str(self.folder)!r}, {self.config.recipe}: {done})"
 
     @property

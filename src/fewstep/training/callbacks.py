@@ -17,7 +17,7 @@ class Start:
     """What a run is, before its first step.
 
     parameters: of the network, all of them and those that are trained. step: where it goes on from, 0 for a new run.
-    images, seconds: how long it is; no limit of seconds is 0.
+    images, seconds: how long it is; no limit of seconds is 0. unit: what a sample is called.
     """
 
     recipe: str
@@ -31,6 +31,7 @@ class Start:
     images: int
     seconds: float
     batch_size: int
+    unit: str = "image"
 
 
 def start_of(config: RunConfig, network: nn.Module, device: torch.device, processes: int, step: int) -> Start:
@@ -49,6 +50,7 @@ def start_of(config: RunConfig, network: nn.Module, device: torch.device, proces
         images=settings.images,
         seconds=settings.seconds,
         batch_size=settings.batch_size,
+        unit=config.data.source.unit,
     )
 
 

@@ -19,13 +19,13 @@ from fewstep.utils.errors import TrainingDivergedError
 from fewstep.utils.text import printable, quoted
 
 
-def progress_bar(clock: Clock, name: str, hidden: bool) -> "tqdm[Any]":
-    """Counts images, or seconds where they end the run; shows speed, loss and the time left.
+def progress_bar(clock: Clock, name: str, hidden: bool, unit: str) -> "tqdm[Any]":
+    """Counts samples, or seconds where they end the run; shows speed, loss and the time left. unit: a sample's name.
 
     It is drawn anew by time, not by steps, so that slow ones are seen too.
     """
     settings = clock.settings
-    unit, total = ("s", settings.seconds) if settings.seconds else ("img", settings.images)
+    total = settings.seconds or settings.images
     return tqdm(
         total=total, unit=unit, unit_scale=True, disable=hidden, desc=printable(name), file=sys.stderr, mininterval=0.5,
         miniters=0, initial=min(clock.progress, 1.0) * total,
@@ -35,8 +35,10 @@ def progress_bar(clock: Clock, name: str, hidden: bool) -> "tqdm[Any]":
 
 def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float, waiting: float) -> None:
     """loss: of the last line of the log; NaN before there is one. waiting: the share of time in wait for data."""
+    if bar.disable:
+        return
     bar.n = min(clock.progress, 1.0) * (bar.total or 0)
-    speed = f"{clock.images:,} images, {clock.rate:,.0f} images/s"
+    speed = f"{clock.images:,} {bar.unit}s, {clock.rate:,.0f} {bar.unit}s/s"
     speed += f", {waiting:.0%} in wait for data" if waiting >= NOTICED else ""
     bar.set_postfix_str(speed + ("" if math.isnan(loss) else f", loss {loss:.4f}"), refresh=False)
     bar.update(0)

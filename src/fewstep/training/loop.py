@@ -233,7 +233,8 @@ class Trainer:
         begun = start_of(self.config, self.learner.flow_map.network, device, self.group.count, self.clock.step)
         self.tell(lambda each: each.start(begun))
         profiled = StepProfile(self.run.root / PROFILE, device, self.runtime.profile and main)
-        with seeded, progress_bar(self.clock, self.config.recipe, self.hidden) as bar, self.stops, self.last_words():
+        shown = progress_bar(self.clock, self.config.recipe, self.hidden, begun.unit)
+        with seeded, shown as bar, self.stops, self.last_words():
             if self.pending:  # what an earlier start saved, and was stopped before it showed it
                 self.show()
             while not self.clock.finished:
@@ -257,10 +258,9 @@ class Trainer:
             if self.stops.received is not None:  # while the last grid or point was made
                 raise self.stopped()
         profiled.end()
-        memory = memory_words(device)
         if main and (share := risen(self.config.optimizer, self.clock.images, self.clock.progress)) < 1:
             warnings.warn(never_risen(share, self.config.optimizer), FewstepWarning, stacklevel=2)
-        result = TrainingResult(self.clock.step, self.clock.images, self.clock.seconds, main, memory)
+        result = TrainingResult(self.clock.step, self.clock.images, self.clock.seconds, main, memory_words(device))
         self.tell(lambda each: each.end(result))
         return result
 

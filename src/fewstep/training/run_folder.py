@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from fewstep.utils.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    FewstepError,
     FewstepWarning,
     LaterFormatError,
     NotImportedError,
@@ -54,9 +55,9 @@ from fewstep.utils.files import (
     write_atomically,
 )
 from fewstep.utils.hub import HUB
-from fewstep.utils.parts import kind_name
+from fewstep.utils.parts import imported_file, kind_name, outside_files
 from fewstep.utils.serialization import JSON, from_json, in_this_format
-from fewstep.utils.text import listed, quoted
+from fewstep.utils.text import import_words, listed, quoted
 from fewstep.utils.weights import read_weights
 
 _WRITTEN = ("checkpoints", "samples", "statistics", FOLDER, "tensorboard", "wandb")
@@ -89,8 +90,12 @@ class RunFolder:
 
     @property
     def going_on(self) -> str:
-        """The command that goes on with it."""
-        return f"fewstep train --resume {quoted(self.root)}"
+        """The command that goes on with it, and the files of the user's that it needs."""
+        named = ""
+        with suppress(FewstepError):
+            config = self.config()
+            named = import_words([*outside_files(config), imported_file(config.teacher)])
+        return f"fewstep train --resume {quoted(self.root)}{named}"
 
     def refuse_links(self) -> None:
         """Raise CheckpointError for a link among the run's files, or in a folder of it that is written to.

@@ -220,7 +220,8 @@ def first_statistics(
     elif os.access(folder, os.W_OK) or cache_file(folder, teacher, dataset, config.statistics).is_file():
         return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
     # A teacher that cannot be written to has no place to keep them.
-    return prepared(estimate_together(teacher, dataset, config.statistics, group), config.statistics, dataset)
+    found = estimate_together(teacher, dataset, config.statistics, group, quiet=quiet)
+    return prepared(found, config.statistics, dataset)
 
 
 def folder_beside(teacher: str, run: RunFolder) -> FilePath:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 # Control characters but for tabs and ends of lines, marks of direction and width, halves of surrogate pairs.
@@ -24,6 +24,11 @@ def quoted(path: Path | str) -> str:
 def from_here(file: Path) -> Path:
     """A file as a command in this folder names it."""
     return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+
+
+def import_words(files: Iterable[Path | None]) -> str:
+    """What a command says to import files of the user's, each once; empty for none."""
+    return "".join(f" --import {quoted(from_here(file))}" for file in dict.fromkeys(files) if file is not None)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:

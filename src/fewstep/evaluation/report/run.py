@@ -285,11 +285,11 @@ def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str
     for each in (run, *others):
         if not each.checkpoints():
             continue
-        state = each.state()
+        state, unit = each.state(), each.config().data.source.unit
         parameters = sum(p.numel() for p in each.model().flow_map.parameters())
         cost = (
-            f"{state['seconds']:.0f} s of training, {state['images']:,} images in {state['step']:,} steps, "
-            f"{state['images'] / max(state['seconds'], 1e-9):,.0f} images/s, {parameters:,} parameters"
+            f"{state['seconds']:.0f} s of training, {state['images']:,} {unit}s in {state['step']:,} steps, "
+            f"{state['images'] / max(state['seconds'], 1e-9):,.0f} {unit}s/s, {parameters:,} parameters"
         )
         peak = max((finite(line, "peak_memory_mib") or 0.0 for line in thinned_log(each)), default=0.0)
         lines.append((method_of(each), cost + (f", peak memory {peak:,.0f} MiB" if peak else "")))
