@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +22,9 @@ from fewstep.evaluation.figures import read_figures
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.policies.figures import read_rollouts
 from fewstep.training import RunFolder
+from fewstep.training.checkpoint import is_sound
 from tests.support.commands import SMALL, Command, Finished
-from tests.support.processes import Forking
+from tests.support.processes import Forked, Forking
 
 
 def stored(run: Path) -> dict[str, Tensor]:
@@ -146,20 +148,49 @@ SHARED = ["--runtime.shard", "--training.checkpoint-images", "320", "--training.
 ESTIMATE = ["--points", "8", "--samples", "200"]
 
 
-def printed_by_two(forked: Forking, folder: Path, commands: list[list[str]]) -> str:
-    """What two processes print that run commands together, and then what two_processes.py adds.
-
-    They find in their environment what torchrun tells each of its processes.
-    """
+def pair_of(forked: Forking, *words: object) -> list[Forked]:
+    """Two processes, which find in their environment what torchrun tells each of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
-    words = (Path(__file__).with_name("two_processes.py"), folder, json.dumps(commands))
     places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2} for rank in (0, 1)]
-    pair = [forked.start(*words, **place, **each) for each in places]
+    return [forked.start(*words, **place, **each) for each in places]
+
+
+def printed_by_two(forked: Forking, folder: Path, commands: list[list[str]]) -> str:
+    """What two processes print that run commands together, and then what two_processes.py adds."""
+    pair = pair_of(forked, Path(__file__).with_name("two_processes.py"), folder, json.dumps(commands))
     ended = [process.wait() for process in pair]
     assert [each.code for each in ended] == [0, 0], "".join(each.err for each in ended)
     return "".join(each.out for each in ended)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_of_two_is_killed_the_other_ends_with_a_line(forked: Forking, tmp_path: Path, killed: int) -> None:
+    """Within a minute, and what was saved is whole: one process goes on from it."""
+    run = tmp_path / "run"
+    endless = ["--training.images", "32000000", "--training.checkpoint-images", "320", "--training.log-images", "320"]
+    pair = pair_of(forked, "-m", "fewstep", *SCRATCH, *endless, "--out", run)
+    deadline = time.monotonic() + 120
+    while len(RunFolder(run).checkpoints()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pair[killed].kill()
+    start = time.monotonic()
+    left = pair[1 - killed].wait()
+    assert time.monotonic() - start < 60
+    assert pair[killed].wait().code == -signal.SIGKILL
+    newest = RunFolder(run).last_checkpoint()
+    assert left.code == 2
+    assert left.err.splitlines()[-1] == (
+        f"fewstep: process {killed} of 2 is lost; {newest} is saved: fewstep train --resume {run} goes on"
+    )
+    assert "Traceback" not in left.err
+    assert is_sound(newest)
+    step, on = RunFolder(run).state()["step"], ["train", "--resume", str(run), *SMALL[6:]]
+    ended = stop_when(lambda: RunFolder(run).last_checkpoint() != newest, forked, on, signal.SIGTERM)
+    assert ended.code == 128 + signal.SIGTERM
+    assert RunFolder(run).state()["step"] > step
 
 
 def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_statistics_that_no_jump_can_be_made_of_are_not_taken_over(
     before, kept = trainer.learner.statistics, trainer.learner.flow_map.preconditioning
     assert before is not None
     wild = replace(before, s=torch.full_like(before.s, -800.0))
-    monkeypatch.setattr("fewstep.training.loop.prepared", lambda *_: wild)
+    monkeypatch.setattr("fewstep.training.learner.prepared", lambda *_: wild)
     for _ in range(3):
         trainer.take_step()
     with pytest.warns(FewstepWarning, match="statistics not refreshed after 4 steps: the statistics give the jump"):

@@ -1,5 +1,6 @@
 """What a run learns: weights, their averages and a discriminator, with all that a checkpoint holds of them."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import fit_stored, stored_state
-from fewstep.recipes.config import RunConfig
+from fewstep.recipes.config import RunConfig, StatisticsConfig
 from fewstep.sampling.pipeline import WEIGHTS_FILE, Pipeline
 from fewstep.training.checkpoint import (
     DISCRIMINATOR_FILE,
@@ -25,9 +27,10 @@ from fewstep.training.checkpoint import (
 from fewstep.training.ema import EMA, make_emas
 from fewstep.training.gan import GAN
 from fewstep.training.optimizers import Optimizers
-from fewstep.training.parallel import Replicated
+from fewstep.training.parallel import ProcessGroup, Replicated
+from fewstep.training.statistics import estimate_together, prepared
 from fewstep.training.teacher import SlowAverage
-from fewstep.utils.errors import CheckpointError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from fewstep.utils.serialization import JSON
 from fewstep.utils.weights import check_finite
 
@@ -77,6 +80,18 @@ class Learner:
         for flow_map in [self.flow_map] + ([] if self.target is None else [self.target.flow_map]):
             flow_map.set_preconditioning(flow_map.preconditioning.with_statistics(statistics))
         self.statistics = statistics
+
+    def refresh_statistics(self, dataset: Dataset, settings: StatisticsConfig, group: ProcessGroup, step: int) -> None:
+        """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7).
+
+        Where they cannot be used (a jump without finite f or positive g), a FewstepWarning, and those there are stay.
+        """
+        with self.averaged() as model:
+            fresh = prepared(estimate_together(model.flow_map, dataset, settings, group), settings, dataset)
+        try:
+            self.use_statistics(fresh)
+        except ConfigError as error:
+            warnings.warn(f"statistics not refreshed after {step} steps: {error}", FewstepWarning, stacklevel=2)
 
     @contextmanager
     def averaged(self) -> Iterator[Pipeline]:

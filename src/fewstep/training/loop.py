@@ -5,7 +5,6 @@ run equals an unbroken one, and several processes equal one.
 """
 
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,18 +33,19 @@ from fewstep.training.log import StepValues, Window, diverged, last_good, progre
 from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import never_risen, risen
 from fewstep.training.parallel import Agreement, ProcessGroup, Replicated, join_processes, share_out, split_batch
+from fewstep.training.peers import Peers
 from fewstep.training.probe import serving, with_derivatives
 from fewstep.training.profiling import PROFILE, StepProfile
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
 from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
-from fewstep.training.statistics import estimate_together, first_statistics, prepared
+from fewstep.training.statistics import first_statistics
 from fewstep.training.step import Gradients, TrainStep
 from fewstep.training.stopping import StopSignals
 from fewstep.training.teacher import SlowAverage, fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.training.trajectories import run_measures
-from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, Stopped, TrainingDivergedError
+from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, TrainingDivergedError
 from fewstep.utils.serialization import JSON
 
 
@@ -80,11 +80,12 @@ class Trainer:
         check_trackers(runtime.track)
         self.accelerator = join_processes(
             runtime.cpu,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            [DistributedDataParallelKwargs(broadcast_buffers=False)],
             log_with=list(runtime.track) or None,
             project_dir=str(run.root / "tensorboard"),
         )
         self.group = ProcessGroup.of(self.accelerator)
+        self.agreement = Agreement(self.group.count)
         self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
@@ -100,6 +101,7 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process
+        self.peers = Peers(run, self.group.index, self.group.count, self.agreement)
         self.lock = hold(run, config, data_record(dataset), identity) if main else None
         try:
             if runtime.from_step and main:
@@ -111,10 +113,10 @@ class Trainer:
             self.take_up()
             self.window = Window(self.clip)
             start_trackers(self.accelerator, config, run.root, self.clock.images)
-        except BaseException:
+        except BaseException as error:
             if self.lock is not None and not run.config_file.exists():
                 self.lock.discard()  # a run that cannot begin leaves no folder
-            self.release()
+            self.__exit__(type(error), error, None)
             raise
 
     def prepare(self) -> None:
@@ -145,7 +147,6 @@ class Trainer:
         beside = [each.network for each in (self.teacher, None if target is None else target.flow_map) if each]
         self.module = self.held.wrap(self.loss, beside)
         self.learner = Learner(config, pipeline, statistics, gan, target, self.held)
-        self.agreement = Agreement(self.accelerator.num_processes)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping, self.late, self.saved = False, False, time.monotonic()
 
@@ -164,8 +165,11 @@ class Trainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.release()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        lost = self.peers.explanation(error)
+        self.release(error)
+        if lost is not None:
+            raise lost from error
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
@@ -183,8 +187,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.truncate_log(self.clock.step)
 
-    def release(self) -> None:
+    def release(self, error: BaseException | None = None) -> None:
         """End the processes that read data, close the trackers, and let others train in the run's folder."""
+        self.peers.close(error)
         self.loader.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -207,23 +212,6 @@ class Trainer:
     def mean_over_processes(self, value: Tensor) -> Tensor:
         """The mean of a tensor that every process has."""
         return cast(Tensor, self.accelerator.reduce(value, "mean"))
-
-    def refresh_statistics(self) -> None:
-        """Estimate the statistics anew from the averaged model's own diagonal (math.md §3.7).
-
-        Where they cannot be used (a jump without finite f or positive g), a FewstepWarning, and those there are stay.
-        """
-        settings = self.config.statistics
-        with self.learner.averaged() as model:
-            fresh = prepared(
-                estimate_together(model.flow_map, self.dataset, settings, self.group), settings, self.dataset
-            )
-        try:
-            self.learner.use_statistics(fresh)
-        except ConfigError as error:
-            warnings.warn(
-                f"statistics not refreshed after {self.clock.step} steps: {error}", FewstepWarning, stacklevel=2
-            )
 
     def run_to_end(self) -> TrainingResult:
         """Take steps until finished; the last one is always saved."""
@@ -253,10 +241,10 @@ class Trainer:
                 if self.clock.due(settings.checkpoint_images) or self.stopping or self.late:
                     self.save()
                 if self.stopping:
-                    raise self.stopped()
+                    raise self.stops.ending(self.clock.step, self.run.going_on)
                 self.show()
             if self.stops.received is not None:  # while the last grid or point was made
-                raise self.stopped()
+                raise self.stops.ending(self.clock.step, self.run.going_on)
         profiled.end()
         if main and (share := risen(self.config.optimizer, self.clock.images, self.clock.progress)) < 1:
             warnings.warn(never_risen(share, self.config.optimizer), FewstepWarning, stacklevel=2)
@@ -288,7 +276,7 @@ class Trainer:
         refresh = self.clock.due(self.config.statistics.refresh_images) and not self.clock.finished
         if self.config.model.preconditioning.needs_statistics and refresh:
             self.read()
-            self.refresh_statistics()
+            self.learner.refresh_statistics(self.dataset, self.config.statistics, self.group, self.clock.step)
 
     def read(self) -> None:
         """Look at what steps have left: once a line of the log, and before anything is saved, shown or measured.
@@ -392,9 +380,3 @@ class Trainer:
         checkpoint = self.run.checkpoint(self.clock.step)
         if main and watchers and (checkpoint / STATE_FILE).is_file():
             mark_shown(checkpoint)
-
-    def stopped(self) -> Stopped:
-        """What ends the run after a signal, with the exit code of one that it had ended."""
-        number = self.stops.received or signal.SIGTERM  # it may have reached another process alone
-        message = f"stopped by {number.name}; step {self.clock.step} is saved: {self.run.going_on} goes on"
-        return Stopped(message, 128 + number)

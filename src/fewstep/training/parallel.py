@@ -4,15 +4,16 @@ import atexit
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import clear_environment
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, clear_environment
 from torch import Tensor, nn
 
 from fewstep.flow.flow_map import FlowMap
@@ -22,6 +23,8 @@ from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 LAUNCHED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 MPI = ("OMPI_COMM_WORLD_", "PMI_", "MV2_COMM_WORLD_", "I_MPI_")
 SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_", *MPI)
+LONGEST = timedelta(hours=2)
+"""That processes wait for each other, as for the one that draws and measures; a lost one is seen by `Peers`."""
 _OFF = ("", "no", "false", "0", "1", "default", "auto")
 _USUAL = {"RANK": ("0",), "LOCAL_RANK": ("0",), "WORLD_SIZE": ("1",)}
 
@@ -57,7 +60,7 @@ class Agreement:
     """What all processes of a run decide alike: between their hosts, so that none waits for its device."""
 
     def __init__(self, processes: int) -> None:
-        self.group = torch.distributed.new_group(backend="gloo") if processes > 1 else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=LONGEST) if processes > 1 else None
 
     def any(self, *asked: bool) -> list[bool]:
         """Of each question, whether any process says yes."""
@@ -134,8 +137,8 @@ def share_out(accelerator: Accelerator, config: RunConfig) -> Replicated:
     return Sharded(accelerator)
 
 
-def join_processes(cpu: bool, **options: Any) -> Accelerator:
-    """The processes that were launched together, or this one alone; they part when it ends. options: Accelerate's.
+def join_processes(cpu: bool, handlers: Sequence[KwargsHandler] = (), **options: Any) -> Accelerator:
+    """The processes that were launched together, or this one alone; they part when it ends. The rest is Accelerate's.
 
     Of the environment only what a launcher says of processes counts, and of devices; a FewstepWarning names the rest.
     """
@@ -146,7 +149,10 @@ def join_processes(cpu: bool, **options: Any) -> Accelerator:
     with clear_environment():
         os.environ.update(kept)
         # Accelerate forms a group of CPU processes only when told that there is no other device.
-        accelerator = Accelerator(cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", **options)
+        handlers = [*handlers, InitProcessGroupKwargs(timeout=LONGEST)]
+        accelerator = Accelerator(
+            cpu=cpu or not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers, **options
+        )
     atexit.register(leave_processes)
     return accelerator
 
@@ -168,6 +174,15 @@ def leave_processes() -> None:
     """Close the group before the interpreter goes: its threads would abort a process that has done all its work."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def abandon_processes() -> None:
+    """Give up the group, of which a process is lost, with what GPUs still wait for."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
+        if abort is not None and torch.distributed.get_backend() == torch.distributed.Backend.NCCL:
+            abort()
+        leave_processes()
 
 
 def split_batch(batch_size: int, processes: int, micro_batch: int) -> tuple[int, int]:

@@ -7,6 +7,8 @@ import time
 from types import FrameType
 from typing import Any, Self
 
+from fewstep.utils.errors import Stopped
+
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _ECHO = 1.0  # seconds: a launcher passes on what the terminal has sent to all
 
@@ -30,6 +32,11 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def ending(self, step: int, going_on: str) -> Stopped:
+        """What ends the run after a signal, with the exit code of one that it had ended."""
+        number = self.received or signal.SIGTERM  # it may have reached another process alone
+        return Stopped(f"stopped by {number.name}; step {step} is saved: {going_on} goes on", 128 + number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

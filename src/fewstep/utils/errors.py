@@ -49,6 +49,10 @@ class TrainingDivergedError(FewstepError):
     """A non-finite loss or gradient; names the step, the batch's times and the last good checkpoint."""
 
 
+class ProcessLostError(FewstepError):
+    """One of the processes that train together is gone; names it, and the checkpoint that is left."""
+
+
 class MissingExtraError(FewstepError, ImportError):
     """An optional dependency is absent; names the extra that brings it."""
 
