@@ -5,6 +5,9 @@
     apt-get install plasma-workspace-wallpapers mate-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
     pip install scikit-learn
 
+`python benchmarks/photographs.py apart FOLDER` writes 6,300 crops at 32x32 of those and 23 more, of `opencv-doc`, into
+FOLDER/train and FOLDER/heldout, which have no photograph in common: those of the study `skip`.
+
 `python benchmarks/photographs.py picture RUN FILE.png` draws what a run on them gives in one and in two calls, above
 photographs that it has not seen.
 
@@ -59,6 +62,15 @@ PHOTOGRAPHS = {
     },
 }  # fmt: skip
 """Photographs of each class by where they lie below /usr/share, or in scikit-learn."""
+OPENCV = "doc/opencv-doc/examples/{}"
+MORE = (
+    "alphamat/input_images/plant.jpg", "data/aero1.jpg", "data/aloeL.jpg", "data/apple.jpg", "data/baboon.jpg",
+    "data/board.jpg", "data/building.jpg", "data/butterfly.jpg", "data/chicky_512.png", "data/fruits.jpg",
+    "data/graf1.png", "data/leuvenA.jpg", "data/orange.jpg", "data/rubberwhale1.png", "data/squirrel_cls.jpg",
+    "data/home.jpg", "data/licenseplate_motion.jpg", "data/stuff.jpg", "hfs/data/000.jpg", "text/scenetext01.jpg",
+    "text/scenetext03.jpg", "dnn_superres/butterfly.png", "reg/home.png",
+)  # fmt: skip
+"""Further photographs, of Debian's package opencv-doc."""
 
 
 def photographs(share: Path) -> dict[str, list[Path]]:
@@ -98,6 +110,23 @@ def cut(out: Positional[Path], share: Path = Path("/usr/share"), side: int = 64,
     print(f"{out}: {count} crops of {sum(map(len, photographs(share).values()))} photographs")
 
 
+def apart(out: Positional[Path], share: Path = Path("/usr/share"), side: int = 32, crops: int = 100) -> None:
+    """Cut `crops` squares out of each of 63 photographs, a folder of each; every fourth photograph is held out."""
+    draw = random.Random(0)
+    known = [file for files in photographs(share).values() for file in files]
+    more = [share / OPENCV.format(place) for place in MORE]
+    if missing := [str(file) for file in more if not file.is_file()]:
+        raise DataError(f"{len(missing)} photographs are missing, such as {missing[0]}: apt-get install opencv-doc")
+    for index, file in enumerate([*known, *more]):
+        name = f"{index:02d}-{file.parts[-4] if 'contents' in file.parts else file.stem}"
+        folder = out / ("heldout" if index % 4 == 3 else "train") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.open(file).convert("RGB")
+        for number in range(crops):
+            crop(image, side, draw).save(folder / f"{number:03d}.png")
+    print(f"{out}: {crops * (len(known) + len(more)):,} crops of {len(known) + len(more)} photographs")
+
+
 def picture(run: Positional[Path], out: Positional[Path], columns: int = 12) -> None:
     """Two rows in one call, two in two from the same noise, and two of held-out photographs; classes in turn."""
     pipeline, folder = fs.load(run), fs.RunFolder(run)
@@ -109,4 +138,4 @@ def picture(run: Positional[Path], out: Positional[Path], columns: int = 12) -> 
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"cut": cut, "picture": picture}, description=__doc__)
+    tyro.extras.subcommand_cli_from_dict({"cut": cut, "apart": apart, "picture": picture}, description=__doc__)

@@ -1,122 +1,73 @@
 """Does a student train faster when its jumps let the Gaussian's flow map through? CTM students by method, paired.
 
 Students of one seed share the teacher's weights as a start, the order of the data and all random numbers; only the
-preconditioning, what the network sees and where jumps are compared differ. Measures, searched step times and ratios are
-those of `benchmarks.acceleration`.
+preconditioning, what the network sees and where jumps are compared differ. Measures and searched step times are those
+of `benchmarks.acceleration`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 import benchmarks.skip.learnability as fits
 import fewstep as fs
-from benchmarks.acceleration.__main__ import at_end, compare, curves, measured_against, named, ratio
-from benchmarks.acceleration.students import PLANS, Plan, Truth, digest_of, train_student
-from benchmarks.acceleration.students import methods as of_acceleration
-from benchmarks.harness import FIGURES, RESULTS, Cache, Grid, Seeds, Study, Worker, chosen, markdown
+from benchmarks.acceleration.__main__ import curves, named
+from benchmarks.acceleration.students import Truth, train_student
+from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, put, rounded, show, write
+from benchmarks.skip import outcome
+from benchmarks.skip.cost import step_costs
+from benchmarks.skip.methods import BASELINE, DATASETS, GRID, Cell, methods, photographs, scene, teacher_of
+from benchmarks.skip.starts import draw_starts
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
-from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
+from fewstep.training import train_run
 
-DATASETS: dict[str, Plan] = {
-    "mixture": PLANS["mixture"],
-    "digits": PLANS["digits"],
-    "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
-}
-CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
-BASELINE = "euler"
-FAMILIES: dict[str, dict[str, Any]] = {
-    "covariance": {},
-    "regressed": {"family": "regressed"},
-    "components": {"family": "regressed-components"},
-    "length": {"family": "regressed-length"},
-}
-"""The skip's families: the Gaussian's map, and what a teacher's trajectories say, as one number, along each component,
-and with the Gaussian's lengths."""
-JUMP_END = ", jump end"
-"""Of a method's name: jumps are compared where they end, not at the data end."""
+SHOWN = (
+    BASELINE,
+    "analytic",
+    "covariance",
+    "regressed",
+    "euler, jump end",
+    "covariance, jump end",
+    "regressed, jump end",
+)
+"""Methods that the figure has."""
+Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]
+Dataset = Annotated[str, Positional]
 
 
-@cache
-def methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """Every method on a data set: Euler's as published, with one or two things changed. U-Nets see their skip."""
-    plan, known = DATASETS[dataset], of_acceleration(dataset)
-    euler = known["euler"]
-    euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
-
-    def skip(seen: bool, **settings: Any) -> fs.RunConfig:
-        model = replace(euler.model, preconditioning=SkipPreconditioningConfig(**settings))
-        return replace(euler, model=model, network=replace(euler.network, sees_skip=seen))  # type: ignore[call-arg]
-
-    seen = isinstance(euler.network, fs.UNetConfig)
-    forms = {BASELINE: euler, "analytic": replace(euler, model=known["analytic"].model)}
-    forms |= {name: skip(seen, **settings) for name, settings in FAMILIES.items()}
-    forms |= {} if seen else {"covariance, seen": skip(True)}
-    at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
-    return forms | {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A student: data set (a key of DATASETS), method and seed."""
-
-    dataset: str
-    method: str
-    seed: int
-
-
-def settings(cell: Cell) -> str:
-    """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
-    return digest_of(methods(cell.dataset)[cell.method], DATASETS[cell.dataset])
-
-
-def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Nets."""
-    for dataset in DATASETS:
-        seeds = range(5 if dataset in ("mixture", "digits") else 3)
-        yield from (Cell(dataset, name, seed) for seed in seeds for name in methods(dataset))
-
-
-GRID = Grid(RESULTS / "skip.jsonl", ("dataset", "method", "seed"), plan, settings)
+def rows() -> list[Row]:
+    """All that is compared."""
+    names = {dataset: list(methods(dataset)) for dataset in DATASETS}
+    return outcome.acceleration(GRID.rows(), tuple(DATASETS), names, BASELINE)
 
 
 def tables() -> dict[str, str]:
-    found = {}
+    found, own = {}, rows()
     for dataset in DATASETS:
-        cells = chosen(GRID.rows(), dataset=dataset)
-        names = [name for name in methods(dataset) if name != BASELINE and chosen(cells, method=name)]
-        rows = {name: [compare(cells, BASELINE, name, *key) for key in CALLS] for name in names}
-        heads = [named(*key).replace("Fréchet distance", "Fréchet").replace("sample error", "error") for key in CALLS]
-        found[f"Ratio of steps to Euler's, {dataset}"] = markdown(
-            ("method", *heads, "seeds"),
-            [(name, *map(ratio, own), str(len(curves(cells, name, *CALLS[0])))) for name, own in rows.items()],
-        )
-        found[f"At the end, Euler's and the method's, {dataset}"] = markdown(
-            ("method", *heads),
-            [(name, *(at_end(key[0], row) for key, row in zip(CALLS, own, strict=True))) for name, own in rows.items()],
-        )
-    return found | fits.tables((*DATASETS,))
+        found[f"Ratio of steps to Euler's, {dataset}"] = outcome.table(own, dataset)
+    for dataset in DATASETS:
+        found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
+    found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
+    return found | fits.tables(tuple(DATASETS))
 
 
 def draw() -> None:
-    """Learning curves of every method, a row of panels for each data set."""
+    """Learning curves of some methods, a row of panels for each data set; acceleration.json."""
+    write(outcome.ACCELERATION, rounded(rows()))
     panels = []
-    for dataset, own in DATASETS.items():
+    for dataset in DATASETS:
         cells = chosen(GRID.rows(), dataset=dataset)
         batch = methods(dataset)[BASELINE].training.batch_size
-        for measure in CALLS[:2] + CALLS[3:5] if cells and own else []:
+        for key in (outcome.Key(measure, calls) for measure in outcome.MEASURES for calls in (1, 2)) if cells else ():
             courses = []
-            for method in methods(dataset):
-                found = curves(cells, method, *measure).values()
+            for method in SHOWN:
+                found = curves(cells, method, *key).values()
                 if found:
                     mean = mean_curve([[(step * batch, value) for step, value in each] for each in found])
                     courses.append(Course(method, mean.images, mean.mean, mean.low, mean.high))
-            panels.append(Panel(f"{dataset}: {named(*measure)}", tuple(courses)))
+            panels.append(Panel(f"{dataset}: {named(*key)}", tuple(courses)))
     if panels:
         (FIGURES / "skip.png").write_bytes(comparison_curves(panels, columns=4))
 
@@ -125,38 +76,66 @@ STUDY = Study("skip", tables, draw, GRID)
 
 
 def run(
-    dataset: Annotated[str, Positional],
+    dataset: Dataset,
     teacher: Path,
     names: Annotated[tuple[str, ...], arg(name="methods")] = (),
     seeds: Seeds = (0, 1, 2, 3, 4),
+    data: Data = None,
     worker: Worker = "0/1",
     cache: Cache = None,
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    DATASET is mixture, digits or fashion, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits, fashion or photographs, TEACHER the run folder of the trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
-    truth = Truth(DATASETS[dataset], *measured_against(dataset, teacher, cache))
+    truth = Truth(DATASETS[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
 
 
+def loaded(dataset: str, data: Path | None) -> fs.Dataset:
+    """The data set's, unconditional."""
+    if dataset != "photographs":
+        return fs.load_dataset(methods(dataset)[BASELINE].data)
+    if data is None:
+        raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")
+    return photographs(data, labels=False)
+
+
 def learnability(
-    dataset: Annotated[str, Positional],
+    dataset: Dataset,
     teacher: Path,
     names: Annotated[tuple[str, ...], arg(name="forms")] = (),
+    data: Data = None,
     worker: Worker = "0/1",
 ) -> None:
     """Fit every form of a jump by plain regression on stored trajectories, and keep its errors.
 
-    DATASET is mixture, digits or fashion, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits, fashion or photographs, TEACHER the run folder of the trained teacher.
     """
     part, workers = (int(number) for number in worker.split("/"))
     known = list(names or fits.forms(dataset))
-    fits.run(dataset, teacher, names, lambda name: known.index(name) % workers == part)
+    fits.run(dataset, teacher, loaded(dataset, data), names, lambda name: known.index(name) % workers == part)
+
+
+def cost(dataset: Dataset, teacher: Path, data: Data = None, rounds: int = 15) -> None:
+    """The time of a step of every method over that of Euler's, in turns in one process."""
+    found = step_costs(dataset, teacher, loaded(dataset, data), rounds)
+    put(outcome.COST, rounded(found), "dataset", "method")
+    show(found)
+
+
+def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300) -> None:
+    """Draw what a jump gives before the first step, after 1 % and after 10 % of the steps, from the same noise."""
+    draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
+
+
+def teacher(dataset: Dataset, folder: Annotated[Path, Positional], data: Data = None) -> None:
+    """Train the teacher of a data set in FOLDER."""
+    train_run(teacher_of(dataset), loaded(dataset, data), fs.RunFolder(folder), fs.Runtime(threads=1))
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, learnability=learnability)
+    STUDY.main(run=run, learnability=learnability, cost=cost, starts=starts, teacher=teacher)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from benchmarks.acceleration.students import methods as of_acceleration
 from benchmarks.harness import RESULTS, Row, chosen, markdown, put, read, rounded, show, trainer_of
+from benchmarks.skip.methods import FAMILIES, JUMP_END, base_methods
 from fewstep.flow.flow_map import at
 from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.regression import RegressionSettings
@@ -30,12 +30,11 @@ LEVELS, TRAIN, HELDOUT = 24, 2048, 512
 JUMPS = ((80.0, 0.002), (80.0, 1.9), (12.9, 0.59), (1.9, 0.002))
 SEED = 55_000
 WARM_UP = 50
-FAMILIES = ("covariance", "regressed", "regressed-components", "regressed-length")
 
 
 def forms(dataset: str) -> dict[str, fs.RunConfig]:
     """Every form of a jump, over Euler's: the family, in principal components or cosines, and whether it is seen."""
-    known = of_acceleration(dataset)
+    known = base_methods(dataset)
     euler, analytic = known["euler"], known["analytic"]
 
     def skip(seen: bool, **settings: Any) -> fs.RunConfig:
@@ -43,10 +42,12 @@ def forms(dataset: str) -> dict[str, fs.RunConfig]:
         return replace(euler, model=model, network=replace(euler.network, sees_skip=seen))  # type: ignore[call-arg]
 
     found = {"euler": euler, "analytic": analytic, "regressed, with g": skip(False, family="regressed", regress_g=True)}
-    found |= {name: skip(False, family=name) for name in FAMILIES}
-    found |= {f"{name}, seen": skip(True, family=name) for name in FAMILIES}
+    found |= {name: skip(False, **own) for name, own in FAMILIES.items()}
+    found |= {f"{name}, seen": skip(True, **own) for name, own in FAMILIES.items()}
     cosines = {
-        f"cosine {name}, seen": skip(True, family=name, basis="cosine") for name in FAMILIES if name != "regressed"
+        f"cosine {name}, seen": skip(True, basis="cosine", **own)
+        for name, own in FAMILIES.items()
+        if name != "regressed"
     }
     return found | cosines if isinstance(euler.network, fs.UNetConfig) else found
 
@@ -84,9 +85,25 @@ def errors(model: fs.FlowMap, heldout: Stored) -> list[Row]:
     rows = []
     for t, s in JUMPS:
         rows.append({"jump": f"{t:g} -> {s:g}", "value": error(heldout.nearest(t), heldout.nearest(s))})
+    rows.append({"jump": "gap", "value": gap(model, heldout)})
     pairs = [(a, b) for a in range(0, LEVELS, 3) for b in range(a + 3, LEVELS, 3)]
     mean = (sum(error(a, b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5
     return [*rows, {"jump": "all", "value": mean}]
+
+
+@torch.no_grad()
+def gap(model: fs.FlowMap, heldout: Stored) -> float:
+    """How far the network's output is from what the teacher's jumps need: root mean square of (X - jump)/g over jumps
+    between every third level, each over the data's deviation. Before training it is the consistency gap.
+    """
+    found = []
+    for a in range(0, LEVELS, 3):
+        for b in range(a + 3, LEVELS, 3):
+            x, end = heldout.states[a], heldout.states[b]
+            t, s = at(float(heldout.tau[a]), x), at(float(heldout.tau[b]), x)
+            g = model.preconditioning.coefficients(t, s)[1][:1]
+            found.append(((model.jump(x, t, s) - end) / g).square().mean())
+    return float(torch.stack(found).mean().sqrt()) / float(heldout.states[-1].std())
 
 
 def fit(config: fs.RunConfig, teacher: Path, train: Stored, heldout: Stored, dataset: fs.Dataset) -> list[Row]:
@@ -111,13 +128,13 @@ def fit(config: fs.RunConfig, teacher: Path, train: Stored, heldout: Stored, dat
     return rows
 
 
-def run(dataset: str, teacher: Path, names: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
+def run(dataset: str, teacher: Path, data: fs.Dataset, names: tuple[str, ...], wanted: Callable[[str], bool]) -> None:
     """Fit the forms of these names, all where none is given, and keep a row of each."""
     known = forms(dataset)
     if unknown := sorted(set(names) - set(known)):
         raise SystemExit(f"no form {', '.join(unknown)}; forms: {', '.join(known)}")
     todo = [name for name in names or known if wanted(name)]
-    data, loaded = fs.load_dataset(known["euler"].data), fs.load(teacher).flow_map
+    loaded = fs.load(teacher).flow_map
     train, heldout = Stored(loaded, data, TRAIN), Stored(loaded, replace(data, train=data.heldout), HELDOUT)
     for name in todo:
         begin = time.perf_counter()
@@ -125,6 +142,35 @@ def run(dataset: str, teacher: Path, names: tuple[str, ...], wanted: Callable[[s
         row = {"dataset": dataset, "form": name, "seconds": time.perf_counter() - begin, "curve": curve}
         put(FILE, [rounded(row)], "dataset", "form")
         show([{"form": name, **chosen(curve, jump="all")[-1]}])
+
+
+def known(datasets: tuple[str, ...]) -> dict[tuple[str, str], dict[str, float]]:
+    """(data set, method) -> what is known of its form before training; larger is better. The form of a method that is
+    compared where the jump ends is that of the published one.
+    """
+    found = {}
+    for row in read(FILE):
+        unet = row["dataset"] in ("fashion", "photographs")
+        seen = row["form"].endswith(", seen")
+        name = row["form"].removesuffix(", seen") if unet else row["form"]
+        if row["dataset"] not in datasets or (unet and seen != (name in FAMILIES)):
+            continue
+
+        def value(jump: str, step: int, row: Row = row) -> float:
+            return float(chosen(row["curve"], jump=jump, step=step)[0]["value"])
+
+        if not chosen(row["curve"], jump="gap"):
+            continue
+
+        measures = {
+            "small consistency gap": -value("gap", 0),
+            "small error at the start": -value("all", 0),
+            "explained of the longest jump": 1 - value("80 -> 0.002", 0) ** 2,
+            "small error after 100 steps of regression": -value("all", 100),
+            "small error after 400": -value("all", 400),
+        }
+        found |= {(row["dataset"], name + end): measures for end in ("", JUMP_END)}
+    return found
 
 
 def tables(datasets: tuple[str, ...]) -> dict[str, str]:

@@ -1,0 +1,113 @@
+"""The study's cells: data sets, methods and seeds; the data that its own command cuts out of photographs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import fewstep as fs
+from benchmarks.acceleration.__main__ import measured_against
+from benchmarks.acceleration.students import PLANS, Plan, digest_of
+from benchmarks.acceleration.students import methods as of_acceleration
+from benchmarks.harness import RESULTS, Grid
+from fewstep.data.sources import ImagesSource
+from fewstep.evaluation.metrics.features import default_extractor
+from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
+from fewstep.recipes import recipe
+
+DATASETS: dict[str, Plan] = {
+    "mixture": PLANS["mixture"],
+    "digits": PLANS["digits"],
+    "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
+    "photographs": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
+}
+PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
+CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
+BASELINE = "euler"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "covariance": {},
+    "regressed": {"family": "regressed"},
+    "components": {"family": "regressed-components"},
+    "length": {"family": "regressed-length"},
+}
+"""The skip's families: the Gaussian's map, and what a teacher's trajectories say, as one number, along each component,
+and with the Gaussian's lengths."""
+JUMP_END = ", jump end"
+"""Of a method's name: jumps are compared where they end, not at the data end."""
+
+
+def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
+    """The methods of `acceleration`; on photographs those of Fashion-MNIST, with its network."""
+    if dataset != "photographs":
+        return of_acceleration(dataset)
+    return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
+
+
+@cache
+def methods(dataset: str) -> dict[str, fs.RunConfig]:
+    """Every method on a data set: Euler's as published, with one or two things changed. U-Nets see their skip."""
+    plan, known = DATASETS[dataset], base_methods(dataset)
+    euler = known["euler"]
+    euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
+
+    def skip(seen: bool, **settings: Any) -> fs.RunConfig:
+        model = replace(euler.model, preconditioning=SkipPreconditioningConfig(**settings))
+        return replace(euler, model=model, network=replace(euler.network, sees_skip=seen))  # type: ignore[call-arg]
+
+    seen = isinstance(euler.network, fs.UNetConfig)
+    forms = {BASELINE: euler, "analytic": replace(euler, model=known["analytic"].model)}
+    forms |= {name: skip(seen, **settings) for name, settings in FAMILIES.items()}
+    forms |= {} if seen else {"covariance, seen": skip(True)}
+    at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
+    return forms | {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A student: data set (a key of DATASETS), method and seed."""
+
+    dataset: str
+    method: str
+    seed: int
+
+
+def settings(cell: Cell) -> str:
+    """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
+    return digest_of(methods(cell.dataset)[cell.method], DATASETS[cell.dataset])
+
+
+def plan() -> Iterator[Cell]:
+    """Five seeds of the small networks, three of the U-Nets."""
+    for dataset in DATASETS:
+        seeds = range(5 if dataset in ("mixture", "digits") else 3)
+        yield from (Cell(dataset, name, seed) for seed in seeds for name in methods(dataset))
+
+
+GRID = Grid(RESULTS / "skip.jsonl", ("dataset", "method", "seed"), plan, settings)
+
+
+def photographs(folder: Path, labels: bool) -> fs.Dataset:
+    """Crops as `photographs.py apart FOLDER` cuts them: those held out are of other photographs. labels: which one."""
+    train, heldout = (
+        fs.load_dataset(replace(PHOTOGRAPHS, root=str(folder / part), labels=labels, heldout=0.001))
+        for part in ("train", "heldout")
+    )
+    return replace(train, heldout=heldout.train)
+
+
+def scene(dataset: str, teacher: Path, data: Path | None, cache: Path | None) -> tuple[Any, ...]:
+    """The teacher, the data, and the features of a classifier of the same data."""
+    if dataset != "photographs":
+        return measured_against(dataset, teacher, cache)
+    if data is None:
+        raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")
+    extractor = default_extractor(photographs(data, labels=True), cache=cache)
+    return fs.load(teacher).flow_map, photographs(data, labels=False), extractor
+
+
+def teacher_of(dataset: str) -> fs.RunConfig:
+    """The recipe of a data set's teacher; on photographs that of Fashion-MNIST."""
+    if dataset != "photographs":
+        return recipe(f"edm-{dataset}".replace("fashion", "fashion-mnist"))
+    return replace(recipe("edm-fashion-mnist"), recipe="edm-photographs", data=PHOTOGRAPHS)

@@ -1,0 +1,127 @@
+"""What the cells say: how many times fewer steps and seconds each method needs than Euler's, and what foretells it."""
+
+import math
+from statistics import fmean
+from typing import NamedTuple
+
+from scipy.stats import spearmanr
+
+from benchmarks.acceleration.__main__ import curves
+from benchmarks.harness import RESULTS, Row, chosen, markdown, read
+from fewstep.evaluation.metrics.curves import common_target, speedup, time_to
+
+ACCELERATION = RESULTS / "acceleration.json"
+COST = RESULTS / "skip_cost.json"
+MEASURES = {"sample": "error", "frechet": "Fréchet distance"}
+BAR, LEAST = 2.0, 1.5
+"""The ratio that is asked for, and where its interval may begin."""
+
+
+class Key(NamedTuple):
+    """A measure at a number of calls."""
+
+    measure: str
+    nfe: int
+
+
+KEYS = tuple(Key(measure, calls) for measure in MEASURES for calls in (1, 2, 4))
+
+
+def compared(cells: list[Row], baseline: str, method: str, key: Key) -> Row | None:
+    """Ratio of steps to the worst final value of both, over the seeds that both have; None without any.
+
+    bound: ">" where the method is there at its first measured moment, so that the ratio and its interval are lower
+    bounds; "<" where the baseline is.
+    """
+    both = [curves(cells, name, *key) for name in (baseline, method)]
+    slow, fast = ({seed: own[seed] for seed in both[0].keys() & both[1].keys()} for own in both)
+    if not slow:
+        return None
+    target = common_target([*slow.values(), *fast.values()])
+    found = speedup(slow, fast, [target])
+    steps = [[time_to(curve, target) or curve[-1][0] for curve in own.values()] for own in (slow, fast)]
+    early = [min(times) <= next(iter(slow.values()))[0][0] for times in steps]
+    return {
+        "measure": key.measure, "nfe": key.nfe, "ratio": found.ratio, "low": found.low, "high": found.high,
+        "bound": "<" * early[0] + ">" * early[1], "seeds": len(slow),
+        "steps_euler": fmean(steps[0]), "steps_method": fmean(steps[1]),
+        "final_euler": fmean(curve[-1][1] for curve in slow.values()),
+        "final_method": fmean(curve[-1][1] for curve in fast.values()),
+    }  # fmt: skip
+
+
+def acceleration(
+    cells: list[Row], datasets: tuple[str, ...], methods: dict[str, list[str]], baseline: str
+) -> list[Row]:
+    """Rows of every data set, method and measure; seconds_ratio: the ratio of steps over the measured cost of one."""
+    cost = {(row["dataset"], row["method"]): row["ratio"] for row in read(COST)}
+    rows = []
+    for dataset in datasets:
+        own = chosen(cells, dataset=dataset)
+        for method in methods[dataset]:
+            for key in KEYS if method != baseline else ():
+                if found := compared(own, baseline, method, key):
+                    step = cost.get((dataset, method))
+                    seconds = None if step is None else found["ratio"] / step
+                    rows.append({"dataset": dataset, "method": method} | found | {"seconds_ratio": seconds})
+    return rows
+
+
+def shown(row: Row | None) -> str:
+    """A ratio with its interval, bold where it is at the bar."""
+    if row is None:
+        return ""
+    low = row["low"]
+    text = f"{row['bound']} {row['ratio']:.2f}".strip() + ("" if low is None else f" ({low:.2f}–{row['high']:.2f})")
+    return f"**{text}**" if row["ratio"] >= BAR and (low or 0.0) > LEAST and row["bound"] != "<" else text
+
+
+def table(rows: list[Row], dataset: str) -> str:
+    """Of a data set, a line for each method."""
+    own = chosen(rows, dataset=dataset)
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in own):
+        of_method = {Key(row["measure"], row["nfe"]): row for row in chosen(own, method=method)}
+        first = next(iter(of_method.values()))
+        step = first["seconds_ratio"] and first["ratio"] / first["seconds_ratio"]
+        cells = [shown(of_method.get(key)) for key in KEYS]
+        lines.append((method, *cells, f"{step:.2f}" if step else "", max(row["seeds"] for row in of_method.values())))
+    heads = [f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS]
+    return markdown(("method", *heads, "a step's time", "seeds"), lines)
+
+
+def ends(rows: list[Row], dataset: str) -> str:
+    """Of a data set, last values: Euler's and the method's over the seeds that both have, the better one bold."""
+    own = chosen(rows, dataset=dataset)
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in own):
+        cells = []
+        for key in KEYS:
+            for row in chosen(own, method=method, measure=key.measure, nfe=key.nfe):
+                first, second = (f"{row[name]:#.3g}" for name in ("final_euler", "final_method"))
+                better = [f"**{first}**", second] if float(first) < float(second) else [first, f"**{second}**"]
+                cells.append(" / ".join([first, second] if first == second else better))
+        lines.append((method, *cells))
+    return markdown(("method", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS)), lines)
+
+
+def foretold(rows: list[Row], known: dict[tuple[str, str], dict[str, float]]) -> str:
+    """Spearman's rank correlation of what is known before training with the ratios, over data sets and methods.
+
+    known: of (data set, method) the values by name. Larger is better for each of them.
+    """
+    names = list(dict.fromkeys(name for values in known.values() for name in values))
+    lines = []
+    for name in names:
+        cells = []
+        for key in KEYS:
+            pairs = [
+                (known[where][name], math.log(row["ratio"]))
+                for row in chosen(rows, measure=key.measure, nfe=key.nfe)
+                if name in known.get(where := (row["dataset"], row["method"]), {})
+            ]
+            cells.append(
+                f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f} ({len(pairs)})" if len(pairs) > 3 else ""
+            )
+        lines.append((name, *cells))
+    return markdown(("known before", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS)), lines)
