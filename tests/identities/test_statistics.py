@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path as FilePath
@@ -24,7 +25,7 @@ from fewstep.flow.preconditioning.interpolation import HermiteCurve, slopes
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
-from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, ShapeError
+from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, FewstepWarning, ShapeError
 from fewstep.utils.serialization import to_json
 from tests.support.cases import F64, PATHS, SD, clock, close, gaussian, noise, random_network
 
@@ -339,6 +340,33 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: FilePath, damage: str |
         TrajectoryStatistics.load(tmp_path / "absent.json")
 
 
+def untangible(x: Tensor, t: Tensor) -> Tensor:
+    """The denoiser behind an operation that forward mode cannot pass."""
+
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, t: Tensor) -> Tensor:
+            return denoise(x.detach(), t.detach())
+
+    return Opaque.apply(x, t)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_differences_stand_in_for_forward_mode() -> None:
+    """By the probe with a warning, or as asked without one; both as near to the exact derivative as their step."""
+    settings = EstimationSettings(points=POINTS, samples=64, batch_size=2048, shrink=False)
+    exact = estimate_statistics(denoise, rows(), settings=replace(settings, derivative="exact"), mean=ZERO)
+    with pytest.warns(FewstepWarning):
+        probed = estimate_statistics(untangible, rows(), settings=settings, mean=ZERO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        differences = replace(settings, derivative="finite-difference")
+        asked = estimate_statistics(untangible, rows(), settings=differences, mean=ZERO)
+    assert [found.derivative for found in (exact, probed, asked)] == ["exact", *["finite-difference"] * 2]
+    for found in (probed, asked):
+        close(found.l, exact.l, atol=1e-3)
+        close(found.s, exact.s, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("error", "settings"),
     [
@@ -346,6 +374,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: FilePath, damage: str |
         (ConfigError, {"samples": 1}),
         (ConfigError, {"probes": -1}),
         (ConfigError, {"batch_size": 0}),
+        (ConfigError, {"derivative": "forward"}),
         (ConfigError, {"data": torch.ones(5, 3)}),
         (ConfigError, {"denoiser": lambda x, t: x / 0}),
         (ShapeError, {"data": torch.ones(5, 3, dtype=torch.int64)}),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,6 +39,8 @@ class UNetConfig(NetworkConfig):
 
     sees_skip: bool = later(bool)
     """Show it what a skip lets through (--model.preconditioning skip)."""
+    refining: int = later(lambda: 0)
+    """Channels of two convolutions at full resolution behind folded blocks, which smooth their edges; 0 for none."""
 
     @property
     def stochastic(self) -> bool:
@@ -70,6 +73,7 @@ class UNet(Pyramid):
         self.up = nn.ModuleList(_stage(config, *stage) for stage in zip(up, reversed(heights), strict=True))
         self.norm = GroupNorm(channels[0])
         self.output = zeroed(same_size(Conv2d, channels[0], folded, 3))
+        self.refine = Refinement(self.shape[0], config.refining, width) if config.refining else None
         if config.sees_skip:
             self.see_skip(Conv2d(folded, channels[0], 3, padding=1, bias=False), width)
 
@@ -82,7 +86,22 @@ class UNet(Pyramid):
         for block in self.middle:
             h = block(h, embedding)
         out = functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
-        return self.gated(out, embedding, cond)
+        return self.gated(out if self.refine is None else self.refine(out, x, embedding), embedding, cond)
+
+
+class Refinement(nn.Module):
+    """y + A silu(B (y, x) + c), A and B 3x3 convolutions, c linear in the embedding: nothing at the start."""
+
+    def __init__(self, channels: int, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.first = same_size(Conv2d, 2 * channels, width, 3)
+        self.shift = nn.Linear(embedding_width, width)
+        self.last = zeroed(same_size(Conv2d, width, channels, 3))
+
+    def forward(self, out: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.first(torch.cat([out, x], 1)) + self.shift(embedding)[:, :, None, None]
+        refined: Tensor = out + self.last(silu(h))
+        return refined
 
 
 def _stage(config: UNetConfig, widths: Widths, height: int) -> nn.ModuleList:
@@ -96,6 +115,8 @@ def _check(config: UNetConfig, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where the settings make no network for this shape."""
     if len(shape) != 3:
         raise ConfigError(f"a U-Net takes images (channels, height, width), not samples of shape {shape}")
+    if config.refining < 0:
+        raise ConfigError(f"a U-Net refines with {config.refining} channels: give 0 for none, or more")
     if not config.multipliers or min(config.width, config.blocks, config.patch, *config.multipliers) < 1:
         raise ConfigError(f"a U-Net needs width, blocks, multipliers and patch of at least 1: {config}")
     if not 0 <= config.dropout < 1:

@@ -13,12 +13,12 @@ import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, final
+from typing import NamedTuple, final, get_args
 
 import torch
 from torch import Tensor
 
-from fewstep.flow.derivatives import no_forward_mode
+from fewstep.flow.derivatives import DerivativeKind, no_forward_mode
 from fewstep.flow.paths import EDM, Path
 from fewstep.flow.preconditioning.interpolation import derivative, widths
 from fewstep.flow.preconditioning.statistics import HIGH_NOISE, TrajectoryStatistics
@@ -109,7 +109,8 @@ class EstimationSettings:
     points: noise levels, evenly spaced in lambda. samples: at each. seed: of their choice, their noise and the probes.
     probes: None for the exact trace up to 64 dimensions and one Rademacher probe beyond; 0 for Stein's identity.
     centred: about the data's mean. batch_size: samples that pass the denoiser at once. shrink: draw l and s to their
-    limits at high noise (TrajectoryStatistics.shrunk).
+    limits at high noise (TrajectoryStatistics.shrunk). derivative: None for the exact one, by forward mode, where a
+    probe finds that it works, and differences, with a FewstepWarning, where it does not.
     """
 
     points: int = 120
@@ -119,6 +120,7 @@ class EstimationSettings:
     centred: bool = True
     batch_size: int = 512
     shrink: bool = True
+    derivative: DerivativeKind | None = None
 
     def __post_init__(self) -> None:
         if self.points < 3 or self.samples < 2 or self.batch_size < 1 or (self.probes is not None and self.probes < 0):
@@ -126,6 +128,8 @@ class EstimationSettings:
                 "statistics need points >= 3, samples >= 2, probes >= 0 and batch_size >= 1, got "
                 f"{self.points}, {self.samples}, {self.probes} and {self.batch_size}"
             )
+        if self.derivative not in (None, *get_args(DerivativeKind)):
+            raise ConfigError(f"derivative is {self.derivative!r}: give exact, finite-difference or None")
 
 
 class StatisticsEstimator:
@@ -167,8 +171,10 @@ class StatisticsEstimator:
         self.lam = noise_grid(path, settings.points)
         self.sums = torch.zeros(settings.points, min(BLOCKS, self.samples), len(Moments._fields), dtype=torch.float64)
         self.sums = self.sums.to(self.device)
-        self.tangents = DenoiserTangents(self._denoise, (math.exp(-float(self.lam[-1])), math.exp(-float(self.lam[0]))))
-        self._probe()
+        ends = math.exp(-float(self.lam[-1])), math.exp(-float(self.lam[0]))
+        self.tangents = DenoiserTangents(self._denoise, ends, settings.derivative or "exact")
+        if settings.derivative is None:
+            self._probe()
 
     def _probe(self) -> None:
         """Take differences, with a FewstepWarning, where forward mode fails at the data's own noise level."""
