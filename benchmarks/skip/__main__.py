@@ -16,6 +16,7 @@ from benchmarks.acceleration.__main__ import curves, named
 from benchmarks.acceleration.students import Truth, train_student
 from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, put, rounded, show, write
 from benchmarks.skip import outcome
+from benchmarks.skip import scratch as from_scratch
 from benchmarks.skip.cost import step_costs
 from benchmarks.skip.methods import BASELINE, DATASETS, GRID, Cell, methods, photographs, scene, teacher_of
 from benchmarks.skip.starts import draw_starts
@@ -50,6 +51,7 @@ def tables() -> dict[str, str]:
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
+    found["From scratch"] = from_scratch.table()
     return found | fits.tables(tuple(DATASETS))
 
 
@@ -132,10 +134,15 @@ def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300)
     draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
 
 
+def scratch(work: Path, worker: Worker = "0/1") -> None:
+    """Train the runs from scratch that have no result yet. work: a folder for demonstrations and feature extractors."""
+    from_scratch.GRID.run(from_scratch.plan(), lambda cell: from_scratch.measure(cell, work), worker)
+
+
 def teacher(dataset: Dataset, folder: Annotated[Path, Positional], data: Data = None) -> None:
     """Train the teacher of a data set in FOLDER."""
     train_run(teacher_of(dataset), loaded(dataset, data), fs.RunFolder(folder), fs.Runtime(threads=1))
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, learnability=learnability, cost=cost, starts=starts, teacher=teacher)
+    STUDY.main(run=run, learnability=learnability, cost=cost, starts=starts, scratch=scratch, teacher=teacher)

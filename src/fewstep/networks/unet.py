@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fewstep.networks.base import NetworkConfig, Shape
 from fewstep.networks.condition import Condition
-from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, LinearLayer, check_inputs, silu, zeroed
 from fewstep.networks.pyramid import Pyramid, ResidualBlock, Widths, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
@@ -90,17 +89,20 @@ class UNet(Pyramid):
 
 
 class Refinement(nn.Module):
-    """y + A silu(B (y, x) + c), A and B 3x3 convolutions, c linear in the embedding: nothing at the start."""
+    """y + A silu(B y + c * B' x + d), A, B, B' 3x3 convolutions, c, d linear in the embedding; A and c start at zero.
+
+    c lets the details of x through where they are no noise.
+    """
 
     def __init__(self, channels: int, width: int, embedding_width: int) -> None:
         super().__init__()
-        self.first = same_size(Conv2d, 2 * channels, width, 3)
-        self.shift = nn.Linear(embedding_width, width)
+        self.of_blocks, self.of_input = (same_size(Conv2d, channels, width, 3) for _ in range(2))
+        self.gate, self.shift = zeroed(LinearLayer(embedding_width, width)), LinearLayer(embedding_width, width)
         self.last = zeroed(same_size(Conv2d, width, channels, 3))
 
     def forward(self, out: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.first(torch.cat([out, x], 1)) + self.shift(embedding)[:, :, None, None]
-        refined: Tensor = out + self.last(silu(h))
+        gate, shift = (layer(embedding)[:, :, None, None] for layer in (self.gate, self.shift))
+        refined: Tensor = out + self.last(silu(self.of_blocks(out) + gate * self.of_input(x) + shift))
         return refined
 
 
