@@ -26,10 +26,6 @@ SMALL: dict[str, tuple[NetworkConfig, tuple[int, ...]]] = {
         UNetConfig(width=8, multipliers=(1, 2), blocks=1, attention=(4,), head_width=8, embedding_width=16),
         (2, 8, 8),
     ),
-    "unet-refining": (
-        UNetConfig(width=8, multipliers=(1,), blocks=1, attention=(), embedding_width=16, patch=2, refining=4),
-        (2, 8, 8),
-    ),
     "dit": (DiTConfig(width=16, depth=2, heads=2, patch=2), (2, 8, 8)),
     "unet1d": (UNet1dConfig(width=8, multipliers=(1, 2), blocks=1, kernel=3, embedding_width=16), (8, 3)),
     "dit-checkpoint": (DiTConfig(width=16, depth=2, heads=2, patch=2, checkpoint=True), (2, 8, 8)),

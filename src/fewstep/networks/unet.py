@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from fewstep.networks.base import NetworkConfig, Shape
 from fewstep.networks.condition import Condition
-from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, LinearLayer, check_inputs, silu, zeroed
+from fewstep.networks.layers import ConditionEmbedding, Conv2d, GroupNorm, check_inputs, silu, zeroed
 from fewstep.networks.pyramid import Pyramid, ResidualBlock, Widths, same_size, widths_down, widths_up
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import later
@@ -38,8 +38,6 @@ class UNetConfig(NetworkConfig):
 
     sees_skip: bool = later(bool)
     """Show it what a skip lets through (--model.preconditioning skip)."""
-    refining: int = later(lambda: 0)
-    """Channels of two convolutions at full resolution behind folded blocks, which smooth their edges; 0 for none."""
 
     @property
     def stochastic(self) -> bool:
@@ -72,7 +70,6 @@ class UNet(Pyramid):
         self.up = nn.ModuleList(_stage(config, *stage) for stage in zip(up, reversed(heights), strict=True))
         self.norm = GroupNorm(channels[0])
         self.output = zeroed(same_size(Conv2d, channels[0], folded, 3))
-        self.refine = Refinement(self.shape[0], config.refining, width) if config.refining else None
         if config.sees_skip:
             self.see_skip(Conv2d(folded, channels[0], 3, padding=1, bias=False), width)
 
@@ -85,25 +82,7 @@ class UNet(Pyramid):
         for block in self.middle:
             h = block(h, embedding)
         out = functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
-        return self.gated(out if self.refine is None else self.refine(out, x, embedding), embedding, cond)
-
-
-class Refinement(nn.Module):
-    """y + A silu(B y + c * B' x + d), A, B, B' 3x3 convolutions, c, d linear in the embedding; A and c start at zero.
-
-    c lets the details of x through where they are no noise.
-    """
-
-    def __init__(self, channels: int, width: int, embedding_width: int) -> None:
-        super().__init__()
-        self.of_blocks, self.of_input = (same_size(Conv2d, channels, width, 3) for _ in range(2))
-        self.gate, self.shift = zeroed(LinearLayer(embedding_width, width)), LinearLayer(embedding_width, width)
-        self.last = zeroed(same_size(Conv2d, width, channels, 3))
-
-    def forward(self, out: Tensor, x: Tensor, embedding: Tensor) -> Tensor:
-        gate, shift = (layer(embedding)[:, :, None, None] for layer in (self.gate, self.shift))
-        refined: Tensor = out + self.last(silu(self.of_blocks(out) + gate * self.of_input(x) + shift))
-        return refined
+        return self.gated(out, embedding, cond)
 
 
 def _stage(config: UNetConfig, widths: Widths, height: int) -> nn.ModuleList:
@@ -117,8 +96,6 @@ def _check(config: UNetConfig, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where the settings make no network for this shape."""
     if len(shape) != 3:
         raise ConfigError(f"a U-Net takes images (channels, height, width), not samples of shape {shape}")
-    if config.refining < 0:
-        raise ConfigError(f"a U-Net refines with {config.refining} channels: give 0 for none, or more")
     if not config.multipliers or min(config.width, config.blocks, config.patch, *config.multipliers) < 1:
         raise ConfigError(f"a U-Net needs width, blocks, multipliers and patch of at least 1: {config}")
     if not 0 <= config.dropout < 1:
