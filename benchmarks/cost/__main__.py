@@ -31,20 +31,26 @@ def tables() -> dict[str, str]:
 STUDY = h.Study("cost", tables)
 
 
-def step(repeats: int = 30, networks: h.Words = tuple(CASES), device: str = "cpu", out: Path = STEP) -> None:
+def step(
+    repeats: int = 30,
+    networks: h.Words = tuple(CASES),
+    objectives: h.Words = (),
+    compile: bool = False,
+    device: str = "cpu",
+    out: Path = STEP,
+) -> None:
     """Time a step of iSD, by exact and finite-difference derivative, against one of flow matching.
 
-    A network's rows are shown when all its objectives have taken REPEATS turns.
+    A network's rows are shown when all its objectives, or those named, have taken REPEATS turns. With --compile flow
+    matching and iSD take turns compiled too.
     """
     torch.set_num_threads(1)
-    rows: list[h.Row] = []
     for name in networks:
-        print(f"{name}: {repeats} turns of {len(OBJECTIVES)} objectives", flush=True)
-        for row in measured(name, repeats, device):
-            rows.append(row)
+        print(f"{name}: {repeats} turns of {', '.join(objectives) or f'{len(OBJECTIVES)} objectives'}", flush=True)
+        for row in measured(name, repeats, device, compile, objectives):
+            h.put(out, [row], "objective", "derivative", "network", "compiled", "device")
             h.show([row])
-    h.write(out, rows)
-    print(step_table(rows))
+    print(step_table(h.read(out)))
 
 
 def recipes(first: Annotated[str, Positional], second: Annotated[str, Positional], count: int = 20) -> None:

@@ -2,11 +2,13 @@
 
 Evaluations are counted in forward passes of the whole batch: a pass with tangents counts 2, a backward pass 2. `floor`
 is what the objective cannot do without, by its definition, over flow matching's 3; a test holds the count against it.
-Peak memory is above what the model and data need.
+Peak memory is above what the model and data need. A compiled step's ratio is to a compiled one of flow matching;
+`of_written` is its time over that of the same step as it is written.
 """
 
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 import fewstep as fs
 from benchmarks.harness import Row, markdown, take_turns, time_ratio
 from fewstep.flow.derivatives import Derivative
+from fewstep.flow.flow_map import AS_WRITTEN, Passes
 from fewstep.flow.times import BetaTimes
 from fewstep.networks.layers import carries_tangent
 from fewstep.objectives import ALONE, Pairs
+from fewstep.training.compiling import CompiledPasses
 from fewstep.utils.random import Draws
 
 CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
@@ -31,6 +35,8 @@ CASES: dict[str, tuple[fs.NetworkConfig, tuple[int, ...], int]] = {
 """A network, the shape of a sample, the batch."""
 DIFFERENCE, GUIDED, MOST = Derivative("finite-difference"), fs.FixedGuidance(1.5), Pairs(BetaTimes(), 0.75)
 Key = tuple[str, str]
+COMPILED = (("flow matching", "none"), ("iSD", "exact"))
+"""What is timed compiled too: of the others each compiles for minutes."""
 BASE: Key = ("flow matching", "none")
 OBJECTIVES: dict[Key, fs.Objective] = {
     BASE: fs.DiagonalMatching(),
@@ -56,10 +62,17 @@ def warm(
     return fs.FlowMap(fs.Linear(), fs.LinearPreconditioning(), network).to(device), batch
 
 
-def take_step(objective: fs.Objective, flow_map: fs.FlowMap, batch: fs.Batch, own: fs.Companions = ALONE) -> None:
+def take_step(
+    objective: fs.Objective,
+    flow_map: fs.FlowMap,
+    batch: fs.Batch,
+    own: fs.Companions = ALONE,
+    passes: Passes = AS_WRITTEN,
+) -> None:
     """Loss and gradient."""
     flow_map.zero_grad(set_to_none=True)
-    objective(flow_map, batch, own).mean().backward()
+    with flow_map.using(passes):
+        objective(flow_map, batch, own).mean().backward()
     if batch.x0.is_cuda:
         torch.cuda.synchronize()
 
@@ -107,25 +120,47 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**10
 
 
-def measured(name: str, rounds: int, device: str) -> Iterator[Row]:
-    """A row for every objective on one network, once all have taken their turns."""
+def measured(name: str, rounds: int, device: str, compiled: bool, wanted: tuple[str, ...]) -> Iterator[Row]:
+    """A row for every objective of these names on one network, once all have taken their turns.
+
+    compiled: those of COMPILED take turns compiled too, and stand beside a compiled step of flow matching. On a CPU it
+    is the processor's time that counts, which other work on the machine takes no part in.
+    """
     flow_map, batch = warm(*CASES[name], device)
-    jobs = {key: partial(take_step, each, flow_map, batch) for key, each in OBJECTIVES.items()}
-    spent = take_turns(jobs, rounds)
+    jobs: dict[tuple[Key, bool], Callable[[], None]] = {}
     for key, objective in OBJECTIVES.items():
+        if wanted and key[0] not in (BASE[0], *wanted):
+            continue
+        jobs[key, False] = partial(take_step, objective, flow_map, batch)
+        if compiled and key in COMPILED:
+            jobs[key, True] = partial(jobs[key, False], passes=compiled_passes(jobs[key, False]))
+    spent = take_turns(jobs, rounds, time.process_time if device == "cpu" else time.perf_counter)
+    for (key, own), objective in ((job, OBJECTIVES[job[0]]) for job in jobs):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            peak = alone.submit(peak_mib, name, key, device).result()
+            peak = None if own else round(alone.submit(peak_mib, name, key, device).result(), 1)
         yield {
-            "objective": key[0], "derivative": key[1], "network": name, "batch": len(batch.x0),
-            **time_ratio(spent[key], spent[BASE]), "turns": rounds, "peak_mib": round(peak, 1),
+            "objective": key[0], "derivative": key[1], "network": name, "compiled": own, "batch": len(batch.x0),
+            **time_ratio(spent[key, own], spent[BASE, own]), "turns": rounds, "peak_mib": peak,
             "evaluations": round(evaluations(objective, flow_map, batch), 3),
             "floor": round(floor_passes(objective) / floor_passes(OBJECTIVES[BASE]), 3),
-            "seconds": round(statistics.median(spent[key]), 5), "device": device,
+            "of_written": time_ratio(spent[key, own], spent[key, False])["ratio"],
+            "seconds": round(statistics.median(spent[key, own]), 5), "device": device,
         }  # fmt: skip
+
+
+def compiled_passes(step: Callable[..., None]) -> CompiledPasses:
+    """What a step needs, compiled."""
+    passes = CompiledPasses()
+    passes.learn([partial(step, passes=passes)] * 2)
+    return passes
 
 
 def step_table(rows: list[Row]) -> str:
     """Every row."""
-    heads = ("network", "objective", "derivative", "ratio", "quartiles", "floor", "peak MiB")
-    form = "{network}|{objective}|{derivative}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{peak_mib:.0f}"
-    return markdown(heads, [form.format(**row).split("|") for row in rows])
+    heads = ("network", "objective", "derivative", "compiled", "ratio", "quartiles", "floor", "of written", "peak MiB")
+    form = "{network}|{objective}|{derivative}|{yes}|{ratio:.2f}|{low:.2f} to {high:.2f}|{floor:.2f}|{of:.2f}|{peak}"
+    shown = []
+    for row in rows:
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        shown.append(form.format(**row, yes="yes" if row["compiled"] else "", of=row["of_written"], peak=peak))
+    return markdown(heads, [line.split("|") for line in shown])

@@ -6,7 +6,9 @@ from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks.engine import attention as attention_memory
+from benchmarks.engine import compiling as compiled
 from benchmarks.engine import loader as batches
+from benchmarks.engine import overhead as added
 from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
 
@@ -33,6 +35,13 @@ def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048
             h.show([row])
 
 
+def compile(networks: h.Words = ("MLP",), rounds: int = 20) -> None:
+    """A trainer's step compiled over the same as it is written; each network compiles for minutes."""
+    for row in compiled.rows(networks, rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def loader(rounds: int = 3) -> None:
     """Images a second of batches decoded from files over the bare decoder's, and the wait of a run for them."""
     for row in batches.rows(rounds):
@@ -47,6 +56,13 @@ def questions() -> None:
     h.show(found)
 
 
+def overhead(rounds: int = 20) -> None:
+    """A step of the trainer over its objective, backward pass and optimizer; sampling over the network's calls."""
+    for row in added.rows(rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def sharding() -> None:
     """What each of two processes keeps of a run, shared out or not, and the ratio of a step's time."""
     for row in shared.rows():
@@ -55,4 +71,6 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    STUDY.main(attention=attention, loader=loader, questions=questions, sharding=sharding)
+    STUDY.main(
+        attention=attention, compile=compile, loader=loader, overhead=overhead, questions=questions, sharding=sharding
+    )

@@ -27,6 +27,7 @@ class Announcer(Callback):
         length += f", at most {duration(start.seconds)}" if start.seconds else ""
         threads = f", {counted(start.threads, 'thread')}" if start.device == "CPU" else ""
         processes = f", {start.processes} processes" if start.processes > 1 else ""
+        adapted += ", compiled" if start.compiled else ""
         network = f"{start.network} with {counted(start.parameters, 'parameter')}{adapted}"
         print(f"{network}; {start.device}{threads}{processes}")
         done = "all of them are done" if start.step >= steps else f"goes on from step {start.step:,}"

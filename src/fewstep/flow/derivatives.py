@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
-from fewstep.utils.forward_ad import jvp
 from fewstep.utils.tensors import check_choice, check_positive, expand
 
 RowsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -97,8 +96,7 @@ class Derivative:
         """(N, dN/dt) at (x, t, s) along v; N keeps its graph, dN/dt keeps its own if `attached`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
         if self.kind == "exact":
-            one = torch.ones_like(t)
-            return jvp(lambda x, t: flow_map.output(x, t, s, cond), (x, t), (v, one), attached)
+            return flow_map.with_tangent(x, t, s, cond, (v, torch.ones_like(t), None), attached)
         nodes = finite_difference_nodes(t, s, flow_map.path.t_max, self.step, _time_scale(flow_map, t))
         return finite_derivative(
             lambda x, t, rows: flow_map.output(x, t, s[rows], cond[rows]), x, t, v, nodes, attached
@@ -110,7 +108,7 @@ class Derivative:
         """(N, dN/ds) at (x, t, s), s the time where the jump ends; graphs as in `along`."""
         t, s = flow_map.path.clock(t), flow_map.path.clock(s)
         if self.kind == "exact":
-            return jvp(lambda s: flow_map.output(x, t, s, cond), (s,), (torch.ones_like(s),), attached)
+            return flow_map.with_tangent(x, t, s, cond, (None, None, torch.ones_like(s)), attached)
         low = torch.full_like(s, flow_map.path.t_min)
         nodes, still = finite_difference_nodes(s, low, t, self.step, _time_scale(flow_map, s)), torch.zeros_like(x)
         return finite_derivative(

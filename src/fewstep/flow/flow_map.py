@@ -1,5 +1,7 @@
 """FlowMap = path + preconditioning + inner scaling + network (math.md §2)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +13,7 @@ from fewstep.flow.preconditioning.network_scaling import IdentityScaling, Scalin
 from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
 from fewstep.utils.errors import ConfigError, ShapeError
+from fewstep.utils.forward_ad import jvp
 from fewstep.utils.serialization import later
 from fewstep.utils.tensors import check_batch, check_positive, expand
 
@@ -48,6 +51,43 @@ class FlowMapConfig:
         return FlowMap(self.path, self.preconditioning, network, self.scaling, self)
 
 
+Directions = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dx, dt, ds), along which a derivative is taken; None for what stays."""
+
+
+class Passes:
+    """How a flow map evaluates its network: as it is written. Subclasses give the same by other means."""
+
+    def output(self, flow_map: "FlowMap", x: Tensor, t: Tensor, s: Tensor, cond: Condition | None) -> Tensor:
+        """N(x, t, s)."""
+        return flow_map.evaluate(x, t, s, cond)
+
+    def with_tangent(
+        self,
+        flow_map: "FlowMap",
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Condition | None,
+        along: Directions,
+        attached: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(N, its derivative along the directions), by forward mode; the derivative has a graph if `attached`."""
+        moving = [place for place, direction in enumerate(along) if direction is not None]
+
+        def moved(*values: Tensor) -> Tensor:
+            given = [x, t, s]
+            for place, value in zip(moving, values, strict=True):
+                given[place] = value
+            return flow_map.evaluate(given[0], given[1], given[2], cond)
+
+        start = tuple((x, t, s)[place] for place in moving)
+        return jvp(moved, start, tuple(direction for direction in along if direction is not None), attached)
+
+
+AS_WRITTEN = Passes()
+
+
 class FlowMap(nn.Module):
     """X(x, t, s) = f(t, s) x + g(t, s) N(x, t, s): the solution at time s of the PF-ODE through x at time t.
 
@@ -72,9 +112,35 @@ class FlowMap(nn.Module):
         self.scaling = IdentityScaling() if scaling is None else scaling
         self.network = network
         self.config = config
+        self._passes = AS_WRITTEN
+
+    @contextmanager
+    def using(self, passes: Passes) -> Iterator[None]:
+        """Inside, the network is evaluated so."""
+        before, self._passes = self._passes, passes
+        try:
+            yield
+        finally:
+            self._passes = before
 
     def output(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """N(x, t, s): the network with its inner scaling."""
+        return self._passes.output(self, x, t, s, cond)
+
+    def with_tangent(
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        cond: Condition | None,
+        along: Directions,
+        attached: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """(N, its derivative along (dx, dt, ds)) at (x, t, s), by forward mode; no graph of it unless `attached`."""
+        return self._passes.with_tangent(self, x, t, s, cond, along, attached)
+
+    def evaluate(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        """N(x, t, s) as it is written, whatever `using` says."""
         t, s = self.path.clock(t), self.path.clock(s)
         c_skip, c_out, c_in = (expand(value, x).to(x.dtype) for value in self.scaling.values(t))
         clock_t, clock_s = (self.scaling.c_noise(time).to(x.dtype) for time in (t, s))

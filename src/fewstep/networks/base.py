@@ -93,6 +93,8 @@ class Network(nn.Module, ABC):
         """Widths of the embeddings of a prompt's tokens, and of the whole prompt, that it takes; 0 for none."""
         return 0, 0
 
+    compiles: bool = False
+    """Whether torch.compile makes one program of it, with a tangent too (--runtime.compile)."""
     sees_skip: bool = False
     """Whether it is shown what a skip lets through (`Condition.seen`)."""
 

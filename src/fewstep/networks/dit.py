@@ -87,6 +87,7 @@ class DiT(EmbeddingNetwork):
         self.patch = config.patch
         self.grid = (height // config.patch, width // config.patch)
         self.checkpoint = config.checkpoint
+        self.compiles = not config.checkpoint
         size = channels * config.patch**2
         self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency, observation)
         self.input = LinearLayer(size, config.width)

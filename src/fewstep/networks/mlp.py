@@ -38,6 +38,8 @@ class MLPConfig(NetworkConfig):
 class MLP(EmbeddingNetwork):
     """Flatten, embed, `depth` residual blocks, and a linear layer that starts at zero: (B, *shape) -> (B, *shape)."""
 
+    compiles = True
+
     def __init__(self, config: MLPConfig, shape: Shape, num_classes: int, guided: bool, observation: Shape) -> None:
         super().__init__(shape, num_classes, guided, observation)
         hidden = round(config.width * config.expansion) if math.isfinite(config.expansion) else 0

@@ -22,6 +22,7 @@ class Pyramid(EmbeddingNetwork):
     Skips join the blocks of one level, scaled by sqrt(1/2) so that they leave the variance as it is.
     """
 
+    compiles = True
     down: nn.ModuleList
     up: nn.ModuleList
     norm: GroupNorm

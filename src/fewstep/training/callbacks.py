@@ -17,7 +17,8 @@ class Start:
     """What a run is, before its first step.
 
     parameters: of the network, all of them and those that are trained. step: where it goes on from, 0 for a new run.
-    images, seconds: how long it is; no limit of seconds is 0. unit: what a sample is called.
+    images, seconds: how long it is; no limit of seconds is 0. unit: what a sample is called. compiled: whether its
+    steps are.
     """
 
     recipe: str
@@ -32,9 +33,12 @@ class Start:
     seconds: float
     batch_size: int
     unit: str = "image"
+    compiled: bool = False
 
 
-def start_of(config: RunConfig, network: nn.Module, device: torch.device, processes: int, step: int) -> Start:
+def start_of(
+    config: RunConfig, network: nn.Module, device: torch.device, processes: int, step: int, compiled: bool = False
+) -> Start:
     """A run's, which goes on from a step."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
     settings = config.training
@@ -51,6 +55,7 @@ def start_of(config: RunConfig, network: nn.Module, device: torch.device, proces
         seconds=settings.seconds,
         batch_size=settings.batch_size,
         unit=config.data.source.unit,
+        compiled=compiled,
     )
 
 

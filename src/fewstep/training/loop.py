@@ -17,14 +17,14 @@ from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fewstep.data.base import Dataset
-from fewstep.flow.flow_map import FlowMap
-from fewstep.objectives import Batch, Companions, Objective
+from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
 from fewstep.training.batches import fetch_part, on_device
 from fewstep.training.callbacks import Callback, TrainingResult, start_of
 from fewstep.training.checkpoint import STATE_FILE, mark_shown
 from fewstep.training.claim import begin, hold
 from fewstep.training.clock import Clock
+from fewstep.training.compiling import check_compiling, compile_steps
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
@@ -34,7 +34,7 @@ from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import never_risen, risen
 from fewstep.training.parallel import Agreement, ProcessGroup, Replicated, join_processes, share_out, split_batch
 from fewstep.training.peers import Peers
-from fewstep.training.probe import serving, with_derivatives
+from fewstep.training.probe import differentiable
 from fewstep.training.profiling import PROFILE, StepProfile
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
@@ -93,9 +93,9 @@ class Trainer:
         self.share, self.accumulation = split_batch(
             config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
         )
-        micro = self.share // self.accumulation
-        check_run(config, dataset, micro)
-        place = int(self.accelerator.process_index) * self.share, micro, self.accumulation
+        self.micro = self.share // self.accumulation
+        check_run(config, dataset, self.micro)
+        place = int(self.accelerator.process_index) * self.share, self.micro, self.accumulation
         self.loader = Loader(Shares(dataset.train, config.training, *place), self.device, runtime.workers)
         teacher = teacher_of(config, dataset)
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
@@ -132,6 +132,8 @@ class Trainer:
         pipeline = build(config, dataset, self.teacher, statistics, measured).to(device)
         if self.runtime.gradient_checkpointing:
             checkpoint_blocks(config, pipeline.flow_map)
+        if self.runtime.compile:
+            check_compiling(pipeline.flow_map.network, device)
         check_context(config, dataset, pipeline.flow_map, warn=self.accelerator.is_main_process)
         if config.objective.measures_features and self.callbacks.features is None:
             raise ConfigError("the objective compares features: give the training loop an extractor (Callbacks)")
@@ -140,27 +142,30 @@ class Trainer:
             shape, classes, seed = dataset.shape, dataset.num_classes, config.training.seed
             gan = GAN(config.gan, shape, classes, seed, device, self.mean_over_processes)
         self.clock, self.pending = Clock(config.training), False
-        objective, self.derivative = self.differentiable(pipeline.flow_map)
+        loud, bf16 = self.accelerator.is_main_process, config.training.precision == "bf16"
+        chosen = self.run.state()["derivative"] if self.run.checkpoints() else None
+        objective, self.derivative = differentiable(
+            config.objective, chosen, pipeline.flow_map, lambda: self.batch(0, 2), bf16, loud
+        )
         decay = config.objective.target_decay
         target = None if decay is None else SlowAverage(pipeline.flow_map, decay)
-        self.loss = TrainStep(pipeline.flow_map, objective, config.training.precision == "bf16")
+        self.loss = TrainStep(pipeline.flow_map, objective, bf16)
         beside = [each.network for each in (self.teacher, None if target is None else target.flow_map) if each]
         self.module = self.held.wrap(self.loss, beside)
         self.learner = Learner(config, pipeline, statistics, gan, target, self.held)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping, self.late, self.saved = False, False, time.monotonic()
+        if self.runtime.compile:
+            compile_steps(self.loss, self.try_step, self.hidden)
 
-    def differentiable(self, flow_map: FlowMap) -> tuple[Objective, str]:
-        """The objective with derivatives that serve the network, and their kind where that is not the objective's own.
-
-        A checkpoint says which were chosen; before the first step they are tried.
-        """
-        objective, bf16 = self.config.objective, self.config.training.precision == "bf16"
-        if self.run.checkpoints():
-            chosen = self.run.state()["derivative"]
-        else:
-            chosen = serving(objective, flow_map, lambda: self.batch(0, 2), bf16, self.accelerator.is_main_process)
-        return (with_derivatives(objective, chosen) if chosen else objective), chosen
+    def try_step(self, step: int) -> None:
+        """The losses of a step's batch and their gradients, which are not kept."""
+        with self.held.gathered():
+            for part in range(self.accumulation):
+                first = int(self.accelerator.process_index) * self.share + part * self.micro
+                with self.held.accumulating(self.module, part == self.accumulation - 1):
+                    self.accelerator.backward(self.module(self.batch(first, self.micro, step), self.companions())[0])
+        self.learner.optimizers.zero_grad()
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +223,8 @@ class Trainer:
         settings, device, main = self.config.training, self.device, self.accelerator.is_main_process
         self.learner.flow_map.train()
         seeded = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        begun = start_of(self.config, self.learner.flow_map.network, device, self.group.count, self.clock.step)
+        network, step, compiled = self.learner.flow_map.network, self.clock.step, self.runtime.compile
+        begun = start_of(self.config, network, device, self.group.count, step, compiled)
         self.tell(lambda each: each.start(begun))
         profiled = StepProfile(self.run.root / PROFILE, device, self.runtime.profile and main)
         shown = progress_bar(self.clock, self.config.recipe, self.hidden, begun.unit)
@@ -313,9 +319,9 @@ class Trainer:
             self.window.add_terms(logs)
         return found
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Samples first .. first + count - 1 of this step's global batch."""
-        settings, step, part = self.config.training, self.clock.step, (first, count)
+    def batch(self, first: int, count: int, step: int | None = None) -> Batch:
+        """Samples first .. first + count - 1 of a step's global batch, this step's where none is given."""
+        settings, step, part = self.config.training, self.clock.step if step is None else step, (first, count)
         return on_device(fetch_part(self.dataset.train, settings, step, part), settings, step, part, self.device)
 
     def write_log(self) -> None:
@@ -326,6 +332,7 @@ class Trainer:
         waited = round(self.loader.wait_of(self.window.seconds), 3)
         record = self.window.flush(self.config.training.batch_size, self.clock) | {"data_wait": waited}
         record["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
+        record |= {"compiled": True} if self.runtime.compile else {}
         if self.accelerator.is_main_process:
             self.run.append_log(record)
         self.tell(lambda each: each.log(record))

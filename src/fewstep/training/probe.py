@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,17 @@ def with_derivatives(value: T, kind: DerivativeKind) -> T:
 def needs_probe(objective: Objective) -> bool:
     """Whether it takes any derivative by forward mode."""
     return any(each.kind == "exact" for each in derivatives(objective))
+
+
+def differentiable(
+    objective: Objective, chosen: str | None, flow_map: FlowMap, batch: Callable[[], Batch], bf16: bool, loud: bool
+) -> tuple[Objective, str]:
+    """The objective with derivatives that serve the network, and their kind where that is not the objective's own.
+
+    chosen: what a checkpoint says of them; None before the first step, when they are tried, as `serving` does.
+    """
+    kind = serving(objective, flow_map, batch, bf16, loud) if chosen is None else cast(DerivativeKind, chosen)
+    return (with_derivatives(objective, kind) if kind else objective), kind
 
 
 def serving(

@@ -25,6 +25,9 @@ class Runtime:
     """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
     shard: bool = False
     """Share weights, averages, optimizer and teacher out over the processes (FSDP2) in place of a copy in each."""
+    compile: bool = False
+    """Compile the network and its derivatives before the first step (torch.compile), for quicker ones; on a CPU it
+    needs a C++ compiler, such as g++."""
     gradient_checkpointing: bool = False
     """Keep no activations within a foreign network's blocks: less memory, about a third more time, the same losses."""
     threads: int = 0

@@ -5,23 +5,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.flow_map import AS_WRITTEN, FlowMap, Passes
 from fewstep.objectives import ALONE, Batch, Companions, FakeSamples, Objective
 
 
 class TrainStep(nn.Module):
-    """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward."""
+    """An objective's mean loss as a module's forward, so that DDP sees one forward for one backward.
+
+    passes: how it evaluates the flow map's network, which others evaluate as it is written.
+    """
 
     def __init__(self, flow_map: FlowMap, objective: Objective, bf16: bool = False) -> None:
         super().__init__()
         self.flow_map, self.objective, self.bf16 = flow_map, objective, bf16
+        self.passes: Passes = AS_WRITTEN
 
     def forward(
         self, batch: Batch, companions: Companions = ALONE
     ) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor], FakeSamples | None]:
         """(mean loss, its terms, times (2, B), per-sample logs, generated samples)."""
         # No cache: a weight cast for a target without gradient must not serve the pass that needs one.
-        with torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+        autocast = torch.autocast(batch.x0.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+        with autocast, self.flow_map.using(self.passes):
             losses = self.objective(self.flow_map, batch, companions)
         terms = {name: term.mean() for name, term in losses.terms.items()}
         return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
