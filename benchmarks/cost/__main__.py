@@ -11,7 +11,7 @@ from tyro.conf import Positional
 
 import benchmarks.harness as h
 import fewstep as fs
-from benchmarks.cost.step import CASES, OBJECTIVES, measured, step_table
+from benchmarks.cost.step import CASES, OBJECTIVES, compiled_table, measured, step_table
 from fewstep.policies.rollout import latencies
 from fewstep.recipes import recipe
 
@@ -24,6 +24,7 @@ def tables() -> dict[str, str]:
     rows = [(row["recipe"], row["steps"], *(f"{row[key]:.2f}" for key in TIMES)) for row in h.read(LATENCY)]
     return {
         "A step in steps of flow matching": step_table(h.read(STEP)),
+        "A step compiled": compiled_table(h.read(STEP)),
         "A decision's time in milliseconds": h.markdown(("recipe", "calls", "least", "median", "90 %"), rows),
     }
 
@@ -50,7 +51,7 @@ def step(
         for row in measured(name, repeats, device, compile, objectives):
             h.put(out, [row], "objective", "derivative", "network", "compiled", "device")
             h.show([row])
-    print(step_table(h.read(out)))
+    print(step_table(h.read(out)), compiled_table(h.read(out)), sep="\n\n")
 
 
 def recipes(first: Annotated[str, Positional], second: Annotated[str, Positional], count: int = 20) -> None:

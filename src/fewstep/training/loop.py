@@ -40,7 +40,7 @@ from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime, Watcher
 from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
 from fewstep.training.statistics import first_statistics
-from fewstep.training.step import Gradients, TrainStep
+from fewstep.training.step import Gradients, TrainStep, seed_layers
 from fewstep.training.stopping import StopSignals
 from fewstep.training.teacher import SlowAverage, fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
@@ -301,7 +301,7 @@ class Trainer:
         companions = self.companions()
         # What layers draw by themselves (dropout): another for every step and process, the same on resume.
         index = int(self.accelerator.process_index)
-        torch.manual_seed(((self.config.training.seed << 44) + (self.clock.step << 12) + index) % 2**63)
+        seed_layers(((self.config.training.seed << 44) + (self.clock.step << 12) + index) % 2**63, self.device)
         found = Gradients(torch.zeros((), device=self.accelerator.device))
         for part in range(self.accumulation):
             batch = self.loader.batch(self.clock.step, part)

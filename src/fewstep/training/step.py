@@ -32,6 +32,16 @@ class TrainStep(nn.Module):
         return losses.mean(), terms, torch.stack([losses.t, losses.s]).detach(), losses.logs, losses.generated
 
 
+def seed_layers(seed: int, device: torch.device) -> None:
+    """Seed what layers draw by themselves, on the host and on the device.
+
+    torch.manual_seed formats a stack for every kind of device that is not in use: a millisecond of a small step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @dataclass
 class Gradients:
     """What the parts of a step's batch add up to, beside the gradients that lie with the parameters.
