@@ -24,15 +24,7 @@ from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.training import train_run
 
-SHOWN = (
-    BASELINE,
-    "analytic",
-    "covariance",
-    "regressed",
-    "euler, jump end",
-    "covariance, jump end",
-    "regressed, jump end",
-)
+SHOWN = (BASELINE, "analytic", *(name + end for end in ("", JUMP_END) for name in ("covariance", "regressed")))
 """Methods that the figure has."""
 Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]
 Dataset = Annotated[str, Positional]
