@@ -18,7 +18,7 @@ from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen
 from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
 from benchmarks.skip.cost import step_costs
-from benchmarks.skip.methods import BASELINE, DATASETS, GRID, Cell, methods, photographs, scene, teacher_of
+from benchmarks.skip.methods import BASELINE, DATASETS, GRID, JUMP_END, Cell, methods, photographs, scene, teacher_of
 from benchmarks.skip.starts import draw_starts
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
