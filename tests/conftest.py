@@ -49,6 +49,14 @@ def sources_read_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(classifiers: Path) -> Iterator[None]:
+    """What is kept of data and models does not go into the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWSTEP_CACHE", str(classifiers))
+        yield
+
+
 @pytest.fixture(scope="session")
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where tests keep the classifiers of their data: one folder for all workers, whose files appear whole."""

@@ -5,8 +5,10 @@ from typing import Annotated
 from tyro.conf import Positional
 
 import benchmarks.harness as h
+from benchmarks import crashes as crashing
 from benchmarks.engine import attention as attention_memory
 from benchmarks.engine import compiling as compiled
+from benchmarks.engine import listing as many_files
 from benchmarks.engine import loader as batches
 from benchmarks.engine import overhead as added
 from benchmarks.engine import questions as step_questions
@@ -42,6 +44,25 @@ def compile(networks: h.Words = ("MLP",), rounds: int = 20) -> None:
         h.show([row])
 
 
+def crashes(kills: int = 20, workers: int = 2) -> None:
+    """What differs between a run killed so often, whose data processes read, and one without either."""
+    found = crashing.outcome(kills, 0, "KILL", workers)
+    row: h.Row = {
+        "measure": "killed runs", "setting": f"digits, {kills} times SIGKILL, {workers} workers",
+        "value": len(found["differ"]), "unit": f"of {found['compared']} files and logs differ",
+        "beside": f"{found['left']} processes left behind",
+    }  # fmt: skip
+    h.put(FILE, [row], "measure", "setting")
+    h.show([row])
+
+
+def listing(count: int = 200_000, rounds: int = 3) -> None:
+    """The second start over a folder of many images that stay on disk, over the first."""
+    for row in many_files.rows(count, rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def loader(rounds: int = 3) -> None:
     """Images a second of batches decoded from files over the bare decoder's, and the wait of a run for them."""
     for row in batches.rows(rounds):
@@ -72,5 +93,12 @@ def sharding() -> None:
 
 if __name__ == "__main__":
     STUDY.main(
-        attention=attention, compile=compile, loader=loader, overhead=overhead, questions=questions, sharding=sharding
+        attention=attention,
+        compile=compile,
+        crashes=crashes,
+        listing=listing,
+        loader=loader,
+        overhead=overhead,
+        questions=questions,
+        sharding=sharding,
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fewstep.data.base import Dataset
 from fewstep.data.folder import decode
 from fewstep.data.latents.encode import EncodingWork, encode_folder
-from fewstep.data.latents.pictures import RowPictures
 from fewstep.data.latents.shards import EncodingSettings, load_latents
+from fewstep.data.pictures import RowPictures
 from fewstep.data.rows import Columns, ImageRows, find_caption_column, find_image_column, holds_rows, read_rows
-from fewstep.utils.errors import CheckpointError, DataError, FewstepError
+from fewstep.data.sources import DataConfig, HuggingFaceSource, load_dataset
+from fewstep.utils.errors import CheckpointError, DataError, FewstepError, FewstepWarning
 from tests.support.photographs import SIDE, save_autoencoder, save_pictures
 
 ORDINARY = Columns()
@@ -45,7 +48,7 @@ def test_a_rows_image_is_read_as_its_file_would_be(tmp_path: Path) -> None:
     assert np.array_equal(found.decode(1, 4), decode(tmp_path / "1.png", 4))  # type: ignore[arg-type]
     assert found.content(1) == png(1)
     assert (found.labels(), rows((png(), "a"), class_names=("cat", "dog")).labels()) == (None, (1,))
-    assert "UnidentifiedImageError: cannot identify image file what the row holds" in str(
+    assert "UnidentifiedImageError: cannot identify image file what lies there" in str(
         rows((b"no image", "a")).decode(0, 4)
     )
     assert RowPictures(rows((png(), "a"))).place == "data"
@@ -162,6 +165,87 @@ def test_a_folder_of_parquet_gives_the_latents_of_its_images(parquet: Path, monk
     with pytest.raises(DataError, match="holds no dataset that can be read"):
         encode_folder(parquet / "broken.parquet", vae, parquet / "new", SETTINGS, work=WORK)
     assert not (parquet / "new").exists()
+
+
+def config_of(root: Path, **settings: Any) -> DataConfig:
+    return DataConfig(HuggingFaceSource(**settings), root=str(root), image_size=4)
+
+
+def every(data: Dataset) -> list[bytes]:
+    """The content of each sample."""
+    parts = [part.fetch(torch.arange(len(part)))[0] for part in (data.train, data.heldout)]
+    return sorted(each.numpy().tobytes() for each in torch.cat(parts))
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["memory", "on-disk"])
+def test_every_form_of_a_dataset_trains(parquet: Path, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet, a folder of it, both that save_to_disk writes, and the Hub's cache: the same samples."""
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    rows = parquet / "rows"
+    parts = datasets.load_dataset(str(rows))
+    parts["train"].save_to_disk(parquet / "one")
+    parts.save_to_disk(parquet / "several")
+    copy = parquet / "hub" / "datasets--me--pictures"
+    (copy / "refs").mkdir(parents=True)
+    (copy / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(rows, copy / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(parquet / "hub"))
+    monkeypatch.chdir(parquet)
+    memory = load_dataset(DataConfig("images", root=str(parquet / "images" / "cold"), image_size=4))  # type: ignore[arg-type]
+    for place in (rows, parquet / "one", parquet / "several", Path("me/pictures")):
+        found = load_dataset(config_of(place, on_disk=there))
+        assert found.class_names == ("a", "b")
+        assert len(found.train) + len(found.heldout) == 9
+        assert every(found) == every(memory)
+        test = load_dataset(config_of(place, on_disk=there, split="test")) if place.name != "one" else None
+        assert test is None or len(test.train) + len(test.heldout) == 2
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_second_start_decodes_no_row(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_dataset(config_of(parquet / "rows", on_disk=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageRows, "content", None)
+        second = load_dataset(config_of(parquet / "rows", on_disk=True))
+    assert (second.fingerprint, second.sigma_data) == (first.fingerprint, first.sigma_data)
+
+
+def test_classes_may_be_numbers_or_words(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    values = {
+        "image": [{"bytes": png(k), "path": None} for k in range(4)], "number": [2, 0, 2, 0],
+        "word": ["dog", "cat", "dog", "cat"], "hole": [None, "a", "b", "c"],
+    }  # fmt: skip
+    datasets.Dataset.from_dict(values).to_parquet(tmp_path / "x.parquet")
+    root = tmp_path / "x.parquet"
+    assert load_dataset(config_of(root)).num_classes == 0
+    assert load_dataset(config_of(root, label_column="word")).class_names == ("cat", "dog")
+    with pytest.warns(FewstepWarning, match="no sample of class 1"):
+        assert load_dataset(config_of(root, label_column="number")).class_names == ("0", "2")
+    for column, message in (("hole", "no numbers from 0 or words in every row"), ("gone", "no column 'gone'; its col")):
+        with pytest.raises(DataError, match=message):
+            load_dataset(config_of(root, label_column=column))
+
+
+def test_bad_datasets_are_one_line(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(parquet / "hub"))
+    monkeypatch.chdir(parquet)
+    datasets.Dataset.from_dict({"a": [1, 2]}).to_parquet(parquet / "bare.parquet")
+    (parquet / "cut.parquet").write_bytes((parquet / "rows" / "train-00000-of-00002.parquet").read_bytes()[:-40])
+    datasets.load_dataset(str(parquet / "rows")).save_to_disk(parquet / "several")
+    for root, settings, parts in (
+        ("bare.parquet", {}, ["no column of images among its columns (a)", "name one with --data.source.image-column"]),
+        ("cut.parquet", {}, ["holds no dataset that can be read"]),
+        ("rows", {"split": "validation"}, ["holds no dataset that can be read", "validation"]),
+        ("several", {"split": "validation"}, ["it has no split 'validation', but train, test"]),
+        ("nobody/nothing", {}, ["nothing is fetched while training", "hf download --repo-type dataset nobody/nothing"]),
+        ("", {}, ["needs root"]),
+    ):
+        with pytest.raises(DataError) as said:
+            load_dataset(DataConfig(HuggingFaceSource(**settings), root=root, image_size=4))
+        assert "\n" not in str(said.value)
+        assert all(part in str(said.value) for part in parts), said.value
 
 
 def test_only_the_columns_that_are_asked_for_are_read(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

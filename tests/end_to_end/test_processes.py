@@ -90,6 +90,42 @@ def test_a_run_stopped_six_times_ends_as_an_unbroken_one(command: Command, forke
     assert [path.name for path in run.rglob(".*")] == [".lock"]
 
 
+def children(number: int) -> list[Path]:
+    """Processes of a process, by their folders in /proc."""
+    found = [(file.parent, file.read_text()) for file in Path("/proc").glob("[0-9]*/stat") if file.is_file()]
+    return [folder for folder, stat in found if int(stat.rpartition(")")[2].split()[1]) == number]
+
+
+def test_a_run_with_workers_killed_twice_ends_as_one_without(command: Command, forked: Forking, tmp_path: Path) -> None:
+    """And no process that read its data is left behind."""
+    words = [
+        "train", "digits", *SMALL, "--training.batch-size", "32", "--training.images", "1920",
+        "--training.checkpoint-images", "160", "--training.log-images", "160", "--training.sample-images", "0",
+    ]  # fmt: skip
+    run, plain, left = tmp_path / "run", tmp_path / "plain", []
+
+    def logged(step: int) -> bool:
+        if not any(record["step"] >= step for record in RunFolder(run).read_log()):
+            return False
+        (training,) = [each for each in children(forked.server.pid) if len(children(int(each.name))) == 2]
+        left.extend(children(int(training.name)))
+        return True
+
+    for step in (10, 25):
+        ended = stop_when(partial(logged, step), forked, [*words, "--out", str(run), "--runtime.workers", "2"])
+        assert ended.code == -signal.SIGKILL, "the run ended before it could be killed"
+    deadline = time.monotonic() + 30
+    while (alive := [each for each in left if each.exists()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(left) == 4
+    assert alive == []
+    assert command(*words, "--out", run, "--runtime.workers", "1").code == 0
+    assert command(*words, "--out", plain).code == 0
+    broken, whole = stored(run), stored(plain)
+    assert broken.keys() == whole.keys()
+    assert [key for key in whole if not torch.equal(whole[key], broken[key])] == []
+
+
 def test_what_five_processes_measure_at_once_is_all_kept(forked: Forking, tmp_path: Path) -> None:
     """Each reads, changes and writes the files of one run's figures, again and again."""
     script, run, times = Path(__file__).with_name("one_of_five.py"), tmp_path / "run", 4

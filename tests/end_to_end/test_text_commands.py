@@ -1,6 +1,7 @@
 """From captioned pictures and a pipeline of text to a student that draws what prompts say; and what goes wrong."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,9 +22,10 @@ from fewstep.evaluation.align import guided_teacher
 from fewstep.evaluation.evaluate import build_evaluator, measure_run
 from fewstep.evaluation.metrics.measure import Evaluator
 from fewstep.flow.guidance import ClassifierFreeGuidance, FixedGuidance
-from fewstep.recipes.config import EvaluationConfig
+from fewstep.recipes.config import EvaluationConfig, TrainingConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import RunFolder
+from fewstep.training.loader import Loader, Shares
 from fewstep.training.setup import check_context
 from fewstep.utils.errors import ConfigError, FewstepWarning
 from tests.end_to_end.test_bad_input import assert_refused
@@ -89,6 +91,24 @@ def test_every_sample_comes_with_its_own_caption(dataset: Dataset, pipeline: Pip
     null, empty = cond.unconditional().text, pipeline.encode_prompts([""]).text
     assert null is not None
     torch.testing.assert_close(null, empty.expand_as(null), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_latents_and_their_prompts_come_from_processes_as_without(dataset: Dataset, context: str) -> None:
+    """From the middle of an epoch on, and over its end; what is sent to a process does not hold the shards."""
+    dataset.train.fetch(torch.arange(len(dataset.train)))
+    assert len(pickle.dumps(dataset.train)) < 20_000
+    shares = Shares(dataset.train, TrainingConfig(batch_size=8), 0, 4, 2)
+    plain, ahead = Loader(shares, torch.device("cpu")), Loader(shares, torch.device("cpu"), 2, context)
+    for step, part in ((1, 1), (2, 0), (2, 1), (3, 0)):
+        own, other = plain.batch(step, part), ahead.batch(step, part)
+        assert torch.equal(own.x0, other.x0)
+        for key in ("text", "mask", "pooled"):
+            one, two = (getattr(each.prompts, key) for each in (own, other))
+            assert (one is None and two is None) or torch.equal(one, two)
+        assert own.prompts is not None
+        assert torch.equal(own.prompts.null.text, other.prompts.null.text)  # type: ignore[union-attr]
+    ahead.close()
 
 
 def test_prompts_decide_what_is_drawn(pipeline: Pipeline) -> None:

@@ -1,8 +1,11 @@
 """Batches made by processes of their own: the same bits, the same errors, and nothing left behind."""
 
+import io
 import os
 import pickle
 import signal
+import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,14 @@ import torch
 from PIL import Image
 
 from fewstep.data.base import Dataset
-from fewstep.data.sources import DataConfig, ImagesSource, load_dataset
+from fewstep.data.sources import (
+    DataConfig,
+    DataSource,
+    HuggingFaceSource,
+    ImagesSource,
+    WebdatasetSource,
+    load_dataset,
+)
 from fewstep.networks.mlp import MLPConfig
 from fewstep.training import RunFolder, train_run
 from fewstep.training.loader import Loader, Shares
@@ -51,10 +61,66 @@ def test_images_on_disk_are_those_in_memory(channels: int, pictures: Path) -> No
         load_dataset(replace(config, image_size=0))
 
 
-def test_a_run_with_workers_is_the_run_without(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_tars(pictures: Path, root: Path) -> Path:
+    """The same pictures in three tars with their classes."""
+    files = sorted(pictures.rglob("*.png"), key=lambda file: file.name)
+    for start in range(0, len(files), 5):
+        with tarfile.open(root / f"{start}.tar", "w") as tar:
+            for file in files[start : start + 5]:
+                members = {file.name: file.read_bytes(), f"{file.stem}.cls": file.parent.name[-1].encode()}
+                for name, content in members.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return root
+
+
+def in_rows(pictures: Path, root: Path) -> Path:
+    """The same pictures as a Hugging Face dataset that was saved."""
+    datasets = pytest.importorskip("datasets")
+    files = sorted(pictures.rglob("*.png"), key=lambda file: file.name)
+    values = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "label": [int(file.parent.name[-1]) for file in files],
+    }
+    classes = datasets.ClassLabel(names=["0", "1"])
+    table = datasets.Dataset.from_dict(values, features=datasets.Features(image=datasets.Image(), label=classes))
+    table.save_to_disk(root)
+    return root
+
+
+PLACES: dict[str, tuple[DataSource, Callable[[Path, Path], Path]]] = {
+    "images": (ImagesSource(on_disk=True), lambda pictures, root: pictures),
+    "webdataset": (WebdatasetSource(on_disk=True), in_tars),
+    "hugging-face": (HuggingFaceSource(on_disk=True), in_rows),
+}
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "hugging-face"])
+def test_what_stays_where_it_lies_is_what_comes_into_memory(kind: str, pictures: Path, tmp_path: Path) -> None:
+    """And, after a process has been sent it, the same again."""
+    source, place = PLACES[kind]
+    config = replace(on_disk(place(pictures, tmp_path)), source=source)
+    there, memory = load_dataset(config), load_dataset(replace(config, source=type(source)()))
+    assert (there.fingerprint, there.mean, there.sigma_data) == (memory.fingerprint, memory.mean, memory.sigma_data)
+    assert (there.summary, there.class_names) == (memory.summary, memory.class_names)
+    assert there.num_classes == 2
+    assert load_dataset(config).fingerprint == there.fingerprint
+    for part in (there.train, pickle.loads(pickle.dumps(there.train))):
+        for own, expected in zip(part.fetch(torch.arange(4)), memory.train.fetch(torch.arange(4)), strict=True):
+            assert torch.equal(own, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_a_run_with_workers_is_the_run_without(
+    kind: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed and gone on in mid-epoch, with two parts a step, and with another number of workers."""
-    data = load_dataset(on_disk(pictures, heldout=0.2))
-    config = replace(TINY, network=MLPConfig(width=8, depth=1, embedding_width=8), data=on_disk(pictures, heldout=0.2))
+    (tmp_path / "data").mkdir()
+    source, place = PLACES[kind]
+    data_config = replace(on_disk(place(pictures, tmp_path / "data"), heldout=0.2), source=source)
+    data = load_dataset(data_config)
+    config = replace(TINY, network=MLPConfig(width=8, depth=1, embedding_width=8), data=data_config)
     config = replace(config, optimizer=replace(TINY.optimizer, warmup_images=0))
     config = replace(config, training=replace(TINY.training, batch_size=8, images=56, checkpoint_images=24, flip=True))
     train_run(config, data, RunFolder(tmp_path / "plain"), replace(RUNTIME, micro_batch=4))
@@ -69,13 +135,15 @@ def test_a_run_with_workers_is_the_run_without(pictures: Path, tmp_path: Path, m
 def test_a_file_that_is_damaged_later_is_named(pictures: Path, tmp_path: Path) -> None:
     """In one line, the same with workers and without."""
     data = load_dataset(on_disk(pictures))
-    file = pictures / data.train.files[2]  # type: ignore[attr-defined]
+    file = pictures / data.train.pictures.name(int(data.train.rows[2]))  # type: ignore[attr-defined]
     content, said = file.read_bytes(), []
     file.write_bytes(content[: len(content) // 2])
     for workers in (0, 1):
         shares = Shares(data.train, replace(TINY.training, batch_size=len(data.train)), 0, len(data.train), 1)
         loader = Loader(shares, torch.device("cpu"), workers)
-        with pytest.raises(DataError, match=rf"{file.name}' cannot be read \(.*\): mend or remove it$") as refused:
+        with pytest.raises(
+            DataError, match=rf"{file.name}' in '.*' cannot be read \(.*\): mend or remove it$"
+        ) as refused:
             loader.batch(0, 0)
         said.append(str(refused.value))
     file.write_bytes(content)

@@ -7,9 +7,9 @@ from typing import Annotated
 import tyro
 
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
-from fewstep.data.latents.pictures import find_pictures
 from fewstep.data.latents.shards import EncodingSettings
 from fewstep.data.latents.target import TeacherSettings
+from fewstep.data.pictures import find_pictures
 from fewstep.data.rows import Columns
 from fewstep.utils.text import listed, quoted
 
@@ -23,8 +23,8 @@ class Options:
     """
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of images, whose first-level subfolders, if it has any, are the classes; or a Hugging Face dataset: a
-    parquet file, a folder of those, or OWNER/NAME on the Hub."""
+    """Folder of images, whose first-level subfolders, if it has any, are the classes; a .tar of WebDataset, or a folder
+    of those; or a Hugging Face dataset: a parquet file, a folder of those, or OWNER/NAME on the Hub."""
     out: Path
     """Folder for the latents, which `fewstep train RECIPE --data.source latents --data.root OUT` reads."""
     autoencoder: Path | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fewstep.data.demonstrations.normaliser import FIRST_TEST_SEED
-from fewstep.evaluation.cache import cache_folder
+from fewstep.utils.cache import cache_folder
 from fewstep.utils.errors import ConfigError
 
 

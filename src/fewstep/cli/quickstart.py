@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fewstep.data.base import Dataset
 from fewstep.data.sources import load_dataset
-from fewstep.evaluation.cache import cache_folder
 from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run, training_seconds
 from fewstep.evaluation.figures import Row, format_table, write_figures
 from fewstep.evaluation.report.run import report, watcher
 from fewstep.recipes import fitted, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.training import Callbacks, RunFolder, Runtime, train_run
+from fewstep.utils.cache import cache_folder
 from fewstep.utils.errors import ConfigError
 
 

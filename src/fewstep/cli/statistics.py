@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fewstep.evaluation.cache import cache_folder
+from fewstep.utils.cache import cache_folder
 
 
 @dataclass(frozen=True)

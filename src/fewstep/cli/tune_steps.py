@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from fewstep.evaluation.cache import cache_folder
+from fewstep.utils.cache import cache_folder
 from fewstep.utils.errors import CheckpointError
 
 

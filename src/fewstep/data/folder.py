@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ _BATCH = 256
 _THREADS = 8
 _FILES_WORTH_A_BAR = 2000
 _FAILURES_NAMED = 10
+_NO_FILE = re.compile(r"<_io\.BytesIO[^>]*>")
 
 Pixels = npt.NDArray[np.uint8]
 K = TypeVar("K")
@@ -40,13 +42,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Listing:
-    """The images under `root` by their paths, the class of each (or None), and in words what was left out of it."""
+    """The images under `root` by their paths, the class of each (or None), and in words what was left out of it.
+
+    folders: all that were looked into.
+    """
 
     root: Path
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     labels: tuple[int, ...] | None
     class_names: tuple[str, ...]
     left_out: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
 
 
 @cache
@@ -55,6 +61,11 @@ def _formats() -> tuple[tuple[str, ...], frozenset[str]]:
     Image.init()
     formats = tuple(sorted(set(Image.OPEN) - _NO_IMAGES))
     return formats, frozenset(end for end, name in Image.registered_extensions().items() if name in formats)
+
+
+def image_suffixes() -> frozenset[str]:
+    """Of the files that are read as images, such as .png."""
+    return _formats()[1]
 
 
 def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -> Loaded:
@@ -68,7 +79,8 @@ def load_folder(root: str, image_size: int = 0, skip_unreadable: bool = False) -
     listing = list_images(root)
     stacks: list[Path] = []
     with quiet_bombs():
-        pixels, kept, failures = _decode_all(listing.files, image_size, stacks)
+        read = partial(decode_or_reason, image_size=image_size, stacks=stacks)
+        pixels, kept, failures = decode_all(listing.files, read, str)
     left_out = [*listing.left_out, *[f"all frames but the first of {len(stacks)} images"] * bool(stacks)]
     if failures:
         named = [(str(path.relative_to(listing.root)), why) for path, why in failures]
@@ -90,7 +102,8 @@ def list_images(root: str) -> Listing:
         raise DataError(f"source 'images' needs root, a folder of PNG, JPEG or other images: '{root}' is no folder")
     folder, (_, suffixes) = folder.resolve(), _formats()
     again: list[str] = []
-    found = sorted((path.relative_to(folder) for path in _walk(folder, again)), key=lambda path: path.parts)
+    walked: list[Path] = []
+    found = sorted((path.relative_to(folder) for path in _walk(folder, again, walked)), key=lambda path: path.parts)
     images = [path for path in found if path.suffix.lower() in suffixes and not path.name.startswith(".")]
     if not images:
         raise DataError(
@@ -99,7 +112,8 @@ def list_images(root: str) -> Listing:
         )
     files = tuple(folder / path for path in images)
     labels, names = _classes(folder, images)
-    return Listing(folder, files, labels, names, _left_out(folder, set(found) - set(images), names, again))
+    left_out = _left_out(folder, set(found) - set(images), names, again)
+    return Listing(folder, files, labels, names, left_out, tuple(walked))
 
 
 def _left_out(folder: Path, others: set[Path], class_names: tuple[str, ...], again: list[str]) -> tuple[str, ...]:
@@ -134,7 +148,7 @@ def _classes(folder: Path, images: list[Path]) -> tuple[tuple[int, ...] | None, 
     return tuple(number[path.parts[0]] for path in images), names
 
 
-def grey_or_reason(path: Path) -> bool | str:
+def grey_or_reason(path: Path | io.BytesIO) -> bool | str:
     """Whether an image is grey, by its header alone; or why it is none."""
     try:
         with Image.open(path, formats=_formats()[0]) as file:
@@ -161,11 +175,11 @@ def decode(path: Path | io.BytesIO, image_size: int = 0, stacks: list[Path] | No
     return np.array(image, dtype=np.uint8)
 
 
-def _walk(folder: Path, again: list[str]) -> Iterator[Path]:
+def _walk(folder: Path, again: list[str], walked: list[Path]) -> Iterator[Path]:
     """Every file below `folder`; follows links to folders, each real folder once; hidden folders are left out.
 
-    again: gets the links to folders that are read already. Raises DataError for folders that cannot be listed, and for
-    two folders directly in `folder` that are one.
+    again: gets the links to folders that are read already; walked: all folders and these links. Raises DataError for
+    folders that cannot be listed, and for two folders directly in `folder` that are one.
     """
 
     def refuse(error: OSError) -> None:
@@ -174,6 +188,7 @@ def _walk(folder: Path, again: list[str]) -> Iterator[Path]:
     seen: dict[str, str] = {}
     for current, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(current)
+        walked.append(Path(current))
         if real in seen:
             if {Path(current).parent, Path(seen[real]).parent} == {folder}:
                 raise DataError(f"'{current}' and '{seen[real]}' are one folder: leave one of the two classes out")
@@ -185,32 +200,33 @@ def _walk(folder: Path, again: list[str]) -> Iterator[Path]:
         yield from (Path(current, name) for name in files)
 
 
-def _decode_all(
-    files: tuple[Path, ...], image_size: int, stacks: list[Path]
-) -> tuple[Pixels, list[int], list[tuple[Path, str]]]:
-    """Pixels (n, C, H, W) of the readable files, their positions among all files, and the others with their reasons."""
+def decode_all(
+    images: Sequence[K], read: Callable[[K], Pixels | str], name: Callable[[K], str]
+) -> tuple[Pixels, list[int], list[tuple[K, str]]]:
+    """Pixels (n, C, H, W) of the readable images, their positions among all, and the others with their reasons.
+
+    images: files or numbers; read: what gives an image's pixels, or why there are none; name: for messages.
+    """
     canvas: Pixels | None = None
     kept: list[int] = []
-    failures: list[tuple[Path, str]] = []
+    failures: list[tuple[K, str]] = []
     grey = True
-    batches = (files[start : start + _BATCH] for start in range(0, len(files), _BATCH))
-    results = chain.from_iterable(read_ahead(partial(decode_or_reason, image_size=image_size, stacks=stacks), batches))
-    bar = tqdm(results, "reading images", len(files), disable=len(files) <= _FILES_WORTH_A_BAR)
-    for position, result in enumerate(bar):
+    results = chain.from_iterable(read_ahead(read, batches_of(images)))
+    for position, result in enumerate(with_bar(results, "reading images", len(images))):
         if isinstance(result, str):
-            failures.append((files[position], result))
+            failures.append((images[position], result))
             continue
         if canvas is None:
             try:  # room for all as colour images, filled in place so that they never lie in memory twice
-                canvas = np.empty((len(files), 3, *result.shape[:2]), np.uint8)
+                canvas = np.empty((len(images), 3, *result.shape[:2]), np.uint8)
             except MemoryError as error:
                 raise DataError(
-                    f"{len(files)} images of {_size(result.shape)} pixels do not fit into memory: "
+                    f"{len(images)} images of {_size(result.shape)} pixels do not fit into memory: "
                     "set a smaller image_size"
                 ) from error
         if result.shape[:2] != canvas.shape[2:]:
             raise DataError(
-                f"'{files[position]}' has {_size(result.shape)} pixels but '{files[kept[0]]}' has "
+                f"'{name(images[position])}' has {_size(result.shape)} pixels but '{name(images[kept[0]])}' has "
                 f"{_size(canvas.shape[2:])}: set image_size to bring all images to one size"
             )
         grey = grey and result.ndim == 2
@@ -220,6 +236,16 @@ def _decode_all(
         return np.empty((0, 3, 0, 0), np.uint8), kept, failures
     pixels = canvas[: len(kept)]
     return (np.ascontiguousarray(pixels[:, :1]) if grey else pixels), kept, failures
+
+
+def batches_of(images: Sequence[K]) -> Iterator[Sequence[K]]:
+    """Some hundreds at a time, in order, for `read_ahead`."""
+    return (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+
+
+def with_bar(results: Iterable[T], what: str, count: int) -> Iterable[T]:
+    """The results, with a progress bar where there are many."""
+    return tqdm(results, what, count, disable=count <= _FILES_WORTH_A_BAR)
 
 
 def read_ahead(read: Callable[[K], T], batches: Iterable[Sequence[K]]) -> Iterator[list[T]]:
@@ -247,6 +273,11 @@ def decode_or_reason(path: Path | io.BytesIO, image_size: int, stacks: list[Path
         return decode(path, image_size, stacks)
     except Exception as error:  # what Pillow raises differs by format and by where the damage lies
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def without_address(reason: str) -> str:
+    """Why an image's content is none, without the address that it had in memory."""
+    return _NO_FILE.sub("what lies there", reason)
 
 
 def report_unreadable(failures: list[tuple[str, str]], place: str, count: int, skip: bool) -> None:

@@ -17,8 +17,12 @@ from fewstep.data.generated import FOLDER, DrawSettings, load_set, read_set
 from fewstep.data.idx import load_idx
 from fewstep.data.labels import held_out, split
 from fewstep.data.latents.shards import load_latents
+from fewstep.data.listing import kept_listing
 from fewstep.data.npz import Layout, load_npz
-from fewstep.data.on_disk import load_files
+from fewstep.data.on_disk import load_on_disk
+from fewstep.data.pictures import FolderPictures, Pictures, RowPictures, ShardPictures, load_pictures
+from fewstep.data.rows import Columns, read_rows
+from fewstep.data.tars import read_shards
 from fewstep.data.toys import load_mixture
 from fewstep.utils.errors import ConfigError, DataError, MissingExtraError
 from fewstep.utils.extras import installing
@@ -132,21 +136,73 @@ class ImagesSource(ImageSource):
     --runtime.workers."""
 
     def dataset(self, settings: "DataConfig") -> Dataset:
-        return load_on_disk(settings) if self.on_disk else super().dataset(settings)
+        if not self.on_disk:
+            return super().dataset(settings)
+        return _left_there(FolderPictures(kept_listing(settings.root)), settings)
 
     def load(self, settings: "DataConfig") -> Loaded:
         return load_folder(settings.root, settings.image_size, settings.skip_unreadable)
 
 
-def load_on_disk(settings: "DataConfig") -> Dataset:
-    """The images of a folder, left there: `load_files`."""
-    return load_files(
-        settings.root,
-        (settings.image_size, settings.channels),
-        (settings.heldout, settings.seed),
-        settings.labels,
-        settings.skip_unreadable,
-    )
+def _left_there(pictures: Pictures, settings: "DataConfig") -> Dataset:
+    """Pictures that stay where they lie."""
+    size, part = (settings.image_size, settings.channels), (settings.heldout, settings.seed)
+    name = source_path(settings.root).resolve().name
+    return load_on_disk(pictures, name, size, part, settings.labels, settings.skip_unreadable)
+
+
+def _taken_over(pictures: Pictures, settings: "DataConfig") -> Loaded:
+    """Pictures in memory."""
+    name = source_path(settings.root).resolve().name
+    return load_pictures(pictures, name, settings.image_size, settings.skip_unreadable)
+
+
+@final
+@dataclass(frozen=True)
+class HuggingFaceSource(ImageSource):
+    """A Hugging Face dataset: parquet, a folder that save_to_disk wrote, or OWNER/NAME as the cache has it."""
+
+    ignores: ClassVar[frozenset[str]] = frozenset({"value_range"})
+    split: str = "train"
+    """Its split; some of it is held out."""
+    image_column: str = ""
+    """The column of images; empty for the only one that has any."""
+    label_column: str = ""
+    """The column of classes, of numbers or of words; empty for label or labels where it has names of classes."""
+    on_disk: bool = False
+    """Leave the images in the dataset's files and decode them as they are needed; see --runtime.workers."""
+
+    def _pictures(self, settings: "DataConfig") -> Pictures:
+        if not settings.root:
+            raise DataError(
+                "source 'hugging-face' needs root: a parquet file, a folder of those or of save_to_disk, or OWNER/NAME"
+            )
+        columns, options = Columns(self.image_column, split=self.split), "--data.source."
+        return RowPictures(read_rows(source_path(settings.root), columns, options, True, self.label_column))
+
+    def dataset(self, settings: "DataConfig") -> Dataset:
+        return _left_there(self._pictures(settings), settings) if self.on_disk else super().dataset(settings)
+
+    def load(self, settings: "DataConfig") -> Loaded:
+        return _taken_over(self._pictures(settings), settings)
+
+
+@final
+@dataclass(frozen=True)
+class WebdatasetSource(ImageSource):
+    """Tar files as WebDataset writes them: a .tar, a folder of those, or a pattern such as train-{000..099}.tar."""
+
+    ignores: ClassVar[frozenset[str]] = frozenset({"value_range"})
+    on_disk: bool = False
+    """Leave the images in their tars and decode them as they are needed; see --runtime.workers."""
+
+    def dataset(self, settings: "DataConfig") -> Dataset:
+        if not self.on_disk:
+            return super().dataset(settings)
+        return _left_there(ShardPictures(read_shards(settings.root)), settings)
+
+    def load(self, settings: "DataConfig") -> Loaded:
+        return _taken_over(ShardPictures(read_shards(settings.root)), settings)
 
 
 @final
@@ -320,8 +376,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.root and not config.source.reads_root:
         raise ConfigError(
             f"the data source {kind_name(type(config.source))!r} is built in and reads nothing from {config.root!r}: "
-            "name the kind of data with --data.source (images, idx, npz, latents, demonstrations), or leave "
-            "--data.root out"
+            "name the kind of data with --data.source (images, hugging-face, webdataset, idx, npz, latents, "
+            "demonstrations), or leave --data.root out"
         )
     return config.source.dataset(config)
 

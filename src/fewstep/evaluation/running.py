@@ -12,7 +12,6 @@ from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, ImagesSource, load_dataset
 from fewstep.evaluation.actions import measure_actions, write_actions
 from fewstep.evaluation.align import perceptual_features, with_labels
-from fewstep.evaluation.cache import cache_folder
 from fewstep.evaluation.curve import curve_watcher
 from fewstep.evaluation.evaluate import build_evaluator, measure_real, measure_run
 from fewstep.evaluation.figures import Row, write_figures
@@ -23,6 +22,7 @@ from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Callback, Callbacks, RunFolder, TrainingResult, train_run
 from fewstep.training.settings import Runtime
 from fewstep.training.teacher_samples import run_data
+from fewstep.utils.cache import cache_folder
 from fewstep.utils.device import placed
 from fewstep.utils.text import counted
 

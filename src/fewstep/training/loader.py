@@ -1,11 +1,15 @@
 """Batches one after another, made between steps or ahead of them by processes of their own, to the same bits."""
 
 import itertools
+import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,6 +23,7 @@ from fewstep.utils.errors import DataError, FewstepError
 
 AHEAD = 2
 """Parts of batches that each process has ready."""
+_LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Loader:
 
     def _from(self, number: int) -> Iterator[HostPart | FewstepError]:
         pinned = self.device.type == "cuda"
+        own_child = (self.context or multiprocessing.get_start_method()) != "forkserver"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of more processes than cores, which may be meant
             loader = DataLoader(
@@ -99,7 +105,7 @@ class Loader:
                 pin_memory=pinned,
                 prefetch_factor=AHEAD,
                 multiprocessing_context=self.context,
-                worker_init_fn=deaf,
+                worker_init_fn=partial(serve, own_child=own_child),
                 generator=torch.Generator(),  # the run's own numbers are not touched
             )
             return iter(loader)
@@ -109,8 +115,21 @@ class Loader:
         self._coming, self._number = None, -1
 
 
-def deaf(worker: int) -> None:
-    """A process that reads data leaves signals to the training, which ends it when it ends itself."""
+def serve(worker: int, own_child: bool = True) -> None:
+    """A process that reads data leaves signals to the training, and ends with it, however that ends.
+
+    own_child: of the training itself, not of a server that forks for it.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    training = multiprocessing.parent_process()
+    parent = os.getppid() if training is None or not own_child else training.pid
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    """A killed training cannot end its processes, and one that waits to hand a batch over would wait for ever."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(1)

@@ -49,12 +49,12 @@ def local_copy(name: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=list(_DATA), ignore_patterns=list(_LEFT_OUT)))
 
 
-def cached_copy(name: str) -> Path | None:
-    """The folder of a model where it is here already, in a folder or in the Hub's cache; asks nobody."""
+def cached_copy(name: str, kind: str = "model") -> Path | None:
+    """The folder of a model or dataset where it is here already, in a folder or in the Hub's cache; asks nobody."""
     if not is_repository(name):
         return Path(name) if name and Path(name).exists() else None
     try:
-        return Path(snapshot_download(name.removeprefix(HUB), local_files_only=True))
+        return Path(snapshot_download(name.removeprefix(HUB), repo_type=kind, local_files_only=True))
     except (OSError, ValueError):
         return None
 

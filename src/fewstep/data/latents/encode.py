@@ -27,7 +27,6 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents.autoencoder_kinds import Units
 from fewstep.data.latents.autoencoders import Autoencoder, AutoencoderIdentity, load_autoencoder
 from fewstep.data.latents.moments import ChannelMoments
-from fewstep.data.latents.pictures import Pictures, find_pictures
 from fewstep.data.latents.prompts import EMPTY_FILE, CaptionEncoder, PromptRecord
 from fewstep.data.latents.shards import (
     HEADER,
@@ -41,6 +40,7 @@ from fewstep.data.latents.shards import (
     read_manifest,
 )
 from fewstep.data.latents.target import TeacherSettings
+from fewstep.data.pictures import Pictures, find_pictures
 from fewstep.data.rows import Columns
 from fewstep.teachers.text import TextSpec, prompt_bytes
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError
@@ -90,7 +90,7 @@ def encode_folder(
     target: TeacherSettings = FOR_NOBODY,
     columns: Columns = USUAL_COLUMNS,
 ) -> Manifest:
-    """Encode images (fewstep.data.latents.pictures) into `out`, or go on where it was stopped.
+    """Encode images (fewstep.data.pictures) into `out`, or go on where it was stopped.
 
     scale: the standard deviation that the latents' channels are given when they are read; it may be changed by encoding
     again, which keeps the shards. target: the teacher that reads them in its own units instead, and embeds their

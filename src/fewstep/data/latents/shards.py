@@ -279,6 +279,10 @@ class LatentShards:
                 found = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
                 raise DataError(f"'{file}' {found}: delete what is left of it and run the same fewstep encode again")
 
+    def __getstate__(self) -> dict[str, object]:
+        """A process that they are sent to maps the files itself."""
+        return {**vars(self), "_mapped": {}}
+
     def labels(self) -> Tensor | None:
         """The class of every image, (count,) int64; None without classes. Raises DataError where they do not fit."""
         if not self.manifest.class_names:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from fewstep.data.latents.pictures import Pictures
 from fewstep.data.latents.prompts import CaptionEncoder
+from fewstep.data.pictures import Pictures
 from fewstep.teachers.text import has_text_encoders, load_text_encoders
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.hub import local_copy

@@ -1,6 +1,6 @@
 """What a user's data are, seen without reading all of them: how many, how large, how many classes, which options."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def _folder(data: str, path: Path) -> Look:
     return Look(listing.root.name, "images", len(listing.files), shape, len(listing.class_names), words)
 
 
-def _headers(files: tuple[Path, ...]) -> Iterator[tuple[int, int, bool]]:
+def _headers(files: Sequence[Path]) -> Iterator[tuple[int, int, bool]]:
     """(width, height, whether grey) of some of the files, evenly spaced; unreadable ones are passed over."""
     for number in range(min(_LOOKED_AT, len(files))):
         try:
