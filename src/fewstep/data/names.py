@@ -49,6 +49,10 @@ class Files(Sequence[Path]):
     def __len__(self) -> int:
         return len(self.names)
 
+    def paths(self) -> list[str]:
+        """All of them, as strings."""
+        return [os.path.join(self.root, name) for name in self.names.all()]
+
     @overload
     def __getitem__(self, number: int) -> Path: ...
     @overload

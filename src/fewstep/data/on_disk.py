@@ -150,7 +150,9 @@ def load_on_disk(
         named = [(pictures.name(number), why) for number, why in failures.items()]
         report_unreadable(named, pictures.place, len(pictures), skip_unreadable)
         left_out.append(f"{len(failures)} unreadable")
-    kept = torch.tensor([number for number in range(len(pictures)) if number not in failures])
+    readable = torch.ones(len(pictures), dtype=torch.bool)
+    readable[list(failures)] = False
+    kept = readable.nonzero()[:, 0]
     found = None if pictures.labels is None else torch.tensor(pictures.labels)[kept]
     names, (labels,) = present_classes(pictures.place, pictures.class_names, [found])
     held = held_out(len(kept), labels, heldout, seed)

@@ -28,6 +28,7 @@ from fewstep.data.folder import (
     without_address,
 )
 from fewstep.data.labels import present_classes
+from fewstep.data.names import Files
 from fewstep.data.rows import Columns, ImageRows, holds_rows, read_rows
 from fewstep.data.tars import Shards, holds_tars, read_shards
 from fewstep.utils.errors import ConfigError
@@ -88,6 +89,18 @@ class Pictures(ABC):
         that cannot be meant."""
 
 
+def _states(files: list[str]) -> torch.Tensor:
+    """Sizes and times (n, 2) int64 of files; -1 of one that is gone, whose decoding will say so."""
+    found = []
+    for file in files:
+        try:
+            state = os.stat(file)
+            found.append((state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append((-1, -1))
+    return torch.tensor(found, dtype=torch.int64)
+
+
 def digest_of(*values: object) -> str:
     """Thirty-two hex digits of what is said of files."""
     digest = hashlib.blake2b(digest_size=16)
@@ -135,20 +148,11 @@ class FolderPictures(Pictures):
         return grey_or_reason(self.listing.files[number])
 
     def identity(self) -> str:
-        parts = [range(first, min(first + _AT_ONCE, len(self))) for first in range(0, len(self), _AT_ONCE)]
-        states = chain.from_iterable(chain.from_iterable(read_ahead(self._states, batches_of(parts))))
-        return digest_of(self.listing.root, *map(repr, states))
-
-    def _states(self, numbers: range) -> list[tuple[str, int, int]]:
-        """Name, size and time of files; of one that is gone, whose decoding will say so, its name."""
-        found = []
-        for file in self.listing.files[numbers.start : numbers.stop]:
-            try:
-                state = os.stat(file)
-                found.append((str(file), state.st_size, state.st_mtime_ns))
-            except OSError:
-                found.append((str(file), -1, -1))
-        return found
+        files = self.listing.files
+        names = files.paths() if isinstance(files, Files) else [str(file) for file in files]
+        parts = [names[first : first + _AT_ONCE] for first in range(0, len(names), _AT_ONCE)]
+        states = chain.from_iterable(read_ahead(_states, batches_of(parts)))
+        return digest_of(*names, *states)
 
     def captions(self, file: Path | None) -> tuple[str, ...]:
         return read_captions(self.listing, file)
