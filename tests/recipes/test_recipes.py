@@ -16,9 +16,11 @@ from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrat
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.paths import EDM, VP
 from fewstep.flow.preconditioning.base import PreconditioningConfig
+from fewstep.flow.preconditioning.covariance import CosineVariances
 from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.jumps import CMPreconditioning, CMPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, IdentityScalingConfig
+from fewstep.flow.preconditioning.regression import Measured
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import TeacherNetworkConfig
 from fewstep.networks.dit import DiTConfig
@@ -63,6 +65,14 @@ def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
     return TrajectoryStatistics.closed_form(noise_grid(EDM(), 4), none, none, mean, 1.0)
 
 
+def white(shape: tuple[int, ...]) -> Measured | None:
+    """A covariance of one: what a skip of images needs to be built."""
+    if len(shape) != 3:
+        return None
+    mean = torch.zeros(shape, dtype=torch.float64)
+    return Measured(CosineVariances(mean, torch.eye(shape[0], dtype=torch.float64), torch.ones_like(mean)))
+
+
 @pytest.fixture(scope="session")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of diffusers, for recipes whose parts are their teacher's."""
@@ -77,7 +87,8 @@ def test_every_recipe_builds_its_flow_map(name: str, foreign: Path) -> None:
     assert config.recipe == name
     shape, classes = shape_and_classes(config)
     teacher = load_diffusers(foreign).config
-    settings = flow_map_config(config, shape, 1.0, classes, euler_statistics(shape), teacher=teacher)
+    found = {"statistics": euler_statistics(shape), "measured": white(shape)}
+    settings = flow_map_config(config, shape, 1.0, classes, teacher=teacher, **found)
     with torch.device("meta"):  # shapes without the memory of 700 million weights
         flow_map = settings.build()
     assert (flow_map.sample_shape, flow_map.num_classes) == (shape, classes)
