@@ -1,20 +1,26 @@
 """What the training engine's parts cost: rows {measure, setting, value, unit, beside}, each beside what it replaces."""
 
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
+import torch
 from tyro.conf import Positional
 
 import benchmarks.harness as h
 from benchmarks import crashes as crashing
 from benchmarks.engine import attention as attention_memory
+from benchmarks.engine import checkpointing as recomputed
 from benchmarks.engine import compiling as compiled
+from benchmarks.engine import gpu as one_gpu
 from benchmarks.engine import listing as many_files
 from benchmarks.engine import loader as batches
 from benchmarks.engine import overhead as added
 from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
+from fewstep.utils.errors import ConfigError
 
-FILE = h.RESULTS / "engine.json"
+FILE, GPU = h.RESULTS / "engine.json", h.RESULTS / "gpu.json"
 
 
 def tables() -> dict[str, str]:
@@ -35,6 +41,13 @@ def attention(lengths: Annotated[tuple[int, ...], Positional] = (256, 1024, 2048
         for row in attention_memory.rows(length):
             h.put(FILE, [row], "measure", "setting")
             h.show([row])
+
+
+def checkpointing(rounds: int = 5) -> None:
+    """Peak memory and time of a step whose blocks keep no activations, over one that keeps them."""
+    for row in recomputed.rows(rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
 
 
 def compile(networks: h.Words = ("MLP",), rounds: int = 20) -> None:
@@ -61,6 +74,23 @@ def listing(count: int = 200_000, rounds: int = 3) -> None:
     for row in many_files.rows(count, rounds):
         h.put(FILE, [row], "measure", "setting")
         h.show([row])
+
+
+def gpu(dry: bool = False, out: Path | None = None) -> None:
+    """Ten minutes on one GPU of 80 GiB or more: its tests, steps, attention, samplers.
+
+    DRY runs the same on the CPU, small, into OUT, or else a temporary file: its figures say nothing.
+    """
+    scale = one_gpu.DRY if dry else one_gpu.FULL
+    if not dry and not torch.cuda.is_available():
+        raise ConfigError("there is no GPU here: python -m benchmarks.engine gpu --dry runs the same on the CPU")
+    file = out or (Path(tempfile.mkdtemp()) / "gpu.json" if dry else GPU)
+    found: list[h.Row] = []
+    for row in one_gpu.rows(scale):
+        found.append(row)
+        h.write(file, found)
+        h.show([row])
+    print(f"{len(found)} rows in {file}")
 
 
 def loader(rounds: int = 3) -> None:
@@ -92,13 +122,5 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    STUDY.main(
-        attention=attention,
-        compile=compile,
-        crashes=crashes,
-        listing=listing,
-        loader=loader,
-        overhead=overhead,
-        questions=questions,
-        sharding=sharding,
-    )
+    commands = (attention, checkpointing, compile, crashes, gpu, listing, loader, overhead, questions, sharding)
+    STUDY.main(**{each.__name__: each for each in commands})

@@ -28,9 +28,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
-def step(form: Form, kind: str, length: int) -> None:
+def step(form: Form, kind: str, length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Forward, with a tangent or not, and backward."""
-    inputs = tuple(torch.randn(1, HEADS, length, WIDTH, requires_grad=True) for _ in range(3))
+    shape = 1, HEADS, length, WIDTH
+    inputs = tuple(torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     if kind == "no tangent":
         form(*inputs).sum().backward()
         return

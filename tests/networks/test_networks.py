@@ -250,7 +250,8 @@ def test_a_derivative_that_nothing_passes_back_through_records_less(name: str) -
 
     (less, alone, gradients), (more, other, expected) = recorded(False), recorded(True)
     assert less < 0.9 * more
-    torch.testing.assert_close((alone, gradients), (other, expected), rtol=0, atol=0)
+    near = 1e-12 if name == "dit-checkpoint" else 0.0  # which computes its blocks once more with the tangent
+    torch.testing.assert_close((alone, gradients), (other, expected), rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "dit-checkpoint"])

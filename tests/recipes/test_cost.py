@@ -14,7 +14,8 @@ from fewstep.networks.layers import carries_tangent
 from fewstep.networks.mlp import MLPConfig
 from fewstep.objectives import CTM, ISD, Batch, Companions, DiagonalMatching, MeanFlow, TeacherSteps
 from fewstep.recipes import AT_SCALE, RECIPES, TEACHERS_AT_SCALE, recipe
-from fewstep.recipes.cost import Cost, Peak, cost_lines, count, student_cost, training_cost
+from fewstep.recipes.cost import Cost, cost_lines, count, student_cost, training_cost
+from fewstep.recipes.peaks import PEAKS, Peak, peak_of
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind_name
 from fewstep.utils.random import Draws
@@ -131,3 +132,29 @@ def test_students_of_known_teachers_have_a_cost() -> None:
         assert cost.images == recipe(name).training.images
     assert sizes["distil-edm"] == pytest.approx(55.7, rel=0.02)
     assert 860 < sizes["distil-sd-lora"] < 860 * 1.06
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10", "A10"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA B200", "B200"),
+    ],
+)  # fmt: skip
+def test_devices_are_known_by_their_names(device: str, name: str) -> None:
+    assert peak_of(device) is PEAKS[name]
+
+
+@pytest.mark.parametrize("device", ["CPU", "NVIDIA L400", "NVIDIA GeForce GTX 1080", ""])
+def test_others_are_not(device: str) -> None:
+    assert peak_of(device) is None
+
+
+def test_each_peak_orders_its_types() -> None:
+    for name, peak in PEAKS.items():
+        assert peak.bf16 > peak.tf32 >= peak.float32, name
+    mixed = PEAKS["H100"].seconds(989e12, 67e12)
+    assert mixed == pytest.approx(2.0)
+    assert PEAKS["H100"].seconds(0, 494e12, tf32=True) == pytest.approx(1.0)
+    assert Peak(2.0, 1.0).seconds(0, 3.0, tf32=True) == 3.0

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fewstep.data.base import Dataset
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training import Callback, Callbacks, Moment, RunFolder, Start, TrainingResult, train_run
 from fewstep.training.clock import Clock
+from fewstep.training.flops import StepCost
 from fewstep.training.log import progress_bar, show_progress
 from fewstep.utils.errors import FewstepWarning
 from tests.support.tiny import RUNTIME, TINY, assert_same_run
@@ -101,11 +103,11 @@ def test_the_clock_foretells_the_end_of_this_start() -> None:
 def test_a_slow_bar_is_drawn_by_time(capsys: pytest.CaptureFixture[str]) -> None:
     """Every step is shown once the interval has passed, however few there are; nothing stays at 0 %."""
     clock = Clock(replace(TINY.training, images=32_000))
-    with progress_bar(clock, "slow", hidden=False) as bar:
+    with progress_bar(clock, "slow", False, "image") as bar:
         for step in range(1, 4):
             bar.last_print_t -= 1.0  # a second ago
             clock.step, clock.seconds = step, 1.0 * step
-            show_progress(bar, clock, math.nan, 0.0)
+            show_progress(bar, clock, math.nan, 0.0, StepCost(torch.device("cpu")))
     shown = capsys.readouterr().err
     assert all(f"{percent}%" in shown for percent in ("0.1", "0.2", "0.3"))
     assert "96 images, 32 images/s" in shown

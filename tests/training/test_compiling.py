@@ -131,7 +131,10 @@ class AskingConfig(MLPConfig):
     ("network", "said"),
     [
         (AskingConfig(width=8, depth=1, embedding_width=8), r"Asking with DiagonalMatching cannot be compiled \(.+\)"),
-        (DiTConfig(width=16, depth=1, heads=2, patch=4, checkpoint=True), "DiT cannot be compiled"),
+        (
+            DiTConfig(width=16, depth=1, heads=2, patch=4, checkpoint=True),
+            "DiT without its activations cannot be compiled",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(

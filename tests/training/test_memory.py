@@ -11,28 +11,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.base import Network, NetworkConfig
 from fewstep.networks.condition import Condition
-from fewstep.networks.mlp import MLPConfig
+from fewstep.networks.dit import DiTConfig
 from fewstep.objectives import CTM, ISD
 from fewstep.recipes import recipe
 from fewstep.recipes.config import OptimizerConfig
 from fewstep.teachers.diffusers import load_diffusers
 from fewstep.teachers.edm import load_edm
+from fewstep.training import RunFolder
+from fewstep.training.loop import Trainer
 from fewstep.training.memory import memory_words, peak_memory
 from fewstep.training.optimizers import Optimizers
+from fewstep.training.settings import Callbacks
 from fewstep.training.setup import checkpoint_blocks
 from fewstep.training.teacher import SlowAverage
 from fewstep.utils.errors import ConfigError, MissingExtraError
 from tests.support import edm_files
-from tests.support.foreign import TINY, save_foreign
+from tests.support.foreign import TINY as TINY_FOREIGN
+from tests.support.foreign import save_foreign
+from tests.support.objectives import made
+from tests.support.tiny import RUNTIME, TINY
 
 
 def read(kind: str, folder: Path) -> tuple[FlowMap, Condition]:
-    if kind in TINY:
+    if kind in TINY_FOREIGN:
         pytest.importorskip("diffusers")
         save_foreign(folder, kind)
-        return load_diffusers(folder, TINY[kind].shape), TINY[kind].condition(4)
+        return load_diffusers(folder, TINY_FOREIGN[kind].shape), TINY_FOREIGN[kind].condition(4)
     edm_files.save_edm(folder / "n.pkl", kind)
     return load_edm(folder / "n.pkl"), Condition(torch.tensor([0, 1, 2, 0]))
 
@@ -81,15 +89,39 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_and_keep_less(kind
         assert less < 0.8 * whole
 
 
+class Own(Network):
+    """Of the user's, without blocks."""
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
+        return x
+
+
 def test_exact_derivatives_and_other_networks_are_refused_by_name(tmp_path: Path) -> None:
     flow_map, _ = read("ddpmpp", tmp_path)
     config = recipe("distil-diffusers")
     with pytest.raises(ConfigError, match="ISD takes its exact derivative"):
         checkpoint_blocks(replace(config, objective=ISD()), flow_map)
     checkpoint_blocks(replace(config, objective=CTM()), flow_map)
-    flow_map.network = MLPConfig().build((1, 8, 8), 0, guided=False)
-    with pytest.raises(ConfigError, match="MLP keeps its activations"):
+    flow_map.network = Own((1, 8, 8), 0, guided=False)
+    with pytest.raises(ConfigError, match="Own keeps its activations"):
         checkpoint_blocks(replace(config, objective=CTM()), flow_map)
+
+
+@pytest.mark.parametrize("kind", ["exact", "finite-difference"])
+@pytest.mark.parametrize("network", [TINY.network, DiTConfig(width=16, depth=2, heads=2, patch=2)])
+def test_a_run_without_activations_learns_the_same(
+    network: NetworkConfig, kind: str, digits: Dataset, tmp_path: Path
+) -> None:
+    config = replace(TINY, network=network, objective=made(ISD, kind=kind, flow_matching_ratio=0.5))
+    weights = []
+    for spared in (False, True):
+        runtime = replace(RUNTIME, gradient_checkpointing=spared)
+        with Trainer(config, digits, RunFolder(tmp_path / str(spared)), runtime, Callbacks()) as trainer:
+            for _ in range(3):
+                trainer.take_step()
+            weights.append([value.detach().clone() for value in trainer.learner.flow_map.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 def test_the_peak_is_of_what_was_taken() -> None:

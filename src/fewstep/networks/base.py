@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import ConditionEmbedding, LinearLayer, zeroed
+from fewstep.networks.recompute import recomputed
 from fewstep.utils.errors import ConfigError, MissingExtraError
 from fewstep.utils.parts import is_own
 from fewstep.utils.serialization import later
@@ -122,8 +123,11 @@ class Network(nn.Module, ABC):
 
         Raises ConfigError for a network that cannot.
         """
-        kinds = "networks of diffusers, EDM and EDM2"
+        kinds = "networks of fewstep, diffusers, EDM and EDM2"
         raise ConfigError(f"{type(self).__name__} keeps its activations: gradient checkpointing is for {kinds}")
+
+    recomputes_tangents: bool = False
+    """Whether what `checkpoint_blocks` does holds for passes with forward-mode tangents too."""
 
     def elsewhere(self) -> Collection[str]:
         """Names of tensors that files leave out, because the base of adapters holds them."""
@@ -163,6 +167,19 @@ class EmbeddingNetwork(Network):
     output: nn.Linear | nn.Conv1d | nn.Conv2d
     seen: nn.Module
     gate: LinearLayer
+    recomputes_tangents = True
+    recomputes: bool = False
+    """Whether its blocks keep no activations."""
+
+    def checkpoint_blocks(self) -> None:
+        self.recomputes, self.compiles = True, False
+
+    def apply_block(self, block: nn.Module, *args: Any, draws: bool = False) -> Tensor:
+        """block(*args), a tensor, without activations that are kept where that is asked for; draws: at random."""
+        if self.recomputes and torch.is_grad_enabled():
+            return recomputed(block, *args, draws=draws)
+        found: Tensor = block(*args)
+        return found
 
     def see_skip(self, layer: nn.Module, width: int) -> None:
         """Build what takes `Condition.seen`: a layer beside the first, and a gate on the output, both zero at first.

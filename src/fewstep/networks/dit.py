@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.networks.attention import attention
 from fewstep.networks.base import EmbeddingNetwork, NetworkConfig, Shape
@@ -16,7 +15,6 @@ from fewstep.networks.layers import (
     LinearLayer,
     RMSNorm,
     RotaryEmbedding2d,
-    carries_tangent,
     check_inputs,
     silu,
     zeroed,
@@ -30,11 +28,7 @@ _PUBLISHED = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": 
 
 @dataclass(frozen=True)
 class DiTConfig(NetworkConfig):
-    """Settings of DiT.
-
-    With `checkpoint` a pass with forward-mode tangents keeps its activations all the same: they are gone when the
-    recomputation would need them.
-    """
+    """Settings of DiT."""
 
     width: int = 384
     """Width of a token, a multiple of 4 times `heads`."""
@@ -86,7 +80,7 @@ class DiT(EmbeddingNetwork):
         channels, height, width = self.shape
         self.patch = config.patch
         self.grid = (height // config.patch, width // config.patch)
-        self.checkpoint = config.checkpoint
+        self.recomputes = config.checkpoint
         self.compiles = not config.checkpoint
         size = channels * config.patch**2
         self.embedding = ConditionEmbedding(config.width, num_classes, guided, config.max_frequency, observation)
@@ -105,11 +99,7 @@ class DiT(EmbeddingNetwork):
         embedding = silu(self.embedding(t, s, cond))
         h = self.with_seen(self.input(self._to_tokens(x)) + self.position, cond, self._to_tokens)
         for block in self.blocks:
-            if self.checkpoint and torch.is_grad_enabled() and not carries_tangent(h, embedding):
-                # Nothing random happens in a block, so there is no generator state to keep.
-                h = checkpoint(block, h, embedding, self.rotary, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h, embedding, self.rotary)
+            h = self.apply_block(block, h, embedding, self.rotary)
         scale, shift = self.modulation(embedding)[:, None].chunk(2, -1)
         return self.gated(self._to_image(self.output(self.norm(h) * (1 + scale) + shift)), embedding, cond)
 

@@ -66,7 +66,7 @@ class MLP(EmbeddingNetwork):
         h = self.input(torch.cat([x.reshape(x.shape[0], -1), *self._seen(x, cond)], 1))
         h = self.with_seen(h, cond, lambda seen: seen.flatten(1))
         for block, scale, shift in zip(self.blocks, scales, shifts, strict=True):
-            h = block(h, scale, shift)
+            h = self.apply_block(block, h, scale, shift)
         out: Tensor = self.output(layer_norm(h))
         return self.gated(out.reshape(x.shape), embedding, cond)
 

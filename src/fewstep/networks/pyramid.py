@@ -27,13 +27,17 @@ class Pyramid(EmbeddingNetwork):
     up: nn.ModuleList
     norm: GroupNorm
 
+    def residual(self, block: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        """block(h, embedding), as `apply_block` does."""
+        return self.apply_block(block, h, embedding, draws=self.training and getattr(block, "dropout", 0.0) > 0)
+
     def descend(self, h: Tensor, embedding: Tensor, halve: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
         """(h, skips) after the stages down; halve(h, 2) pools over pairs of positions."""
         skips: list[Tensor] = []
         for level, stage in enumerate(self.down):
             h = halve(h, 2) if level else h
             for block in stage.children():
-                h = block(h, embedding)
+                h = self.residual(block, h, embedding)
                 skips.append(h)
         return h, skips
 
@@ -42,7 +46,7 @@ class Pyramid(EmbeddingNetwork):
         for level, stage in enumerate(self.up):
             h = functional.interpolate(h, scale_factor=2.0, mode="nearest") if level else h
             for block in stage.children():
-                h = block(torch.cat([h, skips.pop() * 0.5**0.5], 1), embedding)
+                h = self.residual(block, torch.cat([h, skips.pop() * 0.5**0.5], 1), embedding)
         return silu(self.norm(h))
 
 

@@ -80,7 +80,7 @@ class UNet(Pyramid):
         h = self.with_seen(h, cond, lambda seen: functional.pixel_unshuffle(seen, self.patch))
         h, skips = self.descend(h, embedding, functional.avg_pool2d)
         for block in self.middle:
-            h = block(h, embedding)
+            h = self.residual(block, h, embedding)
         out = functional.pixel_shuffle(self.output(self.climb(h, embedding, skips)), self.patch)
         return self.gated(out, embedding, cond)
 

@@ -73,7 +73,7 @@ class UNet1d(Pyramid):
         h = self.input(x.transpose(1, 2))
         h = self.with_seen(h, cond, lambda seen: seen.transpose(1, 2))
         h, skips = self.descend(h, embedding, functional.avg_pool1d)
-        out: Tensor = self.output(self.climb(self.middle(h, embedding), embedding, skips))
+        out: Tensor = self.output(self.climb(self.residual(self.middle, h, embedding), embedding, skips))
         return self.gated(out.transpose(1, 2), embedding, cond)
 
 

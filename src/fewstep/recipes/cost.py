@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.networks.base import NetworkConfig
 from fewstep.networks.condition import Condition, Prompts
 from fewstep.recipes.config import RunConfig
+from fewstep.recipes.peaks import PEAKS, Peak
 
 _TOKENS = 77
 """Of a prompt."""
@@ -18,16 +19,8 @@ UTILISATION = 0.4
 """Assumed share of a device's peak that training reaches."""
 
 
-@dataclass(frozen=True)
-class Peak:
-    """FLOP/s of dense matrix products, as the vendor states them: in bf16, and in float32 without rounding to TF32."""
-
-    bf16: float
-    float32: float
-
-
-PEAKS = {"H100": Peak(989e12, 67e12), "A100": Peak(312e12, 19.5e12)}
-"""Of the SXM modules."""
+DEVICES = ("H100", "A100")
+"""That hours are stated for."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +42,7 @@ class Cost:
 
     def hours(self, peak: Peak, utilisation: float = UTILISATION) -> float:
         """Of one device with that peak."""
-        seconds = (self.passes - self.wide) / peak.bf16 + self.wide / peak.float32
+        seconds = peak.seconds(self.passes - self.wide, self.wide)
         return self.images * self.forward * seconds / utilisation / 3600
 
 
@@ -80,7 +73,7 @@ def count(network: NetworkConfig, shape: tuple[int, ...], num_classes: int, guid
 
 def cost_lines(cost: Cost) -> list[str]:
     """The cost in words, with its assumption."""
-    hours = " or ".join(f"{cost.hours(peak):,.0f} {device}-hours" for device, peak in PEAKS.items())
+    hours = " or ".join(f"{cost.hours(PEAKS[device]):,.0f} {device}-hours" for device in DEVICES)
     return [
         f"Computed cost: {cost.parameters / 1e6:,.0f} M parameters, {cost.forward / 1e9:,.1f} GFLOP an evaluation, "
         f"{cost.passes:g} forward passes a sample, {cost.wide:g} of them in float32, {cost.images / 1e6:,.1f} M "

@@ -23,6 +23,7 @@ from fewstep.networks.base import LoRA, Network, NetworkConfig, fit_stored, stor
 from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
 from fewstep.teachers.lora import adapters_of, merged
 from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.recompute import first_and_anew
 from fewstep.utils.serialization import differences, later
 from fewstep.utils.tensors import constant
 from fewstep.utils.weights import digest, fit_weights, save_weights
@@ -154,7 +155,7 @@ class TwoTimes(nn.Module):
             finally:
                 self.shared.value = before
 
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=first_and_anew)
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the second time, and of guidance."""

@@ -103,7 +103,8 @@ def compile_steps(step: TrainStep, try_step: Callable[[int], None], hidden: bool
 def check_compiling(network: torch.nn.Module, device: torch.device) -> None:
     """Raise ConfigError where a network, or this machine, compiles nothing."""
     if not (isinstance(network, Network) and network.compiles):
-        raise ConfigError(f"{_OPTION}: {type(network).__name__} cannot be compiled: leave it out")
+        anew = " without its activations" if getattr(network, "recomputes", False) else ""
+        raise ConfigError(f"{_OPTION}: {type(network).__name__}{anew} cannot be compiled: leave it out")
     if device.type == "cuda" and find_spec("triton") is None:
         raise ConfigError(f"{_OPTION} needs Triton on a GPU: pip install triton, or leave it out")
     if device.type == "cpu":

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from fewstep.training.checkpoint import is_sound
 from fewstep.training.clock import Clock
+from fewstep.training.flops import StepCost, flops_words
 from fewstep.training.gradient_stats import Recent
+from fewstep.training.memory import peak_memory
 from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import TrainingDivergedError
 from fewstep.utils.text import printable, quoted
@@ -33,14 +35,20 @@ def progress_bar(clock: Clock, name: str, hidden: bool, unit: str) -> "tqdm[Any]
     )  # fmt: skip
 
 
-def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float, waiting: float) -> None:
+def show_progress(bar: "tqdm[Any]", clock: Clock, loss: float, waiting: float, cost: StepCost) -> None:
     """loss: of the last line of the log; NaN before there is one. waiting: the share of time in wait for data."""
     if bar.disable:
         return
     bar.n = min(clock.progress, 1.0) * (bar.total or 0)
-    speed = f"{clock.images:,} {bar.unit}s, {clock.rate:,.0f} {bar.unit}s/s"
-    speed += f", {waiting:.0%} in wait for data" if waiting >= NOTICED else ""
-    bar.set_postfix_str(speed + ("" if math.isnan(loss) else f", loss {loss:.4f}"), refresh=False)
+    memory = peak_memory(cost.device)
+    parts = (
+        f"{clock.images:,} {bar.unit}s, {clock.rate:,.0f} {bar.unit}s/s",
+        f"{waiting:.0%} in wait for data" if waiting >= NOTICED else "",
+        "" if math.isnan(loss) else f"loss {loss:.4f}",
+        flops_words(cost.at(clock.rate / clock.settings.batch_size)),
+        f"{memory / 1024:.1f} GiB" if memory else "",
+    )
+    bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
     bar.update(0)
 
 

@@ -25,6 +25,7 @@ from fewstep.training.checkpoint import STATE_FILE, mark_shown
 from fewstep.training.claim import begin, hold
 from fewstep.training.clock import Clock
 from fewstep.training.compiling import check_compiling, compile_steps
+from fewstep.training.flops import StepCost
 from fewstep.training.gan import GAN
 from fewstep.training.gradient_stats import term_norms
 from fewstep.training.learner import Learner
@@ -37,7 +38,7 @@ from fewstep.training.peers import Peers
 from fewstep.training.probe import differentiable
 from fewstep.training.profiling import PROFILE, StepProfile
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.settings import Callbacks, Runtime, Watcher
+from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.setup import build, check_checkpoint, check_context, check_run, checkpoint_blocks, data_record
 from fewstep.training.statistics import first_statistics
 from fewstep.training.step import Gradients, TrainStep, seed_layers
@@ -86,6 +87,7 @@ class Trainer:
         )
         self.group = ProcessGroup.of(self.accelerator)
         self.agreement = Agreement(self.group.count)
+        self.cost = StepCost(self.accelerator.device, 1e12 * runtime.peak_tflops)
         self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
@@ -163,9 +165,11 @@ class Trainer:
         with self.held.gathered():
             for part in range(self.accumulation):
                 first = int(self.accelerator.process_index) * self.share + part * self.micro
-                with self.held.accumulating(self.module, part == self.accumulation - 1):
+                last = part == self.accumulation - 1
+                with self.held.accumulating(self.module, last), self.cost.counting():
                     self.accelerator.backward(self.module(self.batch(first, self.micro, step), self.companions())[0])
         self.learner.optimizers.zero_grad()
+        self.cost.counted()
 
     def __enter__(self) -> Self:
         return self
@@ -236,7 +240,9 @@ class Trainer:
                 self.take_step()
                 spent = self.clock.seconds + time.perf_counter() - start
                 self.clock.seconds = self.agreement.first(spent) if settings.seconds else spent  # all stop alike
-                show_progress(bar, self.clock, self.window.last_loss, self.loader.waited / self.window.seconds)
+                show_progress(
+                    bar, self.clock, self.window.last_loss, self.loader.waited / self.window.seconds, self.cost
+                )
                 profiled.step()
                 moment = self.clock.moment(self.window.latest)
                 self.tell(lambda each, moment=moment: each.step(moment))  # type: ignore[misc]
@@ -307,16 +313,19 @@ class Trainer:
             batch = self.loader.batch(self.clock.step, part)
             last = part == self.accumulation - 1
             with self.held.accumulating(self.module, last):
-                loss, terms, times, logs, generated = self.module(batch, companions)
+                with self.cost.counting():
+                    loss, terms, times, logs, generated = self.module(batch, companions)
                 if part == 0 and self.clock.ends_line:
                     self.window.term_norms = term_norms(terms, list(self.learner.flow_map.network.parameters()))
-                self.accelerator.backward(loss / self.accumulation)
+                with self.cost.counting():
+                    self.accelerator.backward(loss / self.accumulation)
             gan = self.learner.gan
             if gan is not None and companions.discriminator is not None and generated is not None:
                 logs["discriminator"] = gan.learn(found.discriminator, batch.x0, *generated)
             found.loss = found.loss + loss.detach() / self.accumulation
             found.times.append(times)
             self.window.add_terms(logs)
+        self.cost.counted()
         return found
 
     def batch(self, first: int, count: int, step: int | None = None) -> Batch:
@@ -331,6 +340,7 @@ class Trainer:
             return
         waited = round(self.loader.wait_of(self.window.seconds), 3)
         record = self.window.flush(self.config.training.batch_size, self.clock) | {"data_wait": waited}
+        record |= self.cost.at(record["images_per_second"] / self.config.training.batch_size)
         record["peak_memory_mib"] = round(peak_memory(self.accelerator.device), 1)
         record |= {"compiled": True} if self.runtime.compile else {}
         if self.accelerator.is_main_process:
@@ -358,7 +368,7 @@ class Trainer:
             self.learner.check_finite()
         except CheckpointError as error:
             raise TrainingDivergedError(f"after step {self.clock.step}, {error}; {last_good(self.run)}") from error
-        pending = bool(self.watchers())
+        pending = bool(self.callbacks.due(self.clock.due, self.config))
         state: dict[str, JSON] = {**self.clock.seen, "pending": pending, "derivative": self.derivative}
         main = self.accelerator.is_main_process
         self.learner.save(self.run.checkpoint(self.clock.step), state, main)
@@ -367,19 +377,11 @@ class Trainer:
         self.saved = time.monotonic()
         self.tell(lambda each: each.checkpoint(self.run.checkpoint(self.clock.step), self.clock.step))
 
-    def watchers(self) -> list[Watcher]:
-        """Those that are due after the last step."""
-        callbacks, sampling = self.callbacks, [each.sample for each in self.callbacks.also if each.samples]
-        grids = [*([callbacks.watch] if callbacks.watch else []), *sampling]
-        curves = [callbacks.curve] if callbacks.curve else []
-        every = ((grids, self.config.training.sample_images), (curves, self.config.evaluation.curve_images))
-        return [watch for watchers, images in every if self.clock.due(images) for watch in watchers]
-
     def show(self) -> None:
         """Hand the averaged model to the watchers that are due; a checkpoint of this step then has nothing pending."""
         if self.clock.due(self.config.training.sample_images) or self.clock.due(self.config.evaluation.curve_images):
             self.read()
-        main, watchers = self.accelerator.is_main_process, self.watchers()
+        main, watchers = self.accelerator.is_main_process, self.callbacks.due(self.clock.due, self.config)
         if watchers:
             with self.learner.averaged() as model:
                 for watch in watchers if main else ():

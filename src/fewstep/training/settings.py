@@ -1,11 +1,13 @@
 """What a run is given beside its recipe."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import Pipeline
 from fewstep.training.callbacks import Callback
 from fewstep.utils.errors import ConfigError
@@ -29,12 +31,15 @@ class Runtime:
     """Compile the network and its derivatives before the first step (torch.compile), for quicker ones; on a CPU it
     needs a C++ compiler, such as g++."""
     gradient_checkpointing: bool = False
-    """Keep no activations within a foreign network's blocks: less memory, about a third more time, the same losses."""
+    """Keep no activations within the network's blocks: less memory, about a third more time, the same losses."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     workers: int = 0
     """Processes that fetch, decode and mirror batches ahead of the training, which is the same with any number; 0 does
     it between steps. Several help where images are decoded (--data.source.on-disk)."""
+    peak_tflops: float = 0.0
+    """What the device can do at most, in 10^12 FLOP/s: the log then has the share that training reaches. 0 takes it by
+    the name of a GPU; where it is not known the log has FLOP/s alone."""
     profile: bool = False
     """Watch ten steps, after five to warm up: their trace in the run's profile.json, and what took longest."""
     track: tuple[TrackerName, ...] = ()
@@ -48,6 +53,8 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
+        if not 0 <= self.peak_tflops < math.inf:
+            raise ConfigError(f"peak_tflops is {self.peak_tflops}; give a number above 0, or 0 for that of the device")
         if self.workers < 0:
             raise ConfigError(f"{self.workers} workers asked for: give at least 1, or 0 to read data between steps")
 
@@ -64,3 +71,10 @@ class Callbacks:
     curve: Watcher | None = None
     features: Callable[[Tensor], Tensor] | None = None
     also: tuple[Callback, ...] = ()
+
+    def due(self, after: Callable[[int], bool], config: RunConfig) -> list[Watcher]:
+        """Those that are due; after: whether so many images have gone by once more."""
+        grids = [*([self.watch] if self.watch else []), *(each.sample for each in self.also if each.samples)]
+        curves = [self.curve] if self.curve else []
+        every = ((grids, config.training.sample_images), (curves, config.evaluation.curve_images))
+        return [watch for watchers, images in every if after(images) for watch in watchers]

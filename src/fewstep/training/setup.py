@@ -115,13 +115,14 @@ def checkpoint_blocks(config: RunConfig, flow_map: FlowMap) -> None:
 
     Raises ConfigError for a network that cannot, and for an objective whose exact derivative passes through them.
     """
-    derivative = getattr(config.objective, "derivative", None)
-    if isinstance(derivative, Derivative) and derivative.kind == "exact":
+    network, derivative = cast(Network, flow_map.network), getattr(config.objective, "derivative", None)
+    exact = isinstance(derivative, Derivative) and derivative.kind == "exact"
+    if exact and isinstance(network, Network) and not network.recomputes_tangents:
         raise ConfigError(
-            f"gradient checkpointing saves nothing where {type(config.objective).__name__} takes its exact derivative: "
-            "set --objective.derivative.kind finite-difference, or leave it out"
+            f"gradient checkpointing saves nothing where {type(config.objective).__name__} takes its exact derivative "
+            f"of {type(network).__name__}: set --objective.derivative.kind finite-difference, or leave it out"
         )
-    cast(Network, flow_map.network).checkpoint_blocks()
+    network.checkpoint_blocks()
 
 
 def check_context(config: RunConfig, dataset: Dataset, flow_map: FlowMap, warn: bool = True) -> None:

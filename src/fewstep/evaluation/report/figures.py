@@ -38,7 +38,9 @@ _QUALITY = {
     "Class accuracy": ("accuracy",),
     "Precision, recall": ("precision", "recall"),
 }
-_SPENT = {"seconds", "images_per_second", "peak_memory_mib", "data_wait", "compiled"}
+_SPENT = {
+    "seconds", "images_per_second", "peak_memory_mib", "data_wait", "compiled", "flops_per_second", "utilisation",
+}  # fmt: skip
 _LEFT_OUT = {"step", "images", "loss", "clipped", "lr", "grad_norm_q90", *_SPENT, *_SIZES}
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import quote
 
@@ -31,6 +32,7 @@ from fewstep.sampling.decode import Viewer
 from fewstep.sampling.generate import generate
 from fewstep.sampling.images import fitting_columns, save_grid
 from fewstep.sampling.pipeline import Pipeline
+from fewstep.training.flops import flops_words
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Watcher
 from fewstep.utils.device import best_device
@@ -291,6 +293,20 @@ def _cost(run: RunFolder, others: tuple[RunFolder, ...]) -> tuple[tuple[str, str
             f"{state['seconds']:.0f} s of training, {state['images']:,} {unit}s in {state['step']:,} steps, "
             f"{state['images'] / max(state['seconds'], 1e-9):,.0f} {unit}s/s, {parameters:,} parameters"
         )
-        peak = max((finite(line, "peak_memory_mib") or 0.0 for line in thinned_log(each)), default=0.0)
-        lines.append((method_of(each), cost + (f", peak memory {peak:,.0f} MiB" if peak else "")))
+        lines.append((method_of(each), ", ".join((cost, *_machine(thinned_log(each))))))
     return tuple(lines)
+
+
+def _machine(log: list[dict[str, Any]]) -> Iterator[str]:
+    """What a log says of the device: FLOP/s, the wait for data and the peak of memory."""
+
+    def of(key: str) -> list[float]:
+        return [value for line in log if (value := finite(line, key)) is not None]
+
+    found = {key: median(values) for key in ("flops_per_second", "utilisation") if (values := of(key))}
+    if found:
+        yield flops_words(found)
+    if waits := of("data_wait"):
+        yield f"{median(waits):.0%} of the time in wait for data"
+    if peaks := of("peak_memory_mib"):
+        yield f"peak memory {max(peaks):,.0f} MiB"
