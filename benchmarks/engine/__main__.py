@@ -50,9 +50,9 @@ def checkpointing(rounds: int = 5) -> None:
         h.show([row])
 
 
-def compile(networks: h.Words = ("MLP",), rounds: int = 20) -> None:
-    """A trainer's step compiled over the same as it is written; each network compiles for minutes."""
-    for row in compiled.rows(networks, rounds):
+def compile(cases: h.Words = ("MLP, flow matching",), rounds: int = 20) -> None:
+    """A trainer's step compiled over the same as it is written; each case compiles for minutes."""
+    for row in compiled.rows(cases, rounds):
         h.put(FILE, [row], "measure", "setting")
         h.show([row])
 

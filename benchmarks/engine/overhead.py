@@ -17,9 +17,12 @@ from fewstep.sampling.generate import prior_noise
 from fewstep.training.loop import Trainer
 from fewstep.utils.random import Draws
 
-NETWORKS: dict[str, fs.NetworkConfig] = {
-    "MLP": recipe("digits").network,
-    "U-Net": fs.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=()),
+DIGITS = recipe("digits")
+UNET = fs.UNetConfig(width=32, multipliers=(1, 2), blocks=1, attention=())
+CASES: dict[str, fs.RunConfig] = {
+    "MLP, iSD-T": DIGITS,
+    "MLP, flow matching": replace(DIGITS, objective=fs.DiagonalMatching()),
+    "U-Net, iSD-T": replace(DIGITS, network=UNET),
 }
 COUNT = 256
 
@@ -52,22 +55,23 @@ def two_calls(flow_map: fs.FlowMap) -> Callable[[], None]:
 
 def rows(rounds: int) -> Iterator[h.Row]:
     """Ratios of the processor's time, in turns."""
-    for name, network in NETWORKS.items():
-        config = replace(recipe("digits"), network=network)
+    for name, config in CASES.items():
         with contextlib.ExitStack() as held:
             whole, other = (held.enter_context(h.trainer_of(config)) for _ in range(2))
             step, bare = whole.take_step, bare_step(other)
             spent = h.take_turns({"whole": step, "bare": bare}, rounds, time.process_time)
             yield row(f"a step of the trainer, {name}", "the bare objective, backward pass and optimizer", spent)
-            flow_map = whole.learner.flow_map
+            if config.objective.on_diagonal:
+                continue
+            flow_map = whole.learner.flow_map.eval()
             jobs = {"whole": partial(fs.generate, flow_map, COUNT, steps=2), "bare": two_calls(flow_map)}
-            spent = h.take_turns(jobs, 3 * rounds, time.process_time)
+            spent = h.take_turns(jobs, 6 * rounds, time.process_time)
             yield row(f"generate in two calls, {name}", "two calls of the network", spent)
 
 
 def row(setting: str, beside: str, spent: dict[str, list[float]]) -> h.Row:
     ratio = h.time_ratio(spent["whole"], spent["bare"])
     return {
-        "measure": "overhead", "setting": setting, "value": ratio["ratio"], "unit": f"times {beside}",
-        "beside": f"{ratio['low']} to {ratio['high']}",
+        "measure": "overhead", "setting": setting, "value": ratio["ratio"],
+        "unit": f"times {beside}", "beside": f"{ratio['low']} to {ratio['high']}",
     }  # fmt: skip
