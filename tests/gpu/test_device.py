@@ -156,6 +156,19 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(device: torch.device, tmp_
     assert_same_run(tmp_path / "unbroken", tmp_path / "resumed")
 
 
+def test_averages_on_the_cpu_are_near_those_on_the_device(device: torch.device, tmp_path: Path) -> None:
+    """To the bit but for how a device rounds a product and a sum."""
+    kept = []
+    for on_cpu in (False, True):
+        runtime = Runtime(cpu=device.type == "cpu", quiet=True, averages_on_cpu=on_cpu)
+        with Trainer(RUN, latents(), RunFolder(tmp_path / str(on_cpu)), runtime, Callbacks()) as trainer:
+            for _ in range(3):
+                trainer.take_step()
+            kept.append({key: value.cpu() for key, value in trainer.learner.emas[0].weights.items()})
+    for key, value in kept[0].items():
+        torch.testing.assert_close(kept[1][key], value, rtol=1e-2, atol=1e-4)
+
+
 def test_samples_are_those_of_the_cpu(device: torch.device) -> None:
     """The same noise on any device, and the same jumps as far as float32 goes."""
     model = flow_map(device)

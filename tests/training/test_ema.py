@@ -1,13 +1,21 @@
 """Averages of weights: EDM2's power function has the width it is named by, the constant decay its formula."""
 
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fewstep.training.ema import EMA, make_emas, power_exponent
+from fewstep.data.base import Dataset
+from fewstep.training import RunFolder, train_run
+from fewstep.training.ema import EMA, HostEMA, make_emas, power_exponent
 from fewstep.utils.errors import ConfigError
+from tests.support.tiny import RUNTIME, TINY, assert_same_run
 
 
 class Scalar(nn.Module):
@@ -97,3 +105,51 @@ def test_a_recipe_names_its_averages_and_needs_one() -> None:
     for decay in (1.0, -0.1):
         with pytest.raises(ConfigError, match="decay"):
             make_emas(Scalar(), (), (decay,))
+
+
+def test_averages_on_the_host_are_the_same_to_the_bit_and_updated_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update returns while its thread still waits; whoever reads waits for it. Frozen weights are not copied."""
+    free, lerp, threads = threading.Event(), torch._foreach_lerp_, set[str]()
+
+    def slow(*args: Any) -> None:
+        threads.add(threading.current_thread().name)
+        assert free.wait(10)
+        lerp(*args)
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    module[2].weight.requires_grad_(False)
+    own, other = EMA("", module, 0.9, None), HostEMA("", module, 0.9, None)
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+        module[1].num_batches_tracked.add_(1)
+        own.update(module, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_foreach_lerp_", slow)
+            free.clear()
+            other.before_step()
+            other.update(module, step)
+            assert other._folding is not None
+            assert not other._folding.done()
+            free.set()
+            found = other.weights
+        assert other._folding is None
+        assert all(torch.equal(found[key], value) for key, value in own.weights.items())
+    assert {name.rpartition("_")[0] for name in threads} == {"fewstep-average"}
+    assert other.weights["2.weight"].data_ptr() == module[2].weight.data_ptr()
+
+
+def test_a_run_with_averages_on_the_cpu_is_the_same_run(digits: Dataset, tmp_path: Path) -> None:
+    for on_cpu in (False, True):
+        train_run(TINY, digits, RunFolder(tmp_path / str(on_cpu)), replace(RUNTIME, averages_on_cpu=on_cpu))
+    assert_same_run(tmp_path / "False", tmp_path / "True")
+    train_run(TINY, digits, RunFolder(tmp_path / "True"), replace(RUNTIME, averages_on_cpu=True, from_step=9))
+    assert_same_run(tmp_path / "False", tmp_path / "True")
+
+
+def test_averages_are_shared_out_or_on_the_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"leave out --runtime\.averages-on-cpu"):
+        replace(RUNTIME, shard=True, averages_on_cpu=True)

@@ -74,7 +74,7 @@ def test_counting_changes_no_weight(
     kind: str, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_run(KINDS[kind], digits, RunFolder(tmp_path / "counted"), RUNTIME)
-    monkeypatch.setattr("fewstep.training.loop.StepCost", lambda device, peak: StepCost(device, peak, False))
+    monkeypatch.setattr("fewstep.training.loop.StepCost", lambda device, *_: StepCost(device, wanted=False))
     train_run(KINDS[kind], digits, RunFolder(tmp_path / "not"), RUNTIME)
     assert_same_run(tmp_path / "counted", tmp_path / "not")
     assert "flops_per_second" in RunFolder(tmp_path / "counted").read_log()[0]

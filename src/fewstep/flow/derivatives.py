@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition
+from fewstep.utils.precision import float32_products, rounding
 from fewstep.utils.tensors import check_choice, check_positive, expand
 
 RowsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,9 +51,10 @@ def finite_derivative(
     """
     rows = torch.arange(len(x), device=x.device)
     output = fn(x, t, rows)
-    rounded = torch.is_autocast_enabled(x.device.type)
-    # A difference over h amplifies rounding by 1/h: under bf16 its three points are taken in full precision.
-    with torch.set_grad_enabled(attached and torch.is_grad_enabled()), torch.autocast(x.device.type, enabled=False):
+    # A difference over h amplifies rounding by 1/h: its three points are taken in full precision.
+    rounded = torch.is_autocast_enabled(x.device.type) or (x.is_cuda and rounding())
+    exactly = torch.autocast(x.device.type, enabled=False), float32_products(tf32=False)
+    with torch.set_grad_enabled(attached and torch.is_grad_enabled()), exactly[0], exactly[1]:
         centre = fn(x, t, rows) if rounded else output
         shifted_x = torch.cat([x + expand(node, x).to(x.dtype) * v for node in nodes])
         shifted = fn(shifted_x, torch.cat([t + node for node in nodes]), rows.repeat(2)).chunk(2)

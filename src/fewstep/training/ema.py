@@ -1,5 +1,7 @@
 """Exponential moving averages of weights: constant decay, and EDM2's power function (2312.02696)."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,15 @@ class EMA:
         self.elsewhere = module.state_dict().keys() - state.keys()
         frozen = {key for key, value in parameters.items() if not value.requires_grad}
         shared = state.keys() if in_place else frozen  # what never moves needs no copy
-        self.weights = {key: value if key in shared else value.detach().clone() for key, value in state.items()}
+        self._kept = {key: value if key in shared else value.detach().clone() for key, value in state.items()}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The average, by the names of the module's tensors."""
+        return self._kept
+
+    def before_step(self) -> None:
+        """What an average has to do before weights change."""
 
     def beta(self, step: int) -> float:
         """Share of the old average that is kept at step 1, 2, ..."""
@@ -74,12 +84,71 @@ class EMA:
             value.copy_(weights[key])
 
 
+class HostEMA(EMA):
+    """The same kept on the host, where a thread of its own folds in what a device has left while the device goes on."""
+
+    def __init__(
+        self, name: str, module: nn.Module, decay: float | None, gamma: float | None, ramp: bool = True
+    ) -> None:
+        super().__init__(name, module, decay, gamma, ramp)
+        state = stored_state(module)
+        moving = {key: value for key, value in state.items() if value is not self._kept[key]}
+        self._kept |= {key: self._kept[key].cpu() for key in moving}
+        cuda = any(value.is_cuda for value in moving.values())
+        self._staged = {key: torch.empty_like(value, device="cpu", pin_memory=cuda) for key, value in moving.items()}
+        self._copies = torch.cuda.Stream() if cuda else None
+        self._copied: torch.cuda.Event | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fewstep-average")
+        self._folding: Future[None] | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        self._settle()
+        return self._kept
+
+    def _settle(self) -> None:
+        if self._folding is not None:
+            folding, self._folding = self._folding, None
+            folding.result()
+
+    def before_step(self) -> None:
+        """Weights change only after they were copied."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        self._settle()
+        current = stored_state(module)
+        latest = [current[key] for key in self._staged]
+        if self._copies is None:
+            torch._foreach_copy_(list(self._staged.values()), latest)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                torch._foreach_copy_(list(self._staged.values()), latest, non_blocking=True)
+            self._copied = self._copies.record_event()
+        self._folding = self._thread.submit(self._fold, 1 - self.beta(step), self._copied)
+
+    @torch.no_grad()
+    def _fold(self, share: float, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        floating = [key for key, value in self._staged.items() if value.is_floating_point()]
+        averages, latest = ([state[key] for key in floating] for state in (self._kept, self._staged))
+        torch._foreach_lerp_(averages, latest, share)
+        for key in self._staged.keys() - set(floating):
+            self._kept[key].copy_(self._staged[key])
+
+
 def ema_names(powers: tuple[float, ...], decays: tuple[float, ...]) -> list[str]:
     """Names of a recipe's averages, in the order of `make_emas`: "power-0.1", "constant-0.999"."""
     return [*(f"power-{width!r}" for width in powers), *(f"constant-{decay!r}" for decay in decays)]
 
 
-def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...], ramp: bool = True) -> list[EMA]:
+def make_emas(
+    module: nn.Module, powers: tuple[float, ...], decays: tuple[float, ...], ramp: bool = True, on_host: bool = False
+) -> list[EMA]:
     """The averages of a recipe, power functions first; raises ConfigError when there is none."""
     for decay in decays:
         if not 0 <= decay < 1:
@@ -90,4 +159,5 @@ def make_emas(module: nn.Module, powers: tuple[float, ...], decays: tuple[float,
     if not names:
         raise ConfigError("a recipe needs at least one EMA: give ema_power or ema_decay")
     kinds = [*((None, power_exponent(width)) for width in powers), *((decay, None) for decay in decays)]
-    return [EMA(name, module, *kind, ramp) for name, kind in zip(names, kinds, strict=True)]
+    make = HostEMA if on_host else EMA
+    return [make(name, module, *kind, ramp) for name, kind in zip(names, kinds, strict=True)]

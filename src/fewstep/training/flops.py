@@ -74,14 +74,15 @@ class _Counter(TorchDispatchMode):
 class StepCost:
     """Counts the first step that is tried or taken, as it is written; knows what share of the peak later ones reach.
 
-    peak: given in FLOP/s for all types; 0 takes that of the device's name, where it is known. wanted: whether to count.
+    peak: given in FLOP/s for all types; 0 takes that of the device's name, where it is known. tf32: whether float32
+    is rounded so. wanted: whether to count.
     """
 
-    def __init__(self, device: torch.device, peak: float = 0.0, wanted: bool = True) -> None:
+    def __init__(self, device: torch.device, peak: float = 0.0, tf32: bool = False, wanted: bool = True) -> None:
         self.device = device
         known = peak_of(device_name(device)) if device.type == "cuda" else None
         self.peak = Peak(peak, peak) if peak else known
-        self.tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and not peak
+        self.tf32 = tf32
         self.step = StepFlops()
         self._counting = wanted
 

@@ -50,11 +50,13 @@ class Learner:
         gan: GAN | None,
         target: SlowAverage | None,
         held: Replicated,
+        averages_on_cpu: bool = False,
     ) -> None:
         self.pipeline, self.statistics, self.gan, self.target, self.held = pipeline, statistics, gan, target, held
         self.optimizers = Optimizers(self.flow_map.network, config.optimizer)
         settings = config.training
-        self.emas = make_emas(self.flow_map.network, settings.ema_power, settings.ema_decay, settings.ema_ramp)
+        averages = settings.ema_power, settings.ema_decay, settings.ema_ramp, averages_on_cpu
+        self.emas = make_emas(self.flow_map.network, *averages)
 
     @property
     def flow_map(self) -> FlowMap:
@@ -68,6 +70,8 @@ class Learner:
 
     def update(self, step: int, images: int, progress: float, discriminator: list[Tensor]) -> float:
         """One update from the parameters' gradients and the discriminator's; returns the learning rate's factor."""
+        for ema in self.averages:
+            ema.before_step()
         factor = self.optimizers.step(images, progress)
         for ema in self.averages:
             ema.update(self.flow_map.network, step)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fewstep.training.checkpoint import is_sound
@@ -61,6 +61,7 @@ class StepValues:
     """What a step leaves where it was taken, to be read later: loss, and norms of gradients, () each.
 
     lr: the learning rate. times: (2, B) of each part of its batch. terms: what each part says of those that have it.
+    layers: the norm of each tensor's gradient, (P,), where it is at hand.
     """
 
     step: int
@@ -70,6 +71,7 @@ class StepValues:
     discriminator_norm: Tensor | None = None
     times: list[Tensor] = field(default_factory=list)
     terms: list[dict[str, Tensor]] = field(default_factory=list)
+    layers: Tensor | None = None
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -82,13 +84,18 @@ class StepValues:
 
 @dataclass(frozen=True)
 class Diverged:
-    """A step that was not finite, as it was read; times: (2, B)."""
+    """A step that was not finite, as it was read.
+
+    times: (2, B). terms: what of its loss was not finite. layers: norms of its tensors' gradients, (P,).
+    """
 
     step: int
     loss: float
     norm: float
     discriminator_norm: float
     times: Tensor
+    terms: tuple[str, ...] = ()
+    layers: Tensor | None = None
 
 
 class Window:
@@ -145,7 +152,9 @@ class Window:
             self._take(values.step, loss, norm, parts)
             if not all(map(math.isfinite, (loss, norm, discriminator_norm))):
                 self.term_norms = {}
-                return Diverged(values.step, loss, norm, discriminator_norm, torch.cat(values.times, dim=1))
+                of_terms = {name: None for part in parts for name, value in part.items() if not math.isfinite(value)}
+                times = torch.cat(values.times, dim=1)
+                return Diverged(values.step, loss, norm, discriminator_norm, times, tuple(of_terms), values.layers)
             self.steps.append((loss, norm, values.lr))
         return None
 
@@ -180,20 +189,39 @@ class Window:
         return record
 
 
-def diverged(run: RunFolder, at: Diverged, recent: Recent) -> TrainingDivergedError:
-    """What stops a run at a value that is not finite: where it happened, what went first and what is left.
+def diverged(run: RunFolder, at: Diverged, recent: Recent, network: nn.Module) -> TrainingDivergedError:
+    """What stops a run at a value that is not finite: where it happened, in which part, what went first, what is left.
 
-    recent: the steps before, this one included.
+    recent: the steps before, this one included. network: what is trained.
     """
     norm = at.discriminator_norm
     discriminator = "" if math.isfinite(norm) else f", of the discriminator {norm}"
     t, s = at.times.double().cpu()
     first = recent.first_to_leave()
-    cause = "" if first is None else f"{first}; "
+    cause = overflow(at, network) + ("" if first is None else f"{first}; ")
     return TrainingDivergedError(
         f"step {at.step}: loss {at.loss}, gradient norm {at.norm}{discriminator}; "
         f"batch times t in [{t.min():.4g}, {t.max():.4g}], s in [{s.min():.4g}, {s.max():.4g}]; {cause}{last_good(run)}"
     )
+
+
+_WORDS = {
+    "derivative_rms": "the derivative dN/dt", "prediction_rms": "the network's output", "target_rms": "the target",
+    "anchor": "the anchor", "distill": "the term distill",
+}  # fmt: skip
+
+
+def overflow(at: Diverged, network: nn.Module) -> str:
+    """Which parts were not finite: of the loss, or else the gradients of the tensors nearest to the network's end."""
+    if not math.isfinite(at.loss):
+        named = [_WORDS.get(name, name) for name in (*(n for n in _WORDS if n in at.terms), *at.terms)]
+        return f"not finite: {', '.join(dict.fromkeys(named))}; " if named else ""
+    if at.layers is None or math.isfinite(at.norm):
+        return ""
+    names = [name for name, parameter in network.named_parameters() if parameter.grad is not None]
+    finite = at.layers.isfinite().tolist()
+    bad = [name for name, good in zip(names, finite, strict=False) if not good]
+    return f"the gradient of {bad[-1]} is not finite, of {len(bad)} tensors in {len(finite)}; " if bad else ""
 
 
 def last_good(run: RunFolder) -> str:

@@ -47,6 +47,7 @@ from fewstep.training.teacher import SlowAverage, fingerprint, teacher_of
 from fewstep.training.trackers import check_trackers, start_trackers
 from fewstep.training.trajectories import run_measures
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning, TrainingDivergedError
+from fewstep.utils.precision import float32_products
 from fewstep.utils.serialization import JSON
 
 
@@ -65,7 +66,7 @@ def train_run(
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    with Trainer(config, dataset, run, runtime, callbacks) as trainer:
+    with float32_products(runtime.tf32), Trainer(config, dataset, run, runtime, callbacks) as trainer:
         return trainer.run_to_end()
 
 
@@ -87,7 +88,7 @@ class Trainer:
         )
         self.group = ProcessGroup.of(self.accelerator)
         self.agreement = Agreement(self.group.count)
-        self.cost = StepCost(self.accelerator.device, 1e12 * runtime.peak_tflops)
+        self.cost = StepCost(self.accelerator.device, 1e12 * runtime.peak_tflops, runtime.tf32)
         self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
@@ -154,7 +155,7 @@ class Trainer:
         self.loss = TrainStep(pipeline.flow_map, objective, bf16)
         beside = [each.network for each in (self.teacher, None if target is None else target.flow_map) if each]
         self.module = self.held.wrap(self.loss, beside)
-        self.learner = Learner(config, pipeline, statistics, gan, target, self.held)
+        self.learner = Learner(config, pipeline, statistics, gan, target, self.held, self.runtime.averages_on_cpu)
         self.stops = StopSignals(silent=not self.accelerator.is_main_process)
         self.stopping, self.late, self.saved = False, False, time.monotonic()
         if self.runtime.compile:
@@ -276,7 +277,7 @@ class Trainer:
         old = 0 < self.config.training.checkpoint_seconds < time.monotonic() - self.saved
         self.stopping, self.late = self.agreement.any(self.stops.received is not None, old)  # all after the same step
         loss = self.mean_over_processes(found.loss)
-        norm = self.held.norm(nn.utils.clip_grad_norm_(self.learner.flow_map.network.parameters(), self.clip))
+        norm, layers = self.held.clip(self.learner.flow_map.network, self.clip)
         discriminator_norm, gan = None, self.learner.gan
         if gan is not None and found.discriminator:
             found.discriminator = gan.averaged(found.discriminator, self.accumulation)
@@ -284,7 +285,7 @@ class Trainer:
         self.clock.step += 1
         factor = self.learner.update(self.clock.step, self.clock.images, self.clock.progress, found.discriminator)
         lr = factor * self.config.optimizer.lr
-        self.window.observe(StepValues(self.clock.step, loss, norm, lr, discriminator_norm, found.times))
+        self.window.observe(StepValues(self.clock.step, loss, norm, lr, discriminator_norm, found.times, layers=layers))
         refresh = self.clock.due(self.config.statistics.refresh_images) and not self.clock.finished
         if self.config.model.preconditioning.needs_statistics and refresh:
             self.read()
@@ -299,7 +300,7 @@ class Trainer:
         found = self.window.read()
         if found is not None:
             self.clock.step = found.step - 1
-            raise diverged(self.run, found, self.window.recent)
+            raise diverged(self.run, found, self.window.recent, self.learner.flow_map.network)
 
     def accumulate(self) -> Gradients:
         """The gradients of this process's share of the batch, part by part; processes meet at the last."""

@@ -110,9 +110,18 @@ class Replicated:
         """Of tensors from a file what this process holds, as it does of those of the same names in `like`."""
         return dict(tensors)
 
-    def norm(self, norm: Tensor) -> Tensor:
-        """A norm over all that is trained."""
-        return norm
+    def clip(self, network: nn.Module, most: float) -> tuple[Tensor, Tensor | None]:
+        """Clip the gradient's norm; the norm before, (), and that of each tensor that is trained, where it is at hand.
+
+        Tensors without a gradient are left out; the others keep the network's order.
+        """
+        reached = [parameter for parameter in network.parameters() if parameter.grad is not None]
+        if not reached:
+            return torch.zeros((), device=next(network.parameters()).device), None
+        norms = torch.stack(torch._foreach_norm([cast(Tensor, each.grad) for each in reached]))
+        norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(reached, most, norm)
+        return norm, norms
 
     def averaged(self, flow_map: FlowMap, weights: Mapping[str, Tensor]) -> FlowMap | None:
         """A flow map of whole weights for this process to evaluate; None where the trained one can take them."""

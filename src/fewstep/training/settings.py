@@ -27,11 +27,16 @@ class Runtime:
     """Largest batch a process takes at once; 0 takes its whole share. The global batch stays the recipe's."""
     shard: bool = False
     """Share weights, averages, optimizer and teacher out over the processes (FSDP2) in place of a copy in each."""
+    averages_on_cpu: bool = False
+    """Keep the averages of weights in the CPU's memory, where they are updated while a GPU goes on."""
     compile: bool = False
     """Compile the network and its derivatives before the first step (torch.compile), for quicker ones; on a CPU it
     needs a C++ compiler, such as g++."""
     gradient_checkpointing: bool = False
     """Keep no activations within the network's blocks: less memory, about a third more time, the same losses."""
+    tf32: bool = False
+    """Let a GPU round the factors of float32 products to TF32's 10 bits, which is several times as quick; finite
+    differences stay exact. Without it float32 is exact."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     workers: int = 0
@@ -53,6 +58,8 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ConfigError(f"{self.threads} threads asked for: give at least 1, or 0 for torch's choice")
+        if self.shard and self.averages_on_cpu:
+            raise ConfigError("--runtime.shard shares averages out over the GPUs: leave out --runtime.averages-on-cpu")
         if not 0 <= self.peak_tflops < math.inf:
             raise ConfigError(f"peak_tflops is {self.peak_tflops}; give a number above 0, or 0 for that of the device")
         if self.workers < 0:

@@ -80,8 +80,9 @@ class Sharded(Replicated):
 
         return {key: part(value, like.get(key)) for key, value in tensors.items()}
 
-    def norm(self, norm: Tensor) -> Tensor:
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def clip(self, network: nn.Module, most: float) -> tuple[Tensor, Tensor | None]:
+        norm = nn.utils.clip_grad_norm_(network.parameters(), most)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm, None
 
     def agreed(self, fault: CheckpointError | None) -> CheckpointError | None:
         found: list[str | None] = [None] * self.mesh.size()
