@@ -87,15 +87,15 @@ class Trainer:
             project_dir=str(run.root / "tensorboard"),
         )
         self.group = ProcessGroup.of(self.accelerator)
+        self.share, self.accumulation = split_batch(
+            config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
+        )
         self.agreement = Agreement(self.group.count)
         self.cost = StepCost(self.accelerator.device, 1e12 * runtime.peak_tflops, runtime.tf32)
         self.held = share_out(self.accelerator, config) if runtime.shard else Replicated(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.hidden = runtime.quiet or not self.accelerator.is_main_process
         self.clip = config.optimizer.clip or math.inf
-        self.share, self.accumulation = split_batch(
-            config.training.batch_size, self.accelerator.num_processes, runtime.micro_batch
-        )
         self.micro = self.share // self.accumulation
         check_run(config, dataset, self.micro)
         place = int(self.accelerator.process_index) * self.share, self.micro, self.accumulation
