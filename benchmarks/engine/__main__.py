@@ -1,5 +1,6 @@
 """What the training engine's parts cost: rows {measure, setting, value, unit, beside}, each beside what it replaces."""
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,6 @@ from benchmarks.engine import loader as batches
 from benchmarks.engine import overhead as added
 from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
-from fewstep.utils.errors import ConfigError
 
 FILE, GPU = h.RESULTS / "engine.json", h.RESULTS / "gpu.json"
 
@@ -83,7 +83,8 @@ def gpu(dry: bool = False, out: Path | None = None) -> None:
     """
     scale = one_gpu.DRY if dry else one_gpu.FULL
     if not dry and not torch.cuda.is_available():
-        raise ConfigError("there is no GPU here: python -m benchmarks.engine gpu --dry runs the same on the CPU")
+        print("there is no GPU here: benchmarks/gpu.sh --dry runs the same, small, on the CPU", file=sys.stderr)
+        sys.exit(2)
     file = out or (Path(tempfile.mkdtemp()) / "gpu.json" if dry else GPU)
     found: list[h.Row] = []
     for row in one_gpu.rows(scale):

@@ -31,6 +31,8 @@ from fewstep.training.parallel import split_batch
 from fewstep.utils.errors import FewstepError
 
 CLASSES, WARM = 1000, 3
+LONGEST = 300.0
+"""Seconds of steps after which no more are compiled."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def rows(scale: Scale) -> Iterator[h.Row]:
     if scale.device == "cpu":
         compiling.BACKEND = "aot_eager"  # cut out as for a GPU, which takes seconds, not made into programs
     yield row("device", device_name(torch.device(scale.device)), None, "", f"torch {torch.__version__}")
-    for part in (tests, attentions, steps, samplers):
+    for part in (tests, attentions, samplers, steps):
         yield from part(scale)
 
 
@@ -98,7 +100,13 @@ def tests(scale: Scale) -> Iterator[h.Row]:
     """The tests marked gpu, in a process of their own; on a CPU those of them that it can pass."""
     own = os.environ | ({"FEWSTEP_GPU_TESTS": "cpu"} if scale.device == "cpu" else {})
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
-    found = subprocess.run(command, cwd=h.ROOT, env=own, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(
+            command, cwd=h.ROOT, env=own, capture_output=True, text=True, timeout=LONGEST, check=False
+        )
+    except subprocess.TimeoutExpired:
+        yield row("tests marked gpu", "all", None, "exit code", f"no end after {LONGEST:.0f} s")
+        return
     lines = found.stdout.strip().splitlines()
     last = next((line.strip("= ") for line in reversed(lines) if " in " in line and line[0].isdigit()), "no summary")
     print(found.stdout if found.returncode else last, flush=True)
@@ -205,25 +213,36 @@ def fitting(scale: Scale, config: fs.RunConfig, micro: int, compiled: bool) -> t
 
 
 def steps(scale: Scale) -> Iterator[h.Row]:
-    """A step of each network and objective: time, utilisation, memory, and the ratio to flow matching."""
-    for name, (network, batch, most) in scale.networks.items():
-        config = recipe(name)
-        training = replace(config.training, batch_size=batch, precision="bf16")
-        config = replace(config, network=network, training=training)
-        for compiled in (False, True) if name in scale.compiled else (False,):
+    """A step of each network and objective: time, utilisation, memory, and the ratio to flow matching.
+
+    Compiled ones come last, and begin while there is time.
+    """
+    started = time.monotonic()
+    for compiled in (False, True):
+        for name in scale.compiled if compiled else scale.networks:
             base: float | None = None
-            for objective, each in objectives(config).items():
-                setting = f"{name}, {scale.tokens // network.patch**2} tokens, batch of {batch}, {objective}"
-                setting += ", compiled" if compiled else ""
-                own = replace(config, objective=each)
+            for objective, config, batch, most in configs(scale, name):
+                setting = f"{name}, {scale.tokens // scale.networks[name][0].patch ** 2} tokens, batch of {batch}, "
+                setting += objective + (", compiled" if compiled else "")
+                if compiled and time.monotonic() - started > LONGEST:
+                    yield row("a step", setting, None, "ms", "no time was left")
+                    continue
                 try:
-                    micro, found = fitting(scale, own, most, compiled)
+                    micro, found = fitting(scale, config, most, compiled)
                 except (FewstepError, RuntimeError) as error:
                     reason = " ".join(str(error).split())[:160]
                     yield row("a step", setting, None, "ms", reason or type(error).__name__)
                     continue
                 base = base or found.seconds
                 yield from step_rows(setting, found, base, split_batch(batch, 1, micro)[1])
+
+
+def configs(scale: Scale, name: str) -> Iterator[tuple[str, fs.RunConfig, int, int]]:
+    """Each objective of a recipe: its name, the run, its batch, and the most that is taken at once."""
+    (network, batch, most), config = scale.networks[name], recipe(name)
+    training = replace(config.training, batch_size=batch, precision="bf16")
+    for objective, each in objectives(config).items():
+        yield objective, replace(config, network=network, training=training, objective=each), batch, most
 
 
 def step_rows(setting: str, found: Taken, base: float, parts: int) -> Iterator[h.Row]:
