@@ -77,6 +77,7 @@ def run(small_run: Path, tmp_path: Path) -> Path:
         ("train digits --initial nowhere", r"the model to start from cannot be read: nowhere: no such .* --initial$"),
         ("train digits --initial teacher", r"recipe digits distils a teacher: name its run with --teacher RUN"),
         ("train digits --model.preconditioning analytic", r"computed from statistics: name a teacher with --teacher"),
+        ("statistics mine.py:Mine", r"is no run .*fewstep\.estimate_statistics.*train ctm-digits --teacher"),
         ("train ctm-digits --statistics.points 3", r"points is 3; .* at least 4"),
         ("train ctm-digits --gan.lr 0", r"the discriminator's lr is 0\.0; it must be positive"),
         ("train ctm-digits --gan.discriminator.width 0", r"a discriminator of width 0"),

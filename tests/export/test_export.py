@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import FlowMapConfig, LinearPreconditioning, MLPConfig, Pipeline
+from fewstep import AnalyticPreconditioning, FlowMapConfig, LinearPreconditioning, MLPConfig, Pipeline
 from fewstep.export.diffusers import export_diffusers
 from fewstep.export.steps import step_table
 from fewstep.export.traced import SUFFIX, SamplerModule, conditions, export_traced, writer_of
@@ -23,6 +23,7 @@ from fewstep.teachers.lora import LoRA
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.random import Draws
 from tests.support.foreign import TINY, save_foreign
+from tests.support.statistics import copy_with_mean, wavy
 
 
 def noise(shape: tuple[int, ...], count: int) -> torch.Tensor:
@@ -146,6 +147,24 @@ def test_traced_programs_give_the_same_jumps_and_samples(small: Pipeline, kind: 
         x, t, s = noise((1, 4, 4), count), torch.rand(count) * 0.5 + 0.5, torch.rand(count) * 0.5
         jump = small.flow_map.jump(x, t, s, Condition(labels)).detach()
         assert_same(run(tmp_path / "out", "jump", kind, x=x, t=t, s=s, labels=labels), jump)
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize("jumps", ["linear", "analytic"])
+def test_a_model_without_classes_is_traced(jumps: str, kind: Any, tmp_path: Path) -> None:
+    """It takes noise alone; of any batch size, to 1e-5. A jump computed from a teacher is taken about a mean."""
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    statistics = copy_with_mean(wavy(), torch.full((1, 4, 4), 0.3, dtype=torch.float64))
+    own = AnalyticPreconditioning(statistics, path=Linear()) if jumps == "analytic" else LinearPreconditioning()
+    network = MLPConfig(width=16, depth=1)
+    plain = trained(Pipeline(FlowMapConfig(Linear(), own, IdentityScaling(), network, (1, 4, 4)).build()))
+    export_traced(plain, tmp_path / "out", kind, (2,))
+    for count in (1, 5):
+        drawn = plain.generate(count, steps=2, clip=False).samples
+        assert_same(run(tmp_path / "out", "sampler-2", kind, noise=noise((1, 4, 4), count)), drawn)
+        x, t, s = noise((1, 4, 4), count), torch.rand(count) * 0.5 + 0.5, torch.rand(count) * 0.5
+        assert_same(run(tmp_path / "out", "jump", kind, x=x, t=t, s=s), plain.flow_map.jump(x, t, s).detach())
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:

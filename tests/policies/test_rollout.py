@@ -272,6 +272,23 @@ class Ending(PointSimulation):
         return replace(super().step(0 * action), ended=self.steps == 3)
 
 
+class Comparing(PointSimulation):
+    """Says what comparisons of NumPy's arrays give: its own bools and float32."""
+
+    def step(self, action: Vector) -> Outcome:
+        found = super().step(action)
+        return Outcome(found.observation, np.bool_(found.success), np.float32(found.score), np.bool_(found.ended))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_taken_and_stored(tmp_path: Path) -> None:
+    task = point_task().task
+    plain, comparing = (expert_rollout(each, 3) for each in (task, replace(task, make=lambda _: Comparing())))
+    assert comparing.episodes == plain.episodes
+    assert {type(episode.success) for episode in comparing.episodes} == {bool}
+    write_rollouts([rollout_row(comparing, task, "expert", FIRST_TEST_SEED)], tmp_path)
+    assert read_rollouts(tmp_path)[0]["successes"] == 3
+
+
 def test_an_ended_simulation_is_not_stepped(point_run: Path) -> None:
     task = replace(point_task().task, make=lambda _: Ending())
     assert expert_rollout(task, 2).episodes == tuple(

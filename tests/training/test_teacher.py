@@ -24,7 +24,7 @@ from fewstep.training import Callbacks, RunFolder, build, train_run
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.statistics import estimate_together
-from fewstep.training.teacher import SlowAverage, teacher_of
+from fewstep.training.teacher import SlowAverage, load_teacher, teacher_of
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning
 from tests.support.tiny import (
     RUNTIME,
@@ -68,6 +68,13 @@ def test_a_model_that_is_not_there_is_named(role: str, digits: Dataset, tmp_path
     ):
         train_run(config, digits, RunFolder(tmp_path / "run"), RUNTIME)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_a_name_in_it_is_asked_for_one(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"mine\.py is a file: name its class or function too, .*mine\.py:NAME$"):
+        load_teacher(file)
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,13 @@ def run(options: Options) -> None:
     """Run the command; raises what it calls raises."""
     from fewstep.evaluation.align import measure_statistics
     from fewstep.training import RunFolder
+    from fewstep.utils.errors import ConfigError
 
+    if ".py:" in str(options.run):
+        raise ConfigError(
+            f"{options.run} is no run with a folder to keep statistics in: fewstep.estimate_statistics takes them in "
+            "Python, and a student's training by itself, fewstep train ctm-digits --teacher FILE.py:NAME --initial="
+        )
     given: dict[str, int | bool | str] = {"classes": options.classes}
     names = ("points", "samples", "probes", "seed")
     given |= {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -196,10 +196,10 @@ def writer_of(kind: Format) -> Writer:
 
 
 def _dynamic(inputs: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Any]:
-    """Any batch size, and prompts of any length."""
+    """Any batch size, and prompts of any length; torch has no argument `given` where nothing is."""
     auto = torch.export.Dim.AUTO
     free = tuple({0: auto, 1: auto} if name in ("text", "text_mask") else {0: auto} for name in given)
-    return {**{name: {0: auto} for name in inputs}, "given": free}
+    return {name: {0: auto} for name in inputs} | ({"given": free} if free else {})
 
 
 def _traced(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor]) -> Any:
@@ -208,7 +208,10 @@ def _traced(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tenso
 
 
 def _write_program(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:
-    torch.export.save(_traced(module, inputs, given), file)
+    program = _traced(module, inputs, given)
+    with warnings.catch_warnings():  # tables that are views of one another: kept whole, and here on the CPU
+        warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
+        torch.export.save(program, file)
 
 
 def _write_onnx(module: nn.Module, inputs: dict[str, Tensor], given: dict[str, Tensor], file: Path) -> None:

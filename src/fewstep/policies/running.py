@@ -83,8 +83,10 @@ class Running:
                 given = type(outcome).__name__
                 raise DataError(f"step gave a {given}: return fewstep.Outcome(observation, success, score, ended)")
             self.steps += 1
-            self.score, self.success = max(self.score, outcome.score), self.success or outcome.success
-            self.over = self.success or outcome.ended or self.steps >= self.task.max_steps
+            # Comparisons of arrays are NumPy's bools, which add up to no Python number.
+            self.score = max(self.score, float(outcome.score))
+            self.success = self.success or bool(outcome.success)
+            self.over = self.success or bool(outcome.ended) or self.steps >= self.task.max_steps
             self.look(outcome.observation)
             if picture:
                 self.pictures.append(self.simulation.render())

@@ -68,10 +68,12 @@ def find_teacher(name: str, shape: tuple[int, ...] = ()) -> tuple[FlowMap, Polic
 
     shape: of its samples, for those whose files do not say it.
 
-    Raises CheckpointError when the folder cannot be read or had, ConfigError when the class is not there.
+    Raises CheckpointError when the folder cannot be read or had, ConfigError when the class is not there or not named.
     """
     if ".py:" in name:
         return own_teacher(name).requires_grad_(False), None
+    if name.endswith(".py") and Path(name).is_file():
+        raise ConfigError(f"the teacher {name} is a file: name its class or function too, {name}:NAME")
     place = local_copy(name)
     if is_diffusers(place):
         return load_diffusers(place, shape).requires_grad_(False), None

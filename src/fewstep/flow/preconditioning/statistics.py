@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Literal, final
 
@@ -86,9 +87,9 @@ class TrajectoryStatistics:
         none = torch.zeros_like(lam)
         return cls(lam, l, s, none, none, none, none, none, none, mean, sigma_data, 1.0, 0, 0, None)
 
-    @property
+    @cached_property
     def origin(self) -> Tensor | None:
-        """The mean, or None where it is zero."""
+        """The mean, or None where it is zero: asked once, as a traced program cannot."""
         return self.mean if bool(self.mean.any()) else None
 
     @property
