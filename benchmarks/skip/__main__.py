@@ -18,7 +18,7 @@ from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen
 from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
 from benchmarks.skip.cost import step_costs
-from benchmarks.skip.methods import BASELINE, DATASETS, GRID, JUMP_END, Cell, methods, photographs, scene, teacher_of
+from benchmarks.skip.methods import BASELINE, DATASETS, GRID, JUMP_END, Cell, loaded, methods, scene, teacher_of
 from benchmarks.skip.starts import draw_starts
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
@@ -87,15 +87,6 @@ def run(
     truth = Truth(DATASETS[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
-
-
-def loaded(dataset: str, data: Path | None) -> fs.Dataset:
-    """The data set's, unconditional."""
-    if dataset != "photographs":
-        return fs.load_dataset(methods(dataset)[BASELINE].data)
-    if data is None:
-        raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")
-    return photographs(data, labels=False)
 
 
 def learnability(

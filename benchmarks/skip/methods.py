@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import fewstep as fs
-from benchmarks.acceleration.__main__ import measured_against
 from benchmarks.acceleration.students import PLANS, Plan, digest_of
 from benchmarks.acceleration.students import methods as of_acceleration
 from benchmarks.harness import RESULTS, Grid
@@ -96,14 +95,20 @@ def photographs(folder: Path, labels: bool) -> fs.Dataset:
     return replace(train, heldout=heldout.train)
 
 
-def scene(dataset: str, teacher: Path, data: Path | None, cache: Path | None) -> tuple[Any, ...]:
-    """The teacher, the data, and the features of a classifier of the same data."""
+def loaded(dataset: str, folder: Path | None, labels: bool = False) -> fs.Dataset:
+    """The data set, with its classes if asked for; folder: of the photographs."""
     if dataset != "photographs":
-        return measured_against(dataset, teacher, cache)
-    if data is None:
+        data = methods(dataset)[BASELINE].data
+        return fs.load_dataset(replace(data, labels=True) if labels else data)
+    if folder is None:
         raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")
-    extractor = default_extractor(photographs(data, labels=True), cache=cache)
-    return fs.load(teacher).flow_map, photographs(data, labels=False), extractor
+    return photographs(folder, labels)
+
+
+def scene(dataset: str, teacher: Path, folder: Path | None, cache: Path | None) -> tuple[Any, ...]:
+    """The teacher, the data, and the features of a classifier of the same data."""
+    extractor = default_extractor(loaded(dataset, folder, labels=True), cache=cache)
+    return fs.load(teacher).flow_map, loaded(dataset, folder), extractor
 
 
 def teacher_of(dataset: str) -> fs.RunConfig:

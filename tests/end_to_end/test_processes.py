@@ -241,20 +241,14 @@ def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Pa
         shutil.copytree(teacher, tmp_path / name)
     save_demonstrations(short_episodes(), demonstrations)
     policy = ["train", "policy-mlp", "--data.root", str(demonstrations), *SMALL, *BATCH, "--training.images", "320"]
+    copied = ["--teacher", str(tmp_path / "its-copy")]
     commands = [
         [*SCRATCH, "--out", str(tmp_path / "two")],
         [*policy, "--out", str(tmp_path / "policy-two")],
-        [*STUDENT, "--teacher", str(tmp_path / "its-copy"), "--out", str(tmp_path / "student-two")],
+        [*STUDENT, *copied, "--out", str(tmp_path / "student-two")],
         ["statistics", str(tmp_path / "its-second-copy"), *ESTIMATE],
         [*SCRATCH, *SHARED, "--out", str(tmp_path / "shared")],
-        [
-            *STUDENT,
-            "--runtime.shard",
-            "--teacher",
-            str(tmp_path / "its-copy"),
-            "--out",
-            str(tmp_path / "student-shared"),
-        ],
+        [*STUDENT, *copied, "--runtime.shard", "--out", str(tmp_path / "student-shared")],
     ]
     printed = printed_by_two(forked, tmp_path, commands)
     assert printed.count("two: 640 images in 20 steps") == 1
