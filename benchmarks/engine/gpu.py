@@ -21,7 +21,8 @@ import fewstep as fs
 from benchmarks.engine.attention import KINDS, step, written_out
 from fewstep.data.base import Samples
 from fewstep.flow.derivatives import Derivative
-from fewstep.networks.attention import attention
+from fewstep.networks.attention import TILE, attention
+from fewstep.networks.attention_kernel import kernel_installed, tangent_kernel
 from fewstep.networks.dit import DiTConfig
 from fewstep.recipes import recipe
 from fewstep.training import compiling
@@ -155,7 +156,8 @@ def attentions(scale: Scale) -> Iterator[h.Row]:
                 forget(scale.device)
                 try:
                     job = partial(step, form, kind, length, scale.device, dtype)
-                    spent = seconds(job, scale.device, 3)
+                    with tangent_kernel(False):
+                        spent = seconds(job, scale.device, 3)
                     found[form] = f"{1000 * spent:.4g} ms", 1000 * spent, peak(scale.device)
                 except torch.OutOfMemoryError:
                     found[form] = "out of memory", None, None
@@ -163,6 +165,18 @@ def attentions(scale: Scale) -> Iterator[h.Row]:
             yield row("attention, time", setting, own[1], "ms", f"{usual[0]} written out")
             memory = "out of memory" if usual[2] is None else f"{usual[2]:.4g} GiB"
             yield row("attention, peak memory", setting, own[2], "GiB", f"{memory} written out")
+            if kind == "tangent" and length**2 > TILE:
+                yield by_kernel(scale, length, dtype, found[attention][0])
+
+
+def by_kernel(scale: Scale, length: int, dtype: torch.dtype, tiled: str) -> h.Row:
+    """Time of the same where jvp-flash-attention's kernel takes the tangent."""
+    setting = f"{length} tokens, a tangent by the kernel of [gpu]"
+    if not kernel_installed():
+        return row("attention, time", setting, None, "ms", "jvp-flash-attention is not installed")
+    with tangent_kernel(True):
+        spent = seconds(partial(step, attention, "tangent", length, scale.device, dtype), scale.device, 3)
+    return row("attention, time", setting, 1000 * spent, "ms", f"{tiled} in tiles")
 
 
 def latents(scale: Scale, count: int) -> fs.Dataset:

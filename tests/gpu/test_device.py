@@ -16,6 +16,7 @@ from fewstep.flow.guidance import FixedGuidance
 from fewstep.flow.paths import Linear
 from fewstep.flow.preconditioning.jumps import LinearPreconditioning
 from fewstep.networks.attention import attention
+from fewstep.networks.attention_kernel import kernel_installed, tangent_kernel
 from fewstep.networks.condition import Condition
 from fewstep.networks.dit import DiTConfig
 from fewstep.objectives import ISD, Batch
@@ -99,6 +100,22 @@ def test_forms_of_attention_are_equal(
     near = 1e-3 if dtype is torch.float32 else 0.05
     for one, other in zip(*found, strict=True):
         assert float((one - other).detach().float().norm()) <= near * float(other.detach().float().norm())
+
+
+def test_the_kernel_s_tangent_is_the_written_out_one(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu" or not kernel_installed():
+        pytest.skip("jvp-flash-attention needs a GPU")
+    monkeypatch.setattr("fewstep.networks.attention.TILE", 16 * 64)
+    draw = torch.Generator().manual_seed(0)
+    for tokens, width in ((64, 32), (96, 64), (1024, 64), (256, 128)):
+        drawn = torch.randn(6, 2, tokens, 3, width, generator=draw).to(device, torch.bfloat16).transpose(2, 3)
+        at, along = tuple(x.requires_grad_() for x in drawn[:3]), tuple(drawn[3:])
+        found = jvp(attention, at, along, attached=False)[1]
+        with tangent_kernel(False):
+            tiled = jvp(attention, at, along, attached=False)[1]
+        wanted = torch.func.jvp(written_out, *(tuple(x.detach().double() for x in each) for each in (at, along)))[1]
+        assert not torch.equal(found, tiled)  # the kernel was taken
+        assert float((found - wanted).norm()) < 0.02 * float(wanted.norm())
 
 
 @pytest.mark.parametrize("kind", ["exact", "finite-difference"])

@@ -13,6 +13,7 @@ from benchmarks.engine.questions import NETWORKS, batch_on, cases, maps
 from fewstep.data.base import Dataset
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.guidance import NoGuidance
+from fewstep.networks import attention_kernel
 from fewstep.networks.layers import LinearLayer
 from fewstep.objectives import Companions, Objective
 from fewstep.training import Callback, Moment, RunFolder, train_run
@@ -73,15 +74,17 @@ def flags() -> tuple[bool, bool]:
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-def test_tf32_is_as_the_run_says_and_never_in_differences(
+def test_tf32_and_kernel_are_as_the_run_says_and_tf32_never_in_differences(
     tf32: bool, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: set[tuple[bool, bool]] = set()
     within: set[tuple[bool, bool]] = set()
+    kernels: set[bool] = set()
 
     class Looking(Callback):
         def step(self, moment: Moment) -> None:
             seen.add(flags())
+            kernels.add(attention_kernel._wanted)
 
     from fewstep.flow import derivatives
 
@@ -94,8 +97,16 @@ def test_tf32_is_as_the_run_says_and_never_in_differences(
     monkeypatch.setattr(derivatives, "parabola_slope", looking)
     before = flags()
     config = replace(TINY, objective=with_derivative(TINY.objective, "finite-difference"))
-    train_run(config, digits, RunFolder(tmp_path), replace(RUNTIME, tf32=tf32), Callbacks(also=(Looking(),)))
+    train_run(
+        config,
+        digits,
+        RunFolder(tmp_path),
+        replace(RUNTIME, tf32=tf32, attention_kernel=tf32),
+        Callbacks(also=(Looking(),)),
+    )
     assert seen == {(tf32, tf32)}
+    assert kernels == {tf32}
+    assert attention_kernel._wanted
     assert within == {(False, False)}
     assert flags() == before
 

@@ -3,7 +3,7 @@
 With S = c q k^T, P = softmax(S) and c = 1 / sqrt(D), the derivative of o = P v along (dq, dk, dv) is
     do = (P * dS) v - rowsum(P * dS) o + P dv,    dS = c (dq k^T + q dk^T).
 A row of P needs one query alone, so queries go by in tiles, each against all keys; the backward pass computes a tile's
-rows anew.
+rows anew. A tangent without a graph may come from a kernel instead (attention_kernel.py).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
+from fewstep.networks.attention_kernel import kernel_tangent
 from fewstep.utils.forward_ad import tangents_recorded
 
 TILE = 2**18
@@ -38,7 +39,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     else:
         found = functional.scaled_dot_product_attention(*primal)
         with torch.no_grad():
-            moved = _tiled(*primal, *tangent)[1]
+            by_kernel = kernel_tangent(*primal, *tangent)
+            moved = _tiled(*primal, *tangent)[1] if by_kernel is None else by_kernel
     dual: Tensor = forward_ad.make_dual(found, moved)
     return dual
 

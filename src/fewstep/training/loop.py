@@ -17,6 +17,7 @@ from accelerate import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from fewstep.data.base import Dataset
+from fewstep.networks.attention_kernel import tangent_kernel
 from fewstep.objectives import Batch, Companions
 from fewstep.recipes.config import RunConfig
 from fewstep.training.batches import fetch_part, on_device
@@ -66,7 +67,8 @@ def train_run(
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    with float32_products(runtime.tf32), Trainer(config, dataset, run, runtime, callbacks) as trainer:
+    modes = float32_products(runtime.tf32), tangent_kernel(runtime.attention_kernel)
+    with modes[0], modes[1], Trainer(config, dataset, run, runtime, callbacks) as trainer:
         return trainer.run_to_end()
 
 

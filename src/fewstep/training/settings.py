@@ -37,6 +37,9 @@ class Runtime:
     tf32: bool = False
     """Let a GPU round the factors of float32 products to TF32's 10 bits, which is several times as quick; finite
     differences stay exact. Without it float32 is exact."""
+    attention_kernel: bool = True
+    """On a GPU in bf16 take the derivative of attention by the kernel of jvp-flash-attention, where that is installed
+    (extra [gpu]) and serves."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     workers: int = 0
