@@ -263,6 +263,12 @@ class NetworkConfig(ABC):
         """The same without adapters."""
         return self
 
+    def seeing_skip(self) -> "NetworkConfig":
+        """The same, shown what a skip lets through; raises ConfigError for a network that has no place for it."""
+        if all(field.name != "sees_skip" for field in dataclasses.fields(self)):  # type: ignore[arg-type]
+            raise ConfigError(f"{type(self).__name__} has no sees_skip: leave --network.sees-skip out")
+        return dataclasses.replace(self, sees_skip=True)  # type: ignore[type-var]
+
     @property
     def stochastic(self) -> bool:
         """Whether its layers draw random numbers in training, so that two evaluations are of different networks."""
@@ -280,6 +286,8 @@ class TeacherNetworkConfig(NetworkConfig):
     """Adapters count alpha/rank times; 0 takes the rank."""
     lora_layers: AdaptedLayers = later(lambda: "attention")
     """Which layers have adapters: those of attention, or all within blocks."""
+    sees_skip: bool = later(bool)
+    """Show it what a skip lets through: the preconditioning skip needs it on networks of convolutions."""
 
     def __post_init__(self) -> None:
         if self.lora:
@@ -301,4 +309,5 @@ class TeacherNetworkConfig(NetworkConfig):
             raise ConfigError(
                 "the network is the teacher's, which does not say its settings: name another, such as --network mlp"
             )
-        return teacher.with_lora(self._adapters()) if self.lora else teacher.without_lora()
+        own = teacher.with_lora(self._adapters()) if self.lora else teacher.without_lora()
+        return own.seeing_skip() if self.sees_skip else own

@@ -24,7 +24,7 @@ from fewstep.flow.preconditioning.prediction import Prediction, PredictionScalin
 from fewstep.networks.base import LoRA, Shape
 from fewstep.networks.condition import Condition
 from fewstep.networks.layers import check_inputs
-from fewstep.teachers.families import Family, NullableEmbedding, Settings, family
+from fewstep.teachers.families import Family, NullableEmbedding, Settings, family, packed
 from fewstep.teachers.lora import add_adapters, base_name, last_adapter
 from fewstep.teachers.second_time import (
     TwoTimes,
@@ -120,6 +120,9 @@ class DiffusersNetwork(TwoTimesNetwork):
         self.adapters = config.adapters
         beside = guided and not self.own_guidance
         self.two_times = TwoTimes(network, self.family.times, 1000.0 / self.family.noise_time, beside)
+        if config.sees_skip:
+            self.sees_skip = True
+            self.two_times.see_skip(self.family.first, shape[0] * (4 if self.family.packed else 1))
         self.eval()
 
     @property
@@ -147,9 +150,11 @@ class DiffusersNetwork(TwoTimesNetwork):
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         check_inputs(x, t, s, self.shape)
         cond = Condition() if cond is None else cond
-        with self.two_times.at(s.to(x.dtype), cond.guidance), differentiable_attention(x, t, s):
-            found = self.family.call(self.two_times.network, x, t, cond)
-        return found[:, : x.shape[1]]
+        two_times, seen = self.two_times, cond.seen
+        shown = packed(seen) if seen is not None and self.family.packed else seen
+        with two_times.at(s.to(x.dtype), cond.guidance), two_times.seeing(shown), differentiable_attention(x, t, s):
+            found = self.family.call(two_times.network, x, t, cond)
+        return two_times.gated(found[:, : x.shape[1]], seen, t, s)
 
 
 def foreign_name(key: str) -> str | None:

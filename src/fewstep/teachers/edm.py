@@ -28,7 +28,7 @@ _TRAINING = {"use_fp16", "augment_dim", "dropout", "label_dropout", "logvar_chan
 """Arguments that say nothing about samples."""
 _LOG_FACTOR = 100.0
 """Brings a logarithm of the noise, over four or not, to a range of some hundreds."""
-_OWN = {"log_half", "time_factor", "learned_variance", "adapters"}
+_OWN = {"log_half", "time_factor", "learned_variance", "adapters", "sees_skip"}
 """Fields of our configurations that no file names."""
 _DDPM_SIGMA_MAX = 81.0
 _MOST = 2**20

@@ -99,6 +99,9 @@ class EDMNetwork(TwoTimesNetwork):
             add_adapters(network, config.adapters, config.attention, config.time_layer)
         self.adapters = config.adapters
         self.two_times = TwoTimes(network, config.time_layer, config.time_factor, guided)
+        if config.sees_skip:
+            self.sees_skip = True
+            self.two_times.see_skip(f"enc.{shape[1]}x{shape[1]}_conv", shape[0])
         self.eval()
 
     @property
@@ -120,9 +123,10 @@ class EDMNetwork(TwoTimesNetwork):
         check_inputs(x, t, s, self.shape)
         if self.config.log_half:
             t, s = torch.log(0.5 * t), torch.log(0.5 * s)
-        with self.two_times.at(s.to(x.dtype), None if cond is None else cond.guidance):
+        guidance, seen = (None, None) if cond is None else (cond.guidance, cond.seen)
+        with self.two_times.at(s.to(x.dtype), guidance), self.two_times.seeing(seen):
             found: Tensor = self.two_times.network(x, t.to(x.dtype), self._one_hot(x, cond))
-        return found[:, : x.shape[1]]
+        return self.two_times.gated(found[:, : x.shape[1]], seen, t, s)
 
     def _one_hot(self, x: Tensor, cond: Condition | None) -> Tensor:
         """(B, num_classes), zero where there is no label."""

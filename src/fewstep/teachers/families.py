@@ -25,8 +25,9 @@ _FLUX_GUIDANCE, _SANA_GUIDANCE = 3.5, 4.5
 class Family:
     """How networks of one class of diffusers are used.
 
-    times: the names of their embeddings of t, as fnmatch reads them. output: the name of the last layer. noise_time:
-    the time that the class takes where there is noise alone. packed: whether it takes blocks of 2 x 2 as tokens.
+    times: the names of their embeddings of t, as fnmatch reads them. first, output: the names of the first and the last
+    layer. noise_time: the time that the class takes where there is noise alone. packed: whether it takes blocks of
+    2 x 2 as tokens.
     text, pooled: the names of the settings that say the widths of the embeddings of prompts that it takes.
     guidance: the strength that those made to take one are given. masked: whether it looks at a mask of tokens.
     attention: last parts of the names of attention's layers.
@@ -36,6 +37,7 @@ class Family:
     times: str
     output: str
     noise_time: float = 1000.0
+    first: str = "pos_embed.proj"
     packed: bool = False
     text: str = ""
     pooled: str = ""
@@ -141,20 +143,24 @@ def _sd3(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
     return found
 
 
+def packed(x: Tensor) -> Tensor:
+    """(B, C, H, W) as tokens of blocks of 2 x 2, (B, H W/4, 4 C)."""
+    batch, channels, height, width = x.shape
+    blocks = x.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+
+
 def _flux(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    """Latents are packed: blocks of 2 x 2 become tokens, each with its row and column."""
+    """Latents are packed, each token with its row and column."""
     (batch, channels, height, width), config = x.shape, model.config
     rows, columns = height // 2, width // 2
-    tokens = (
-        x.reshape(batch, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
-    )
     places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
     places[..., 1] = torch.arange(rows, device=x.device)[:, None]
     places[..., 2] = torch.arange(columns, device=x.device)
     text, pooled = _text(x, cond, config.joint_attention_dim), _pooled(x, cond, config.pooled_projection_dim)
     guidance = _strength(x, cond, _FLUX_GUIDANCE) if config.guidance_embeds else None
     found: Tensor = model(
-        tokens, timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
+        packed(x), timestep=t, encoder_hidden_states=text, pooled_projections=pooled,
         img_ids=places.reshape(-1, 3), txt_ids=x.new_zeros(text.shape[1], 3), guidance=guidance,
     ).sample  # fmt: skip
     return found.reshape(batch, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
@@ -189,9 +195,9 @@ def _wan(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
 
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family(_unet, "time_embedding", "conv_out"),
+    "UNet2DModel": Family(_unet, "time_embedding", "conv_out", first="conv_in"),
     "UNet2DConditionModel": _UNetWithText(
-        _unet_with_text, "time_embedding", "conv_out", text="cross_attention_dim"
+        _unet_with_text, "time_embedding", "conv_out", first="conv_in", text="cross_attention_dim"
     ),
     "DiTTransformer2DModel": _DiT(_dit, "transformer_blocks.*.norm1.emb.timestep_embedder", "proj_out_2"),
     "SD3Transformer2DModel": Family(
@@ -199,17 +205,19 @@ FAMILIES: dict[str, Family] = {
         pooled="pooled_projection_dim",
     ),
     "FluxTransformer2DModel": Family(
-        _flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, packed=True, text="joint_attention_dim",
-        pooled="pooled_projection_dim", guidance=_FLUX_GUIDANCE,
+        _flux, "time_text_embed.timestep_embedder", "proj_out", 1.0, "x_embedder", packed=True,
+        text="joint_attention_dim", pooled="pooled_projection_dim", guidance=_FLUX_GUIDANCE,
     ),
     "PixArtTransformer2DModel": Family(
         _pixart, "adaln_single.emb.timestep_embedder", "proj_out", text="caption_channels", masked=True
     ),
     "SanaTransformer2DModel": Family(
-        _sana, "time_embed*timestep_embedder", "proj_out", text="caption_channels", guidance=_SANA_GUIDANCE,
-        masked=True,
+        _sana, "time_embed*timestep_embedder", "proj_out", first="patch_embed.proj", text="caption_channels",
+        guidance=_SANA_GUIDANCE, masked=True,
     ),
-    "WanTransformer3DModel": Family(_wan, "condition_embedder.time_embedder", "proj_out", text="text_dim"),
+    "WanTransformer3DModel": Family(
+        _wan, "condition_embedder.time_embedder", "proj_out", first="patch_embedding", text="text_dim"
+    ),
 }  # fmt: skip
 
 

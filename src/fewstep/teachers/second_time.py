@@ -22,6 +22,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.base import LoRA, Network, NetworkConfig, fit_stored, stored_state
 from fewstep.networks.layers import LinearLayer, carries_tangent, silu, zeroed
 from fewstep.teachers.lora import adapters_of, merged
+from fewstep.teachers.sight import SkipSight
 from fewstep.utils.errors import CheckpointError, ConfigError
 from fewstep.utils.recompute import first_and_anew
 from fewstep.utils.serialization import differences, later
@@ -30,7 +31,8 @@ from fewstep.utils.weights import digest, fit_weights, save_weights
 
 _FEATURES = 256
 _LONGEST_PERIOD = 10_000.0
-_GUIDANCE = "two_times.guidance."
+_LATER = ("two_times.guidance.", "two_times.sight.")
+"""Of tensors that a student may have and its teacher not: zero at first."""
 
 
 class _ContiguousGroupNorm(nn.GroupNorm):
@@ -57,8 +59,16 @@ def differentiable_attention(*values: Tensor) -> Iterator[None]:
         yield
 
 
+def clock_features(t: Tensor, time_factor: float) -> Tensor:
+    """Cosines and sines of time_factor t, periods from 2 pi to 10,000 * 2 pi: (B,) -> (B, 256)."""
+    half = _FEATURES // 2
+    rates = torch.exp(-math.log(_LONGEST_PERIOD) / half * torch.arange(half, device=t.device, dtype=t.dtype))
+    angles = time_factor * t[:, None] * rates
+    return torch.cat([torch.cos(angles), torch.sin(angles)], 1)
+
+
 class SecondTime(nn.Module):
-    """h(s), (B,) -> (B, width): a layer over sines and cosines of time_factor s, periods from 2 pi to 10,000 * 2 pi."""
+    """h(s), (B,) -> (B, width): a layer over the features of s."""
 
     def __init__(self, width: int, time_factor: float) -> None:
         super().__init__()
@@ -66,10 +76,7 @@ class SecondTime(nn.Module):
         self.hidden = LinearLayer(_FEATURES, width)
 
     def forward(self, s: Tensor) -> Tensor:
-        half = _FEATURES // 2
-        rates = torch.exp(-math.log(_LONGEST_PERIOD) / half * torch.arange(half, device=s.device, dtype=s.dtype))
-        angles = self.time_factor * s[:, None] * rates
-        found: Tensor = silu(self.hidden(torch.cat([torch.cos(angles), torch.sin(angles)], 1)))
+        found: Tensor = silu(self.hidden(clock_features(s, self.time_factor)))
         return found
 
 
@@ -113,11 +120,34 @@ class TwoTimes(nn.Module):
         width = _outputs(network.get_submodule(places[0]))
         self.second_time = SecondTime(width, time_factor)
         self.guidance = LinearLayer(3, width) if guided else None
+        self.sight: SkipSight | None = None
         for place in places:
             owner, _, name = place.rpartition(".")
             embedding = network.get_submodule(place)
             two_times = TwoTimeEmbedding(embedding, width, _outputs(embedding), self.shared)
             setattr(network.get_submodule(owner), name, two_times)
+
+    def see_skip(self, first: str, channels: int) -> None:
+        """Show the network what a skip lets through, beside its layer of that name; channels: as that is given it."""
+        self.sight = SkipSight(self.network.get_submodule(first), channels, 2 * _FEATURES)
+
+    @contextmanager
+    def seeing(self, shown: Tensor | None) -> Iterator[None]:
+        """What a skip lets through, as the first layer is given it, for the passes within."""
+        if self.sight is not None:
+            self.sight.shown = shown
+        try:
+            yield
+        finally:
+            if self.sight is not None:
+                self.sight.shown = None
+
+    def gated(self, output: Tensor, seen: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
+        """The output (B, *shape) with the gate's share of what a skip lets through; t, s (B,) are the network's."""
+        if self.sight is None or seen is None:
+            return output
+        times = [clock_features(time.to(output.dtype), self.second_time.time_factor) for time in (t, s)]
+        return self.sight.gated(output, seen, torch.cat(times, 1))
 
     @contextmanager
     def at(self, s: Tensor, guidance: Tensor | None = None) -> Iterator[None]:
@@ -158,10 +188,10 @@ class TwoTimes(nn.Module):
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, context_fn=first_and_anew)
 
     def new_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the second time, and of guidance."""
-        yield from self.second_time.parameters()
-        if self.guidance is not None:
-            yield from self.guidance.parameters()
+        """Those of the second time, of guidance and of what a skip lets through."""
+        for own in (self.second_time, self.guidance, self.sight):
+            if own is not None:
+                yield from own.parameters()
         for module in self.network.modules():
             if isinstance(module, TwoTimeEmbedding):
                 yield from module.project.parameters()
@@ -172,17 +202,21 @@ def _outputs(embedding: nn.Module) -> int:
 
 
 def without_second_time(name: str) -> str | None:
-    """A parameter's name in the network of one time; None for one that only the second time or guidance has."""
-    if name.startswith(("second_time.", "guidance.")) or ".project." in name:
+    """A parameter's name in the network of one time; None for one that it has not."""
+    if name.startswith(("second_time.", "guidance.", "sight.")) or ".project." in name:
         return None
     return name.removeprefix("network.").replace(".embedding.linear_", ".linear_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoTimesConfig(NetworkConfig):
-    """Settings of a foreign network with a second time; adapters: on its frozen weights, None trains the whole."""
+    """Settings of a foreign network with a second time.
+
+    adapters: on its frozen weights, None trains the whole. sees_skip: whether it is shown what a skip lets through.
+    """
 
     adapters: LoRA | None = later(lambda: None)
+    sees_skip: bool = later(bool)
 
     def with_lora(self, lora: LoRA) -> Self:
         if self.adapters is not None:
@@ -254,10 +288,10 @@ class TwoTimesNetwork(Network):
     def take(self, other: Network, name: str) -> None:
         """Take the weights of a network of the same class, with or without adapters.
 
-        Adapters stay on the base that is theirs, and what enters guidance as it is where the other takes none. Raises
-        CheckpointError for a network of another base.
+        Adapters stay on the base that is theirs, and what takes guidance, or a skip, as it is where the other has none.
+        Raises CheckpointError for a network of another base.
         """
-        added = {key: value for key, value in self.state_dict().items() if key.startswith(_GUIDANCE)}
+        added = {key: value for key, value in self.state_dict().items() if key.startswith(_LATER)}
         theirs = other if isinstance(other, TwoTimesNetwork) else None
         if theirs is None or (self.adapters is None and theirs.adapters is None):
             fit_weights(self, {**added, **other.state_dict()}, name)

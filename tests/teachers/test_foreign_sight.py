@@ -1,0 +1,145 @@
+"""Foreign networks that are shown what a skip lets through: at first the teacher, with adapters or not."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.covariance import PrincipalComponents
+from fewstep.flow.preconditioning.skip import SkipPreconditioning
+from fewstep.networks.base import NetworkConfig, TeacherNetworkConfig, fit_stored, stored_state
+from fewstep.networks.condition import Condition
+from fewstep.networks.mlp import MLPConfig
+from fewstep.teachers.diffusers import load_diffusers
+from fewstep.teachers.edm import load_edm
+from fewstep.teachers.second_time import TwoTimesNetwork, merged_flow_map, save_adapters
+from fewstep.utils.errors import ConfigError
+from fewstep.utils.serialization import from_json, to_json
+from fewstep.utils.weights import read_weights
+from tests.support.edm_files import save_edm
+from tests.support.foreign import TINY, save_foreign
+
+EDM_KINDS = ("ddpmpp", "ncsnpp", "adm", "edm2")
+
+
+def read(kind: str, folder: Path) -> tuple[FlowMap, Condition]:
+    """A teacher, and a condition of two samples."""
+    if kind not in TINY:
+        save_edm(folder / "n.pkl", kind)
+        return load_edm(folder / "n.pkl"), Condition(torch.tensor([0, 2]))
+    pytest.importorskip("diffusers")
+    save_foreign(folder, kind)
+    return load_diffusers(folder, TINY[kind].shape), TINY[kind].condition(2)
+
+
+def seeing(teacher: FlowMap, settings: TeacherNetworkConfig) -> tuple[FlowMap, TwoTimesNetwork]:
+    """A student with a skip of the Gaussian's map, over the teacher's own jumps, whose network sees it."""
+    assert teacher.config is not None
+    size = len(torch.zeros(teacher.sample_shape).flatten())
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        mean, vectors = (
+            0.3 * torch.randn(teacher.sample_shape).double(),
+            torch.linalg.qr(torch.randn(size, 3).double())[0],
+        )
+    covariance = PrincipalComponents(mean, vectors, torch.tensor([4.0, 2.0, 1.0]).double(), 0.1)
+    skip = SkipPreconditioning(teacher.preconditioning, covariance, teacher.path)
+    config = replace(teacher.config, preconditioning=skip, network=settings.beside(teacher.config.network))
+    student = from_json(type(config), to_json(config), "config").build().eval()
+    network = student.network
+    assert isinstance(network, TwoTimesNetwork)
+    assert isinstance(teacher.network, TwoTimesNetwork)
+    if settings.lora:
+        network.share_base(teacher.network)
+    network.take(teacher.network, "teacher")
+    return student, network
+
+
+def times(teacher: FlowMap, x: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = teacher.path.t_min, teacher.path.t_max
+    return torch.full(x.shape[:1], low + 0.7 * (high - low)), torch.full(x.shape[:1], low + 0.2 * (high - low))
+
+
+@pytest.mark.parametrize("lora", [0, 2], ids=["whole", "adapters"])
+@pytest.mark.parametrize("kind", [*TINY, *EDM_KINDS])
+def test_a_student_that_sees_its_skip_starts_as_the_teacher(kind: str, lora: int, tmp_path: Path) -> None:
+    """To the last bit; its own layers get gradients, and once they have moved the denoiser still sees nothing."""
+    teacher, cond = read(kind, tmp_path)
+    student, network = seeing(teacher, TeacherNetworkConfig(lora=lora, sees_skip=True))
+    sight = network.two_times.sight
+    assert sight is not None
+    x = torch.randn(2, *teacher.sample_shape)
+    t, s = times(teacher, x)
+    plain = teacher.denoise(x, t, cond)
+    with torch.no_grad():
+        assert torch.equal(student.output(x, t, s, cond), plain)
+    student.jump(x, t, s, cond).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in sight.parameters())
+    with torch.no_grad():
+        for parameter in sight.parameters():
+            parameter.add_(0.3)
+        torch.testing.assert_close(student.denoise(x, t, cond), plain)
+        assert not torch.allclose(student.output(x, t, s, cond), plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "FluxTransformer2DModel", "adm", "edm2"])
+def test_its_derivative_passes_through_what_it_sees(kind: str, tmp_path: Path) -> None:
+    """Convolutions, tokens, and weights of unit magnitude."""
+    teacher, cond = read(kind, tmp_path)
+    student, network = seeing(teacher.double(), TeacherNetworkConfig(sees_skip=True))
+    sight = network.double().two_times.sight
+    assert sight is not None
+    with torch.no_grad():
+        for parameter in sight.parameters():
+            parameter.add_(0.3)
+    cond = replace(cond, prompts=None)
+    x = torch.randn(2, *teacher.sample_shape, dtype=torch.float64)
+    v, (t, s) = torch.randn_like(x), (time.double() for time in times(teacher, x))
+    _, slope = student.with_tangent(x, t, s, cond, (v, None, None))
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (student.output(x + sign * h * v, t, s, cond) for sign in (1, -1))
+    torch.testing.assert_close(slope.detach(), (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "adm"])
+def test_what_it_learned_to_see_is_saved_and_merged(kind: str, tmp_path: Path) -> None:
+    """In the file of the second time, beside the adapters that PEFT reads; a merged model sees too."""
+    teacher, cond = read(kind, tmp_path)
+    student, network = seeing(teacher, TeacherNetworkConfig(lora=2, sees_skip=True))
+    with torch.no_grad():
+        for parameter in network.two_times.new_parameters():
+            parameter.add_(0.1)
+    save_adapters(network, tmp_path / "adapters")
+    kept = read_weights(tmp_path / "adapters" / "second_time.safetensors")
+    assert {"sight.beside.weight", "sight.gate.weight", "sight.gate.bias"} <= kept.keys()
+    assert not any("sight" in name for name in read_weights(tmp_path / "adapters" / "pytorch_lora_weights.safetensors"))
+    x = torch.randn(2, *teacher.sample_shape)
+    t, s = times(teacher, x)
+    expected = student.jump(x, t, s, cond)
+    torch.testing.assert_close(merged_flow_map(student).jump(x, t, s, cond), expected)
+    other, fresh = seeing(teacher, TeacherNetworkConfig(lora=2, sees_skip=True))
+    assert not torch.allclose(other.jump(x, t, s, cond), expected)
+    fit_stored(fresh, stored_state(network), "a file")
+    torch.testing.assert_close(other.jump(x, t, s, cond), expected)
+    assert network.base_digest() == teacher.network.base_digest()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Blind(NetworkConfig):
+    """A network of one's own, without a place for it."""
+
+    def build(self, *given: Any) -> Any:
+        raise NotImplementedError
+
+
+def test_a_network_without_a_place_for_it_is_refused() -> None:
+    """In one line, by name; fewstep's own have one."""
+    settings = TeacherNetworkConfig(sees_skip=True)
+    assert settings.beside(MLPConfig()) == MLPConfig(sees_skip=True)
+    with pytest.raises(ConfigError, match=r"Blind has no sees_skip: leave --network\.sees-skip out"):
+        settings.beside(Blind())
