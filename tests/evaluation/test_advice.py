@@ -1,6 +1,7 @@
 """Advice: its figures are the studies', its commands are taken, bad input gets one line."""
 
 import shlex
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,13 +56,18 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(4):
             Image.new("RGB", (70 + number, 90), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
     values = np.random.default_rng(0).integers(0, 256, (20, 16, 16), dtype=np.uint8)
+    with tarfile.open("shard-0.tar", "w") as tar:
+        for name in ("with classes/a/0.png", "with classes/a/1.png", "with classes/b/0.png", "with classes/b/1.png"):
+            tar.add(name, name.replace("/", "-"))
     np.savez("grey.npz", images=values)
     np.savez("small.npz", images=values[:, :8, :8], labels=np.arange(20) % 2)
     save_demonstrations(record(point_task().task, 4).demonstrations, Path("point.npz"))
     return tmp_path
 
 
-@pytest.mark.parametrize("data", ["with classes", "loose", "grey.npz", "small.npz", "point.npz", "digits"])
+@pytest.mark.parametrize(
+    "data", ["with classes", "loose", "shard-0.tar", "grey.npz", "small.npz", "point.npz", "digits"]
+)
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 @pytest.mark.usefixtures("places")
 def test_the_command_builds_a_model_of_the_data(data: str, seconds: float) -> None:
@@ -81,6 +87,24 @@ def test_data_are_seen_as_they_are() -> None:
     assert (found.count, found.classes, found.shape, found.source) == (8, 2, (3, 70, 90), "images")
     assert "4 episodes" in str(look("point.npz"))
     assert look("grey.npz").shape == (1, 16, 16)
+
+
+@pytest.mark.usefixtures("places")
+def test_images_in_tars_and_rows_are_seen_as_those_of_a_folder() -> None:
+    pa, write = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet").write_table
+    pytest.importorskip("datasets")
+    Path("rows").mkdir()
+    images = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted(Path("with classes").glob("*/*.png"))]
+    write(pa.table({"image": images}), "rows/train.parquet")
+    seen, wanted = {place: look(place) for place in ("shard-{0..0}.tar", "rows", "rows/train.parquet")}, look("loose")
+    assert [each.source for each in seen.values()] == ["webdataset", "hugging-face", "hugging-face"]
+    assert [each.count for each in seen.values()] == [4, 8, 8]
+    assert all(each.shape[0] == wanted.shape[0] and each.shape[2] == wanted.shape[2] for each in seen.values())
+    config = configured(advise("rows"))
+    assert len(load_dataset(config.data).train) + len(load_dataset(config.data).heldout) == 8
+    write(pa.table({"words": ["one"]}), "none.parquet")
+    with pytest.raises(DataError, match="no column of images"):
+        look("none.parquet")
 
 
 @pytest.mark.usefixtures("places")

@@ -14,7 +14,8 @@ class Options:
     """
 
     data: Annotated[str, tyro.conf.Positional]
-    """digits, fashion-mnist, a folder of images or latents, an .npz archive, or a file of demonstrations."""
+    """digits, fashion-mnist, a folder of images or latents, tars, parquet or a cached OWNER/NAME, an .npz archive, or a
+    file of demonstrations."""
     teacher: str = ""
     """A model to distil: a run, a folder of diffusers, a pickle of EDM, OWNER/NAME of the Hub, FILE.py:NAME."""
     seconds: float = 0.0

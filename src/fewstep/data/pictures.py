@@ -72,6 +72,10 @@ class Pictures(ABC):
         """Of its file, in bytes."""
 
     @abstractmethod
+    def file(self, number: int) -> Path | io.BytesIO:
+        """What Pillow opens; raises DataError where it lies in a file that has been changed."""
+
+    @abstractmethod
     def read(self, number: int, image_size: int) -> Pixels | str:
         """Its pixels, as `fewstep.data.folder.decode` gives them; or why there are none."""
 
@@ -141,11 +145,14 @@ class FolderPictures(Pictures):
     def size(self, number: int) -> int:
         return self.listing.files[number].stat().st_size
 
+    def file(self, number: int) -> Path | io.BytesIO:
+        return self.listing.files[number]
+
     def read(self, number: int, image_size: int) -> Pixels | str:
-        return decode_or_reason(self.listing.files[number], image_size)
+        return decode_or_reason(self.file(number), image_size)
 
     def grey(self, number: int) -> bool | str:
-        return grey_or_reason(self.listing.files[number])
+        return grey_or_reason(self.file(number))
 
     def identity(self) -> str:
         files = self.listing.files
@@ -189,6 +196,9 @@ class RowPictures(Pictures):
 
     def size(self, number: int) -> int:
         return self.rows.sizes[number]
+
+    def file(self, number: int) -> Path | io.BytesIO:
+        return io.BytesIO(self.rows.content(number))
 
     def read(self, number: int, image_size: int) -> Pixels | str:
         return self.rows.decode(number, image_size)
@@ -242,12 +252,15 @@ class ShardPictures(Pictures):
     def size(self, number: int) -> int:
         return int(self.shards.images[number, 1])
 
+    def file(self, number: int) -> Path | io.BytesIO:
+        return io.BytesIO(self.shards.image(number))
+
     def read(self, number: int, image_size: int) -> Pixels | str:
-        found = decode_or_reason(io.BytesIO(self.shards.image(number)), image_size)
+        found = decode_or_reason(self.file(number), image_size)
         return without_address(found) if isinstance(found, str) else found
 
     def grey(self, number: int) -> bool | str:
-        found = grey_or_reason(io.BytesIO(self.shards.image(number)))
+        found = grey_or_reason(self.file(number))
         return without_address(found) if isinstance(found, str) else found
 
     def identity(self) -> str:

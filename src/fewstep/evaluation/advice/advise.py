@@ -56,7 +56,7 @@ def _of_teacher(found: Look, name: str) -> Choice:
     place = Path() if ".py:" in name else local_copy(name)
     own = ".py:" in name
     format = "fewstep" if own else "diffusers" if is_diffusers(place) else "edm" if is_edm(place) else "fewstep"
-    shape = () if found.source in ("images", "demonstrations") else found.shape
+    shape = () if found.of_files or found.source == "demonstrations" else found.shape
     return choose_student(found, load_teacher(name, shape), name, format)
 
 

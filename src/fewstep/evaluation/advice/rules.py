@@ -77,7 +77,7 @@ def choose(data: Look, seconds: float = 0.0) -> Choice:
     if data.source == "mixture":
         raise ConfigError("mixture is a toy for teachers and students: fewstep train edm-mixture, then ctm-mixture")
     side = data.shape[-1]
-    if data.source == "images":
+    if data.of_files:
         return _pictures(data, seconds)
     if side <= _SMALL:
         return _digits(data)
@@ -110,9 +110,10 @@ def _pictures(data: Look, seconds: float) -> Choice:
     small = data.shape[-2] < 64 or 0 < seconds < _ENOUGH_SECONDS
     size = 32 if small else 64
     cautions = (f"{data.count:,} images are few: expect copies of them",) if data.count < 500 else ()
-    resized = ("--data.image-size", str(size)) if data.source == "images" else ()
+    resized = ("--data.image-size", str(size)) if data.of_files else ()
     if (name := f"photos-{size}") in RECIPES:
-        words = data.words[2:] if data.source == "images" else (*data.words, "--data.image-size", "0")
+        words = data.words if data.of_files else (*data.words, "--data.image-size", "0")
+        words = words[2:] if data.source == "images" else words  # the recipe's own source
         why = ("a U-Net on blocks of pixels is cheap: minutes of a CPU give colours and textures, things need longer",)
         return _unguided(data, Choice(name, words, why, name, cautions))
     why = ("a U-Net learns pictures better than a transformer of its size in short runs",)
@@ -142,7 +143,7 @@ def choose_student(data: Look, teacher: FlowMap, name: str, format: str) -> Choi
     Raises ConfigError for a teacher of samples of another shape, or of other classes, than the data.
     """
     shape = tuple(teacher.sample_shape)
-    resized = data.source == "images" and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]
+    resized = data.of_files and len(shape) == 3 and shape[0] in (1, 3) and shape[1] == shape[2]
     acts = data.source == "demonstrations" and len(shape) == 2 and shape[1] == data.shape[1]
     classed = not teacher.num_classes or data.classes == teacher.num_classes
     if not classed or not (resized or acts or data.shape == shape):
