@@ -3,16 +3,23 @@
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from accelerate import Accelerator
 
-from fewstep.training import RunFolder, peers
+from fewstep.data.sources import DataConfig, load_dataset
+from fewstep.evaluation import align
+from fewstep.training import RunFolder, peers, teacher_samples, train_run
 from fewstep.training.parallel import Agreement
 from fewstep.training.peers import Peers
 from fewstep.utils.errors import ConfigError, ProcessLostError
+from tests.support.tiny import RUNTIME, TEACHER
 
 COUNT = 3
 
@@ -40,7 +47,7 @@ def all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
     said, made = Said(), dict[int, Peers]()
 
     def make(index: int) -> None:
-        made[index] = Peers(RunFolder(tmp_path / "run"), index, COUNT, said.of(index))
+        made[index] = Peers(RunFolder(tmp_path / "run").way_on, index, COUNT, said.of(index))
 
     threads = [threading.Thread(target=make, args=(index,)) for index in range(COUNT)]
     for thread in threads:
@@ -96,8 +103,64 @@ def test_one_that_is_silent_is_lost_and_who_waits_for_it_is_ended(
     assert "is lost; there is no checkpoint yet" in capfd.readouterr().err
 
 
+def test_inside_watching_an_error_that_a_lost_process_brings_is_that_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(peers, "PATIENCE", 2.0)
+    said, raised = Said(), dict[int, BaseException]()
+    monkeypatch.setattr(peers, "Agreement", lambda _: said.of(int(threading.current_thread().name)))
+
+    def work(index: int) -> None:
+        try:
+            with peers.watching(cast(Accelerator, SimpleNamespace(num_processes=2, process_index=index)), lambda: "on"):
+                raise KeyError("its own") if index else RuntimeError("Connection closed by peer")
+        except BaseException as error:
+            raised[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,), name=str(index)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (type(raised[1]), type(raised[0])) == (KeyError, ProcessLostError)
+    assert str(raised[0]) == "process 1 of 2 is lost; on"
+
+
+def test_statistics_are_estimated_and_samples_drawn_under_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = RunFolder(tmp_path / "teacher")
+    train_run(TEACHER, load_dataset(DataConfig()), teacher, RUNTIME)
+    inside: list[str] = []
+    seen: list[tuple[object, ...]] = []
+
+    @contextmanager
+    def watching(_: Accelerator, way_on: Callable[[], str]) -> Iterator[None]:
+        inside.append(way_on())
+        yield
+        inside.clear()
+
+    def estimate(*_: object) -> tuple[Path, str]:
+        seen.append(tuple(inside))
+        raise KeyboardInterrupt
+
+    for module in (align, teacher_samples):
+        monkeypatch.setattr(module, "watching", watching)
+    monkeypatch.setattr(teacher_samples, "draw_set", lambda folder, *_: seen.append((folder, *inside)))
+    monkeypatch.setattr(align, "teacher_statistics", estimate)
+    student = replace(TEACHER, teacher=str(teacher.root), data=DataConfig("teacher-samples"))  # type: ignore[arg-type]
+    teacher_samples.run_data(student, RunFolder(tmp_path / "run"), cpu=True)
+    folder = tmp_path / "run" / "teacher-samples"
+    assert seen.pop() == (folder, f"the samples in {folder} are kept: the same command goes on")
+    inside.clear()
+    with pytest.raises(KeyboardInterrupt):
+        align.measure_statistics(teacher, load_dataset(DataConfig()), {}, "", None, cpu=True)
+    assert seen == [("nothing of the estimate is kept: start the same command again",)]
+
+
 def test_one_process_alone_has_no_thread(tmp_path: Path) -> None:
-    alone = Peers(RunFolder(tmp_path), 0, 1, Agreement(1))
+    alone = Peers(RunFolder(tmp_path).way_on, 0, 1, Agreement(1))
     assert alone.explanation(RuntimeError()) is None
     assert "fewstep-peers" not in {thread.name for thread in threading.enumerate()}
     alone.close()

@@ -34,6 +34,7 @@ from fewstep.sampling.generate import STREAM_PRIOR
 from fewstep.teachers import Teacher
 from fewstep.training.loop import Trainer
 from fewstep.training.parallel import ProcessGroup, join_processes
+from fewstep.training.peers import watching
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.settings import Callbacks, Runtime
 from fewstep.training.statistics import cache_file, kept_statistics, prepared
@@ -222,7 +223,8 @@ def measure_statistics(
     chosen = student_recipe(config, student)
     settings = replace(StatisticsConfig() if chosen is None else chosen.statistics, **given)
     accelerator = join_processes(cpu)
-    file, origin = teacher_statistics(run, settings, dataset, accelerator)
+    with watching(accelerator, lambda: "nothing of the estimate is kept: start the same command again"):
+        file, origin = teacher_statistics(run, settings, dataset, accelerator)
     if not accelerator.is_main_process:
         return ""
     found, share = TrajectoryStatistics.load(file), ""

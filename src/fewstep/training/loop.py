@@ -106,7 +106,7 @@ class Trainer:
         self.teacher = None if teacher is None else teacher.to(self.accelerator.device)
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process
-        self.peers = Peers(run, self.group.index, self.group.count, self.agreement)
+        self.peers = Peers(run.way_on, self.group.index, self.group.count, self.agreement)
         self.lock = hold(run, config, data_record(dataset), identity) if main else None
         try:
             if runtime.from_step and main:

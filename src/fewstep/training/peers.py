@@ -1,4 +1,4 @@
-"""The other processes of a run: where one is lost, all end within a minute, with a line that names it.
+"""The other processes of a command: where one is lost, all end within a minute, with a line that names it.
 
 Each process holds a connection to the first, which tells the others. The connection closes with the process at its
 other end, whatever killed it; where a whole machine is gone it falls silent.
@@ -10,10 +10,13 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
+from accelerate import Accelerator
+
 from fewstep.training.parallel import Agreement, abandon_processes
-from fewstep.training.run_folder import RunFolder
 from fewstep.utils.errors import FewstepError, ProcessLostError
 
 BEAT, SILENT = 2.0, 30.0
@@ -27,11 +30,11 @@ _MEETING, _LOOK = 10.0, 0.2
 class Peers:
     """What a process knows of the others, from a thread of its own; of one process alone nothing, without a thread.
 
-    lost: the process that was lost, -1 for none. left: those that ended otherwise.
+    way_on: how to go on, in words. lost: the process that was lost, -1 for none. left: those that ended otherwise.
     """
 
-    def __init__(self, run: RunFolder, index: int, count: int, agreement: Agreement) -> None:
-        self.run, self.index, self.count = run, index, count
+    def __init__(self, way_on: Callable[[], str], index: int, count: int, agreement: Agreement) -> None:
+        self.way_on, self.index, self.count = way_on, index, count
         self.lost, self.left = -1, set[int]()
         self._lines = dict[socket.socket, "_Line"]()
         self._gone, self._closing = threading.Event(), threading.Event()
@@ -119,9 +122,7 @@ class Peers:
     def message(self) -> str:
         """What has happened, and how to go on."""
         index = self.lost if self.lost >= 0 else min(self.left, default=-1)
-        saved = self.run.checkpoints()
-        way = f"{saved[-1]} is saved: {self.run.going_on} goes on" if saved else "there is no checkpoint yet"
-        return f"process {index} of {self.count} is lost; {way}"
+        return f"process {index} of {self.count} is lost; {self.way_on()}"
 
     def explanation(self, error: BaseException | None) -> ProcessLostError | None:
         """The lost process, where an error comes of it; the group is then given up."""
@@ -143,6 +144,22 @@ class Peers:
         for connection in self._lines:
             connection.close()
         self._selector.close()
+
+
+@contextmanager
+def watching(accelerator: Accelerator, way_on: Callable[[], str]) -> Iterator[None]:
+    """Inside, all processes end where one is lost; raises ProcessLostError, which says how to go on."""
+    count = int(accelerator.num_processes)
+    peers = Peers(way_on, int(accelerator.process_index), count, Agreement(count))
+    try:
+        yield
+    except BaseException as error:
+        lost = peers.explanation(error)
+        peers.close(error)
+        if lost is not None:
+            raise lost from error
+        raise
+    peers.close()
 
 
 class _Line:

@@ -97,6 +97,11 @@ class RunFolder:
             named = import_words([*outside_files(config), imported_file(config.teacher)])
         return f"fewstep train --resume {quoted(self.root)}{named}"
 
+    def way_on(self) -> str:
+        """What is saved, and how to go on with it, in words."""
+        saved = self.checkpoints()
+        return f"{saved[-1]} is saved: {self.going_on} goes on" if saved else "there is no checkpoint yet"
+
     def refuse_links(self) -> None:
         """Raise CheckpointError for a link among the run's files, or in a folder of it that is written to.
 

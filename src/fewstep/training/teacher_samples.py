@@ -27,6 +27,7 @@ from fewstep.sampling.pipeline import PipelineConfig
 from fewstep.teachers import is_diffusers, is_edm
 from fewstep.teachers.text import TextEncoders, TextSpec, check_prompt_widths, has_text_encoders, load_text_encoders
 from fewstep.training.parallel import join_processes
+from fewstep.training.peers import watching
 from fewstep.training.run_folder import RunFolder, load
 from fewstep.training.teacher import advising, find_teacher, fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning
@@ -76,7 +77,8 @@ def run_data(config: RunConfig, run: RunFolder, cpu: bool = False, quiet: bool =
         encoders = None
         if wanted.captions and accelerator.is_main_process:
             encoders = text_encoders(config.teacher, teacher, made.text, accelerator.device)
-        draw_set(folder, teacher, wanted, made.data_range, accelerator, quiet, encoders)
+        with watching(accelerator, lambda: f"the samples in {folder} are kept: the same command goes on"):
+            draw_set(folder, teacher, wanted, made.data_range, accelerator, quiet, encoders)
     elif others := there.differs(wanted):
         raise DataError(
             f"{folder} holds other samples (another {', '.join(others)}): give another folder with --data.root, or "
