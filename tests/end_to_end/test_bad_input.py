@@ -210,13 +210,23 @@ def test_a_teacher_that_is_damaged(distil: tuple[Path, tuple[object, ...]], comm
     assert_refused(command(*words), r"the teacher cannot be read: .*model\.safetensors is truncated")
 
 
-def test_statistics_that_are_damaged(distil: tuple[Path, tuple[object, ...]], command: Command) -> None:
-    teacher, words = distil
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (("--model.preconditioning", "analytic"), "estimate anew"),
+        (("--model.preconditioning.levels", 6), "make it anew"),
+    ],
+)
+def test_statistics_that_are_damaged(
+    options: tuple[object, ...], advice: str, distil: tuple[Path, tuple[object, ...]], command: Command
+) -> None:
+    """Those of the computed preconditioning, and what the skip regressed."""
+    teacher, words = distil[0], (*distil[1], *options)
     assert command(*words, "--out", "first").code == 0
     (file,) = (teacher / "statistics").iterdir()
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
-    assert_refused(command(*words, "--out", "second"), r"\w{16}\.json is damaged .*: delete it to estimate anew")
+    assert_refused(command(*words, "--out", "second"), rf"\w{{16}}\.json is damaged .*: delete it to {advice}$")
     assert not Path("second").exists()
     file.unlink()
     assert command(*words, "--out", "second").code == 0

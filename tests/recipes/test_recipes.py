@@ -16,11 +16,11 @@ from fewstep.data.demonstrations.episodes import Demonstrations, save_demonstrat
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.paths import EDM, VP
 from fewstep.flow.preconditioning.base import PreconditioningConfig
-from fewstep.flow.preconditioning.covariance import CosineVariances
+from fewstep.flow.preconditioning.covariance import PrincipalComponents
 from fewstep.flow.preconditioning.estimation import noise_grid
 from fewstep.flow.preconditioning.jumps import CMPreconditioning, CMPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, IdentityScalingConfig
-from fewstep.flow.preconditioning.regression import Measured
+from fewstep.flow.preconditioning.regression import Measured, Regression
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import TeacherNetworkConfig
 from fewstep.networks.dit import DiTConfig
@@ -65,12 +65,12 @@ def euler_statistics(shape: tuple[int, ...]) -> TrajectoryStatistics:
     return TrajectoryStatistics.closed_form(noise_grid(EDM(), 4), none, none, mean, 1.0)
 
 
-def white(shape: tuple[int, ...]) -> Measured | None:
-    """A covariance of one: what a skip of images needs to be built."""
-    if len(shape) != 3:
-        return None
+def white(shape: tuple[int, ...]) -> Measured:
+    """A covariance of one, and a regression that finds nothing else: what any skip needs to be built."""
     mean = torch.zeros(shape, dtype=torch.float64)
-    return Measured(CosineVariances(mean, torch.eye(shape[0], dtype=torch.float64), torch.ones_like(mean)))
+    covariance = PrincipalComponents(mean, mean.new_zeros(mean.numel(), 0), mean.new_zeros(0), 1.0)
+    table, groups = mean.new_zeros(1, 4, 4), mean.new_zeros(len(covariance.lam))
+    return Measured(covariance, Regression(noise_grid(EDM(), 4), table, groups, mean.new_zeros(0, 0), 2, 0))
 
 
 @pytest.fixture(scope="session")
@@ -194,13 +194,16 @@ def test_every_recipe_takes_training_steps(
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("ctm-", "cd-", "digits-scd"))])
 def test_students_share_what_they_compare_with_their_teacher(name: str) -> None:
-    """The same data, network, path and inner scaling, so that its weights fit and mean the same."""
+    """The same data, network, path and inner scaling, so that its weights fit and mean the same; a network of
+    convolutions is shown its skip besides.
+    """
     config = recipe(name)
     teacher = recipe(Path(config.teacher).name)
     assert isinstance(config.objective, CD | CTM | SCD)
     assert teacher.objective.on_diagonal
     assert config.initial == "teacher"
-    assert (config.data, config.network) == (teacher.data, teacher.network)
+    seen = {"sees_skip": True} if getattr(config.network, "sees_skip", False) else {}
+    assert (config.data, config.network) == (teacher.data, replace(teacher.network, **seen))
     assert (config.model.path, config.model.scaling) == (teacher.model.path, teacher.model.scaling)
 
 
@@ -213,7 +216,7 @@ def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
     assert train_run(config, load_dataset(data), RunFolder(tmp_path), RUNTIME).step == 1
 
 
-KEPT = {"recipe", "a", "b", "classes", "draws"}
+KEPT = {"recipe", "a", "b", "classes", "draws", "u", "compare"}
 """Left as they are: a name, times of which one must be 1, and what goes with some settings alone."""
 
 

@@ -24,6 +24,7 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.guidance import TrainingGuidance
 from fewstep.flow.paths import EDM
 from fewstep.flow.paths import Path as TimePath
+from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.flow.times import default_grid, edm_grid
 from fewstep.networks.condition import Condition
@@ -276,11 +277,15 @@ def training_cost(
 ) -> tuple[int, float]:
     """Steps of the student's training, and seconds of one here: the median of three after one to warm up.
 
-    It distils this teacher, on the teacher's data; where it starts from the teacher's weights it has its network.
+    It distils this teacher, on the teacher's data, with the preconditioning that the statistics are for. Where it
+    starts from the teacher's weights it has its network.
     """
     own = teacher.config()
+    model = replace(student.model, preconditioning=AnalyticPreconditioningConfig())
     network = own.network if student.initial == "teacher" else student.network
-    student = replace(student, teacher=str(teacher.root), data=own.data, network=network, statistics=settings)
+    student = replace(
+        student, teacher=str(teacher.root), data=own.data, model=model, network=network, statistics=settings
+    )
     with tempfile.TemporaryDirectory() as folder:
         callbacks = Callbacks(features=perceptual_features(student, dataset, cache))
         run, runtime = RunFolder(Path(folder)), Runtime(cpu=cpu, quiet=True)

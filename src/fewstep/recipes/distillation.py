@@ -1,15 +1,16 @@
 """Students of the EDM teachers (fewstep.recipes.edm): consistency trajectory models (math.md §4) and their baseline.
 
-Each starts from its teacher's weights; train the teacher first. `--model.preconditioning euler` gives the published
-CTM, the default computes the preconditioning from the teacher (math.md §3).
+Each starts from its teacher's weights; train the teacher first. Jumps let the data's Gaussian through, with directions
+regressed on the teacher's trajectories (math.md §3.8). `--model.preconditioning euler --objective.compare data-end` is
+the published CTM, `--model.preconditioning analytic` computes the preconditioning from the teacher (math.md §3).
 """
 
 from dataclasses import replace
 
 from fewstep.flow.paths import EDMPathConfig, TeacherPathConfig
-from fewstep.flow.preconditioning.analytic import AnalyticPreconditioningConfig
 from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.network_scaling import EDMScalingConfig, TeacherScalingConfig
+from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
 from fewstep.networks.base import TeacherNetworkConfig
 from fewstep.objectives import CD, CTM, EMD, LMD, TeacherSteps
 from fewstep.recipes.config import (
@@ -23,7 +24,8 @@ from fewstep.recipes.config import (
 from fewstep.recipes.digits import digits
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 
-_STUDENT = ModelConfig(EDMPathConfig(), AnalyticPreconditioningConfig(), EDMScalingConfig())
+_STUDENT = ModelConfig(EDMPathConfig(), SkipPreconditioningConfig(family="regressed-length"), EDMScalingConfig())
+_PUBLISHED = CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99)
 
 
 def ctm_digits() -> RunConfig:
@@ -41,7 +43,7 @@ def ctm_fashion_mnist() -> RunConfig:
     Only its first 800 steps have been run: studies/analytic-precond.md.
     """
     base = _student(edm_fashion_mnist(), "ctm-fashion-mnist", images=512_000, batch_size=64, samples=10_000)
-    return replace(base, statistics=StatisticsConfig(points=60, samples=128))
+    return replace(base, network=base.network.seeing_skip(), statistics=StatisticsConfig(points=60, samples=128))
 
 
 def ctm_mixture() -> RunConfig:
@@ -72,7 +74,7 @@ def _student(teacher: RunConfig, name: str, images: int, batch_size: int, sample
         teacher,
         recipe=name,
         model=_STUDENT,
-        objective=CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99),
+        objective=replace(_PUBLISHED, steps=replace(_PUBLISHED.steps, draws="published"), compare="jump-end"),
         optimizer=OptimizerConfig(lr=1e-3, warmup_images=50 * batch_size),
         training=TrainingConfig(
             images=images,
@@ -99,7 +101,7 @@ def ctm_flow_matching() -> RunConfig:
     return replace(
         base,
         recipe="ctm-flow-matching",
-        objective=CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99),
+        objective=_PUBLISHED,
         optimizer=replace(base.optimizer, lr=1e-3, warmup_images=20 * batch_size),
         training=replace(base.training, batch_size=batch_size),
         evaluation=replace(base.evaluation, steps=(1, 2, 4)),
@@ -138,6 +140,7 @@ def distil_diffusers() -> RunConfig:
         data=replace(base.data, labels=True),
         model=ModelConfig(TeacherPathConfig(), EulerPreconditioningConfig(), TeacherScalingConfig()),
         network=TeacherNetworkConfig(),
+        objective=_PUBLISHED,
         optimizer=replace(base.optimizer, lr=1e-4),
         teacher="",
     )

@@ -12,6 +12,7 @@ from fewstep.data.base import Dataset
 from fewstep.data.draws import even_draw
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.regression import Measured
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.base import MOST_TENSORS, Network
@@ -98,6 +99,15 @@ def build(
         dataset.class_names, dataset.data_range, (), dataset.latents, policy, dataset.text, tuple(captions)
     )
     return Pipeline(flow_map, samples, prompts=prompts)
+
+
+def untrained(config: RunConfig, dataset: Dataset, teacher: FlowMap | None) -> FlowMap:
+    """The run's model as `build` makes it, with Euler's preconditioning in place of one that is measured first.
+
+    So what does not fit is refused before minutes go into the measure. Raises what `build` raises.
+    """
+    model = replace(config.model, preconditioning=EulerPreconditioningConfig())
+    return build(replace(config, model=model), dataset, teacher).flow_map
 
 
 def _check_prompts(flow_map: FlowMap, dataset: Dataset) -> None:

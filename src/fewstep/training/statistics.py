@@ -15,7 +15,6 @@ from tqdm import tqdm
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.estimation import EstimationSettings, StatisticsEstimator
-from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
 from fewstep.networks.condition import Condition
 from fewstep.recipes.config import RunConfig, StatisticsConfig
@@ -24,7 +23,7 @@ from fewstep.teachers.diffusers import is_diffusers
 from fewstep.training.covariance import means_by_class
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
-from fewstep.training.setup import build
+from fewstep.training.setup import untrained
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, FewstepError
 from fewstep.utils.files import refuse_links, write_atomically
@@ -211,12 +210,10 @@ def first_statistics(
         newest = run.last_checkpoint()
         with run.with_way_back(newest):
             return read_flow_map_config(newest).preconditioning.known_statistics()
-    # Built here already, so that what does not fit is refused before minutes go into an estimate.
-    model = replace(config.model, preconditioning=EulerPreconditioningConfig())
-    untrained = build(replace(config, model=model), dataset, teacher).flow_map
+    first = untrained(config, dataset, teacher)
     folder = folder_beside(config.teacher, run)
     if teacher is None or config.statistics.refresh_images:
-        teacher = untrained.to(device)
+        teacher = first.to(device)
     elif os.access(folder, os.W_OK) or cache_file(folder, teacher, dataset, config.statistics).is_file():
         return kept_statistics(folder, teacher, dataset, config.statistics, group, quiet)
     # A teacher that cannot be written to has no place to keep them.

@@ -26,6 +26,7 @@ from fewstep.sampling.pipeline import read_flow_map_config
 from fewstep.training.covariance import measure
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
+from fewstep.training.setup import untrained
 from fewstep.training.statistics import ConditionedDenoiser, folder_beside
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError
@@ -49,7 +50,7 @@ def run_measures(
 ) -> Measured | None:
     """What a run's skip is made of: its last checkpoint's, else measured now; None where it has no skip.
 
-    Raises ConfigError as `measure` does, and where there is no teacher to regress on.
+    Raises ConfigError as `measure` and `build` do, and where there is no teacher to regress on.
     """
     settings, wanted = config.model.preconditioning.covariance, config.model.preconditioning.regression
     if settings is None:
@@ -61,6 +62,8 @@ def run_measures(
             "a regressed skip is made of a teacher's trajectories: name one with --teacher, or set "
             "--model.preconditioning.family covariance"
         )
+    if wanted is not None:
+        untrained(config, dataset, teacher)
     covariance = measure(dataset, settings)
     if wanted is None or teacher is None:
         return Measured(covariance)
@@ -170,7 +173,8 @@ def _cache_file(
 
 
 def _read(file: FilePath) -> Regression:
+    record = read_record(file, "delete it to make it anew")
     try:
-        return from_json(Regression, read_record(file, "delete it to make it anew"), str(file))
+        return from_json(Regression, record, str(file))
     except FewstepError as error:
         raise CheckpointError(f"{file} is damaged ({error}): delete it to make it anew") from error
