@@ -1,7 +1,7 @@
 """Students of the EDM teachers (fewstep.recipes.edm): consistency trajectory models (math.md §4) and their baseline.
 
-Each starts from its teacher's weights; train the teacher first. Jumps let the data's Gaussian through, with directions
-regressed on the teacher's trajectories (math.md §3.8). `--model.preconditioning euler --objective.compare data-end` is
+Each starts from its teacher's weights; train the teacher first. Jumps let through what one number, regressed on the
+teacher's trajectories, explains of them (math.md §3.8). `--model.preconditioning euler --objective.compare data-end` is
 the published CTM, `--model.preconditioning analytic` computes the preconditioning from the teacher (math.md §3).
 """
 
@@ -24,7 +24,7 @@ from fewstep.recipes.config import (
 from fewstep.recipes.digits import digits
 from fewstep.recipes.edm import edm_digits, edm_fashion_mnist, edm_mixture
 
-_STUDENT = ModelConfig(EDMPathConfig(), SkipPreconditioningConfig(family="regressed-length"), EDMScalingConfig())
+_STUDENT = ModelConfig(EDMPathConfig(), SkipPreconditioningConfig(family="regressed"), EDMScalingConfig())
 _PUBLISHED = CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99)
 
 

@@ -4,7 +4,6 @@ The figures are in measured.json, each with the file of the study that it is rea
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,7 +15,6 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.teachers import TeacherModel
-from fewstep.training.covariance import LARGEST
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind_name
 
@@ -183,7 +181,5 @@ def _student(format: str, teacher: FlowMap, words: Sequence[str]) -> Choice:
     own = (*own, *(("--data.labels",) if teacher.num_classes else ()))
     own = own if bare else (*own, "--model.path", "teacher", "--model.scaling", "teacher")
     own = own if small else (*own, "--network.sees-skip")
-    if math.prod(teacher.sample_shape) > LARGEST:
-        own = (*own, "--model.preconditioning.basis", "cosine")
     why = ("CTM's jumps go anywhere; consistency distillation (cd-digits) where one call is all that is wanted",)
     return Choice("ctm-digits", (*words, *own), why, "teacher-run")
