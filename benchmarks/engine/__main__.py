@@ -16,7 +16,9 @@ from benchmarks.engine import compiling as compiled
 from benchmarks.engine import gpu as one_gpu
 from benchmarks.engine import listing as many_files
 from benchmarks.engine import loader as batches
+from benchmarks.engine import optimizer as one_program
 from benchmarks.engine import overhead as added
+from benchmarks.engine import precision as rounded
 from benchmarks.engine import questions as step_questions
 from benchmarks.engine import sharding as shared
 
@@ -101,6 +103,20 @@ def loader(rounds: int = 3) -> None:
         h.show([row])
 
 
+def optimizer(rounds: int = 30) -> None:
+    """An optimizer's step compiled over the fused one, and the fused one's share of a whole step."""
+    for row in one_program.rows(rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
+def precision(steps: int = 200, rounds: int = 20) -> None:
+    """Loss and weights after steps in bf16, a step's time and memory, beside float32; on a CPU."""
+    for row in rounded.rows(steps, rounds):
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def questions() -> None:
     """How often a step makes the host wait for its device, by operations that ask for values."""
     found = list(step_questions.rows())
@@ -123,5 +139,5 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    commands = (attention, checkpointing, compile, crashes, gpu, listing, loader, overhead, questions, sharding)
-    STUDY.main(**{each.__name__: each for each in commands})
+    study = (attention, checkpointing, compile, crashes, gpu, listing, loader, optimizer, overhead)
+    STUDY.main(**{each.__name__: each for each in (*study, precision, questions, sharding)})

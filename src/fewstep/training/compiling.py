@@ -3,6 +3,8 @@
 What is compiled is settled before the first step: the passes that two batches have in common, by their sizes and what
 they differentiate. Any other runs as it is written, such as those of samples that guidance pushes, which are
 of another number in every batch. The modules stay what they are, so that no name in a file changes.
+The optimizer's step stays PyTorch's fused one, which a compiled one does not reach (`python -m benchmarks.engine
+optimizer`).
 """
 
 import sys
