@@ -131,6 +131,20 @@ def overhead(rounds: int = 20) -> None:
         h.show([row])
 
 
+def steps() -> None:
+    """Steps of iSD in steps of flow matching, as `python -m benchmarks.cost step` kept them, compiled and not."""
+    found: list[h.Row] = [
+        {
+            "measure": "a step of iSD, exact", "value": row["ratio"], "unit": "steps of flow matching",
+            "setting": f"{row['network']}, {'compiled' if row['compiled'] else 'as written'}",
+            "beside": f"{row['low']} to {row['high']}; {row['floor']} by operation count",
+        }
+        for row in h.chosen(h.read(h.RESULTS / "step.json"), objective="iSD", derivative="exact")
+    ]  # fmt: skip
+    h.put(FILE, found, "measure", "setting")
+    h.show(found)
+
+
 def sharding() -> None:
     """What each of two processes keeps of a run, shared out or not, and the ratio of a step's time."""
     for row in shared.rows():
@@ -140,4 +154,4 @@ def sharding() -> None:
 
 if __name__ == "__main__":
     study = (attention, checkpointing, compile, crashes, gpu, listing, loader, optimizer, overhead)
-    STUDY.main(**{each.__name__: each for each in (*study, precision, questions, sharding)})
+    STUDY.main(**{each.__name__: each for each in (*study, precision, questions, sharding, steps)})
