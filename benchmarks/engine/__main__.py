@@ -153,5 +153,8 @@ def sharding() -> None:
 
 
 if __name__ == "__main__":
-    study = (attention, checkpointing, compile, crashes, gpu, listing, loader, optimizer, overhead)
-    STUDY.main(**{each.__name__: each for each in (*study, precision, questions, sharding, steps)})
+    commands = (
+        attention, checkpointing, compile, crashes, gpu, listing, loader, optimizer, overhead, precision, questions,
+        sharding, steps,
+    )  # fmt: skip
+    STUDY.main(**{each.__name__: each for each in commands})

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap, at
 from fewstep.flow.paths import EDM
-from fewstep.flow.preconditioning.covariance import PrincipalComponents
+from fewstep.flow.preconditioning.covariance import CosineVariances, PrincipalComponents
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.flow.preconditioning.skip import SkipPreconditioning
@@ -94,3 +94,19 @@ def test_its_derivative_and_its_gradients_pass_through_what_it_sees(name: str) -
         if key.startswith(("seen.", "gate.")):
             assert parameter.grad is not None
             assert float(parameter.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("basis", ["components", "cosine"])
+def test_bf16_does_not_round_what_is_let_through(basis: str) -> None:
+    """X = x at s = t, and nothing is seen there, whatever autocast is on."""
+    shape, x = (1, 4, 4), noise(3, 1, 4, 4, seed=4).float()
+    given = skip(shape)
+    if basis == "cosine":
+        variances = torch.logspace(-2, 0.3, 16, dtype=F64).reshape(shape)
+        given = replace(given, covariance=CosineVariances(0.3 * noise(*shape), torch.eye(1, dtype=F64), variances))
+    t, s = at(80.0, x), at(3.0, x)
+    plain = given.linear(80 * x, t, s)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(given.linear(80 * x, t, t), 80 * x, rtol=1e-5, atol=1e-4)
+        close(given.shown(EDM(), 80 * x, t, t), torch.zeros_like(x), rtol=0, atol=1e-4)
+        close(given.linear(80 * x, t, s), plain, rtol=1e-6, atol=1e-6)

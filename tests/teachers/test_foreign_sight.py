@@ -1,5 +1,6 @@
 """Foreign networks that are shown what a skip lets through: at first the teacher, with adapters or not."""
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,50 @@ def test_its_derivative_passes_through_what_it_sees(kind: str, tmp_path: Path) -
     with torch.no_grad():
         ahead, behind = (student.output(x + sign * h * v, t, s, cond) for sign in (1, -1))
     torch.testing.assert_close(slope.detach(), (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["UNet2DModel", "adm"])
+def test_a_copy_sees_by_itself_and_blocks_may_be_computed_anew(kind: str, tmp_path: Path) -> None:
+    """A slow average keeps what it saw with; gradients are the same without kept activations."""
+    teacher, cond = read(kind, tmp_path)
+    student, network = seeing(teacher, TeacherNetworkConfig(sees_skip=True))
+    sight = network.two_times.sight
+    assert sight is not None
+    with torch.no_grad():
+        for parameter in sight.parameters():
+            parameter.add_(0.3)
+    x = torch.randn(2, *teacher.sample_shape)
+    t, s = times(teacher, x)
+    average, before = copy.deepcopy(student), student.jump(x, t, s, cond).detach()
+    gradients = []
+    for anew in (False, True):
+        if anew:
+            network.checkpoint_blocks()
+        network.zero_grad()
+        student.jump(x, t, s, cond).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        for parameter in sight.parameters():
+            parameter.zero_()
+        assert torch.equal(average.jump(x, t, s, cond), before)
+        assert not torch.allclose(student.jump(x, t, s, cond), before)
+
+
+def test_the_gate_is_of_the_times_themselves_in_bf16(tmp_path: Path) -> None:
+    """Not of times rounded to steps of four."""
+    teacher, _ = read("UNet2DModel", tmp_path)
+    network = seeing(teacher, TeacherNetworkConfig(sees_skip=True))[1]
+    sight = network.two_times.sight
+    assert sight is not None
+    with torch.no_grad():
+        sight.gate.weight.add_(0.1)
+        x = torch.randn(2, *teacher.sample_shape)
+        seen, t, s = torch.randn_like(x), torch.tensor([997.0, 501.0]), torch.tensor([499.0, 3.0])
+        exact = network.two_times.gated(torch.zeros_like(x), seen, t, s)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = network.two_times.gated(torch.zeros_like(x).bfloat16(), seen, t, s)
+    torch.testing.assert_close(found.float(), exact, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["UNet2DModel", "adm"])

@@ -12,10 +12,12 @@ from fewstep.data.base import Dataset
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import CovarianceSettings
+from fewstep.flow.preconditioning.jumps import EulerPreconditioningConfig
 from fewstep.flow.preconditioning.regression import Measured, Regression
 from fewstep.flow.preconditioning.skip import SkipPreconditioningConfig
 from fewstep.training import RunFolder, trajectories
 from fewstep.training.covariance import measure
+from fewstep.training.setup import build
 from fewstep.training.trajectories import kept_regression, run_measures
 from fewstep.utils.errors import CheckpointError, ConfigError
 from tests.support.tiny import STUDENTS
@@ -98,3 +100,23 @@ def test_its_cost_is_printed(model: FlowMap, digits: Dataset, capsys: pytest.Cap
 def test_without_a_teacher_it_is_refused(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"name one with --teacher, or set --model\.preconditioning\.family covari"):
         run_measures(CONFIG, digits, RunFolder(tmp_path / "run"), None)
+
+
+def test_what_does_not_fit_is_refused_before_trajectories_are_drawn(
+    model: FlowMap, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectories, "regress", lambda *given: pytest.fail("drawn"))
+    config = replace(CONFIG, network=replace(CONFIG.network, width=24))
+    with pytest.raises(CheckpointError, match="of another architecture"):
+        run_measures(config, digits, RunFolder(tmp_path / "run"), model)
+
+
+@pytest.mark.parametrize("name", ["euler", "covariance"])
+def test_what_sees_a_skip_is_trained_where_there_is_one(name: str, model: FlowMap, digits: Dataset) -> None:
+    """Elsewhere it is not, so that processes that share gradients wait for none of it."""
+    skip = EulerPreconditioningConfig() if name == "euler" else SkipPreconditioningConfig(components=10)
+    seeing = replace(CONFIG.network, sees_skip=True)  # type: ignore[type-var]
+    config = replace(CONFIG, network=seeing, model=replace(CONFIG.model, preconditioning=skip))
+    network = build(config, digits, model).flow_map.network
+    trained = {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+    assert any(key.startswith(("seen.", "gate.")) for key in trained) == (name == "covariance")

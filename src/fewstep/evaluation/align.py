@@ -277,11 +277,12 @@ def training_cost(
 ) -> tuple[int, float]:
     """Steps of the student's training, and seconds of one here: the median of three after one to warm up.
 
-    It distils this teacher, on the teacher's data, with the preconditioning that the statistics are for. Where it
-    starts from the teacher's weights it has its network.
+    It distils this teacher, on the teacher's data, with the preconditioning that the statistics are for where it has a
+    skip. Where it starts from the teacher's weights it has its network.
     """
     own = teacher.config()
-    model = replace(student.model, preconditioning=AnalyticPreconditioningConfig())
+    skips = student.model.preconditioning.covariance is not None
+    model = replace(student.model, preconditioning=AnalyticPreconditioningConfig()) if skips else student.model
     network = own.network if student.initial == "teacher" else student.network
     student = replace(
         student, teacher=str(teacher.root), data=own.data, model=model, network=network, statistics=settings

@@ -2,7 +2,7 @@
 
 JVPAttn.forward gives do of attention.py in blocks of 32 queries and 32 keys, without a score in memory. It returns do
 as a constant, whose gradient its backward pass drops, so that it serves where reverse mode does not pass through
-tangents. Its blocks do not end within the tokens of a head, and its products in float32 are rounded to TF32.
+tangents. The number of tokens must be a multiple of its blocks, and its products in float32 are rounded to TF32.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,8 @@ def kernel_tangent(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: 
 def _cast(x: Tensor) -> Tensor:
     """As autocast casts the factors of a product."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if cast else x
 
 
 def _serves(inputs: list[Tensor]) -> bool:

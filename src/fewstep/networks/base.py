@@ -139,6 +139,9 @@ class Network(nn.Module, ABC):
         Whoever takes the weights over then starts independent of s. Networks without such a branch ignore it.
         """
 
+    def freeze_sight(self) -> None:
+        """Keep what takes a skip out of training, where there is no skip to see. Others ignore it."""
+
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Condition | None = None) -> Tensor:
         """x (B, *shape), t (B,), s (B,) -> (B, *shape)."""
@@ -212,6 +215,11 @@ class EmbeddingNetwork(Network):
 
     def freeze_second_time(self) -> None:
         self.embedding.s_branch.requires_grad_(False)
+
+    def freeze_sight(self) -> None:
+        if self.sees_skip:
+            self.seen.requires_grad_(False)
+            self.gate.requires_grad_(False)
 
 
 class NetworkConfig(ABC):

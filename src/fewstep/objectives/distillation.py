@@ -54,7 +54,9 @@ class TeacherSteps:
             )
         check_choice("draws", self.draws, ("uniform", "published"))
         if self.draws == "published" and self.u == "adjacent":
-            raise ConfigError("published draws are of walks of many cells: leave --objective.steps.u at drawn")
+            raise ConfigError(
+                "published draws are of walks of many cells: set --objective.steps.draws uniform with u adjacent"
+            )
 
     @property
     def evaluations(self) -> int:

@@ -29,27 +29,28 @@ _PUBLISHED = CTM(steps=TeacherSteps(points=18, solver="heun"), target_decay=0.99
 
 
 def ctm_digits() -> RunConfig:
-    """CTM with Analytic-Precond from the teacher `edm-digits`: one to two minutes measured for 600 of its 2,000 steps.
+    """CTM from the teacher `edm-digits`, its skip regressed: one to two minutes measured for 600 of its 2,000 steps.
 
-    After 600 steps (studies/analytic-precond.md): RMSE of samples against the teacher's 0.22 / 0.14 / 0.13 in 1 / 2 / 4
-    calls.
+    After 600 steps (studies/skip.md): RMSE of samples against the teacher's 0.142 / 0.111 / 0.112 in 1 / 2 / 4 calls,
+    Frechet distance 19.5 / 14.0 / 14.3 over 590 samples.
     """
     return _student(edm_digits(), "ctm-digits", images=256_000, batch_size=128, samples=1204)
 
 
 def ctm_fashion_mnist() -> RunConfig:
-    """CTM with Analytic-Precond from the teacher `edm-fashion-mnist`: 8,000 steps, 1.3 s each measured on one core.
+    """CTM from the teacher `edm-fashion-mnist`, its skip regressed and seen: 8,000 steps, 1.1 s each on one core.
 
-    Only its first 800 steps have been run: studies/analytic-precond.md.
+    Only its first 300 steps have been run: studies/skip.md.
     """
     base = _student(edm_fashion_mnist(), "ctm-fashion-mnist", images=512_000, batch_size=64, samples=10_000)
     return replace(base, network=base.network.seeing_skip(), statistics=StatisticsConfig(points=60, samples=128))
 
 
 def ctm_mixture() -> RunConfig:
-    """CTM with Analytic-Precond from the teacher `edm-mixture`: a few minutes on one core.
+    """CTM from the teacher `edm-mixture`, its skip regressed: a few minutes on one core.
 
-    After 900 of its 2,000 steps: RMSE of samples against the teacher's 0.22 / 0.14 / 0.13 in 1 / 2 / 4 calls.
+    After 900 of its 2,000 steps (studies/skip.md): RMSE of samples against the teacher's 0.111 / 0.107 / 0.117 in
+    1 / 2 / 4 calls.
     """
     return _student(edm_mixture(), "ctm-mixture", images=256_000, batch_size=128, samples=4000)
 

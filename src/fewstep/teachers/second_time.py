@@ -134,19 +134,20 @@ class TwoTimes(nn.Module):
     @contextmanager
     def seeing(self, shown: Tensor | None) -> Iterator[None]:
         """What a skip lets through, as the first layer is given it, for the passes within."""
-        if self.sight is not None:
-            self.sight.shown = shown
+        if self.sight is None:
+            yield
+            return
+        before, self.sight.shown = self.sight.shown, shown
         try:
             yield
         finally:
-            if self.sight is not None:
-                self.sight.shown = None
+            self.sight.shown = before
 
     def gated(self, output: Tensor, seen: Tensor | None, t: Tensor, s: Tensor) -> Tensor:
         """The output (B, *shape) with the gate's share of what a skip lets through; t, s (B,) are the network's."""
         if self.sight is None or seen is None:
             return output
-        times = [clock_features(time.to(output.dtype), self.second_time.time_factor) for time in (t, s)]
+        times = [clock_features(time.to(seen.dtype), self.second_time.time_factor) for time in (t, s)]
         return self.sight.gated(output, seen, torch.cat(times, 1))
 
     @contextmanager
@@ -252,6 +253,10 @@ class TwoTimesNetwork(Network):
     def freeze_second_time(self) -> None:
         for parameter in self.two_times.new_parameters():
             parameter.requires_grad_(False)
+
+    def freeze_sight(self) -> None:
+        if self.two_times.sight is not None:
+            self.two_times.sight.requires_grad_(False)
 
     def check_foreign(self, weights: Mapping[str, Tensor], source: str) -> dict[str, str]:
         """Own names by foreign ones; raises CheckpointError where names or shapes of the weights differ from these."""

@@ -37,7 +37,7 @@ class SkipSight(nn.Module):
     def gated(self, output: Tensor, seen: Tensor, features: Tensor) -> Tensor:
         """The network's output (B, *shape) with the gate's share of what it is shown; features (B, F) of the times."""
         gate: Tensor = self.gate(features)
-        return output + expand(gate[:, 0], output) * seen.to(output.dtype)
+        return output + expand(gate[:, 0], seen).to(seen.dtype) * seen
 
 
 def _like(first: nn.Module, channels: int) -> nn.Module:

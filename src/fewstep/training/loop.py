@@ -67,8 +67,8 @@ def train_run(
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    modes = float32_products(runtime.tf32), tangent_kernel(runtime.attention_kernel)
-    with modes[0], modes[1], Trainer(config, dataset, run, runtime, callbacks) as trainer:
+    products, kernel = float32_products(runtime.tf32), tangent_kernel(runtime.attention_kernel)
+    with products, kernel, Trainer(config, dataset, run, runtime, callbacks) as trainer:
         return trainer.run_to_end()
 
 

@@ -91,6 +91,8 @@ def build(
         flow_map.network.share_base(cast(TwoTimesNetwork, teacher.network))
     if config.objective.on_diagonal and isinstance(flow_map.network, Network):
         flow_map.network.freeze_second_time()
+    if config.model.preconditioning.covariance is None and isinstance(flow_map.network, Network):
+        flow_map.network.freeze_sight()
     start_from(config, flow_map, teacher)
     policy = None if policy is None else replace(policy, sampler=config.objective.acting)
     _check_prompts(flow_map, dataset)

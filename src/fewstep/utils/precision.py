@@ -1,9 +1,12 @@
-"""Whether a GPU may round the factors of float32 products to TF32's 10 bits, which is quicker."""
+"""What products may be rounded to: TF32's 10 bits on a GPU, bf16 under autocast."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def rounding() -> bool:
@@ -21,3 +24,17 @@ def float32_products(tf32: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method (self, x, ...) whose products keep the type of x, whatever autocast is on around it."""
+
+    @wraps(method)
+    def kept(self: object, x: Tensor, *given: Any) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return method(self, x, *given)
+        with torch.autocast(device, enabled=False):
+            return method(self, x, *given)
+
+    return kept

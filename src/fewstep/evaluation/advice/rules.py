@@ -12,9 +12,11 @@ from typing import Any
 
 from fewstep.evaluation.advice.look import Look
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks.unet import UNetConfig
 from fewstep.recipes import RECIPES, recipe
 from fewstep.recipes.config import RunConfig
 from fewstep.teachers import TeacherModel
+from fewstep.teachers.second_time import TwoTimesConfig
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.parts import kind_name
 
@@ -180,6 +182,8 @@ def _student(format: str, teacher: FlowMap, words: Sequence[str]) -> Choice:
         return Choice("ctm-flow-matching", (*words, *own), why, "teacher-linear")
     own = (*own, *(("--data.labels",) if teacher.num_classes else ()))
     own = own if bare else (*own, "--model.path", "teacher", "--model.scaling", "teacher")
-    own = own if small else (*own, "--network.sees-skip")
+    network = None if teacher.config is None else teacher.config.network
+    if "unet" in own or isinstance(network, UNetConfig | TwoTimesConfig):
+        own = (*own, "--network.sees-skip")
     why = ("CTM's jumps go anywhere; consistency distillation (cd-digits) where one call is all that is wanted",)
     return Choice("ctm-digits", (*words, *own), why, "teacher-run")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.flow.paths import Path, PathValues
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.precision import without_autocast
 from fewstep.utils.tensors import nonzero
 
 Basis = Literal["components", "cosine"]
@@ -127,11 +128,13 @@ class PrincipalComponents(Covariance):
         size, kept = self.mean.numel(), len(self.variances)
         return torch.cat([torch.arange(kept), torch.full((size * (kept < size),), kept)])
 
+    @without_autocast
     def coordinates(self, x: Tensor) -> Tensor:
         vectors, flat = self.vectors.to(x), x.flatten(1)
         along = flat @ vectors
         return torch.cat([along, flat - along @ vectors.T], 1) if vectors.shape[1] < flat.shape[1] else along
 
+    @without_autocast
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         vectors, flat = self.vectors.to(x), x.flatten(1)
         gains = gain(self.lam.to(x.device)[None]).to(x.dtype)
@@ -170,9 +173,11 @@ class CosineVariances(Covariance):
     def directions(self) -> Tensor:
         return torch.arange(self.variances.numel())
 
+    @without_autocast
     def coordinates(self, x: Tensor) -> Tensor:
         return to_cosines(x, self.channels).flatten(1)
 
+    @without_autocast
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
         gains = gain(self.variances.flatten()[None].to(x.device)).to(x.dtype)
         return from_cosines(to_cosines(x, self.channels) * gains.reshape(-1, *x.shape[1:]), self.channels)
