@@ -18,30 +18,56 @@ from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen
 from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
 from benchmarks.skip.cost import step_costs
-from benchmarks.skip.methods import BASELINE, DATASETS, GRID, JUMP_END, Cell, loaded, methods, scene, teacher_of
+from benchmarks.skip.methods import (
+    BASELINE,
+    DATASETS,
+    DRAWS,
+    GRID,
+    JUMP_END,
+    LONG,
+    Cell,
+    loaded,
+    methods,
+    scene,
+    teacher_of,
+)
 from benchmarks.skip.starts import draw_starts
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.training import train_run
 
-SHOWN = (BASELINE, "analytic", *(name + end for end in ("", JUMP_END) for name in ("covariance", "regressed")))
+BEST = "regressed" + JUMP_END
+SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
+MAIN = (
+    ("analytic", BASELINE), (BEST, BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE),
+    ("analytic" + DRAWS, BASELINE + DRAWS), (BEST + DRAWS, BASELINE + DRAWS),
+)  # fmt: skip
+"""What the first table compares: a method and a baseline."""
 Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]
 Dataset = Annotated[str, Positional]
 
 
 def rows() -> list[Row]:
-    """All that is compared."""
+    """Every method beside Euler's; those with the published draws beside Euler's of the same draws too."""
     names = {dataset: list(methods(dataset)) for dataset in DATASETS}
-    return outcome.acceleration(GRID.rows(), tuple(DATASETS), names, BASELINE)
+    drawn = {dataset: [name for name in methods(dataset) if name.endswith(DRAWS)] for dataset in DATASETS}
+    found = outcome.acceleration(GRID.rows(), tuple(DATASETS), names, BASELINE)
+    return found + outcome.acceleration(GRID.rows(), tuple(DATASETS), drawn, BASELINE + DRAWS)
 
 
 def tables() -> dict[str, str]:
     found, own = {}, rows()
+    found["Steps saved"] = outcome.summary(own, [(dataset, *pair) for dataset in DATASETS for pair in MAIN])
     for dataset in DATASETS:
         found[f"Ratio of steps to Euler's, {dataset}"] = outcome.table(own, dataset)
+        found[f"Ratio of steps to Euler's with the same draws, {dataset}"] = outcome.table(
+            own, dataset, BASELINE + DRAWS
+        )
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
+    for dataset in LONG:
+        found[f"Trained on, {dataset.removesuffix('-long')}"] = outcome.lasting(GRID.rows(), dataset)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["From scratch"] = from_scratch.table()
     return found | fits.tables(tuple(DATASETS))
@@ -80,11 +106,12 @@ def run(
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    DATASET is mixture, digits, fashion or photographs, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits, fashion or photographs, mixture-long or digits-long, TEACHER the run folder of the
+    trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
-    truth = Truth(DATASETS[dataset], *scene(dataset, teacher, data, cache))
+    truth = Truth((DATASETS | LONG)[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
 

@@ -1,5 +1,6 @@
 """What a training step of each method costs, beside Euler's as published."""
 
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,11 @@ from benchmarks.skip.methods import BASELINE, methods
 
 
 def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int) -> list[Row]:
-    """{dataset, method, ratio, low, high}: quartiles over turns of the time of a whole step over Euler's."""
+    """{dataset, method, ratio, low, high}: quartiles over turns of a step's time of the processor over Euler's."""
     with ExitStack() as stack:
         jobs = {}
         for name, config in methods(dataset).items():
             trainer = stack.enter_context(trainer_of(replace(config, teacher=str(teacher)), data))
             jobs[name] = trainer.take_step
-        spent = take_turns(jobs, rounds)
+        spent = take_turns(jobs, rounds, time.process_time)
     return [{"dataset": dataset, "method": name} | time_ratio(own, spent[BASELINE]) for name, own in spent.items()]

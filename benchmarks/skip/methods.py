@@ -18,9 +18,14 @@ from fewstep.recipes import recipe
 DATASETS: dict[str, Plan] = {
     "mixture": PLANS["mixture"],
     "digits": PLANS["digits"],
-    "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
-    "photographs": replace(PLANS["fashion"], moments=(25, 50, 100, 150, 200, 300)),
+    "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 200, 300)),
+    "photographs": replace(PLANS["fashion"], moments=(25, 50, 100, 200)),
 }
+LONG = {
+    "mixture-long": replace(PLANS["mixture"], moments=(900, 1800, 2700)),
+    "digits-long": replace(PLANS["digits"], moments=(600, 1200, 1800)),
+}
+"""Three times as long, for what is gained at last."""
 PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
 BASELINE = "euler"
@@ -34,6 +39,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 and with the Gaussian's lengths."""
 JUMP_END = ", jump end"
 """Of a method's name: jumps are compared where they end, not at the data end."""
+DRAWS = ", published draws"
+"""Of a method's name: t, u and s are drawn as CTM's published code does, the length of the teacher's walk first."""
+DRAWN = (BASELINE, "analytic", *(name + JUMP_END for name in ("covariance", "regressed", "length")))
+"""Methods that are measured with these draws too."""
+LASTING = (BASELINE + DRAWS, "regressed" + JUMP_END + DRAWS)
+"""Methods that are trained for long."""
 
 
 def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
@@ -43,10 +54,27 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
     return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
 
 
+_BEST = "regressed" + JUMP_END
+EVERY_SEED: dict[str, tuple[str, ...]] = {
+    "digits": (
+        BASELINE, BASELINE + DRAWS, "analytic" + DRAWS, _BEST, _BEST + DRAWS, "covariance" + JUMP_END,
+        "length" + JUMP_END,
+    ),
+    "fashion": (BASELINE, BASELINE + DRAWS, _BEST + DRAWS),
+    "photographs": (BASELINE, BASELINE + DRAWS, _BEST + DRAWS),
+}  # fmt: skip
+"""Methods of a data set that every seed is trained with, where not all are."""
+ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
+    "digits": {4: ("analytic", *FAMILIES), 0: ("length" + JUMP_END + DRAWS,)},
+    "fashion": {0: (_BEST, *(name + JUMP_END + end for name in ("covariance", "length") for end in ("", DRAWS)))},
+}
+"""By data set and seed, the others that are trained."""
+
+
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
     """Every method on a data set: Euler's as published, with one or two things changed. U-Nets see their skip."""
-    plan, known = DATASETS[dataset], base_methods(dataset)
+    plan, known = (DATASETS | LONG)[dataset], base_methods(dataset.removesuffix("-long"))
     euler = known["euler"]
     euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
 
@@ -59,7 +87,16 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     forms |= {name: skip(seen, **settings) for name, settings in FAMILIES.items()}
     forms |= {} if seen else {"covariance, seen": skip(True)}
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
-    return forms | {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
+    forms |= {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
+    forms |= {name + DRAWS: _drawn(forms[name]) for name in DRAWN}
+    return {name: forms[name] for name in LASTING} if dataset in LONG else forms
+
+
+def _drawn(config: fs.RunConfig) -> fs.RunConfig:
+    """The same, with the published draws."""
+    assert isinstance(config.objective, fs.CTM)
+    steps = replace(config.objective.steps, draws="published")
+    return replace(config, objective=replace(config.objective, steps=steps))
 
 
 @dataclass(frozen=True)
@@ -73,14 +110,16 @@ class Cell:
 
 def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
-    return digest_of(methods(cell.dataset)[cell.method], DATASETS[cell.dataset])
+    return digest_of(methods(cell.dataset)[cell.method], (DATASETS | LONG)[cell.dataset])
 
 
 def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Nets."""
-    for dataset in DATASETS:
+    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of some methods one."""
+    for dataset in DATASETS | LONG:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
-        yield from (Cell(dataset, name, seed) for seed in seeds for name in methods(dataset))
+        names = EVERY_SEED.get(dataset, tuple(methods(dataset)))
+        yield from (Cell(dataset, name, seed) for seed in seeds for name in names)
+        yield from (Cell(dataset, name, seed) for seed, more in ONE_SEED.get(dataset, {}).items() for name in more)
 
 
 GRID = Grid(RESULTS / "skip.jsonl", ("dataset", "method", "seed"), plan, settings)
@@ -98,7 +137,7 @@ def photographs(folder: Path, labels: bool) -> fs.Dataset:
 def loaded(dataset: str, folder: Path | None, labels: bool = False) -> fs.Dataset:
     """The data set, with its classes if asked for; folder: of the photographs."""
     if dataset != "photographs":
-        data = methods(dataset)[BASELINE].data
+        data = base_methods(dataset.removesuffix("-long"))[BASELINE].data
         return fs.load_dataset(replace(data, labels=True) if labels else data)
     if folder is None:
         raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")

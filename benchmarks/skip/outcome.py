@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.acceleration.__main__ import curves
 from benchmarks.harness import RESULTS, Row, chosen, markdown, read
+from benchmarks.skip.methods import BASELINE
 from fewstep.evaluation.metrics.curves import common_target, speedup, time_to
 
 ACCELERATION = RESULTS / "acceleration.json"
@@ -53,17 +54,20 @@ def compared(cells: list[Row], baseline: str, method: str, key: Key) -> Row | No
 def acceleration(
     cells: list[Row], datasets: tuple[str, ...], methods: dict[str, list[str]], baseline: str
 ) -> list[Row]:
-    """Rows of every data set, method and measure; seconds_ratio: the ratio of steps over the measured cost of one."""
+    """Rows of every data set, method and measure against a baseline; seconds_ratio: the ratio of steps over that of a
+    step's measured cost.
+    """
     cost = {(row["dataset"], row["method"]): row["ratio"] for row in read(COST)}
     rows = []
     for dataset in datasets:
-        own = chosen(cells, dataset=dataset)
+        own, slow = chosen(cells, dataset=dataset), cost.get((dataset, baseline), 1.0 if baseline == BASELINE else None)
         for method in methods[dataset]:
+            fast = cost.get((dataset, method))
             for key in KEYS if method != baseline else ():
                 if found := compared(own, baseline, method, key):
-                    step = cost.get((dataset, method))
-                    seconds = None if step is None else found["ratio"] / step
-                    rows.append({"dataset": dataset, "method": method} | found | {"seconds_ratio": seconds})
+                    seconds = found["ratio"] * slow / fast if slow and fast else None
+                    label = {"dataset": dataset, "method": method, "against": baseline}
+                    rows.append(label | found | {"seconds_ratio": seconds})
     return rows
 
 
@@ -76,9 +80,9 @@ def shown(row: Row | None) -> str:
     return f"**{text}**" if row["ratio"] >= BAR and (low or 0.0) > LEAST and row["bound"] != "<" else text
 
 
-def table(rows: list[Row], dataset: str) -> str:
+def table(rows: list[Row], dataset: str, against: str = BASELINE) -> str:
     """Of a data set, a line for each method."""
-    own = chosen(rows, dataset=dataset)
+    own = chosen(rows, dataset=dataset, against=against)
     lines = []
     for method in dict.fromkeys(row["method"] for row in own):
         of_method = {Key(row["measure"], row["nfe"]): row for row in chosen(own, method=method)}
@@ -90,9 +94,27 @@ def table(rows: list[Row], dataset: str) -> str:
     return markdown(("method", *heads, "a step's time", "seeds"), lines)
 
 
+def summary(rows: list[Row], compared: list[tuple[str, str, str]]) -> str:
+    """A line for each (data set, method, baseline): ratios of steps, and the ratio of a step's time."""
+    lines = []
+    for dataset, method, against in compared:
+        own = {
+            Key(row["measure"], row["nfe"]): row
+            for row in chosen(rows, dataset=dataset, method=method, against=against)
+        }
+        if own:
+            first = next(iter(own.values()))
+            step = first["seconds_ratio"] and first["ratio"] / first["seconds_ratio"]
+            cells = [shown(own.get(key)) for key in KEYS]
+            seeds = max(row["seeds"] for row in own.values())
+            lines.append((dataset, method, against, *cells, f"{step:.2f}" if step else "", seeds))
+    heads = [f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS]
+    return markdown(("data", "method", "against", *heads, "a step's time", "seeds"), lines)
+
+
 def ends(rows: list[Row], dataset: str) -> str:
     """Of a data set, last values: Euler's and the method's over the seeds that both have, the better one bold."""
-    own = chosen(rows, dataset=dataset)
+    own = chosen(rows, dataset=dataset, against=BASELINE)
     lines = []
     for method in dict.fromkeys(row["method"] for row in own):
         cells = []
@@ -103,6 +125,17 @@ def ends(rows: list[Row], dataset: str) -> str:
                 cells.append(" / ".join([first, second] if first == second else better))
         lines.append((method, *cells))
     return markdown(("method", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS)), lines)
+
+
+def lasting(cells: list[Row], dataset: str) -> str:
+    """Of a data set, every method's mean over seeds after each number of steps."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in chosen(cells, dataset=dataset)):
+        found = [list(curves(chosen(cells, dataset=dataset), method, *key).values()) for key in KEYS]
+        for i, (step, _) in enumerate(found[0][0]):
+            values = [f"{fmean(curve[i][1] for curve in each):#.3g}" for each in found]
+            lines.append((method, f"{step:,}", *values, len(found[0])))
+    return markdown(("method", "steps", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS), "seeds"), lines)
 
 
 def foretold(rows: list[Row], known: dict[tuple[str, str], dict[str, float]]) -> str:
@@ -117,7 +150,7 @@ def foretold(rows: list[Row], known: dict[tuple[str, str], dict[str, float]]) ->
         for key in KEYS:
             pairs = [
                 (known[where][name], math.log(row["ratio"]))
-                for row in chosen(rows, measure=key.measure, nfe=key.nfe)
+                for row in chosen(rows, measure=key.measure, nfe=key.nfe, against=BASELINE)
                 if name in known.get(where := (row["dataset"], row["method"]), {})
             ]
             cells.append(
