@@ -49,7 +49,7 @@ def ctm_fashion_mnist() -> RunConfig:
 def ctm_mixture() -> RunConfig:
     """CTM from the teacher `edm-mixture`, its skip regressed: a few minutes on one core.
 
-    After 900 of its 2,000 steps (studies/skip.md): RMSE of samples against the teacher's 0.111 / 0.107 / 0.117 in
+    After 900 of its 2,000 steps (studies/skip.md): RMSE of samples against the teacher's 0.110 / 0.105 / 0.115 in
     1 / 2 / 4 calls.
     """
     return _student(edm_mixture(), "ctm-mixture", images=256_000, batch_size=128, samples=4000)
