@@ -5,6 +5,7 @@ as a constant, whose gradient its backward pass drops, so that it serves where r
 tangents. The number of tokens must be a multiple of its blocks, and its products in float32 are rounded to TF32.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,8 @@ from torch import Tensor
 DEVICES, DTYPES = ("cuda",), (torch.float16, torch.bfloat16)
 BLOCK, WIDTHS = 32, (32, 64, 128, 256)
 """What tokens are a multiple of; and D of a head."""
+_BROKEN_TRITON = (3, 9)
+"""The first version in which its kernel for GPUs before Hopper does not compile."""
 _wanted = True
 
 
@@ -57,7 +60,7 @@ def _serves(inputs: list[Tensor]) -> bool:
 
 
 def kernel_installed() -> bool:
-    """Whether the package, and the Triton that it needs, can be imported."""
+    """Whether the package, and a Triton that it works with, can be imported."""
     return _kernel() is not None
 
 
@@ -67,7 +70,9 @@ def _kernel() -> Any:
         from jvp_flash_attention.jvp_attention import JVPAttn
     except ImportError:
         return None
-    return JVPAttn
+    version = getattr(sys.modules.get("triton"), "__version__", "0.0")
+    usable = tuple(int(part) for part in version.split(".")[:2]) < _BROKEN_TRITON
+    return JVPAttn if usable else None
 
 
 @torch.library.custom_op("fewstep::attention_tangent", mutates_args=())
