@@ -144,8 +144,8 @@ def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300)
     draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
 
 
-def scratch(work: Path, worker: Worker = "0/1") -> None:
-    """Train the runs from scratch that have no result yet. work: a folder for demonstrations and feature extractors."""
+def scratch(work: Annotated[Path, Positional], worker: Worker = "0/1") -> None:
+    """Train the runs from scratch that have no result yet; WORK holds demonstrations and feature extractors."""
     from_scratch.GRID.run(from_scratch.plan(), lambda cell: from_scratch.measure(cell, work), worker)
 
 

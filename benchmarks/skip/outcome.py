@@ -72,9 +72,11 @@ def acceleration(
 
 
 def shown(row: Row | None) -> str:
-    """A ratio with its interval, bold where it is at the bar."""
+    """A ratio with its interval, bold where it is at the bar; a dash where both are there at the first moment."""
     if row is None:
         return ""
+    if row["bound"] == "<>":
+        return "–"
     low = row["low"]
     text = f"{row['bound']} {row['ratio']:.2f}".strip() + ("" if low is None else f" ({low:.2f}–{row['high']:.2f})")
     return f"**{text}**" if row["ratio"] >= BAR and (low or 0.0) > LEAST and row["bound"] != "<" else text

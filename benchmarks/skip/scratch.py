@@ -21,9 +21,8 @@ from fewstep.training import train_run
 
 TASK, EPISODES, SAMPLES = "pointmaze-ring", 100, 2000
 LENGTHS = {
-    "digits, iSD-T": (25_600, 51_200, 102_400, 307_200),
-    "digits, MeanFlow": (25_600, 51_200, 102_400, 307_200),
-    "actions, iSD": (12_800, 51_200, 256_000),
+    "digits, iSD-T": (25_600, 51_200),
+    "actions, iSD": (12_800, 51_200),
 }
 """Images or chunks of each run: its schedule is as long as the run."""
 METHODS: dict[str, dict[str, Any] | None] = {"without": None, "covariance": {}, "covariance, seen": {}}
@@ -42,9 +41,7 @@ class Cell:
 
 def configuration(cell: Cell) -> RunConfig:
     """The recipe of the setting, as long as the cell, with a skip or without."""
-    objective = fs.MeanFlow() if cell.setting.endswith("MeanFlow") else None
-    base = recipe("policy-mlp" if cell.setting.startswith("actions") else "digits")
-    config = replace(base, objective=objective or base.objective)
+    base = config = recipe("policy-mlp" if cell.setting.startswith("actions") else "digits")
     settings = METHODS[cell.method]
     if settings is not None:
         skip = SkipPreconditioningConfig(base=config.model.preconditioning, **settings)

@@ -43,7 +43,7 @@ class CTM(GuidedDistillation):
     lambda = `denoising`, with `balance` times |grad of the first loss| / |grad of the second|; `gan` likewise.
 
     Source: 2310.02279; math.md section 4.
-    Deviations: t, u and s are drawn uniformly; `steps.draws` published is the published code's law.
+    Deviations: t, u and s are drawn uniformly; `steps.draws` published is the published code's law, and learns faster.
     """
 
     steps: TeacherSteps = TeacherSteps()
