@@ -46,6 +46,7 @@ MAIN = (
 """What the first table compares: a method and a baseline."""
 Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]
 Dataset = Annotated[str, Positional]
+Names = Annotated[tuple[str, ...], arg(name="methods")]
 
 
 def rows() -> list[Row]:
@@ -98,7 +99,7 @@ STUDY = Study("skip", tables, draw, GRID)
 def run(
     dataset: Dataset,
     teacher: Path,
-    names: Annotated[tuple[str, ...], arg(name="methods")] = (),
+    names: Names = (),
     seeds: Seeds = (0, 1, 2, 3, 4),
     data: Data = None,
     worker: Worker = "0/1",
@@ -132,9 +133,9 @@ def learnability(
     fits.run(dataset, teacher, loaded(dataset, data), names, lambda name: known.index(name) % workers == part)
 
 
-def cost(dataset: Dataset, teacher: Path, data: Data = None, rounds: int = 15) -> None:
-    """The time of a step of every method over that of Euler's, in turns in one process."""
-    found = step_costs(dataset, teacher, loaded(dataset, data), rounds)
+def cost(dataset: Dataset, teacher: Path, names: Names = (), data: Data = None, rounds: int = 15) -> None:
+    """The time of a step of every method, or of some, over that of Euler's, in turns in one process."""
+    found = step_costs(dataset, teacher, loaded(dataset, data), rounds, names)
     put(outcome.COST, rounded(found), "dataset", "method")
     show(found)
 
