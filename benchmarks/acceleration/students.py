@@ -57,8 +57,8 @@ PLANS = {
 
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """Every method on a data set: the recipe, with CTM as published and the computed preconditioning, as long as the
-    plan says, and one thing changed.
+    """Every method on a data set: the recipe, with CTM compared at the data end, uniform draws and the computed
+    preconditioning, as long as the plan says, and one thing changed.
     """
     plan = PLANS[dataset]
     base = recipe(plan.recipe)

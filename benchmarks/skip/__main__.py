@@ -19,7 +19,9 @@ from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
 from benchmarks.skip.cost import step_costs
 from benchmarks.skip.methods import (
+    ALL,
     BASELINE,
+    BEST,
     DATASETS,
     DRAWS,
     GRID,
@@ -36,7 +38,6 @@ from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.training import train_run
 
-BEST = "regressed" + JUMP_END
 SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
 MAIN = (
@@ -112,7 +113,7 @@ def run(
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
-    truth = Truth((DATASETS | LONG)[dataset], *scene(dataset, teacher, data, cache))
+    truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
 

@@ -1,4 +1,4 @@
-"""What a training step of each method costs, beside Euler's as published."""
+"""What a training step of each method costs, beside Euler's."""
 
 import time
 from contextlib import ExitStack

@@ -26,6 +26,7 @@ LONG = {
     "digits-long": replace(PLANS["digits"], moments=(600, 1200, 1800)),
 }
 """Three times as long, for what is gained at last."""
+ALL = DATASETS | LONG
 PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
 BASELINE = "euler"
@@ -43,7 +44,8 @@ DRAWS = ", published draws"
 """Of a method's name: t, u and s are drawn as CTM's published code does, the length of the teacher's walk first."""
 DRAWN = (BASELINE, "analytic", *(name + JUMP_END for name in ("covariance", "regressed", "length")))
 """Methods that are measured with these draws too."""
-LASTING = (BASELINE + DRAWS, "regressed" + JUMP_END + DRAWS)
+BEST = "regressed" + JUMP_END
+LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 """Methods that are trained for long."""
 
 
@@ -54,27 +56,26 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
     return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
 
 
-_BEST = "regressed" + JUMP_END
 EVERY_SEED: dict[str, tuple[str, ...]] = {
     "digits": (
-        BASELINE, BASELINE + DRAWS, "analytic" + DRAWS, _BEST, _BEST + DRAWS, "covariance" + JUMP_END,
+        BASELINE, BASELINE + DRAWS, "analytic" + DRAWS, BEST, BEST + DRAWS, "covariance" + JUMP_END,
         "length" + JUMP_END,
     ),
-    "fashion": (BASELINE, BASELINE + DRAWS, _BEST + DRAWS),
-    "photographs": (BASELINE, BASELINE + DRAWS, _BEST + DRAWS),
+    "fashion": (BASELINE, BASELINE + DRAWS, BEST + DRAWS),
+    "photographs": (BASELINE, BASELINE + DRAWS, BEST + DRAWS),
 }  # fmt: skip
 """Methods of a data set that every seed is trained with, where not all are."""
 ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
     "digits": {4: ("analytic", *FAMILIES), 0: ("length" + JUMP_END + DRAWS,)},
-    "fashion": {0: (_BEST, *(name + JUMP_END + end for name in ("covariance", "length") for end in ("", DRAWS)))},
+    "fashion": {0: (BEST, *(name + JUMP_END + end for name in ("covariance", "length") for end in ("", DRAWS)))},
 }
 """By data set and seed, the others that are trained."""
 
 
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """Every method on a data set: Euler's as published, with one or two things changed. U-Nets see their skip."""
-    plan, known = (DATASETS | LONG)[dataset], base_methods(dataset.removesuffix("-long"))
+    """Every method on a data set: Euler's, at the data end, drawn uniformly, and its changes. U-Nets see their skip."""
+    plan, known = ALL[dataset], base_methods(dataset.removesuffix("-long"))
     euler = known["euler"]
     euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
 
@@ -110,12 +111,12 @@ class Cell:
 
 def settings(cell: Cell) -> str:
     """The digest of what a cell trains and how it is measured, whatever its seed and teacher."""
-    return digest_of(methods(cell.dataset)[cell.method], (DATASETS | LONG)[cell.dataset])
+    return digest_of(methods(cell.dataset)[cell.method], ALL[cell.dataset])
 
 
 def plan() -> Iterator[Cell]:
     """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of some methods one."""
-    for dataset in DATASETS | LONG:
+    for dataset in ALL:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
         names = EVERY_SEED.get(dataset, tuple(methods(dataset)))
         yield from (Cell(dataset, name, seed) for seed in seeds for name in names)

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.condition import Condition, Prompts
+from fewstep.teachers.diffusers import load_diffusers
+from fewstep.teachers.edm import load_edm
+from tests.support.edm_files import save_edm
 
 SD_SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -101,6 +106,8 @@ TINY: dict[str, Tiny] = {
 }  # fmt: skip
 
 
+EDM_KINDS = ("ddpmpp", "ncsnpp", "adm", "edm2")
+"""Of network pickles, those that differ in what students have."""
 TRAINED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 """Those that a minute on digits has trained: tests/fixtures/foreign, by `python -m benchmarks.foreign tiny`."""
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "foreign"
@@ -140,3 +147,13 @@ def save_foreign(folder: Path, kind: str, bare: bool = False, trained: bool = Fa
         index = {"_class_name": "Pipeline", name: ["diffusers", class_name(kind)]}
         (folder / "model_index.json").write_text(json.dumps(index))
     return model
+
+
+def read_teacher(kind: str, folder: Path) -> tuple[FlowMap, Condition]:
+    """A teacher of TINY or EDM_KINDS, saved in the folder and read, and a condition of two samples."""
+    if kind in EDM_KINDS:
+        save_edm(folder / "n.pkl", kind)
+        return load_edm(folder / "n.pkl"), Condition(torch.tensor([0, 2]))
+    pytest.importorskip("diffusers")
+    save_foreign(folder, kind)
+    return load_diffusers(folder, TINY[kind].shape), TINY[kind].condition(2)

@@ -1,6 +1,7 @@
 """Foreign networks that are shown what a skip lets through: at first the teacher, with adapters or not."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,40 +14,21 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.preconditioning.covariance import PrincipalComponents
 from fewstep.flow.preconditioning.skip import SkipPreconditioning
 from fewstep.networks.base import NetworkConfig, TeacherNetworkConfig, fit_stored, stored_state
-from fewstep.networks.condition import Condition
 from fewstep.networks.mlp import MLPConfig
-from fewstep.teachers.diffusers import load_diffusers
-from fewstep.teachers.edm import load_edm
 from fewstep.teachers.second_time import TwoTimesNetwork, merged_flow_map, save_adapters
+from fewstep.teachers.sight import SkipSight
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import from_json, to_json
 from fewstep.utils.weights import read_weights
-from tests.support.edm_files import save_edm
-from tests.support.foreign import TINY, save_foreign
-
-EDM_KINDS = ("ddpmpp", "ncsnpp", "adm", "edm2")
-
-
-def read(kind: str, folder: Path) -> tuple[FlowMap, Condition]:
-    """A teacher, and a condition of two samples."""
-    if kind not in TINY:
-        save_edm(folder / "n.pkl", kind)
-        return load_edm(folder / "n.pkl"), Condition(torch.tensor([0, 2]))
-    pytest.importorskip("diffusers")
-    save_foreign(folder, kind)
-    return load_diffusers(folder, TINY[kind].shape), TINY[kind].condition(2)
+from tests.support.cases import noise
+from tests.support.foreign import EDM_KINDS, TINY, read_teacher
 
 
 def seeing(teacher: FlowMap, settings: TeacherNetworkConfig) -> tuple[FlowMap, TwoTimesNetwork]:
     """A student with a skip of the Gaussian's map, over the teacher's own jumps, whose network sees it."""
     assert teacher.config is not None
-    size = len(torch.zeros(teacher.sample_shape).flatten())
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        mean, vectors = (
-            0.3 * torch.randn(teacher.sample_shape).double(),
-            torch.linalg.qr(torch.randn(size, 3).double())[0],
-        )
+    size = math.prod(teacher.sample_shape)
+    mean, vectors = 0.3 * noise(*teacher.sample_shape, seed=2), torch.linalg.qr(noise(size, 3, seed=3))[0]
     covariance = PrincipalComponents(mean, vectors, torch.tensor([4.0, 2.0, 1.0]).double(), 0.1)
     skip = SkipPreconditioning(teacher.preconditioning, covariance, teacher.path)
     config = replace(teacher.config, preconditioning=skip, network=settings.beside(teacher.config.network))
@@ -60,6 +42,16 @@ def seeing(teacher: FlowMap, settings: TeacherNetworkConfig) -> tuple[FlowMap, T
     return student, network
 
 
+def moved_sight(network: TwoTimesNetwork) -> SkipSight:
+    """What takes the skip, away from zero."""
+    sight = network.two_times.sight
+    assert sight is not None
+    with torch.no_grad():
+        for parameter in sight.parameters():
+            parameter.add_(0.3)
+    return sight
+
+
 def times(teacher: FlowMap, x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = teacher.path.t_min, teacher.path.t_max
     return torch.full(x.shape[:1], low + 0.7 * (high - low)), torch.full(x.shape[:1], low + 0.2 * (high - low))
@@ -69,7 +61,7 @@ def times(teacher: FlowMap, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("kind", [*TINY, *EDM_KINDS])
 def test_a_student_that_sees_its_skip_starts_as_the_teacher(kind: str, lora: int, tmp_path: Path) -> None:
     """To the last bit; its own layers get gradients, and once they have moved the denoiser still sees nothing."""
-    teacher, cond = read(kind, tmp_path)
+    teacher, cond = read_teacher(kind, tmp_path)
     student, network = seeing(teacher, TeacherNetworkConfig(lora=lora, sees_skip=True))
     sight = network.two_times.sight
     assert sight is not None
@@ -80,9 +72,8 @@ def test_a_student_that_sees_its_skip_starts_as_the_teacher(kind: str, lora: int
         assert torch.equal(student.output(x, t, s, cond), plain)
     student.jump(x, t, s, cond).square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in sight.parameters())
+    moved_sight(network)
     with torch.no_grad():
-        for parameter in sight.parameters():
-            parameter.add_(0.3)
         torch.testing.assert_close(student.denoise(x, t, cond), plain)
         assert not torch.allclose(student.output(x, t, s, cond), plain, rtol=1e-3, atol=1e-3)
 
@@ -90,13 +81,9 @@ def test_a_student_that_sees_its_skip_starts_as_the_teacher(kind: str, lora: int
 @pytest.mark.parametrize("kind", ["UNet2DModel", "FluxTransformer2DModel", "adm", "edm2"])
 def test_its_derivative_passes_through_what_it_sees(kind: str, tmp_path: Path) -> None:
     """Convolutions, tokens, and weights of unit magnitude."""
-    teacher, cond = read(kind, tmp_path)
+    teacher, cond = read_teacher(kind, tmp_path)
     student, network = seeing(teacher.double(), TeacherNetworkConfig(sees_skip=True))
-    sight = network.double().two_times.sight
-    assert sight is not None
-    with torch.no_grad():
-        for parameter in sight.parameters():
-            parameter.add_(0.3)
+    moved_sight(network.double())
     cond = replace(cond, prompts=None)
     x = torch.randn(2, *teacher.sample_shape, dtype=torch.float64)
     v, (t, s) = torch.randn_like(x), (time.double() for time in times(teacher, x))
@@ -110,13 +97,9 @@ def test_its_derivative_passes_through_what_it_sees(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["UNet2DModel", "adm"])
 def test_a_copy_sees_by_itself_and_blocks_may_be_computed_anew(kind: str, tmp_path: Path) -> None:
     """A slow average keeps what it saw with; gradients are the same without kept activations."""
-    teacher, cond = read(kind, tmp_path)
+    teacher, cond = read_teacher(kind, tmp_path)
     student, network = seeing(teacher, TeacherNetworkConfig(sees_skip=True))
-    sight = network.two_times.sight
-    assert sight is not None
-    with torch.no_grad():
-        for parameter in sight.parameters():
-            parameter.add_(0.3)
+    sight = moved_sight(network)
     x = torch.randn(2, *teacher.sample_shape)
     t, s = times(teacher, x)
     average, before = copy.deepcopy(student), student.jump(x, t, s, cond).detach()
@@ -137,7 +120,7 @@ def test_a_copy_sees_by_itself_and_blocks_may_be_computed_anew(kind: str, tmp_pa
 
 def test_the_gate_is_of_the_times_themselves_in_bf16(tmp_path: Path) -> None:
     """Not of times rounded to steps of four."""
-    teacher, _ = read("UNet2DModel", tmp_path)
+    teacher, _ = read_teacher("UNet2DModel", tmp_path)
     network = seeing(teacher, TeacherNetworkConfig(sees_skip=True))[1]
     sight = network.two_times.sight
     assert sight is not None
@@ -154,7 +137,7 @@ def test_the_gate_is_of_the_times_themselves_in_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["UNet2DModel", "adm"])
 def test_what_it_learned_to_see_is_saved_and_merged(kind: str, tmp_path: Path) -> None:
     """In the file of the second time, beside the adapters that PEFT reads; a merged model sees too."""
-    teacher, cond = read(kind, tmp_path)
+    teacher, cond = read_teacher(kind, tmp_path)
     student, network = seeing(teacher, TeacherNetworkConfig(lora=2, sees_skip=True))
     with torch.no_grad():
         for parameter in network.two_times.new_parameters():

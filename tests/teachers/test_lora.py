@@ -12,17 +12,13 @@ from fewstep.flow.flow_map import FlowMap
 from fewstep.networks.base import LoRA, stored_state
 from fewstep.networks.condition import Condition
 from fewstep.teachers.base_weights import on_base
-from fewstep.teachers.diffusers import load_diffusers
-from fewstep.teachers.edm import load_edm
 from fewstep.teachers.lora import base_name, merged
 from fewstep.teachers.second_time import TwoTimesNetwork, merged_flow_map, save_adapters
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import from_json, to_json
 from fewstep.utils.weights import read_weights
-from tests.support import edm_files
-from tests.support.foreign import TINY, save_foreign
+from tests.support.foreign import EDM_KINDS, TINY, read_teacher, save_foreign
 
-EDM_KINDS = ("ddpmpp", "ncsnpp", "adm", "edm2")
 Made = Callable[[str], tuple[FlowMap, Condition]]
 
 
@@ -34,13 +30,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
     def make(kind: str) -> tuple[FlowMap, Condition]:
         if kind not in made:
-            folder: Path = tmp_path_factory.mktemp(kind)
-            if kind in TINY:
-                save_foreign(folder, kind)
-                made[kind] = load_diffusers(folder, TINY[kind].shape), TINY[kind].condition(2)
-            else:
-                edm_files.save_edm(folder / "n.pkl", kind)
-                made[kind] = load_edm(folder / "n.pkl"), Condition(torch.tensor([0, 2]))
+            made[kind] = read_teacher(kind, tmp_path_factory.mktemp(kind))
         return made[kind]
 
     return make
