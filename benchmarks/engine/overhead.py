@@ -24,7 +24,8 @@ CASES: dict[str, fs.RunConfig] = {
     "MLP, flow matching": replace(DIGITS, objective=fs.DiagonalMatching()),
     "U-Net, iSD-T": replace(DIGITS, network=UNET),
 }
-COUNT = 256
+COUNTS = (256, 512)
+"""Samples of a batch; 512 is what `generate` takes where nothing is said."""
 
 
 def bare_step(trainer: Trainer) -> Callable[[], None]:
@@ -40,10 +41,10 @@ def bare_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def two_calls(flow_map: fs.FlowMap) -> Callable[[], None]:
+def two_calls(flow_map: fs.FlowMap, count: int) -> Callable[[], None]:
     """The network alone, twice, on noise that is there."""
-    x = prior_noise(flow_map, Draws(0, 0, torch.arange(COUNT)))
-    t, s, cond = at(1.0, x).float(), at(0.5, x).float(), Condition(torch.arange(COUNT) % 10)
+    x = prior_noise(flow_map, Draws(0, 0, torch.arange(count)))
+    t, s, cond = at(1.0, x).float(), at(0.5, x).float(), Condition(torch.arange(count) % 10)
 
     def calls() -> None:
         with torch.no_grad():
@@ -64,9 +65,10 @@ def rows(rounds: int) -> Iterator[h.Row]:
             if config.objective.on_diagonal:
                 continue
             flow_map = whole.learner.flow_map.eval()
-            jobs = {"whole": partial(fs.generate, flow_map, COUNT, steps=2), "bare": two_calls(flow_map)}
-            spent = h.take_turns(jobs, 6 * rounds, time.process_time)
-            yield row(f"generate in two calls, {name}", "two calls of the network", spent)
+            for count in COUNTS:
+                jobs = {"whole": partial(fs.generate, flow_map, count, steps=2), "bare": two_calls(flow_map, count)}
+                spent = h.take_turns(jobs, 6 * rounds, time.process_time)
+                yield row(f"generate in two calls, {name}, {count} samples", "two calls of the network", spent)
 
 
 def row(setting: str, beside: str, spent: dict[str, list[float]]) -> h.Row:

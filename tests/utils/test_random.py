@@ -115,6 +115,26 @@ def test_numbers_belong_to_an_index(seed: int, step: int, stream: int, order: li
         assert torch.equal(own.integers(stream, 7), whole.integers(stream, 7)[part])
 
 
+def finalised(z: int) -> int:
+    """SplitMix64's finaliser of a whole number of 64 bits."""
+    word = 2**64 - 1
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & word
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & word
+    return z ^ (z >> 31)
+
+
+@given(
+    seed=st.integers(-(2**70), 2**70), step=st.integers(0, 2**40), stream=st.integers(0, 2000),
+    index=st.integers(0, 2**63 - 1), element=st.integers(0, 5),
+)  # fmt: skip
+def test_numbers_are_those_of_split_mix(seed: int, step: int, stream: int, index: int, element: int) -> None:
+    key = 0
+    for part in (seed, step, stream, index, element):
+        key = finalised((key + (part + 1) * 0x9E3779B97F4A7C15) % 2**64)
+    found = Draws(seed, step, torch.tensor([index])).uniform(stream, (6,))[0, element]
+    assert float(found) == min(((key >> 11) + 0.5) * 2.0**-53, 1 - 2.0**-53)
+
+
 def test_distinct_indices_give_distinct_numbers() -> None:
     assert len(draws(count=100_000).uniform(0).unique()) == 100_000
 

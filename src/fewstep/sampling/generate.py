@@ -298,7 +298,7 @@ def _whole_numbers(labels: Any) -> Tensor:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) inside; the mode it had after. Nothing is set where nothing trains: that is slow."""
-    if not any(each.training for each in module.modules()):
+    if not _trains(module):
         yield
         return
     training = module.training
@@ -307,6 +307,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether it or a part of it is in training mode; `modules` would name every part, which takes its time."""
+    return module.training or any(_trains(each) for each in module.children())
 
 
 @contextmanager

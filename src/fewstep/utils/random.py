@@ -14,11 +14,12 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
 
 
 def _signed(value: int) -> int:
     """A 64-bit pattern as the int64 that torch stores."""
-    value &= (1 << 64) - 1
+    value &= _WORD
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -33,11 +34,20 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ _shift_right(z, 31)
 
 
-def _advance(key: Tensor, counter: Tensor | int) -> Tensor:
-    """The key's child number `counter`."""
-    if isinstance(counter, int):
-        return _mix(key + _signed((counter + 1) * _GOLDEN))
+def _advance(key: Tensor | int, counter: Tensor) -> Tensor:
+    """The key's children of these numbers."""
     return _mix(key + (counter + 1) * _signed(_GOLDEN))
+
+
+def _key(*parts: int) -> int:
+    """The key of a seed, step and stream: the same in whole numbers, where tensors of one element would be slow."""
+    key = 0
+    for part in parts:
+        z = (key + (part + 1) * _GOLDEN) & _WORD
+        z = ((z ^ (z >> 30)) * _MIX_1) & _WORD
+        z = ((z ^ (z >> 27)) * _MIX_2) & _WORD
+        key = z ^ (z >> 31)
+    return _signed(key)
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,8 @@ class Draws:
     indices: Tensor
 
     def _bits(self, stream: int, count: int) -> Tensor:
-        key = torch.zeros((), dtype=torch.int64, device=self.indices.device)
-        for part in (self.seed, self.step, stream):
-            key = _advance(key, _signed(part))
-        element = torch.arange(count, device=self.indices.device)
-        return _advance(_advance(key, self.indices)[:, None], element[None, :])
+        rows = _advance(_key(self.seed, self.step, stream), self.indices)
+        return _advance(rows[:, None], torch.arange(count, device=self.indices.device))
 
     def uniform(self, stream: int, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float64) -> Tensor:
         """Uniform on the open interval (0, 1), shape (n, *shape)."""
