@@ -124,7 +124,7 @@ def questions() -> None:
     h.show(found)
 
 
-def overhead(rounds: int = 20) -> None:
+def overhead(rounds: int = 60) -> None:
     """A step of the trainer over its objective, backward pass and optimizer; sampling over the network's calls."""
     for row in added.rows(rounds):
         h.put(FILE, [row], "measure", "setting")
