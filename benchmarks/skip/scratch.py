@@ -21,10 +21,12 @@ from fewstep.training import train_run
 
 TASK, EPISODES, SAMPLES = "pointmaze-ring", 100, 2000
 LENGTHS = {
-    "digits, iSD-T": (25_600, 51_200),
+    "digits, iSD-T": (25_600, 51_200, 204_800),
+    "digits, MeanFlow": (25_600, 51_200),
     "actions, iSD": (12_800, 51_200),
 }
 """Images or chunks of each run: its schedule is as long as the run."""
+RECIPES = {"digits, iSD-T": "digits", "digits, MeanFlow": "digits-meanflow", "actions, iSD": "policy-mlp"}
 METHODS: dict[str, dict[str, Any] | None] = {"without": None, "covariance": {}, "covariance, seen": {}}
 CALLS = (1, 2)
 
@@ -41,7 +43,7 @@ class Cell:
 
 def configuration(cell: Cell) -> RunConfig:
     """The recipe of the setting, as long as the cell, with a skip or without."""
-    base = config = recipe("policy-mlp" if cell.setting.startswith("actions") else "digits")
+    base = config = recipe(RECIPES[cell.setting])
     settings = METHODS[cell.method]
     if settings is not None:
         skip = SkipPreconditioningConfig(base=config.model.preconditioning, **settings)
