@@ -70,6 +70,8 @@ def usable(run: RunConfig, name: str) -> bool:
         return bool(objective.needs_teacher or run.teacher or run.model.preconditioning.needs_statistics)
     if name.startswith("objective.guidance"):
         return bool(objective.guidance.turned_off_by) or name == "objective.guidance"
+    if name.startswith("statistics."):
+        return run.model.preconditioning.needs_statistics
     if name.startswith("data."):
         return name.removeprefix("data.") not in run.data.source.ignores
     return not (name in ("training.flip", "evaluation.guidance_scale") and run.data.source.of_actions)
