@@ -16,6 +16,7 @@ from benchmarks.engine import compiling as compiled
 from benchmarks.engine import gpu as one_gpu
 from benchmarks.engine import listing as many_files
 from benchmarks.engine import loader as batches
+from benchmarks.engine import lost as ended
 from benchmarks.engine import optimizer as one_program
 from benchmarks.engine import overhead as added
 from benchmarks.engine import precision as rounded
@@ -103,6 +104,13 @@ def loader(rounds: int = 3) -> None:
         h.show([row])
 
 
+def lost() -> None:
+    """Seconds from the loss of one of two processes to the end of the other."""
+    for row in ended.rows():
+        h.put(FILE, [row], "measure", "setting")
+        h.show([row])
+
+
 def optimizer(rounds: int = 30) -> None:
     """An optimizer's step compiled over the fused one, and the fused one's share of a whole step."""
     for row in one_program.rows(rounds):
@@ -154,7 +162,7 @@ def sharding() -> None:
 
 if __name__ == "__main__":
     commands = (
-        attention, checkpointing, compile, crashes, gpu, listing, loader, optimizer, overhead, precision, questions,
-        sharding, steps,
+        attention, checkpointing, compile, crashes, gpu, listing, loader, lost, optimizer, overhead, precision,
+        questions, sharding, steps,
     )  # fmt: skip
     STUDY.main(**{each.__name__: each for each in commands})

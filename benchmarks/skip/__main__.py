@@ -33,7 +33,8 @@ from benchmarks.skip.methods import (
     scene,
     teacher_of,
 )
-from benchmarks.skip.starts import draw_starts
+from benchmarks.skip.starts import UNTRAINED, draw_starts, measure_untrained
+from benchmarks.skip.starts import untrained as before_training
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.training import train_run
@@ -71,6 +72,7 @@ def tables() -> dict[str, str]:
     for dataset in LONG:
         found[f"Trained on, {dataset.removesuffix('-long')}"] = outcome.lasting(GRID.rows(), dataset)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
+    found["Before the first step"] = before_training()
     found["From scratch"] = from_scratch.table()
     return found | fits.tables(tuple(DATASETS))
 
@@ -146,6 +148,14 @@ def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300)
     draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
 
 
+def untrained(dataset: Dataset, teacher: Path, data: Data = None, cache: Cache = None) -> None:
+    """Measure students of every form before their first step."""
+    truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
+    for row in measure_untrained(dataset, teacher, truth):
+        put(UNTRAINED, rounded([row]), "dataset", "method", "measure", "nfe")
+        show([row])
+
+
 def scratch(work: Annotated[Path, Positional], worker: Worker = "0/1") -> None:
     """Train the runs from scratch that have no result yet; WORK holds demonstrations and feature extractors."""
     from_scratch.GRID.run(from_scratch.plan(), lambda cell: from_scratch.measure(cell, work), worker)
@@ -157,4 +167,12 @@ def teacher(dataset: Dataset, folder: Annotated[Path, Positional], data: Data = 
 
 
 if __name__ == "__main__":
-    STUDY.main(run=run, learnability=learnability, cost=cost, starts=starts, scratch=scratch, teacher=teacher)
+    STUDY.main(
+        run=run,
+        learnability=learnability,
+        cost=cost,
+        starts=starts,
+        untrained=untrained,
+        scratch=scratch,
+        teacher=teacher,
+    )

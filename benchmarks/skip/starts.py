@@ -1,5 +1,6 @@
 """What students' jumps give early on: Euler's, Analytic-Precond's and the skip's, from the same noise."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from benchmarks.harness import figure, train_to, trainer_of
-from benchmarks.skip.methods import methods
+from benchmarks.acceleration.students import Truth, sampled
+from benchmarks.harness import RESULTS, Row, chosen, figure, markdown, read, train_to, trainer_of
+from benchmarks.skip.methods import ALL, BASELINE, CALLS, FAMILIES, methods
 from fewstep.flow.flow_map import at
 from fewstep.flow.ode import trajectory
 from fewstep.sampling.images import image_grid, to_uint8, visible_scale
@@ -16,6 +18,9 @@ from fewstep.utils.random import Draws
 
 SHOWN = ("euler", "analytic", "regressed, jump end", "covariance, jump end")
 """Methods, in the order of the rows' blocks: three rows each, then the teacher's ODE."""
+UNTRAINED = RESULTS / "skip_untrained.json"
+"""Rows {dataset, method, measure, nfe, value, times} of students before their first step."""
+FORMS = (BASELINE, "analytic", *FAMILIES)
 SEED = 91_000
 COUNT = 12
 
@@ -51,3 +56,25 @@ def draw_starts(dataset: str, teacher: Path, data: fs.Dataset, steps: int, file:
             for spine in axis.spines.values():
                 spine.set_visible(False)
     print(file)
+
+
+def measure_untrained(dataset: str, teacher: Path, truth: Truth) -> Iterator[Row]:
+    """Error and Fréchet distance of each form before the first step, at the times that are best for it."""
+    for name in FORMS:
+        config = replace(methods(dataset)[name], teacher=str(teacher))
+        with trainer_of(config, truth.dataset) as trainer, torch.no_grad():
+            for measure, calls in CALLS:
+                found = sampled(trainer.learner.flow_map.eval(), truth, measure, calls, 0.0)
+                yield {"dataset": dataset, "method": name} | found
+
+
+def untrained() -> str:
+    """A line for each data set and form."""
+    rows, lines = read(UNTRAINED), []
+    for dataset in ALL:
+        for name in FORMS:
+            own = chosen(rows, dataset=dataset, method=name)
+            values = {(row["measure"], row["nfe"]): f"{row['value']:.3g}" for row in own}
+            lines += [(dataset, name, *(values[key] for key in CALLS))] if own else []
+    heads = [f"{'error' if measure == 'sample' else 'Fréchet distance'}, {calls}" for measure, calls in CALLS]
+    return markdown(("data", "form", *heads), lines)
