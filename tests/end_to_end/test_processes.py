@@ -230,6 +230,16 @@ def test_where_one_of_two_is_killed_the_other_ends_with_a_line(forked: Forking, 
     assert RunFolder(run).state()["step"] > step
 
 
+def test_what_the_first_of_two_refuses_is_no_lost_process(forked: Forking, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("of another kind")
+    first, second = (each.wait() for each in pair_of(forked, "-m", "fewstep", *SCRATCH, "--out", tmp_path))
+    assert (first.code, second.code) == (2, 2)
+    assert first.err.splitlines()[-1] == (
+        f"fewstep: {tmp_path} is not empty and holds no run: give another folder with --out"
+    )
+    assert second.err.splitlines()[-1] == "fewstep: process 0 of 2 has ended: its own message says why"
+
+
 def test_two_processes_equal_one(command: Command, forked: Forking, tmp_path: Path) -> None:
     """Twenty steps of iSD with its exact derivative, and eight of CTM from a teacher, with all that it can have: its
     statistics, what its trajectories say, balanced losses, a discriminator; ten of a policy, whose padded steps are

@@ -66,6 +66,21 @@ def test_single_precision_is_as_near_as_it_can_be() -> None:
         torch.testing.assert_close(own.double(), usual, rtol=0, atol=1e-5)
 
 
+def test_gradients_of_a_recorded_tangent_under_bfloat16() -> None:
+    """Queries and keys in float32 beside values in bfloat16, as in a transformer; the backward pass lies outside."""
+    gen = torch.Generator().manual_seed(0)
+    x, dx = torch.randn(2, 1, 2, 17, 8, generator=gen)
+    w = (torch.randn(8, 8, generator=gen) / 3).requires_grad_()
+    gradients = []
+    for form, rounded in ((attention, True), (written_out, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            primal, tangent = jvp(
+                lambda x, form=form: form((x @ w).float(), (x @ w.T).float().sin(), x @ w), (x,), (dx,)
+            )
+        gradients.append(torch.autograd.grad(primal.float().sum() + tangent.float().square().sum(), w)[0])
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05 * float(gradients[1].abs().max()))
+
+
 def test_more_keys_than_queries() -> None:
     (q, dq), (k, v, dk, dv) = torch.randn(2, 1, 2, 9, 4).double(), torch.randn(4, 1, 2, 23, 4).double()
     found, wanted = (torch.func.jvp(form, (q, k, v), (dq, dk, dv)) for form in (attention, written_out))

@@ -82,6 +82,16 @@ def test_a_constant_average_forgets_at_its_decay(decay: float, values: list[floa
     assert float(module.weight.detach()) == values[-1]
 
 
+def test_a_buffer_that_is_put_in_anew_is_averaged() -> None:
+    module = Scalar()
+    module.register_buffer("mean", torch.zeros(1))
+    ema = EMA("half", module, 0.5, None, ramp=False)
+    for step in (1, 2):
+        module.mean = module.mean + 1.0
+        ema.update(module, step)
+    assert ema.weights["mean"].item() == 0.5 * 0.5 + 0.5 * 2
+
+
 def test_the_average_is_a_copy_and_loads_back() -> None:
     module = Scalar(1.0)
     ema = EMA("", module, 0.9, None)

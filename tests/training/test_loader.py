@@ -8,12 +8,13 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from fewstep.data.base import Dataset
+from fewstep.data.base import Dataset, Samples
 from fewstep.data.sources import (
     DataConfig,
     DataSource,
@@ -163,6 +164,21 @@ def test_parts_come_in_order_and_from_any_one_on(digits: Dataset) -> None:
         assert torch.equal(first.draws.indices, second.draws.indices)
         assert torch.equal(first.host_labels, second.host_labels)  # type: ignore[arg-type]
     ahead.close()
+
+
+class Faulty(Samples):
+    """Samples of a user's own, which fail in a way that fewstep does not know."""
+
+    def fetch(self, *args: Any, **settings: Any) -> Any:
+        raise RuntimeError("row 7 is bad")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_data_raise_is_raised_by_the_training(digits: Dataset, workers: int) -> None:
+    data = replace(digits, train=Faulty(*digits.train.fetch(torch.arange(32))))
+    with pytest.raises(RuntimeError, match=r"^row 7 is bad") as caught:
+        loader_of(data, workers).batch(0, 0)
+    assert workers == 0 or "in fetch" in caught.value.__notes__[0]
 
 
 def test_processes_leave_signals_to_the_training_and_a_killed_one_is_said(digits: Dataset) -> None:

@@ -84,19 +84,23 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        device = inputs[0].device.type
+        ctx.rounding = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, dq, dk, dv = (x.detach() for x in ctx.saved_tensors)
         keys = [x.requires_grad_() for x in (k, v, dk, dv)]
+        device, dtype, rounds = ctx.rounding
         to_q, to_dq = torch.empty_like(q), torch.empty_like(dq)
         of_keys = [torch.zeros_like(x) for x in keys]
         for of_q, of_dq, own, own_tangent, *own_grads in _tiles(k, to_q, to_dq, q, dq, *grads):
             queries = [x.detach().requires_grad_() for x in (own, own_tangent)]
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(device, dtype, rounds, False):
                 outputs = _rows(*queries, *keys)
-            parts = torch.autograd.grad(outputs, [*queries, *keys], own_grads)
+            given = [grad.to(output.dtype) for grad, output in zip(own_grads, outputs, strict=True)]
+            parts = torch.autograd.grad(outputs, [*queries, *keys], given)
             of_q.copy_(parts[0])
             of_dq.copy_(parts[1])
             for total, part in zip(of_keys, parts[2:], strict=True):

@@ -103,6 +103,8 @@ class Learner:
         if (copied := self.held.averaged(self.flow_map, self.emas[0].weights)) is not None:
             yield self.pipeline.of(copied)
             return
+        for ema in self.averages:
+            ema.before_step()  # what is still copied from the weights is copied before they change
         network = self.flow_map.network
         own = {key: value.clone() for key, value in stored_state(network).items()}
         network.load_state_dict(self.emas[0].weights, strict=False)

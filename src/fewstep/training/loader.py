@@ -3,16 +3,18 @@
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 
 from fewstep.data.base import SampleSet
@@ -27,7 +29,7 @@ _LOOK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class Shares(TorchDataset[HostPart | FewstepError]):
+class Shares(TorchDataset[HostPart | Exception]):
     """A process's share of every batch, in `parts` of `micro` samples from `first` on, numbered through the run."""
 
     train: SampleSet
@@ -41,12 +43,22 @@ class Shares(TorchDataset[HostPart | FewstepError]):
         step, part = divmod(number, self.parts)
         return step, (self.first + part * self.micro, self.micro)
 
-    def __getitem__(self, number: int) -> HostPart | FewstepError:
+    def __getitem__(self, number: int) -> HostPart | Exception:
         """What is wrong with it is handed over as it is, for the training to raise."""
         try:
             return fetch_part(self.train, self.settings, *self.place(number))
-        except FewstepError as error:
-            return error
+        except Exception as error:
+            return error if isinstance(error, FewstepError) or get_worker_info() is None else _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error with its traceback as a note, as it can be handed to another process."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return DataError(f"the data cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+    return error
 
 
 class Loader:
@@ -59,7 +71,7 @@ class Loader:
     def __init__(self, shares: Shares, device: torch.device, workers: int = 0, context: str | None = None) -> None:
         self.shares, self.device, self.workers, self.context = shares, device, workers, context
         self.waited = 0.0
-        self._coming: Iterator[HostPart | FewstepError] | None = None
+        self._coming: Iterator[HostPart | Exception] | None = None
         self._number = -1
 
     def batch(self, step: int, part: int) -> Batch:
@@ -67,7 +79,7 @@ class Loader:
         number, start = step * self.shares.parts + part, time.perf_counter()
         found = self._next(number) if self.workers else self.shares[number]
         self.waited += time.perf_counter() - start
-        if isinstance(found, FewstepError):
+        if isinstance(found, Exception):
             self.close()
             raise found
         return on_device(found, self.shares.settings, *self.shares.place(number), self.device)
@@ -77,7 +89,7 @@ class Loader:
         waited, self.waited = self.waited, 0.0
         return min(waited / seconds, 1.0)
 
-    def _next(self, number: int) -> HostPart | FewstepError:
+    def _next(self, number: int) -> HostPart | Exception:
         if self._coming is None or number != self._number:
             self.close()
             self._coming = self._from(number)
@@ -92,7 +104,7 @@ class Loader:
                 "--runtime.workers"
             ) from error
 
-    def _from(self, number: int) -> Iterator[HostPart | FewstepError]:
+    def _from(self, number: int) -> Iterator[HostPart | Exception]:
         pinned = self.device.type == "cuda"
         own_child = (self.context or multiprocessing.get_start_method()) != "forkserver"
         with warnings.catch_warnings():

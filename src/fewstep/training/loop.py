@@ -107,8 +107,9 @@ class Trainer:
         identity = None if teacher is None else fingerprint(teacher)
         main = self.accelerator.is_main_process
         self.peers = Peers(run.way_on, self.group.index, self.group.count, self.agreement)
-        self.lock = hold(run, config, data_record(dataset), identity) if main else None
+        self.lock = None
         try:
+            self.lock = hold(run, config, data_record(dataset), identity) if main else None
             if runtime.from_step and main:
                 run.go_back(runtime.from_step)
             self.accelerator.wait_for_everyone()

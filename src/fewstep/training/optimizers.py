@@ -25,9 +25,15 @@ class FlatOptimizer:
     keys: tuple[str, ...] = _ADAMW
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state; empty before the first step."""
+        """The state; empty before the first step, and zeros of a parameter that no gradient has reached."""
         state = self.optimizer.state_dict()["state"]
-        return {f"{i}.{key}": torch.as_tensor(value) for i, each in state.items() for key, value in each.items()}
+        found = {f"{i}.{key}": torch.as_tensor(value) for i, each in state.items() for key, value in each.items()}
+        if not found:
+            return {}
+        for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            if i not in state:
+                found |= {f"{i}.{k}": torch.zeros(()) if k == "step" else torch.zeros_like(p) for k in self.keys}
+        return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the state's tensors, after the first step."""

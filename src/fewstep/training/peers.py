@@ -121,8 +121,9 @@ class Peers:
     @property
     def message(self) -> str:
         """What has happened, and how to go on."""
-        index = self.lost if self.lost >= 0 else min(self.left, default=-1)
-        return f"process {index} of {self.count} is lost; {self.way_on()}"
+        if self.lost < 0 and self.left:
+            return f"process {min(self.left)} of {self.count} has ended: its own message says why"
+        return f"process {self.lost} of {self.count} is lost; {self.way_on()}"
 
     def explanation(self, error: BaseException | None) -> ProcessLostError | None:
         """The lost process, where an error comes of it; the group is then given up."""
