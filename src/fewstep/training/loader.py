@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import time
@@ -52,12 +51,12 @@ class Shares(TorchDataset[HostPart | Exception]):
 
 
 def _portable(error: Exception) -> Exception:
-    """An error with its traceback as a note, as it can be handed to another process."""
-    error.add_note("".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
+    """An error as it can be handed to another process: Python's own ones, with the traceback as a note; of others what
+    they say."""
+    plain = type(error).__module__ == "builtins" and all(isinstance(each, str | int) for each in error.args)
+    if not plain:
         return DataError(f"the data cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}")
+    error.add_note("".join(traceback.format_exception(error)))
     return error
 
 
