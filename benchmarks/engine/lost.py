@@ -33,6 +33,11 @@ def started(run: Path) -> "list[subprocess.Popen[str]]":
     ]
 
 
+def last_line(said: str) -> str:
+    """Of what a process said."""
+    return (said.splitlines() or ["it said nothing"])[-1]
+
+
 def seconds(killed: int) -> tuple[float, str]:
     """From the loss of a process, after two checkpoints, to the end of the other; what that says last."""
     with tempfile.TemporaryDirectory() as folder:
@@ -40,13 +45,15 @@ def seconds(killed: int) -> tuple[float, str]:
         pair = started(run)
         try:
             while len(fs.RunFolder(run).checkpoints()) < 2:
-                if any(process.poll() is not None for process in pair):
-                    raise SystemExit(f"a process of the run ended by itself: {pair[0].stderr}")
+                for rank, process in enumerate(pair):
+                    if process.poll() is not None:
+                        said = last_line(process.communicate()[1])
+                        raise SystemExit(f"process {rank} of the run ended by itself: {said}")
                 time.sleep(0.05)
             pair[killed].kill()
             begun = time.monotonic()
             said = pair[1 - killed].communicate(timeout=120)[1]
-            return time.monotonic() - begun, said.splitlines()[-1].replace(str(run), "RUN")
+            return time.monotonic() - begun, last_line(said).replace(str(run), "RUN")
         finally:
             for process in pair:
                 process.kill()

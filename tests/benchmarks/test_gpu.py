@@ -25,6 +25,16 @@ def test_all_that_is_measured_has_rows() -> None:
     assert all(row["value"] > 0 for row in of_steps)
 
 
+def test_what_does_not_fit_into_the_time_is_named() -> None:
+    scale = replace(gpu.DRY, until=0.0)
+    rows = [row for part in (gpu.steps, gpu.attentions, gpu.samplers) for row in part(scale)]
+    assert {row["measure"] for row in rows} == {"a step", "attention, time", "sampler latency"}
+    assert all(row["value"] is None and row["beside"] == "no time was left" for row in rows)
+    turns: list[int] = []
+    assert gpu.seconds(lambda: turns.append(1), scale, 9) > 0
+    assert len(turns) == 2
+
+
 def test_a_part_that_fails_is_a_row_that_says_why() -> None:
     scale = replace(gpu.DRY, networks={"imagenet256-dit-b4": (DiTConfig(width=30, heads=4, patch=4), 4, 4)})
     rows = [row for row in gpu.steps(scale) if row["measure"] == "a step"]
