@@ -30,6 +30,13 @@ def test_only_options_of_several_values_are_gathered() -> None:
     assert not {"--steps", "--count"} & lists(Options)
 
 
+@pytest.mark.parametrize("word", ["--profile", "--runtime.profile"])
+def test_a_run_is_profiled_by_the_short_form_too(word: str) -> None:
+    default = TrainOptions(run=recipe("digits"))
+    assert not default.runtime.profile
+    assert parse(TrainOptions, [word], "train digits", default).runtime.profile
+
+
 def test_nested_options_are_gathered_too() -> None:
     default = TrainOptions(run=recipe("digits"))
     options = parse(TrainOptions, ["--evaluation.steps", "1", "--evaluation.steps", "3"], "train digits", default)

@@ -24,9 +24,10 @@ from fewstep.data.sources import (
     load_dataset,
 )
 from fewstep.networks.mlp import MLPConfig
-from fewstep.training import RunFolder, train_run
+from fewstep.training import Callbacks, RunFolder, train_run
+from fewstep.training.callbacks import Callback, Moment
 from fewstep.training.loader import Loader, Shares
-from fewstep.utils.errors import ConfigError, DataError
+from fewstep.utils.errors import ConfigError, DataError, Stopped, TrainingDivergedError
 from tests.support.sources import bytes_of
 from tests.support.tiny import RUNTIME, TINY, assert_same_run, killed_after
 
@@ -204,3 +205,25 @@ def test_ten_steps_are_watched(digits: Dataset, tmp_path: Path, capsys: pytest.C
     assert len(said) == 6
     assert "ms a step  aten::" in said[1]
     assert (tmp_path / "run" / "profile.json").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("step", [3, 5, 8])
+@pytest.mark.parametrize("error", [Stopped("stopped", 143), TrainingDivergedError("diverged")])
+def test_a_run_that_ends_early_says_what_was_watched(
+    error: BaseException, step: int, digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ending(Callback):
+        def step(self, moment: Moment) -> None:
+            if moment.step == step:
+                raise error
+
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(type(error)):
+        train_run(TINY, digits, run, replace(RUNTIME, profile=True), Callbacks(also=(Ending(),)))
+    said = capsys.readouterr().out.splitlines()
+    if step == 8:
+        assert said[0].startswith("3 steps watched, their trace in")
+    else:
+        ending = f"as this start ended after {step} steps: the first 5 warm up, the next 10 are watched"
+        assert said == [f"no step was watched, {ending}"]
+    assert (run.root / "profile.json").exists() == (step == 8)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fewstep.utils.random import Draws, permutation
+from fewstep.utils.random import Draws, permutation, seeded
 
 COUNT = 20_000
 F64 = torch.float64
@@ -162,3 +162,14 @@ def test_permutations_favour_no_place() -> None:
     for place in range(5):
         counts = torch.bincount(first[:, place], minlength=5)
         assert bool(((counts - 400).abs() < 5 * math.sqrt(400 * 0.8)).all())
+
+
+@pytest.mark.filterwarnings("error")
+def test_seeded_numbers_are_those_of_the_seed_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a warning where there are several GPUs."""
+    expected = torch.randn(3, generator=torch.Generator().manual_seed(5))
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with seeded(5):
+        assert torch.equal(torch.randn(3), expected)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -17,7 +17,12 @@ from fewstep.utils.parts import kinds
 
 T = TypeVar("T")
 
-_SHORT = {"--track": "--runtime.track", "--from": "--runtime.from-step", "--lora": "--network.lora"}
+_SHORT = {
+    "--track": "--runtime.track",
+    "--profile": "--runtime.profile",
+    "--from": "--runtime.from-step",
+    "--lora": "--network.lora",
+}
 
 
 def parse(cls: type[T], args: Sequence[str], command: str, default: T | None = None) -> T:

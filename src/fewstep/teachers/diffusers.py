@@ -37,6 +37,7 @@ from fewstep.teachers.second_time import (
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepWarning, MissingExtraError
 from fewstep.utils.extras import installing
 from fewstep.utils.files import read_record
+from fewstep.utils.random import seeded
 from fewstep.utils.serialization import later
 from fewstep.utils.weights import read_weights
 
@@ -208,8 +209,7 @@ def load_diffusers(folder: Path, shape: Shape = ()) -> FlowMap:
     sketch = config.without_memory(shape, stored.num_classes, guided=False, tensors=len(weights))
     if isinstance(sketch, DiffusersNetwork):  # compared before there is time or memory for it
         sketch.check_foreign(weights, str(place))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # what no file holds, the second time, is the same whenever the teacher is read
+    with seeded(0):  # what no file holds, the second time, is the same whenever the teacher is read
         flow_map = stored.build()
     assert isinstance(flow_map.network, DiffusersNetwork)
     flow_map.network.load_foreign(weights, str(place))

@@ -20,6 +20,7 @@ from fewstep.teachers.edm2_networks import EDM2UNetConfig
 from fewstep.teachers.edm_networks import DhariwalUNetConfig, EDMNetwork, EDMNetworkConfig, SongUNetConfig
 from fewstep.teachers.edm_pickle import EDMRecord, read_edm
 from fewstep.utils.errors import CheckpointError, ConfigError
+from fewstep.utils.random import seeded
 from fewstep.utils.serialization import from_json, to_json
 
 Arguments = dict[str, Any]
@@ -161,8 +162,7 @@ def load_edm(file: Path) -> FlowMap:
     except (ConfigError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file}: a {record.class_name} that cannot be built: {reason}") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # what no file holds, the second time, is the same whenever the teacher is read
+    with seeded(0):  # what no file holds, the second time, is the same whenever the teacher is read
         flow_map = config.build()
     assert isinstance(flow_map.network, EDMNetwork)
     flow_map.network.load_foreign(weights, str(file))

@@ -95,8 +95,9 @@ def compile_steps(step: TrainStep, try_step: Callable[[int], None], hidden: bool
     if not hidden:
         print("compiling the network and its derivatives: this takes a minute or more", file=sys.stderr, flush=True)
     step.passes = passes = CompiledPasses()
+    device = next(step.flow_map.parameters()).device
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         _refusing(f"{type(step.flow_map.network).__name__} with {type(step.objective).__name__}"),
     ):
         passes.learn([partial(try_step, 0), partial(try_step, 1)])

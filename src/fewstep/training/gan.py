@@ -8,6 +8,7 @@ from torch import Tensor
 from fewstep.objectives.losses import discriminator_loss
 from fewstep.recipes.config import GANConfig
 from fewstep.training.optimizers import FlatOptimizer
+from fewstep.utils.random import seeded
 from fewstep.utils.weights import check_finite, check_shapes, shapes
 
 WEIGHTS, _STATE = "discriminator.", "optimizer."
@@ -29,8 +30,7 @@ class GAN:
         average: Callable[[Tensor], Tensor],
     ) -> None:
         self.config, self.average = config, average
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)
+        with seeded(seed + 1):
             self.discriminator = config.discriminator.build(shape, num_classes).to(device)
         parameters = self.discriminator.parameters()
         adamw = torch.optim.AdamW(parameters, config.lr, betas=(0.5, 0.99), weight_decay=0.0)

@@ -236,7 +236,7 @@ class Trainer:
         self.tell(lambda each: each.start(begun))
         profiled = StepProfile(self.run.root / PROFILE, device, self.runtime.profile and main)
         shown = progress_bar(self.clock, self.config.recipe, self.hidden, begun.unit)
-        with seeded, shown as bar, self.stops, self.last_words():
+        with profiled, seeded, shown as bar, self.stops, self.last_words():
             if self.pending:  # what an earlier start saved, and was stopped before it showed it
                 self.show()
             while not self.clock.finished:
@@ -261,7 +261,6 @@ class Trainer:
                 self.show()
             if self.stops.received is not None:  # while the last grid or point was made
                 raise self.stops.ending(self.clock.step, self.run.going_on)
-        profiled.end()
         if main and (share := risen(self.config.optimizer, self.clock.images, self.clock.progress)) < 1:
             warnings.warn(never_risen(share, self.config.optimizer), FewstepWarning, stacklevel=2)
         result = TrainingResult(self.clock.step, self.clock.images, self.clock.seconds, main, memory_words(device))

@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from fewstep.utils.errors import Stopped, TrainingDivergedError
 from fewstep.utils.files import guarded
 from fewstep.utils.text import counted
 
@@ -17,12 +19,20 @@ PROFILE = "profile.json"
 class StepProfile:
     """Watches steps WARM + 1 to WARM + STEPS of a start; of a run that ends before, the steps that it took.
 
+    Within `with`; a run that is stopped or diverges is watched too.
     file: where the trace goes, for chrome://tracing or Perfetto. wanted: whether anything is watched.
     """
 
     def __init__(self, file: Path, device: torch.device, wanted: bool) -> None:
         self.file, self.device, self.wanted, self.taken = file, device, wanted, 0
         self._profile: profile | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, Stopped | TrainingDivergedError):
+            self.end()
 
     def step(self) -> None:
         """After a step of the run; prints what took longest after the last one that is watched."""
@@ -35,12 +45,18 @@ class StepProfile:
             self.end()
 
     def end(self) -> None:
-        """Write the trace of what was watched, and print its largest items."""
-        if self._profile is None:
+        """Write the trace of what was watched, and print its largest items, once; or that nothing was."""
+        if not self.wanted:
             return
         watched, self._profile, self.wanted = self._profile, None, False
-        watched.stop()
-        steps = max(1, self.taken - WARM)
+        if watched is not None:
+            watched.stop()
+        steps = self.taken - WARM
+        if watched is None or steps < 1:
+            took = f"this start ended after {counted(self.taken, 'step')}"
+            needs = f"the first {WARM} warm up, the next {STEPS} are watched"
+            tqdm.write(f"no step was watched, as {took}: {needs}", file=sys.stdout)
+            return
         with guarded(self.file):
             watched.export_chrome_trace(str(self.file))
         kind = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"

@@ -49,7 +49,8 @@ class Runtime:
     """What the device can do at most, in 10^12 FLOP/s: the log then has the share that training reaches. 0 takes it by
     the name of a GPU; where it is not known the log has FLOP/s alone."""
     profile: bool = False
-    """Watch ten steps, after five to warm up: their trace in the run's profile.json, and what took longest."""
+    """Watch ten steps, after five to warm up: their trace in the run's profile.json, and what took longest; for short
+    --profile."""
     track: tuple[TrackerName, ...] = ()
     """Also log to these experiment trackers, for short --track (extra [track]); wandb and trackio read their own
     settings from the environment, such as WANDB_MODE=offline."""

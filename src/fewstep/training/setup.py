@@ -28,6 +28,7 @@ from fewstep.training.covariance import measure
 from fewstep.training.gan import WEIGHTS
 from fewstep.training.teacher import start_from, teacher_place
 from fewstep.utils.errors import ConfigError, FewstepWarning
+from fewstep.utils.random import seeded
 from fewstep.utils.serialization import JSON
 from fewstep.utils.tensors import check_memory
 from fewstep.utils.text import listed, quoted
@@ -84,8 +85,7 @@ def build(
     settings = replace(settings, guided=config.objective.guided and dataset.conditional)
     if teacher is not None:
         settings = replace(settings, network=on_base(settings.network, teacher_place(config.teacher), teacher.network))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.training.seed)
+    with seeded(config.training.seed):
         flow_map = settings.build()
     if teacher is not None and isinstance(flow_map.network, TwoTimesNetwork) and flow_map.network.adapters is not None:
         flow_map.network.share_base(cast(TwoTimesNetwork, teacher.network))

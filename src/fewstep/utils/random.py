@@ -6,6 +6,8 @@ The generator is a keyed 64-bit counter hash (the finaliser of SplitMix64; Steel
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +87,14 @@ class Draws:
     def integers(self, stream: int, high: int) -> Tensor:
         """Uniform integers in [0, high), shape (n,)."""
         return (self.uniform(stream) * high).long().clamp_(max=high - 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within, torch's random numbers on the CPU follow from the seed; then they are as they were before."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def shuffled_rows(seed: int, numbers: Tensor, count: int) -> Tensor:
