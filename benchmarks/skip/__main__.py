@@ -27,6 +27,7 @@ from benchmarks.skip.methods import (
     GRID,
     JUMP_END,
     LONG,
+    ONE_CALL,
     Cell,
     loaded,
     methods,
@@ -41,9 +42,10 @@ from fewstep.training import train_run
 
 SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
+_LENGTH = "length" + JUMP_END + DRAWS
 MAIN = (
-    ("analytic", BASELINE), (BEST, BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE),
-    ("analytic" + DRAWS, BASELINE + DRAWS), (BEST + DRAWS, BASELINE + DRAWS),
+    ("analytic", BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE), (BEST + DRAWS + ONE_CALL, BASELINE),
+    (_LENGTH, BASELINE), (BEST + DRAWS, BASELINE + DRAWS),
 )  # fmt: skip
 """What the first table compares: a method and a baseline."""
 Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]

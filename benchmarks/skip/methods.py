@@ -60,10 +60,28 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 
 _LENGTH = "length" + JUMP_END
 _ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS)
-EVERY_SEED: dict[str, tuple[str, ...]] = {"fashion": _ON_UNETS, "photographs": _ON_UNETS}
+_ON_DIGITS = (
+    BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
+    BEST + DRAWS + ONE_CALL, _LENGTH, _LENGTH + DRAWS,
+)  # fmt: skip
+EVERY_SEED: dict[str, tuple[str, ...]] = {
+    "digits": _ON_DIGITS,
+    "fashion": tuple(name for name in (*_ON_UNETS, BEST + DRAWS + ONE_CALL) if name != _LENGTH),
+    "photographs": _ON_UNETS,
+}
 """Methods of a data set that every seed is trained with, where not all are."""
 ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
-    "fashion": {0: (BEST, "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
+    "digits": {
+        0: (
+            *FAMILIES,
+            "components" + JUMP_END,
+            BASELINE + JUMP_END,
+            "analytic" + JUMP_END,
+            "covariance" + JUMP_END + DRAWS,
+        ),
+        4: tuple(FAMILIES),
+    },
+    "fashion": {0: (BEST, _LENGTH, "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
 }
 """By data set and seed, the others that are trained."""
 
@@ -86,7 +104,7 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
     forms |= {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
     forms |= {name + DRAWS: _stepped(forms[name], draws="published") for name in DRAWN}
-    if dataset == "digits":
+    if dataset in ("digits", "fashion"):
         forms[BEST + DRAWS + ONE_CALL] = _stepped(forms[BEST + DRAWS], solver="dpm-solver++")
     return {name: forms[name] for name in LASTING} if dataset in LONG else forms
 
