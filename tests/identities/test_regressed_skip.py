@@ -198,6 +198,14 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         SkipPreconditioningConfig(LinearPreconditioningConfig(), family="regressed", regress_g=True)
     with pytest.raises(ConfigError, match="over euler"):
         SkipPreconditioningConfig(regress_g=True)
+    for wrong, reason in (
+        ({"family": "regressed", "basis": "cosine"}, "knows no directions"),
+        ({"family": "regressed", "components": 8}, "knows no directions"),
+        ({"basis": "cosine", "components": 8}, "leave --components 8 out"),
+        ({"levels": 9}, "needs no trajectories"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            SkipPreconditioningConfig(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="none was measured"):
         SkipPreconditioningConfig(family="regressed").let_through(
             EulerPreconditioning(), EDM(), Measured(isotropic(), None)

@@ -1,12 +1,14 @@
-"""The data's covariance, measured in one pass, against a whole matrix; and what has none."""
+"""The data's covariance against a whole matrix, also of classes with few samples; and what has none."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.data.base import Dataset
+from fewstep.data.base import Dataset, Samples
 from fewstep.data.sources import DataConfig, load_dataset
 from fewstep.flow.preconditioning.covariance import (
+    Basis,
+    ByClass,
     CosineVariances,
     CovarianceSettings,
     PrincipalComponents,
@@ -54,6 +56,25 @@ def test_cosines_have_the_data_s_variance(digits: Dataset, centred: Tensor) -> N
     coefficients = to_cosines(centred.reshape(-1, 1, 8, 8), found.channels)
     close(found.variances, coefficients.square().mean(0), atol=1e-8)
     assert float(found.variances.sum()) == pytest.approx(float(centred.square().sum(1).mean()))
+
+
+def few(counts: dict[int, int]) -> Dataset:
+    """So many samples, 1 x 2 x 2, of each of three classes."""
+    labels = torch.tensor([label for label, count in counts.items() for _ in range(count)])
+    x = torch.randn(len(labels), 1, 2, 2, generator=torch.Generator().manual_seed(0)) + labels[:, None, None, None]
+    part = Samples(x, labels)
+    return Dataset("few", part, part, 3, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize("basis", ["components", "cosine", "isotropic"])
+def test_a_class_with_few_samples_has_the_covariance_within_all(basis: Basis) -> None:
+    found = measure(few({0: 40, 1: 1}), CovarianceSettings(basis, classes="covariance"))
+    assert isinstance(found, ByClass)
+    shared = measure(few({0: 40, 1: 1}), CovarianceSettings(basis, classes="origin"))
+    assert isinstance(shared, ByClass)
+    assert found.within[1] == found.within[2] == shared.within[0]
+    assert found.within[0] != shared.within[0]
+    close(found.means[2], found.mean)
 
 
 def test_what_has_no_such_basis_is_refused(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

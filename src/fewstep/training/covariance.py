@@ -29,6 +29,9 @@ Centred = Callable[[], Iterator[Tensor]]
 def measure(dataset: Dataset, settings: CovarianceSettings) -> Covariance:
     """Mean and covariance of the training samples in the basis of the settings, in float64.
 
+    A class with fewer samples than its covariance needs (one more than numbers of a sample; two in a basis that is
+    given) has the covariance within all classes.
+
     Raises ConfigError for principal components of more than 4,096 numbers, cosines of what is no image, and classes of
     data without them.
     """
@@ -51,9 +54,14 @@ def measure(dataset: Dataset, settings: CovarianceSettings) -> Covariance:
             rows = labels == label if label is not None else slice(None)
             yield (x - class_means(mean, means, labels))[rows]
 
+    shared = _covariance(within, mean, settings)
     if settings.classes == "origin":
-        return ByClass(mean, means, pooled, (_covariance(within, mean, settings),))
-    own = [_covariance(lambda c=c: within(c), means[c], settings) for c in range(dataset.num_classes)]  # type: ignore[misc]
+        return ByClass(mean, means, pooled, (shared,))
+    least, counts = size + 1 if settings.basis == "components" else 2, _counts(dataset).tolist()
+    own = [
+        _covariance(lambda c=c: within(c), means[c], settings) if counts[c] >= least else shared  # type: ignore[misc]
+        for c in range(dataset.num_classes)
+    ]
     return ByClass(mean, means, pooled, tuple(own))
 
 
@@ -65,12 +73,18 @@ def means_by_class(dataset: Dataset) -> Tensor:
     if not dataset.num_classes:
         raise ConfigError(f"{dataset.name} has no classes to have means of their own: leave --classes out")
     mean = _mean(dataset)
-    total = mean.new_zeros(dataset.num_classes, *dataset.shape)
-    count = mean.new_zeros(dataset.num_classes)
+    total, count = mean.new_zeros(dataset.num_classes, *dataset.shape), _counts(dataset)
     for x, labels in _samples(dataset):
         total.index_add_(0, labels, x)
-        count += torch.bincount(labels, minlength=len(count))
     return torch.where(expand(count, total) > 0, total / expand(count.clamp(min=1), total), mean)
+
+
+def _counts(dataset: Dataset) -> Tensor:
+    """Training samples of each class, (classes,)."""
+    count = torch.zeros(dataset.num_classes, dtype=torch.int64)
+    for _, labels in _samples(dataset):
+        count += torch.bincount(labels, minlength=len(count))
+    return count
 
 
 def _covariance(centred: Centred, mean: Tensor, settings: CovarianceSettings) -> Covariance:

@@ -56,7 +56,9 @@ def run_measures(
     if settings is None:
         return None
     if run.checkpoints():
-        return read_flow_map_config(run.last_checkpoint()).preconditioning.known_measures()
+        newest = run.last_checkpoint()
+        with run.with_way_back(newest):
+            return read_flow_map_config(newest).preconditioning.known_measures()
     if wanted is not None and teacher is None:
         raise ConfigError(
             "a regressed skip is made of a teacher's trajectories: name one with --teacher, or set "

@@ -178,6 +178,12 @@ class SkipPreconditioningConfig(PreconditioningConfig):
         check_least(4, levels=self.levels)
         if self.regress_g and (not self.regressed or not isinstance(self.base, EulerPreconditioningConfig)):
             raise ConfigError("g is regressed for a regressed family over euler alone: leave --regress-g out")
+        if self.family == "regressed" and (self.basis, self.components) != ("components", 0):
+            raise ConfigError("one number regressed knows no directions: leave --basis and --components out")
+        if self.basis == "cosine" and self.components:
+            raise ConfigError(f"all cosines have a variance of their own: leave --components {self.components} out")
+        if not self.regressed and (self.trajectories, self.levels) != (1000, 48):
+            raise ConfigError("the covariance needs no trajectories: leave --trajectories and --levels out")
         if self.base.data_end_only or self.base.covariance:
             raise ConfigError("a skip stands over a preconditioning with a velocity: take euler, linear or analytic")
 
