@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.cli.main import main
 from fewstep.data.base import Dataset
 from fewstep.flow.flow_map import FlowMap
+from fewstep.networks import attention
 from fewstep.networks.base import NetworkConfig, Shape
 from fewstep.networks.dit import DiTConfig
 from fewstep.networks.mlp import MLP, MLPConfig
@@ -78,6 +79,42 @@ def test_a_run_goes_on_compiled_or_not(
     train_run(longer, digits, RunFolder(tmp_path), COMPILED)
     train_run(TINY, digits, RunFolder(tmp_path), RUNTIME)
     torch.testing.assert_close(stored_tensors(tmp_path), stored_tensors(unbroken("adamw")), rtol=0, atol=1e-5)
+
+
+@needs_compiler
+def test_a_compiled_tangent_of_attention_goes_by_in_tiles(
+    traced: None, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of sixteen queries at once, to the numbers of the one that is not compiled."""
+    network = DiTConfig(width=8, depth=1, heads=1, patch=2)
+    flow_map = build(replace(ISD_ALONE, network=network), digits).flow_map
+    with torch.no_grad():
+        for parameter in flow_map.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x, t, s = noise_and_times(flow_map)
+    whole, seen = attention._weights, set[int]()
+
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        seen.add(q.shape[-2])
+        return whole(q, k)
+
+    def gradients() -> list[Tensor]:
+        along = torch.ones_like(x), torch.ones_like(t), None
+        output, moved = flow_map.with_tangent(x, t, s, None, along)
+        loss = output.square().mean()
+        return [moved, *torch.autograd.grad(loss, [*flow_map.parameters()], materialize_grads=True)]
+
+    wanted, passes = gradients(), CompiledPasses()
+    monkeypatch.setattr(attention, "TILE", 40)
+    monkeypatch.setattr(attention, "_weights", weights)
+    with flow_map.using(passes):
+        passes.learn([gradients, gradients])  # type: ignore[list-item]
+        seen.clear()
+        torch.compiler.reset()
+        found = gradients()
+    assert seen == {2}
+    for own, usual in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, usual, rtol=1e-4, atol=1e-6)
 
 
 @needs_compiler

@@ -20,6 +20,8 @@ from fewstep.utils.forward_ad import tangents_recorded
 
 TILE = 2**18
 """Scores of one head in a tile, at most, where there is a tangent; as many are written out at once."""
+COMPILED_TILES = 8
+"""Of one attention in a compiled program, at most."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,7 +32,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     pairs = [forward_ad.unpack_dual(x) for x in (q, k, v)]
     if all(pair.tangent is None for pair in pairs):
         return functional.scaled_dot_product_attention(q, k, v)
-    if q.shape[-2] * k.shape[-2] <= TILE or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if q.shape[-2] * k.shape[-2] <= TILE or (compiling and tangents_recorded()):
         return _weights(q, k) @ v
     primal = [pair.primal for pair in pairs]
     tangent = [torch.zeros_like(x) if dx is None else dx for x, dx in pairs]
@@ -39,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     else:
         found = functional.scaled_dot_product_attention(*primal)
         with torch.no_grad():
-            by_kernel = kernel_tangent(*primal, *tangent)
+            by_kernel = None if compiling else kernel_tangent(*primal, *tangent)
             moved = _tiled(*primal, *tangent)[1] if by_kernel is None else by_kernel
     dual: Tensor = forward_ad.make_dual(found, moved)
     return dual
@@ -60,8 +63,11 @@ def _rows(q: Tensor, dq: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -
 
 
 def _tiles(k: Tensor, *of_queries: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors (B, heads, N, D) in the same tiles of queries."""
-    return zip(*(x.split(max(1, TILE // k.shape[-2]), -2) for x in of_queries), strict=True)
+    """The tensors (B, heads, N, D) in the same tiles of queries; a compiled program has each written out one by one."""
+    rows = max(1, TILE // k.shape[-2])
+    if torch.compiler.is_compiling():
+        rows = max(rows, -(-of_queries[0].shape[-2] // COMPILED_TILES))
+    return zip(*(x.split(rows, -2) for x in of_queries), strict=True)
 
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
