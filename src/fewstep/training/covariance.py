@@ -47,7 +47,7 @@ def measure(dataset: Dataset, settings: CovarianceSettings) -> Covariance:
     pooled = _covariance(lambda: (x - mean for x, _ in _samples(dataset)), mean, settings)
     if settings.classes == "pooled":
         return pooled
-    means = means_by_class(dataset)
+    means, counts = _by_class(dataset)
 
     def within(label: int | None = None) -> Iterator[Tensor]:
         for x, labels in _samples(dataset):
@@ -57,10 +57,10 @@ def measure(dataset: Dataset, settings: CovarianceSettings) -> Covariance:
     shared = _covariance(within, mean, settings)
     if settings.classes == "origin":
         return ByClass(mean, means, pooled, (shared,))
-    least, counts = size + 1 if settings.basis == "components" else 2, _counts(dataset).tolist()
+    least = size + 1 if settings.basis == "components" else 2
     own = [
-        _covariance(lambda c=c: within(c), means[c], settings) if counts[c] >= least else shared  # type: ignore[misc]
-        for c in range(dataset.num_classes)
+        _covariance(lambda c=c: within(c), means[c], settings) if count >= least else shared  # type: ignore[misc]
+        for c, count in enumerate(counts.tolist())
     ]
     return ByClass(mean, means, pooled, tuple(own))
 
@@ -70,21 +70,20 @@ def means_by_class(dataset: Dataset) -> Tensor:
 
     Raises ConfigError for data without classes.
     """
+    return _by_class(dataset)[0]
+
+
+def _by_class(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """`means_by_class`, and the samples of each class (classes,)."""
     if not dataset.num_classes:
         raise ConfigError(f"{dataset.name} has no classes to have means of their own: leave --classes out")
     mean = _mean(dataset)
-    total, count = mean.new_zeros(dataset.num_classes, *dataset.shape), _counts(dataset)
+    total = mean.new_zeros(dataset.num_classes, *dataset.shape)
+    count = mean.new_zeros(dataset.num_classes)
     for x, labels in _samples(dataset):
         total.index_add_(0, labels, x)
-    return torch.where(expand(count, total) > 0, total / expand(count.clamp(min=1), total), mean)
-
-
-def _counts(dataset: Dataset) -> Tensor:
-    """Training samples of each class, (classes,)."""
-    count = torch.zeros(dataset.num_classes, dtype=torch.int64)
-    for _, labels in _samples(dataset):
         count += torch.bincount(labels, minlength=len(count))
-    return count
+    return torch.where(expand(count, total) > 0, total / expand(count.clamp(min=1), total), mean), count
 
 
 def _covariance(centred: Centred, mean: Tensor, settings: CovarianceSettings) -> Covariance:

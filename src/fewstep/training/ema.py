@@ -49,7 +49,6 @@ class EMA:
         frozen = {key for key, value in parameters.items() if not value.requires_grad}
         shared = state.keys() if in_place else frozen  # what never moves needs no copy
         self._kept = {key: value if key in shared else value.detach().clone() for key, value in state.items()}
-        self._parameters: tuple[nn.Module, dict[str, Tensor]] | None = None  # to walk a module takes its time
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -69,21 +68,12 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Fold in the module's weights after `step` steps; integer buffers are copied."""
-        current = self._current(module)
+        current = stored_state(module)
         floating = [key for key, value in current.items() if value.is_floating_point()]
         averages, latest = ([own_part(state[key]) for key in floating] for state in (self.weights, current))
         torch._foreach_lerp_(averages, latest, 1 - self.beta(step))
         for key in current.keys() - set(floating):
             self.weights[key].copy_(current[key])
-
-    def _current(self, module: nn.Module) -> dict[str, Tensor]:
-        """What is averaged of a module: parameters, looked up once, and buffers, which may be other tensors by now."""
-        if self._parameters is None or self._parameters[0] is not module:
-            named = module.named_parameters(remove_duplicate=False)
-            self._parameters = module, {key: value for key, value in named if key in self._kept}
-        buffers = module.named_buffers(remove_duplicate=False)
-        found = self._parameters[1] | {key: value for key, value in buffers if key in self._kept}
-        return found if found.keys() == self._kept.keys() else stored_state(module)
 
     def load(self, weights: dict[str, Tensor], source: str) -> None:
         """Take over stored averages; raises CheckpointError, naming `source`, unless they fit and are finite."""

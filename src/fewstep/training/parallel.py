@@ -115,12 +115,12 @@ class Replicated:
 
         Tensors without a gradient are left out; the others keep the network's order.
         """
-        found = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-        if not found:
+        reached = [parameter for parameter in network.parameters() if parameter.grad is not None]
+        if not reached:
             return torch.zeros((), device=next(network.parameters()).device), None
-        norms = torch.stack(torch._foreach_norm(found))
+        norms = torch.stack(torch._foreach_norm([cast(Tensor, each.grad) for each in reached]))
         norm = torch.linalg.vector_norm(norms)
-        torch._foreach_mul_(found, (most / (norm + 1e-6)).clamp(max=1))
+        nn.utils.clip_grads_with_norm_(reached, most, norm)
         return norm, norms
 
     def averaged(self, flow_map: FlowMap, weights: Mapping[str, Tensor]) -> FlowMap | None:

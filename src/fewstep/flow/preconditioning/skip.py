@@ -146,6 +146,10 @@ class SkipAtTimes(NamedTuple):
     g: float
 
 
+TRAJECTORIES, LEVELS = 1000, 48
+"""Of a teacher, and noise levels along each, that a regression takes where nothing else is said."""
+
+
 @final
 @dataclass(frozen=True)
 class SkipPreconditioningConfig(PreconditioningConfig):
@@ -162,9 +166,9 @@ class SkipPreconditioningConfig(PreconditioningConfig):
     (t, s), regressed-components by one for each direction, regressed-length the same with the Gaussian's variance."""
     regress_g: bool = later(bool)
     """Regress the network's weight g too, at most Euler's; for regressed families over euler."""
-    trajectories: int = later(lambda: 1000)
+    trajectories: int = later(lambda: TRAJECTORIES)
     """Of the teacher, for the regressed families."""
-    levels: int = later(lambda: 48)
+    levels: int = later(lambda: LEVELS)
     """Noise levels along them, evenly spaced in log noise."""
     classes: Classes = later(lambda: "pooled")
     """For data of classes: pooled, one mean and covariance; origin, a mean for each; covariance, both for each."""
@@ -182,7 +186,7 @@ class SkipPreconditioningConfig(PreconditioningConfig):
             raise ConfigError("one number regressed knows no directions: leave --basis and --components out")
         if self.basis == "cosine" and self.components:
             raise ConfigError(f"all cosines have a variance of their own: leave --components {self.components} out")
-        if not self.regressed and (self.trajectories, self.levels) != (1000, 48):
+        if not self.regressed and (self.trajectories, self.levels) != (TRAJECTORIES, LEVELS):
             raise ConfigError("the covariance needs no trajectories: leave --trajectories and --levels out")
         if self.base.data_end_only or self.base.covariance:
             raise ConfigError("a skip stands over a preconditioning with a velocity: take euler, linear or analytic")
