@@ -24,6 +24,7 @@ from fewstep.evaluation.metrics.fidelity import frechet_distance
 from fewstep.flow.flow_map import at
 from fewstep.flow.ode import trajectory
 from fewstep.flow.times import edm_grid
+from fewstep.networks.condition import Condition
 from fewstep.recipes import recipe
 from fewstep.training.teacher import fingerprint
 from fewstep.utils.parts import kind
@@ -109,42 +110,53 @@ class Judge:
         return frechet_distance(self.extractor.features(inside), real)
 
     @torch.no_grad()
-    def solution(self, x: Tensor, times: tuple[float, ...], steps: int) -> list[Tensor]:
+    def solution(self, x: Tensor, times: tuple[float, ...], steps: int, labels: Tensor | None = None) -> list[Tensor]:
         """The teacher's ODE from x on, at the other times."""
-        grid = torch.tensor(times, dtype=torch.float64)
-        return [*trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps=steps)[1:]]
+        grid, cond = torch.tensor(times, dtype=torch.float64), Condition(labels)
+        denoise = lambda x, t: self.teacher.denoise(x, t, cond)  # noqa: E731
+        return [*trajectory(denoise, self.teacher.path, x, grid, steps=steps)[1:]]
 
 
 class Truth(Judge):
-    """The teacher's solutions that students are measured against, and the halves that times are searched on."""
+    """The teacher's solutions that students are measured against, and the halves that times are searched on.
+
+    labels: of the held-out data that jumps start from; classes: of the samples, in turns. None for data without them.
+    """
 
     @torch.no_grad()
     def __init__(self, plan: Plan, teacher: fs.FlowMap, dataset: fs.Dataset, extractor: Extractor) -> None:
         super().__init__(teacher, dataset, extractor)
         self.plan, indices = plan, torch.arange(min(plan.jumps, len(dataset.heldout)))
-        x0, eps = dataset.heldout.fetch(indices)[0], Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
+        x0, self.labels = dataset.heldout.fetch(indices)
+        eps = Draws(NOISE_SEED, 0, indices).normal(0, dataset.shape)
         self.starts = {high: x0 + high * eps for high in LEVELS[:-1]}
         self.ends: dict[tuple[float, float], Tensor] = {}
         for i, (high, start) in enumerate(self.starts.items()):
-            states = self.solution(start, LEVELS[i:], 16)
+            states = self.solution(start, LEVELS[i:], 16, self.labels)
             self.ends |= {(high, low): state for low, state in zip(LEVELS[i + 1 :], states, strict=True)}
         self.start = self.draw_noise(plan.samples)
-        (self.samples,) = self.solution(self.start[: 2 * plan.jumps], (HIGHEST, LOWEST), 40)
+        self.classes = torch.arange(plan.samples) % dataset.num_classes if dataset.num_classes else None
+        first = slice(0, 2 * plan.jumps)
+        (self.samples,) = self.solution(self.start[first], (HIGHEST, LOWEST), 40, self.classes_of(first))
         half = len(dataset.heldout) // 2
         self.halves = [self.features(part) for part in (torch.arange(half), torch.arange(half, 2 * half))]
 
+    def classes_of(self, rows: slice) -> Tensor | None:
+        """Of some of the samples."""
+        return None if self.classes is None else self.classes[rows]
 
-def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float) -> Tensor:
+
+def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float, classes: Tensor | None = None) -> Tensor:
     """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
     parts = []
     for own in torch.arange(len(noise)).split(500):
-        x = noise[own]
+        x, cond = noise[own], Condition(None if classes is None else classes[own])
         for i, (t, s) in enumerate(pairwise(times)):
             if gamma and s > times[-1]:
                 fresh = Draws(NOISE_SEED, 2 + i, own).normal(0, tuple(x.shape[1:]))
-                x = model.jump(x, at(t, x), at(times[-1], x)) + s * fresh
+                x = model.jump(x, at(t, x), at(times[-1], x), cond) + s * fresh
             else:
-                x = model.jump(x, at(t, x), at(s, x))
+                x = model.jump(x, at(t, x), at(s, x), cond)
         parts.append(x)
     return torch.cat(parts)
 
@@ -156,7 +168,7 @@ def measure(model: fs.FlowMap, truth: Truth, gamma: float) -> list[Row]:
     for (high, low), end in truth.ends.items():
         if not gamma or low == LOWEST:
             x = truth.starts[high]
-            error = rmse(model.jump(x, at(high, x), at(low, x)), end)
+            error = rmse(model.jump(x, at(high, x), at(low, x), Condition(truth.labels)), end)
             rows.append({"measure": f"jump {high:g} -> {low:g}", "nfe": 1, "value": error})
     names = ("frechet",) if gamma else ("frechet", "sample")
     return rows + [sampled(model, truth, name, steps, gamma) for steps in (1, 2, 4) for name in names]
@@ -170,7 +182,7 @@ def sampled(model: fs.FlowMap, truth: Truth, name: str, steps: int, gamma: float
 
     def score(times: list[float], half: int) -> float:
         rows = slice(half * count, (half + 1) * count)
-        drawn = walk(model, truth.start[rows], times, gamma)
+        drawn = walk(model, truth.start[rows], times, gamma, truth.classes_of(rows))
         return truth.frechet(drawn, truth.halves[half]) if name == "frechet" else rmse(drawn, truth.samples[rows])
 
     options = [edm_grid(model.path, steps, rho).tolist() for rho in RHOS]

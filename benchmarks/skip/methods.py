@@ -20,12 +20,15 @@ DATASETS: dict[str, Plan] = {
     "digits": PLANS["digits"],
     "fashion": replace(PLANS["fashion"], moments=(25, 50, 100, 200, 300)),
     "photographs": replace(PLANS["fashion"], moments=(25, 50, 100, 200)),
+    "digits-classes": PLANS["digits"],
 }
 LONG = {
-    "mixture-long": replace(PLANS["mixture"], moments=(900, 1800, 2700)),
-    "digits-long": replace(PLANS["digits"], moments=(600, 1200, 1800)),
+    "mixture-long": replace(PLANS["mixture"], moments=(900, 2700, 5400, 8100)),
+    "digits-long": replace(PLANS["digits"], moments=(600, 1800, 3600, 5400)),
+    "mixture-falling": replace(PLANS["mixture"], moments=(900, 1800, 2700)),
+    "digits-falling": replace(PLANS["digits"], moments=(600, 1200, 1800)),
 }
-"""Three times as long, for what is gained at last."""
+"""Nine times as long, for what is gained at last; three times as long, with a rate that falls to nothing."""
 ALL = DATASETS | LONG
 PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
@@ -44,6 +47,14 @@ DRAWS = ", published draws"
 """Of a method's name: t, u and s are drawn as CTM's published code does, the length of the teacher's walk first."""
 ONE_CALL = ", DPM-Solver++"
 """Of a method's name: the teacher walks by DPM-Solver++, which calls it once a cell where Heun's method calls twice."""
+CARRIED = ", carried"
+"""Of a method's name: errors at a jump's end are carried to the data end by the data's covariance."""
+INTERMEDIATE = ", intermediate"
+"""Of a method's name: the weight of jumps that stop in between has half the power."""
+RESCALED = "analytic, rescaled start"
+"""The computed preconditioning with Euler's weight of the network."""
+CLASSES = {", class means": "origin", ", classes": "covariance"}
+"""Of a method's name: a mean for each class, or a mean and a covariance, in place of those of all data."""
 DRAWN = (BASELINE, "analytic", *(name + JUMP_END for name in ("covariance", "regressed", "length")))
 """Methods that are measured with these draws too."""
 BEST = "regressed" + JUMP_END
@@ -59,15 +70,22 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 
 
 _LENGTH = "length" + JUMP_END
+_COVARIANCE = "covariance" + JUMP_END
+_EXTRA = (RESCALED, BEST + DRAWS + INTERMEDIATE, _LENGTH + CARRIED, _LENGTH + DRAWS + CARRIED)
 _ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS)
 _ON_DIGITS = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
     BEST + DRAWS + ONE_CALL, _LENGTH, _LENGTH + DRAWS,
 )  # fmt: skip
+_ON_CLASSES = (
+    BASELINE, BASELINE + DRAWS, "analytic", "analytic, class means", BEST + DRAWS, BEST + DRAWS + ", class means",
+    *(_COVARIANCE + DRAWS + which for which in ("", *CLASSES)),
+)  # fmt: skip
 EVERY_SEED: dict[str, tuple[str, ...]] = {
     "digits": _ON_DIGITS,
     "fashion": tuple(name for name in (*_ON_UNETS, BEST + DRAWS + ONE_CALL) if name != _LENGTH),
     "photographs": _ON_UNETS,
+    "digits-classes": _ON_CLASSES,
 }
 """Methods of a data set that every seed is trained with, where not all are."""
 ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
@@ -78,7 +96,10 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
             BASELINE + JUMP_END,
             "analytic" + JUMP_END,
             "covariance" + JUMP_END + DRAWS,
+            *_EXTRA,
         ),
+        1: _EXTRA,
+        2: _EXTRA,
         4: tuple(FAMILIES),
     },
     "fashion": {0: (BEST, _LENGTH, "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
@@ -89,9 +110,10 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
     """Every method on a data set: Euler's, at the data end, drawn uniformly, and its changes. U-Nets see their skip."""
-    plan, known = ALL[dataset], base_methods(dataset.removesuffix("-long"))
+    plan, known = ALL[dataset], base_methods(plain(dataset))
     euler = known["euler"]
     euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
+    euler = replace(euler, data=replace(euler.data, labels=True)) if dataset == "digits-classes" else euler
 
     def skip(seen: bool, **settings: Any) -> fs.RunConfig:
         model = replace(euler.model, preconditioning=SkipPreconditioningConfig(**settings))
@@ -104,9 +126,46 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
     forms |= {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
     forms |= {name + DRAWS: _stepped(forms[name], draws="published") for name in DRAWN}
-    if dataset in ("digits", "fashion"):
+    if dataset.endswith("-falling"):
+        falling = replace(euler.optimizer, decay="cosine")
+        return {name: replace(forms[name], optimizer=falling) for name in LASTING}
+    if dataset in LONG:
+        return {name: forms[name] for name in LASTING}
+    if dataset != "photographs":
         forms[BEST + DRAWS + ONE_CALL] = _stepped(forms[BEST + DRAWS], solver="dpm-solver++")
-    return {name: forms[name] for name in LASTING} if dataset in LONG else forms
+    if dataset in ("mixture", "digits"):
+        forms |= _extras(forms)
+    if dataset == "digits-classes":
+        means = replace(euler.statistics, classes="origin")
+        forms["analytic, class means"] = replace(forms["analytic"], statistics=means)
+        for name, which in CLASSES.items():
+            forms |= {form + name: _of_classes(forms[form], which) for form in (BEST + DRAWS, _COVARIANCE + DRAWS)}
+    return {name: forms[name] for name in _ON_CLASSES} if dataset == "digits-classes" else forms
+
+
+def _extras(forms: dict[str, fs.RunConfig]) -> dict[str, fs.RunConfig]:
+    """Other weights of a jump's errors, and of the network under the computed preconditioning."""
+    analytic, best = forms["analytic"], forms[BEST + DRAWS]
+    weight = replace(analytic.model.preconditioning, weight="euler")  # type: ignore[call-arg]
+    extra = {
+        RESCALED: replace(analytic, model=replace(analytic.model, preconditioning=weight)),
+        BEST + DRAWS + INTERMEDIATE: replace(best, objective=replace(best.objective, intermediate=0.5)),  # type: ignore[call-arg]
+    }
+    for name in (_LENGTH, _LENGTH + DRAWS):
+        objective = replace(forms[name].objective, carried="covariance")  # type: ignore[call-arg]
+        extra[name + CARRIED] = replace(forms[name], objective=objective)
+    return extra
+
+
+def _of_classes(config: fs.RunConfig, which: str) -> fs.RunConfig:
+    """The same, with a skip of which every class has its own mean, or its own mean and covariance."""
+    skip = replace(config.model.preconditioning, classes=which)  # type: ignore[call-arg]
+    return replace(config, model=replace(config.model, preconditioning=skip))
+
+
+def plain(dataset: str) -> str:
+    """The data set without how long, at which rate or with which condition its students are trained."""
+    return dataset.split("-")[0]
 
 
 def _stepped(config: fs.RunConfig, **changes: Any) -> fs.RunConfig:
@@ -153,8 +212,8 @@ def photographs(folder: Path, labels: bool) -> fs.Dataset:
 def loaded(dataset: str, folder: Path | None, labels: bool = False) -> fs.Dataset:
     """The data set, with its classes if asked for; folder: of the photographs."""
     if dataset != "photographs":
-        data = base_methods(dataset.removesuffix("-long"))[BASELINE].data
-        return fs.load_dataset(replace(data, labels=True) if labels else data)
+        data = base_methods(plain(dataset))[BASELINE].data
+        return fs.load_dataset(replace(data, labels=True) if labels or dataset == "digits-classes" else data)
     if folder is None:
         raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")
     return photographs(folder, labels)
@@ -168,6 +227,9 @@ def scene(dataset: str, teacher: Path, folder: Path | None, cache: Path | None) 
 
 def teacher_of(dataset: str) -> fs.RunConfig:
     """The recipe of a data set's teacher; on photographs that of Fashion-MNIST."""
+    if dataset == "digits-classes":
+        config = teacher_of("digits")
+        return replace(config, recipe=f"edm-{dataset}", data=replace(config.data, labels=True))
     if dataset != "photographs":
         return recipe(f"edm-{dataset}".replace("fashion", "fashion-mnist"))
     return replace(recipe("edm-fashion-mnist"), recipe="edm-photographs", data=PHOTOGRAPHS)

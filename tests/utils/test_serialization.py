@@ -1,8 +1,10 @@
 """Configurations to JSON and back: nothing is lost, and nothing that does not fit is let through."""
 
+import base64
 import copy
 import json
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -151,6 +153,8 @@ BAD = [
 ]
 
 TENSOR = {"dtype": "float64", "shape": [5], "values": [0.1] * 5}
+ENCODED = base64.b64encode(struct.pack("<5d", *[0.1] * 5)).decode()
+PACKED = {"dtype": "float64", "shape": [5], "base64": ENCODED}
 BAD_TENSORS = [
     [0.1] * 5,
     None,
@@ -166,6 +170,11 @@ BAD_TENSORS = [
     TENSOR | {"values": "0.1"},
     TENSOR | {"device": "cpu"},
     {"dtype": "float32", "shape": [5], "values": [1e300] * 5},
+    TENSOR | {"base64": ENCODED},
+    PACKED | {"base64": ENCODED[4:]},
+    PACKED | {"base64": "*" + ENCODED[1:]},
+    PACKED | {"base64": [1]},
+    PACKED | {"base64": base64.b64encode(struct.pack("<5d", *[math.nan] * 5)).decode()},
 ]
 
 
@@ -185,6 +194,20 @@ def test_tensors_survive_to_the_last_bit(values: list[float], single: list[float
         stored = through_text(replace(STATISTICS, mean=mean)).mean
         assert (stored.dtype, stored.shape) == (mean.dtype, mean.shape)
         assert torch.equal(stored, mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_tensors_are_stored_as_bytes(dtype: torch.dtype) -> None:
+    assert torch.equal(
+        from_json(TrajectoryStatistics, edited(STATISTICS, "mean", to=PACKED)).mean,
+        torch.full((5,), 0.1, dtype=torch.float64),
+    )
+    large = torch.randn(64, 65, generator=torch.Generator().manual_seed(0), dtype=dtype).T
+    assert set(to_json(large)) == {"dtype", "shape", "base64"}  # type: ignore[arg-type]
+    stored = through_text(replace(STATISTICS, mean=large)).mean
+    assert stored.dtype == dtype
+    assert torch.equal(stored, large)
+    assert stored.add_(1).isfinite().all()  # memory of its own
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor([1]), torch.tensor([math.nan]), torch.tensor(1 + 1j)])

@@ -24,7 +24,7 @@ from fewstep.teachers.base_weights import on_base
 from fewstep.teachers.second_time import TwoTimesNetwork
 from fewstep.teachers.text import check_prompt_widths
 from fewstep.training.checkpoint import DISCRIMINATOR_FILE, LAST_FILE
-from fewstep.training.covariance import measure
+from fewstep.training.covariance import kept_measure
 from fewstep.training.gan import WEIGHTS
 from fewstep.training.teacher import start_from, teacher_place
 from fewstep.utils.errors import ConfigError, FewstepWarning
@@ -64,7 +64,7 @@ def build(
 ) -> Pipeline:
     """The run's model with the weights that its seed, or the model it starts from, gives.
 
-    measured: what its skip is made of; not given, the data's covariance, measured here.
+    measured: what its skip is made of; not given, the data's covariance, measured here or found in the cache.
     Leaves torch's global generator as it was. Raises ConfigError for flips of data that hold no mirror images.
     """
     if config.training.flip and dataset.policy is not None:
@@ -76,7 +76,7 @@ def build(
         )
     skip = config.model.preconditioning
     if measured is None and skip.covariance is not None and skip.regression is None:
-        measured = Measured(measure(dataset, skip.covariance))
+        measured = Measured(kept_measure(dataset, skip.covariance))
     policy, seen = dataset.policy, _observation(dataset)
     own = None if teacher is None else teacher.config
     settings = flow_map_config(

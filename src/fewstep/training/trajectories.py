@@ -23,7 +23,7 @@ from fewstep.flow.preconditioning.tangents import PlainDenoiser
 from fewstep.flow.preconditioning.trajectory_moments import TrajectoryMoments
 from fewstep.recipes.config import RunConfig
 from fewstep.sampling.pipeline import read_flow_map_config
-from fewstep.training.covariance import measure
+from fewstep.training.covariance import kept_measure
 from fewstep.training.parallel import ProcessGroup
 from fewstep.training.run_folder import RunFolder
 from fewstep.training.setup import untrained
@@ -50,7 +50,7 @@ def run_measures(
 ) -> Measured | None:
     """What a run's skip is made of: its last checkpoint's, else measured now; None where it has no skip.
 
-    Raises ConfigError as `measure` and `build` do, and where there is no teacher to regress on.
+    Raises ConfigError as `kept_measure` and `build` do, and where there is no teacher to regress on.
     """
     settings, wanted = config.model.preconditioning.covariance, config.model.preconditioning.regression
     if settings is None:
@@ -66,7 +66,7 @@ def run_measures(
         )
     if wanted is not None:
         untrained(config, dataset, teacher)
-    covariance = measure(dataset, settings)
+    covariance = kept_measure(dataset, settings, quiet)
     if wanted is None or teacher is None:
         return Measured(covariance)
     folder = folder_beside(config.teacher, run)

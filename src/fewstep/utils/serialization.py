@@ -5,9 +5,11 @@ A field added after files were written is declared with `later(...)`: a file tha
 A value whose annotation admits several dataclasses (a union, or an abstract base) is stored with a `type` key that
 names its class (fewstep.utils.parts.stored_name); on loading, only classes that the annotation admits, and that are
 there already, are candidates. Nothing is imported by name.
-A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list.
+A tensor is stored as {dtype, shape, values}, its finite values exactly and in one flat list; one of more than 4,096
+numbers as {dtype, shape, base64}, their bytes.
 """
 
+import base64
 import dataclasses
 import math
 import types
@@ -15,6 +17,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +31,8 @@ JSON = Union[None, bool, int, float, str, list["JSON"], dict[str, "JSON"]]  # no
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _SHOWN = 120
+_AS_NUMBERS = 4096
+"""Numbers of a tensor up to which they are written as such; more as base64 of their bytes, lowest first."""
 
 
 _LATER = "later"
@@ -136,20 +141,41 @@ def _encode_tensor(value: Tensor) -> JSON:
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in _DTYPES or not bool(value.isfinite().all()):
         raise ConfigError(f"a tensor must be {' or '.join(_DTYPES)} and finite to be stored, got {_shown(str(value))}")
-    return {"dtype": dtype, "shape": list(value.shape), "values": value.detach().cpu().flatten().tolist()}
+    record: dict[str, JSON] = {"dtype": dtype, "shape": list(value.shape)}
+    if value.numel() <= _AS_NUMBERS:
+        return record | {"values": value.detach().cpu().flatten().tolist()}
+    raw = value.detach().cpu().contiguous().numpy().astype(f"<f{value.element_size()}").tobytes()
+    return record | {"base64": base64.b64encode(raw).decode("ascii")}
 
 
 def _decode_tensor(data: Any, where: str) -> Tensor:
-    _expect(isinstance(data, dict) and set(data) == {"dtype", "shape", "values"}, data, where, "a stored tensor")
-    name, values = data["dtype"], data["values"]
+    forms = ({"dtype", "shape", "values"}, {"dtype", "shape", "base64"})
+    _expect(isinstance(data, dict) and set(data) in forms, data, where, "a stored tensor")
+    name = data["dtype"]
     _expect(isinstance(name, str) and name in _DTYPES, name, f"{where}.dtype", f"one of {', '.join(_DTYPES)}")
     shape = _decode_tuple((int, Ellipsis), data["shape"], f"{where}.shape")
-    _expect(isinstance(values, list) and all(n >= 0 for n in shape), data, where, "a stored tensor")
-    _expect(len(values) == math.prod(shape), len(values), f"number of {where}.values", str(math.prod(shape)))
-    numbers = [_decode(float, value, f"{where}.values[{i}]") for i, value in enumerate(values)]
-    found = torch.tensor(numbers, dtype=_DTYPES[name]).reshape(shape)
-    _expect(bool(found.isfinite().all()), "others", f"{where}.values", "finite numbers")
+    _expect(all(n >= 0 for n in shape), data, where, "a stored tensor")
+    form = "values" if "values" in data else "base64"
+    numbers = _decode_numbers if form == "values" else _decode_base64
+    found = numbers(data[form], _DTYPES[name], math.prod(shape), f"{where}.{form}").reshape(shape)
+    _expect(bool(found.isfinite().all()), "others", f"{where}.{form}", "finite numbers")
     return found
+
+
+def _decode_numbers(values: Any, dtype: torch.dtype, count: int, where: str) -> Tensor:
+    _expect(isinstance(values, list), values, where, "a list of numbers")
+    _expect(len(values) == count, len(values), f"number of {where}", str(count))
+    return torch.tensor([_decode(float, value, f"{where}[{i}]") for i, value in enumerate(values)], dtype=dtype)
+
+
+def _decode_base64(text: Any, dtype: torch.dtype, count: int, where: str) -> Tensor:
+    _expect(isinstance(text, str), text, where, "base64")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ConfigError(f"{where} must be base64 ({error})") from error
+    _expect(len(raw) == count * dtype.itemsize, len(raw), f"bytes of {where}", str(count * dtype.itemsize))
+    return torch.from_numpy(np.frombuffer(raw, f"<f{dtype.itemsize}").astype(f"f{dtype.itemsize}"))
 
 
 def _decode_one_of(candidates: list[type], data: Any, where: str) -> Any:
