@@ -113,8 +113,7 @@ class Judge:
     def solution(self, x: Tensor, times: tuple[float, ...], steps: int, labels: Tensor | None = None) -> list[Tensor]:
         """The teacher's ODE from x on, at the other times."""
         grid, cond = torch.tensor(times, dtype=torch.float64), Condition(labels)
-        denoise = lambda x, t: self.teacher.denoise(x, t, cond)  # noqa: E731
-        return [*trajectory(denoise, self.teacher.path, x, grid, steps=steps)[1:]]
+        return [*trajectory(self.teacher.denoise, self.teacher.path, x, grid, steps, cond)[1:]]
 
 
 class Truth(Judge):

@@ -72,7 +72,9 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 _LENGTH = "length" + JUMP_END
 _COVARIANCE = "covariance" + JUMP_END
 _EXTRA = (RESCALED, BEST + DRAWS + INTERMEDIATE, _LENGTH + CARRIED, _LENGTH + DRAWS + CARRIED)
-_ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS)
+_ON_UNETS = (
+    BASELINE, BASELINE + DRAWS, "analytic", "regressed", "length", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS,
+)  # fmt: skip
 _ON_DIGITS = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
     BEST + DRAWS + ONE_CALL, _LENGTH, _LENGTH + DRAWS,

@@ -77,11 +77,11 @@ def test_what_foretells_is_ranked_over_methods() -> None:
 
 @pytest.mark.parametrize("dataset", [*DATASETS, *LONG])
 def test_all_methods_train_something_else_for_as_long(dataset: str) -> None:
-    """Euler's and every other differ in model, network or objective, and in nothing else."""
+    """Euler's and every other differ in model, statistics, network or objective, and in nothing else."""
     found = list(methods(dataset).values())
-    parts = [(config.model, config.network, config.objective) for config in found]
+    parts = [(config.model, config.statistics, config.network, config.objective) for config in found]
     assert all(one != other for one, other in combinations(parts, 2))
-    rest = [(c.data, c.optimizer, c.training, c.statistics, c.teacher, c.initial) for c in found]
+    rest = [(c.data, c.optimizer, c.training, c.teacher, c.initial) for c in found]
     assert all(each == rest[0] for each in rest)
 
 

@@ -13,8 +13,6 @@ from fewstep.flow.preconditioning.covariance import (
     CosineVariances,
     Covariance,
     PrincipalComponents,
-    from_cosines,
-    to_cosines,
 )
 from fewstep.flow.preconditioning.jumps import (
     CMPreconditioning,
@@ -126,9 +124,9 @@ def test_a_covariance_is_symmetric_and_scales_its_directions(covariance: Covaria
 
 @given(seed=seeds)
 def test_cosines_are_orthonormal(seed: int) -> None:
-    x, channels = noise(2, *SHAPE, seed=seed), cosine(seed).channels
-    close(from_cosines(to_cosines(x, channels), channels), x)
-    close(to_cosines(x, channels).square().sum(), x.square().sum())
+    x, covariance = noise(2, *SHAPE, seed=seed), cosine(seed)
+    close(covariance.coordinates(x).square().sum(), x.square().sum())
+    close(covariance.scaled(x, torch.ones_like), x)
 
 
 @every_meeting

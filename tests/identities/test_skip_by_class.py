@@ -8,7 +8,7 @@ from fewstep.data.base import Dataset, Samples
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.flow_map import FlowMap
 from fewstep.flow.paths import EDM, Linear
-from fewstep.flow.preconditioning.covariance import ByClass, Covariance, CovarianceSettings
+from fewstep.flow.preconditioning.covariance import ByClass, Covariance, CovarianceSettings, PrincipalComponents
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.preconditioning.skip import SkipPreconditioning
 from fewstep.networks.condition import Condition
@@ -103,3 +103,18 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="do not fit"):
         ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (components(), components()))
     assert SkipPreconditioning(EulerPreconditioning(), components(), EDM()).of(LABELS).covariance == components()
+
+
+def test_when_compiled_all_parts_are_applied_to_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same end, and with shapes that no label changes."""
+    own, x = by_class(each=True).of(LABELS), noise(5, *SHAPE)
+    found = own.scaled(x, torch.sqrt), own.coordinates(x)
+    calls: list[int] = []
+    scaled = PrincipalComponents.scaled
+    monkeypatch.setattr(PrincipalComponents, "scaled", lambda *given: calls.append(len(given[1])) or scaled(*given))
+    own.scaled(x, torch.sqrt)
+    assert calls == [1, 1, 1, 2]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    close(own.scaled(x, torch.sqrt), found[0])
+    close(own.coordinates(x), found[1])
+    assert calls[4:] == [5] * 4

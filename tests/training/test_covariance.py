@@ -17,7 +17,6 @@ from fewstep.flow.preconditioning.covariance import (
     CosineVariances,
     CovarianceSettings,
     PrincipalComponents,
-    to_cosines,
 )
 from fewstep.training import covariance
 from fewstep.training.covariance import kept_measure, measure
@@ -58,8 +57,7 @@ def test_left_out_components_share_what_variance_they_have(digits: Dataset, cent
 def test_cosines_have_the_data_s_variance(digits: Dataset, centred: Tensor) -> None:
     found = measure(digits, CovarianceSettings(basis="cosine"))
     assert isinstance(found, CosineVariances)
-    coefficients = to_cosines(centred.reshape(-1, 1, 8, 8), found.channels)
-    close(found.variances, coefficients.square().mean(0), atol=1e-8)
+    close(found.lam, found.coordinates(centred.reshape(-1, 1, 8, 8)).square().mean(0), atol=1e-8)
     assert float(found.variances.sum()) == pytest.approx(float(centred.square().sum(1).mean()))
 
 

@@ -41,7 +41,7 @@ class SkipSight(nn.Module):
 
 
 def _like(first: nn.Module, channels: int) -> nn.Module:
-    """A layer without bias from `channels` to what the first one gives, of its kernel, stride and padding."""
+    """A layer without bias from `channels` to what the first one gives, which takes the same pixels to its own."""
     first = getattr(first, "base", first)
     weight: Tensor = first.weight  # type: ignore[assignment]
     if isinstance(first, nn.Linear):
@@ -51,5 +51,6 @@ def _like(first: nn.Module, channels: int) -> nn.Module:
         raise ConfigError(f"a first layer of class {type(first).__name__} takes no skip: leave sees_skip out")
     stride = getattr(first, "stride", 1)
     padding = getattr(first, "padding", tuple(side // 2 for side in kernel))
+    places = {"dilation": getattr(first, "dilation", 1), "padding_mode": getattr(first, "padding_mode", "zeros")}
     convolution = Conv2d if len(kernel) == 2 else nn.Conv3d
-    return convolution(channels, len(weight), kernel, stride, padding, bias=False)  # type: ignore[arg-type]
+    return convolution(channels, len(weight), kernel, stride, padding, bias=False, **places)  # type: ignore[arg-type]

@@ -18,6 +18,27 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
+class Copies:
+    """Tensors in other types and on other devices, by name: each copied once, for what is used in every step."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def of(self, name: str, own: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`own`, which the name stands for, in a type on a device."""
+        key = (name, device, dtype)
+        if key in self._found:
+            return self._found[key]
+        found = own.to(device, dtype)
+        # What is traced, or made in inference mode, is of no use afterwards.
+        if not torch.compiler.is_compiling() and type(found) is Tensor and not found.is_inference():
+            self._found[key] = found
+        return found
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Copies":
+        return Copies()
+
+
 def rows_where(mask: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Rows (k,) int64 where a mask (B,) on the host holds, on a device, the host where none is given.
 

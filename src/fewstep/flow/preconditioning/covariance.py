@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.flow.paths import Path, PathValues
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.precision import without_autocast
-from fewstep.utils.tensors import nonzero
+from fewstep.utils.tensors import Copies, nonzero
 
 Basis = Literal["components", "cosine"]
 Classes = Literal["pooled", "origin", "covariance"]
@@ -94,6 +94,14 @@ class Covariance(ABC):
         """That of a batch of these labels (B,), its mean (B, ...); itself where classes make no difference."""
         return self
 
+    def like(self, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor of this name on x's device, in x's type or another: converted once, not in every jump."""
+        return self._copies.of(name, getattr(self, name), x.device, dtype or x.dtype)
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies()
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -130,14 +138,14 @@ class PrincipalComponents(Covariance):
 
     @without_autocast
     def coordinates(self, x: Tensor) -> Tensor:
-        vectors, flat = self.vectors.to(x), x.flatten(1)
+        vectors, flat = self.like("vectors", x), x.flatten(1)
         along = flat @ vectors
         return torch.cat([along, flat - along @ vectors.T], 1) if vectors.shape[1] < flat.shape[1] else along
 
     @without_autocast
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
-        vectors, flat = self.vectors.to(x), x.flatten(1)
-        gains = gain(self.lam.to(x.device)[None]).to(x.dtype)
+        vectors, flat = self.like("vectors", x), x.flatten(1)
+        gains = gain(self.like("lam", x, torch.float64)[None]).to(x.dtype)
         along, rest = gains[:, :-1], gains[:, -1:]
         found = rest * flat + ((along - rest) * (flat @ vectors)) @ vectors.T
         return found.reshape(x.shape)
@@ -170,17 +178,34 @@ class CosineVariances(Covariance):
         return self.variances.flatten()
 
     @property
+    def rows(self) -> Tensor:
+        """The cosine transform of a column of pixels, (H, H)."""
+        return cosines(self.mean.shape[-2])
+
+    @property
+    def columns(self) -> Tensor:
+        """That of a row of pixels, (W, W)."""
+        return cosines(self.mean.shape[-1])
+
+    @property
     def directions(self) -> Tensor:
         return torch.arange(self.variances.numel())
 
     @without_autocast
     def coordinates(self, x: Tensor) -> Tensor:
-        return to_cosines(x, self.channels).flatten(1)
+        return self._cosines(x).flatten(1)
 
     @without_autocast
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
-        gains = gain(self.variances.flatten()[None].to(x.device)).to(x.dtype)
-        return from_cosines(to_cosines(x, self.channels) * gains.reshape(-1, *x.shape[1:]), self.channels)
+        gains = gain(self.like("lam", x, torch.float64)[None]).to(x.dtype)
+        y = self._cosines(x) * gains.reshape(-1, *x.shape[1:])
+        images = self.like("rows", x).T @ y @ self.like("columns", x)
+        return torch.einsum("ck,bkhw->bchw", self.like("channels", x), images)
+
+    def _cosines(self, x: Tensor) -> Tensor:
+        """Cosine coefficients (B, C, H, W) of images, their channels turned by the transpose of `channels`."""
+        turned = torch.einsum("ck,bchw->bkhw", self.like("channels", x), x)
+        return self.like("rows", x) @ turned @ self.like("columns", x).T
 
 
 @final
@@ -257,17 +282,29 @@ class OfLabels(Covariance):
         return self.parts[0].directions
 
     def coordinates(self, x: Tensor) -> Tensor:
-        return self._chosen([part.coordinates(x) for part in self.parts])
+        return self._of_each(x, lambda part, rows: part.coordinates(x[rows]))
 
     def scaled(self, x: Tensor, gain: Gain) -> Tensor:
-        return self._chosen([part.scaled(x, gain) for part in self.parts])
+        parts = torch.stack([part.like("lam", x, torch.float64) for part in self.parts])
+        gains = gain(parts[self.part.to(x.device)]).expand(len(x), -1)
+        return self._of_each(x, lambda part, rows: part.scaled(x[rows], lambda lam: gains[rows]))
 
-    def _chosen(self, found: list[Tensor]) -> Tensor:
-        """Of values (B, ...) by every part, each sample's own."""
-        chosen = found[0]
-        for number, values in enumerate(found[1:], 1):
-            chosen = torch.where((self.part == number).reshape(-1, *[1] * (values.ndim - 1)), values, chosen)
-        return chosen
+    def _of_each(self, x: Tensor, values: Callable[[Covariance, Tensor | slice], Tensor]) -> Tensor:
+        """Values (B, ...) of the rows of x, each by its own part: computed by the parts that occur, for their rows.
+
+        Under torch.compile by all parts for all rows, whose shapes do not change with the labels.
+        """
+        if torch.compiler.is_compiling():
+            found = [values(part, slice(None)) for part in self.parts]
+            chosen = found[0]
+            for number, one in enumerate(found[1:], 1):
+                chosen = torch.where((self.part == number).reshape(-1, *[1] * (one.ndim - 1)), one, chosen)
+            return chosen
+        part = self.part.cpu()
+        order = part.argsort(stable=True)
+        places = order.split(torch.bincount(part, minlength=len(self.parts)).tolist())
+        found = [values(own, rows.to(x.device)) for own, rows in zip(self.parts, places, strict=True) if len(rows)]
+        return torch.cat(found)[order.argsort().to(x.device)]
 
 
 def class_means(mean: Tensor, means: Tensor, labels: Tensor) -> Tensor:
@@ -282,18 +319,6 @@ def cosines(size: int) -> Tensor:
     place = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     rows = torch.cos(math.pi * torch.arange(size, dtype=torch.float64)[:, None] * place) * math.sqrt(2 / size)
     return torch.cat([rows[:1] / math.sqrt(2), rows[1:]])
-
-
-def to_cosines(x: Tensor, channels: Tensor) -> Tensor:
-    """Cosine coefficients (B, C, H, W) of images, their channels turned by the transpose of `channels`."""
-    turned = torch.einsum("ck,bchw->bkhw", channels.to(x), x)
-    return cosines(x.shape[-2]).to(x) @ turned @ cosines(x.shape[-1]).to(x).T
-
-
-def from_cosines(y: Tensor, channels: Tensor) -> Tensor:
-    """The inverse of to_cosines."""
-    images = cosines(y.shape[-2]).to(y).T @ y @ cosines(y.shape[-1]).to(y)
-    return torch.einsum("ck,bkhw->bchw", channels.to(y), images)
 
 
 def flow_gain(at_t: PathValues, at_s: PathValues, lam: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class Surface(NamedTuple):
         return Surface(values, start, step)
 
     def at(self, a: Tensor, b: Tensor) -> Tensor:
-        """The values at points (B,) each: (..., B); the outermost cells go on beyond the knots."""
+        """The values at points (B,) each, on their device: (..., B); the outermost cells go on beyond the knots."""
         (rows, across), (columns, down) = self._cells(a), self._cells(b)
-        patch = self.values.to(a.device)[..., rows[:, :, None], columns[:, None, :]]
+        patch = self.values[..., rows[:, :, None], columns[:, None, :]]
         return (patch * across[:, :, None] * down[:, None, :]).sum((-2, -1))
 
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from fewstep.flow.paths import PathValues
 from fewstep.flow.preconditioning.covariance import Covariance, same_values
 from fewstep.flow.preconditioning.interpolation import Surface
 from fewstep.utils.errors import ConfigError
+from fewstep.utils.tensors import Copies
 
 Family = Literal["covariance", "regressed", "regressed-components", "regressed-length"]
 
@@ -77,18 +78,28 @@ class Regression:
         if not self.weight.numel():
             return g
         a, b = self._place(at_t)[0], self._place(at_s)[0]
-        return g * (1 + (b - a) * self._surfaces[1].at(a, b)).clamp(_LEAST_WEIGHT, 1.0)
+        return g * (1 + (b - a) * self._surface("weight", a).at(a, b)).clamp(_LEAST_WEIGHT, 1.0)
 
     def _by_direction(self, a: Tensor, b: Tensor) -> Tensor:
         """q (B, n)."""
-        return self._surfaces[0].at(a, b).T[:, self.groups.long().to(a.device)]
+        groups = self._copies.of("groups", self.groups, a.device, torch.int64)
+        return self._surface("table", a).at(a, b).T[:, groups]
+
+    def _surface(self, name: str, a: Tensor) -> Surface:
+        """Through the table or the weight, on the device of a."""
+        surface = self._surfaces[name]
+        return surface._replace(values=self._copies.of(name, surface.values, a.device, surface.values.dtype))
 
     @cached_property
-    def _surfaces(self) -> tuple[Surface, Surface]:
+    def _surfaces(self) -> dict[str, Surface]:
         start = float(self.lam[0])
         step = float(self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
         weight = self.weight if self.weight.numel() else torch.zeros_like(self.table[0])
-        return Surface.through(self.table, start, step), Surface.through(weight, start, step)
+        return {name: Surface.through(v, start, step) for name, v in (("table", self.table), ("weight", weight))}
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies()
 
     @cached_property
     def _ends(self) -> tuple[float, float]:

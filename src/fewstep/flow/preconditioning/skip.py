@@ -93,12 +93,12 @@ class SkipPreconditioning(WrappedPreconditioning):
 
     def shown(self, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """(G - g n - f)(x - alpha_t m)/sd: what a jump lets through beyond f x, which N must undo where it is wrong."""
-        centred = x - expand(self.path.values(t).alpha, x).to(x.dtype) * self.covariance.mean.to(x)
+        centred = x - expand(self.path.values(t).alpha, x).to(x.dtype) * self.covariance.like("mean", x)
         return (self.passed(path, centred, t, s) - self.base.passed(path, centred, t, s)) / self.covariance.deviation
 
     def linear(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """X_G - g N_G = (G - g n)(x - alpha_t m) + (alpha_s - g n_m) m, (B, ...): the jump without the network."""
-        at_t, at_s, mean = self.path.values(t), self.path.values(s), self.covariance.mean.to(x)
+        at_t, at_s, mean = self.path.values(t), self.path.values(s), self.covariance.like("mean", x)
         centred = x - expand(at_t.alpha, x).to(x.dtype) * mean
         g = self.coefficients(t, s)[1]
         weight = expand(at_s.alpha - g * self._output_of_mean(t), x).to(x.dtype)
