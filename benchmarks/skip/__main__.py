@@ -22,6 +22,7 @@ from benchmarks.skip.methods import (
     ALL,
     BASELINE,
     BEST,
+    CLASSES,
     DATASETS,
     DRAWS,
     GRID,
@@ -31,6 +32,7 @@ from benchmarks.skip.methods import (
     Cell,
     loaded,
     methods,
+    plain,
     scene,
     teacher_of,
 )
@@ -46,6 +48,7 @@ _LENGTH = "length" + JUMP_END + DRAWS
 MAIN = (
     ("analytic", BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE), (BEST + DRAWS + ONE_CALL, BASELINE),
     (_LENGTH, BASELINE), (BEST + DRAWS, BASELINE + DRAWS),
+    *((name + which, BASELINE) for which in CLASSES for name in ("analytic", BEST + DRAWS)),
 )  # fmt: skip
 """What the first table compares: a method and a baseline."""
 Data = Annotated[Path | None, arg(help="photographs: the folder that `python benchmarks/photographs.py apart` cut")]
@@ -56,7 +59,7 @@ Names = Annotated[tuple[str, ...], arg(name="methods")]
 def rows() -> list[Row]:
     """Every method beside Euler's; those with the published draws beside Euler's of the same draws too."""
     names = {dataset: list(methods(dataset)) for dataset in DATASETS}
-    drawn = {dataset: [name for name in methods(dataset) if name.endswith(DRAWS)] for dataset in DATASETS}
+    drawn = {dataset: [name for name in methods(dataset) if DRAWS in name] for dataset in DATASETS}
     found = outcome.acceleration(GRID.rows(), tuple(DATASETS), names, BASELINE)
     return found + outcome.acceleration(GRID.rows(), tuple(DATASETS), drawn, BASELINE + DRAWS)
 
@@ -72,7 +75,8 @@ def tables() -> dict[str, str]:
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
     for dataset in LONG:
-        found[f"Trained on, {dataset.removesuffix('-long')}"] = outcome.lasting(GRID.rows(), dataset)
+        how = "With a rate that falls to nothing" if dataset.endswith("-falling") else "Trained nine times as long"
+        found[f"{how}, {plain(dataset)}"] = outcome.lasting(GRID.rows(), dataset)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["Before the first step"] = before_training()
     found["From scratch"] = from_scratch.table()
@@ -112,8 +116,8 @@ def run(
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    DATASET is mixture, digits, fashion or photographs, mixture-long or digits-long, TEACHER the run folder of the
-    trained teacher.
+    DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long, mixture-falling,
+    digits-falling or photographs-falling. TEACHER is the run folder of the trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")

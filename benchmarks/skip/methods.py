@@ -25,10 +25,9 @@ DATASETS: dict[str, Plan] = {
 LONG = {
     "mixture-long": replace(PLANS["mixture"], moments=(900, 2700, 5400, 8100)),
     "digits-long": replace(PLANS["digits"], moments=(600, 1800, 3600, 5400)),
-    "mixture-falling": replace(PLANS["mixture"], moments=(900, 1800, 2700)),
-    "digits-falling": replace(PLANS["digits"], moments=(600, 1200, 1800)),
+    **{f"{dataset}-falling": DATASETS[dataset] for dataset in ("mixture", "digits", "photographs")},
 }
-"""Nine times as long, for what is gained at last; three times as long, with a rate that falls to nothing."""
+"""Nine times as long, for what is gained at last; as long, with a rate that falls to nothing."""
 ALL = DATASETS | LONG
 PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
@@ -71,10 +70,7 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 
 _LENGTH = "length" + JUMP_END
 _COVARIANCE = "covariance" + JUMP_END
-_EXTRA = (RESCALED, BEST + DRAWS + INTERMEDIATE, _LENGTH + CARRIED, _LENGTH + DRAWS + CARRIED)
-_ON_UNETS = (
-    BASELINE, BASELINE + DRAWS, "analytic", "regressed", "length", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS,
-)  # fmt: skip
+_ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS)
 _ON_DIGITS = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
     BEST + DRAWS + ONE_CALL, _LENGTH, _LENGTH + DRAWS,
@@ -98,13 +94,11 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
             BASELINE + JUMP_END,
             "analytic" + JUMP_END,
             "covariance" + JUMP_END + DRAWS,
-            *_EXTRA,
         ),
-        1: _EXTRA,
-        2: _EXTRA,
         4: tuple(FAMILIES),
     },
-    "fashion": {0: (BEST, _LENGTH, "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
+    "fashion": {0: (BEST, _LENGTH, "regressed", "length", "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
+    "photographs": {0: ("regressed", "length")},
 }
 """By data set and seed, the others that are trained."""
 
@@ -130,12 +124,13 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     forms |= {name + DRAWS: _stepped(forms[name], draws="published") for name in DRAWN}
     if dataset.endswith("-falling"):
         falling = replace(euler.optimizer, decay="cosine")
-        return {name: replace(forms[name], optimizer=falling) for name in LASTING}
+        names = (BASELINE, BASELINE + DRAWS, (_LENGTH if seen else BEST) + DRAWS)
+        return {name: replace(forms[name], optimizer=falling) for name in names}
     if dataset in LONG:
         return {name: forms[name] for name in LASTING}
     if dataset != "photographs":
         forms[BEST + DRAWS + ONE_CALL] = _stepped(forms[BEST + DRAWS], solver="dpm-solver++")
-    if dataset in ("mixture", "digits"):
+    if dataset == "mixture":
         forms |= _extras(forms)
     if dataset == "digits-classes":
         means = replace(euler.statistics, classes="origin")
@@ -213,7 +208,7 @@ def photographs(folder: Path, labels: bool) -> fs.Dataset:
 
 def loaded(dataset: str, folder: Path | None, labels: bool = False) -> fs.Dataset:
     """The data set, with its classes if asked for; folder: of the photographs."""
-    if dataset != "photographs":
+    if plain(dataset) != "photographs":
         data = base_methods(plain(dataset))[BASELINE].data
         return fs.load_dataset(replace(data, labels=True) if labels or dataset == "digits-classes" else data)
     if folder is None:
