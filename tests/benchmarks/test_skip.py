@@ -4,8 +4,8 @@ from itertools import combinations
 
 import pytest
 
-from benchmarks.harness import Row
-from benchmarks.skip import outcome
+from benchmarks.harness import Row, read
+from benchmarks.skip import learnability, outcome
 from benchmarks.skip.methods import BASELINE, DATASETS, DRAWS, GRID, JUMP_END, LONG, methods, plan
 from benchmarks.skip.outcome import KEYS, Key
 
@@ -90,3 +90,4 @@ def test_the_plan_has_each_cell_once_and_all_that_is_stored() -> None:
     assert len(set(cells)) == len(cells)
     assert {GRID.name(row) for rows in GRID.stored().values() for row in rows} <= GRID.cells().keys()
     assert {BASELINE, "regressed" + JUMP_END + DRAWS} <= {cell.method for cell in cells}
+    assert all(row["form"] in learnability.forms(row["dataset"]) for row in read(learnability.FILE))
