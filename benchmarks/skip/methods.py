@@ -54,7 +54,10 @@ RESCALED = "analytic, rescaled start"
 """The computed preconditioning with Euler's weight of the network."""
 CLASSES = {", class means": "origin", ", classes": "covariance"}
 """Of a method's name: a mean for each class, or a mean and a covariance, in place of those of all data."""
-DRAWN = (BASELINE, "analytic", *(name + JUMP_END for name in ("covariance", "regressed", "length")))
+DRAWN = (
+    BASELINE, "analytic", "regressed",
+    *(name + JUMP_END for name in (BASELINE, "covariance", "regressed", "length")),
+)  # fmt: skip
 """Methods that are measured with these draws too."""
 BEST = "regressed" + JUMP_END
 LASTING = (BASELINE + DRAWS, BEST + DRAWS)
@@ -75,6 +78,8 @@ _ON_DIGITS = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
     BEST + DRAWS + ONE_CALL, _LENGTH, _LENGTH + DRAWS,
 )  # fmt: skip
+_ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
+"""With the published draws, the comparison alone and the skip alone."""
 _ON_CLASSES = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic, class means", BEST + DRAWS, BEST + DRAWS + ", class means",
     *(_COVARIANCE + DRAWS + which for which in ("", *CLASSES)),
@@ -88,7 +93,9 @@ EVERY_SEED: dict[str, tuple[str, ...]] = {
 """Methods of a data set that every seed is trained with, where not all are."""
 ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
     "digits": {
+        **dict.fromkeys((1, 2), _ONE_THING),
         0: (
+            *_ONE_THING,
             *FAMILIES,
             "components" + JUMP_END,
             BASELINE + JUMP_END,

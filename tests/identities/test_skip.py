@@ -189,7 +189,9 @@ def test_the_residual_is_the_derivative_of_the_jump_along_the_flow(
 def test_without_variance_it_is_finite_at_both_ends(path_name: str) -> None:
     """A direction that does not vary, at the clock's ends."""
     path = PATHS[path_name]
-    covariance = PrincipalComponents(torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64)[:, :2], torch.zeros(2), 0.0)
+    covariance = PrincipalComponents(
+        torch.zeros(3, dtype=F64), torch.eye(3, dtype=F64)[:, :2], torch.zeros(2, dtype=F64), 0.0
+    )
     flow_map = FlowMap(path, SkipPreconditioning(EulerPreconditioning(path), covariance, path), random_network())
     ends = (
         torch.tensor([path.t_max, path.t_max, path.t_min], dtype=F64),

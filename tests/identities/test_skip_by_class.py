@@ -1,5 +1,8 @@
 """A mean and a covariance for each class: each sample jumps as in its own class, one without a label as in all data."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from fewstep.objectives import eulerian_residual
 from fewstep.training.covariance import means_by_class, measure
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.serialization import from_json, to_json
+from fewstep.utils.tensors import is_wrapped
 from tests.identities.test_skip import SHAPE, components, cosine
 from tests.support.cases import F64, close, noise, random_network
 
@@ -88,9 +92,9 @@ def test_they_are_measured_of_the_data(basis: str) -> None:
     close(origin.means[3], origin.mean)
     spread = [(part - part.mean(0)).square().sum(1).mean() for part in own]
     assert origin.within[0].total == pytest.approx(float(torch.stack(spread).mean()))
-    assert [part.total for part in each.within[:3]] == pytest.approx([float(value) for value in spread])
+    assert [each.part_of(label).total for label in range(3)] == pytest.approx([float(value) for value in spread])
     if basis == "components":
-        c = each.within[1].scaled(torch.eye(4, dtype=F64).reshape(4, 1, 2, 2), lambda lam: lam).flatten(1)
+        c = each.part_of(1).scaled(torch.eye(4, dtype=F64).reshape(4, 1, 2, 2), lambda lam: lam).flatten(1)
         close(c, (own[1] - own[1].mean(0)).T @ (own[1] - own[1].mean(0)) / 40)
     assert from_json(Covariance, to_json(each)) == each  # type: ignore[type-abstract]
 
@@ -102,6 +106,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (cosine(),))
     with pytest.raises(ConfigError, match="do not fit"):
         ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (components(), components()))
+    for index in ((0, 1), (0, 1, 2), (0, -1, 1)):
+        with pytest.raises(ConfigError, match="do not fit"):
+            ByClass(noise(*SHAPE), noise(3, *SHAPE), components(), (components(), components()), index)
     assert SkipPreconditioning(EulerPreconditioning(), components(), EDM()).of(LABELS).covariance == components()
 
 
@@ -118,3 +125,29 @@ def test_when_compiled_all_parts_are_applied_to_all_rows(monkeypatch: pytest.Mon
     close(own.scaled(x, torch.sqrt), found[0])
     close(own.coordinates(x), found[1])
     assert calls[4:] == [5] * 4
+
+
+def test_a_model_can_be_copied_after_any_derivative() -> None:
+    """What a transform, or inference mode, made is not kept: copies, files and gradients know nothing of it."""
+    skip = SkipPreconditioning(EulerPreconditioning(Linear()), by_class(each=True), Linear())
+    flow_map = FlowMap(Linear(), skip, random_network(SHAPE, 3))
+    x, v, cond = noise(5, *SHAPE), noise(5, *SHAPE, seed=1), Condition(LABELS)
+    t, s = torch.full((5,), 0.7, dtype=F64), torch.full((5,), 0.3, dtype=F64)
+    with torch.inference_mode():
+        flow_map.jump(x, t, s, cond)
+    for given in (cond, None):
+        terms = Derivative().along(flow_map, x, v, t, s, given)
+        eulerian_residual(flow_map, x, v, *terms, t, s, given)
+        flow_map.jumping(given).residual(Linear(), *(each.float() for each in (x, v, x, v)), t, s)
+    for part in (skip.covariance.pooled, *skip.covariance.within):  # type: ignore[attr-defined]
+        assert not any(is_wrapped(value) or value.is_inference() for value in part._copies._found.values())
+    for copied in (copy.deepcopy(flow_map), pickle.loads(pickle.dumps(flow_map))):
+        close(copied.jump(x, t, s, cond).detach(), flow_map.jump(x, t, s, cond).detach())
+    for label in (cond, None):
+        time = t.clone().requires_grad_()
+        flow_map.jump(x, time, s, label).sum().backward()
+        assert time.grad is not None
+    single = flow_map.jumping(cond).jump(Linear(), x.float(), x.float(), t, s)
+    assert single.dtype == torch.float32
+    close(flow_map.jumping(cond).jump(Linear(), x, x, t, s).float(), single, rtol=1e-4, atol=1e-4)
+    assert skip.covariance.of(LABELS[:0]).scaled(x[:0], torch.sqrt).shape == (0, *SHAPE)

@@ -76,7 +76,7 @@ def build(
         )
     skip = config.model.preconditioning
     if measured is None and skip.covariance is not None and skip.regression is None:
-        measured = Measured(kept_measure(dataset, skip.covariance))
+        measured = Measured(kept_measure(dataset, skip.covariance, config.training.flip))
     policy, seen = dataset.policy, _observation(dataset)
     own = None if teacher is None else teacher.config
     settings = flow_map_config(

@@ -66,11 +66,12 @@ def run_measures(
         )
     if wanted is not None:
         untrained(config, dataset, teacher)
-    covariance = kept_measure(dataset, settings, quiet)
+    flip = config.training.flip and dataset.train.has_mirrors  # else refused later, by name
+    covariance = kept_measure(dataset, settings, flip, quiet)
     if wanted is None or teacher is None:
         return Measured(covariance)
     folder = folder_beside(config.teacher, run)
-    file = _cache_file(folder, teacher, dataset, settings, wanted)
+    file = _cache_file(folder, teacher, dataset, settings, wanted, flip)
     place = file if file.is_file() or os.access(folder, os.W_OK) else None
     return Measured(covariance, kept_regression(place, teacher, dataset, covariance, wanted, group, quiet))
 
@@ -159,8 +160,9 @@ def _walk(denoise: PlainDenoiser, path: Path, x: Tensor, times: Tensor) -> tuple
 
 
 def _cache_file(
-    folder: FilePath, teacher: FlowMap, dataset: Dataset, covariance: CovarianceSettings, settings: RegressionSettings
-) -> FilePath:
+    folder: FilePath, teacher: FlowMap, dataset: Dataset, covariance: CovarianceSettings, settings: RegressionSettings,
+    flip: bool,
+) -> FilePath:  # fmt: skip
     """FOLDER/statistics/skip-KEY.json; the key stands for everything that the regression depends on."""
     wanted = {
         "version": _VERSION,
@@ -169,7 +171,7 @@ def _cache_file(
         "model": fingerprint(teacher),
         "settings": None if teacher.config is None else to_json(teacher.config),
         "data": dataset.fingerprint,
-    }
+    } | ({"flip": True} if flip else {})
     key = hashlib.blake2b(json.dumps(wanted, sort_keys=True).encode(), digest_size=8).hexdigest()
     return folder / "statistics" / f"skip-{key}.json"
 

@@ -30,13 +30,21 @@ class Copies:
         if key in self._found:
             return self._found[key]
         found = own.to(device, dtype)
-        # What is traced, or made in inference mode, is of no use afterwards.
-        if not torch.compiler.is_compiling() and type(found) is Tensor and not found.is_inference():
+        # What is traced, made in inference mode, or wrapped by a transform of torch.func is of no use afterwards.
+        if type(found) is Tensor and not (torch.compiler.is_compiling() or found.is_inference() or is_wrapped(found)):
             self._found[key] = found
         return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Copies":
         return Copies()
+
+    def __reduce__(self) -> tuple[type["Copies"], tuple[()]]:
+        return Copies, ()
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform of torch.func stands around it."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 def rows_where(mask: Tensor, device: torch.device | str | None = None) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from fewstep.flow.paths import Path, PathValues
 from fewstep.utils.errors import ConfigError
 from fewstep.utils.precision import without_autocast
-from fewstep.utils.tensors import Copies, nonzero
+from fewstep.utils.serialization import later
+from fewstep.utils.tensors import Copies, nonzero, on_host
 
 Basis = Literal["components", "cosine"]
 Classes = Literal["pooled", "origin", "covariance"]
@@ -113,22 +114,27 @@ class PrincipalComponents(Covariance):
     rest: float
 
     def __post_init__(self) -> None:
-        size = self.mean.numel()
-        if self.vectors.shape != (size, len(self.variances)) or not bool((self.variances >= 0).all()):
+        size, kept = self.mean.numel(), self.variances.numel()
+        fits = self.vectors.shape == (size, kept) and self.variances.ndim == 1
+        if not fits or not bool((self.variances >= 0).all()) or not 0 <= self.rest < math.inf:
             raise ConfigError(
                 f"principal components of {size} numbers: vectors of shape {tuple(self.vectors.shape)} and "
-                f"{len(self.variances)} variances, which must be at least 0, do not fit"
+                f"variances of shape {tuple(self.variances.shape)}, which must be at least 0, do not fit"
             )
+        check_float64(self.mean, self.vectors, self.variances)
         # As it is read back from a file: products of another layout round otherwise.
         object.__setattr__(self, "vectors", self.vectors.contiguous())
+        lam = torch.cat([self.variances, self.variances.new_tensor([self.rest])])
+        object.__setattr__(self, "_lam", lam)
 
     @property
     def total(self) -> float:
         return float(self.variances.sum()) + (self.mean.numel() - len(self.variances)) * self.rest
 
-    @cached_property
+    @property
     def lam(self) -> Tensor:
-        return torch.cat([self.variances, self.variances.new_tensor([self.rest])])
+        lam: Tensor = self._lam  # type: ignore[attr-defined]
+        return lam
 
     @property
     def directions(self) -> Tensor:
@@ -163,11 +169,13 @@ class CosineVariances(Covariance):
     variances: Tensor
 
     def __post_init__(self) -> None:
-        if self.variances.shape != self.mean.shape or self.mean.ndim != 3 or not bool((self.variances >= 0).all()):
+        shape, square = self.mean.shape, self.channels.shape == (self.mean.shape[0],) * 2 if self.mean.ndim else False
+        if self.variances.shape != shape or len(shape) != 3 or not square or not bool((self.variances >= 0).all()):
             raise ConfigError(
-                f"variances of cosine coefficients of shape {tuple(self.variances.shape)} do not fit images of shape "
-                f"{tuple(self.mean.shape)}"
+                f"variances of cosine coefficients of shape {tuple(self.variances.shape)}, channels "
+                f"{tuple(self.channels.shape)}, do not fit images of shape {tuple(shape)}"
             )
+        check_float64(self.mean, self.channels, self.variances)
 
     @property
     def total(self) -> float:
@@ -211,24 +219,39 @@ class CosineVariances(Covariance):
 @final
 @dataclass(frozen=True, eq=False)
 class ByClass(Covariance):
-    """A mean (classes, *shape) for each class, and one covariance within all of them, or one for each.
+    """A mean (classes, *shape) for each class, and one covariance within all of them, or several.
 
-    mean: of all data. pooled: their covariance about it, which samples without a label have. within: one or as many as
-    there are classes, in bases of as many directions as the pooled one; their own means count for nothing.
+    mean: of all data. pooled: their covariance about it, which samples without a label have. within: in bases of as
+    many directions as the pooled one; their own means count for nothing. index: which of them each class has; empty
+    where there is one, or as many as classes.
     """
 
     means: Tensor
     pooled: Covariance
     within: tuple[Covariance, ...]
+    index: tuple[int, ...] = later(tuple)
 
     def __post_init__(self) -> None:
-        parts = (self.pooled, *self.within)
+        parts, classes = (self.pooled, *self.within), len(self.means) if self.means.ndim else 0
         alike = all(type(part) is type(parts[0]) and part.lam.shape == parts[0].lam.shape for part in parts)
-        if self.means.shape[1:] != self.mean.shape or len(self.within) not in (1, len(self.means)) or not alike:
+        counted = len(self.within) in (1, classes) if not self.index else len(self.index) == classes
+        inside = all(0 <= number < len(self.within) for number in self.index)
+        if self.means.shape[1:] != self.mean.shape or not (classes and counted and inside and alike):
             raise ConfigError(
-                f"{len(self.means)} classes with means of shape {tuple(self.means.shape[1:])} and {len(self.within)} "
+                f"{classes} classes with means of shape {tuple(self.means.shape[1:])} and {len(self.within)} "
                 f"covariances do not fit data of shape {tuple(self.mean.shape)}"
             )
+        check_float64(self.mean, self.means)
+
+    def part_of(self, label: int) -> Covariance:
+        """The covariance of a class about its mean."""
+        return self.within[self._numbers[label]]
+
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        """Which of `within` each class has."""
+        classes = len(self.means)
+        return self.index or ((0,) * classes if len(self.within) == 1 else tuple(range(classes)))
 
     @property
     def total(self) -> float:
@@ -251,9 +274,13 @@ class ByClass(Covariance):
     def of(self, labels: Tensor | None) -> Covariance:
         if labels is None:
             return self.pooled
-        own = labels.clamp(min=0)
-        mean = class_means(self.mean, self.means, labels)
-        part = torch.where(labels < 0, 0, 1 + (own if len(self.within) > 1 else torch.zeros_like(own)))
+        place = labels.device
+        numbers = self._copies.of("numbers", torch.tensor(self._numbers), place, torch.int64)
+        of_all, of_each = (
+            self._copies.of(name, getattr(self, name), place, torch.float64) for name in ("mean", "means")
+        )
+        mean = class_means(of_all, of_each, labels)
+        part = torch.where(labels < 0, 0, 1 + numbers[labels.clamp(min=0)])
         return OfLabels(mean, (self.pooled, *self.within), part)
 
 
@@ -292,19 +319,25 @@ class OfLabels(Covariance):
     def _of_each(self, x: Tensor, values: Callable[[Covariance, Tensor | slice], Tensor]) -> Tensor:
         """Values (B, ...) of the rows of x, each by its own part: computed by the parts that occur, for their rows.
 
-        Under torch.compile by all parts for all rows, whose shapes do not change with the labels.
+        By all parts for all rows where it is not known on the host which occur, and under torch.compile, whose shapes
+        must not change with the labels.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not on_host(self.part) or not len(x):
             found = [values(part, slice(None)) for part in self.parts]
             chosen = found[0]
             for number, one in enumerate(found[1:], 1):
                 chosen = torch.where((self.part == number).reshape(-1, *[1] * (one.ndim - 1)), one, chosen)
             return chosen
-        part = self.part.cpu()
-        order = part.argsort(stable=True)
-        places = order.split(torch.bincount(part, minlength=len(self.parts)).tolist())
+        order = self.part.argsort(stable=True)
+        places = order.split(torch.bincount(self.part, minlength=len(self.parts)).tolist())
         found = [values(own, rows.to(x.device)) for own, rows in zip(self.parts, places, strict=True) if len(rows)]
         return torch.cat(found)[order.argsort().to(x.device)]
+
+
+def check_float64(*tensors: Tensor) -> None:
+    """Raise ConfigError for another type."""
+    if other := [str(each.dtype) for each in tensors if each.dtype != torch.float64]:
+        raise ConfigError(f"a covariance is of float64, not of {other[0]}")
 
 
 def class_means(mean: Tensor, means: Tensor, labels: Tensor) -> Tensor:

@@ -114,9 +114,9 @@ class EstimationSettings:
     """
 
     points: int = 120
-    samples: int = 4096
+    samples: int = 256
     seed: int = 0
-    probes: int | None = None
+    probes: int | None = 1
     centred: bool = True
     batch_size: int = 512
     shrink: bool = True

@@ -55,6 +55,10 @@ class Regression:
                 f"a regression at {knots} levels: a table of shape {tuple(self.table.shape)}, weights of "
                 f"{tuple(self.weight.shape)} or groups beyond {count} do not fit"
             )
+        start, step = float(self.lam[0]), float(self.lam[-1] - self.lam[0]) / (knots - 1)
+        weight = self.weight if self.weight.numel() else torch.zeros_like(self.table[0])
+        surfaces = {name: Surface.through(v, start, step) for name, v in (("table", self.table), ("weight", weight))}
+        object.__setattr__(self, "_surfaces", surfaces)
 
     def __eq__(self, other: object) -> bool:
         return same_values(self, other, apart=("seconds",))
@@ -87,15 +91,8 @@ class Regression:
 
     def _surface(self, name: str, a: Tensor) -> Surface:
         """Through the table or the weight, on the device of a."""
-        surface = self._surfaces[name]
+        surface: Surface = self._surfaces[name]  # type: ignore[attr-defined]
         return surface._replace(values=self._copies.of(name, surface.values, a.device, surface.values.dtype))
-
-    @cached_property
-    def _surfaces(self) -> dict[str, Surface]:
-        start = float(self.lam[0])
-        step = float(self.lam[-1] - self.lam[0]) / (len(self.lam) - 1)
-        weight = self.weight if self.weight.numel() else torch.zeros_like(self.table[0])
-        return {name: Surface.through(v, start, step) for name, v in (("table", self.table), ("weight", weight))}
 
     @cached_property
     def _copies(self) -> Copies:
