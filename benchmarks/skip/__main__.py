@@ -17,7 +17,7 @@ from benchmarks.acceleration.students import Truth, train_student
 from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, put, rounded, show, write
 from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
-from benchmarks.skip.cost import step_costs
+from benchmarks.skip.cost import start_costs, step_costs
 from benchmarks.skip.methods import (
     ALL,
     BASELINE,
@@ -116,8 +116,8 @@ def run(
 ) -> None:
     """Train the students of a data set that have no result yet.
 
-    DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long, mixture-falling,
-    digits-falling or photographs-falling. TEACHER is the run folder of the trained teacher.
+    DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long; mixture-falling or
+    photographs-falling. TEACHER is the run folder of the trained teacher.
     """
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
@@ -143,8 +143,16 @@ def learnability(
 
 
 def cost(dataset: Dataset, teacher: Path, names: Names = (), data: Data = None, rounds: int = 15) -> None:
-    """The time of a step of every method, or of some, over that of Euler's, in turns in one process."""
-    found = step_costs(dataset, teacher, loaded(dataset, data), rounds, names)
+    """The time of a step of every method, or of some, over that of Euler's, in turns in one process.
+
+    `--methods start` measures what is taken of the teacher before the first step instead, in steps of Euler's.
+    """
+    loading = loaded(dataset, data)
+    found = (
+        start_costs(dataset, teacher, loading, rounds)
+        if names == ("start",)
+        else step_costs(dataset, teacher, loading, rounds, names)
+    )
     put(outcome.COST, rounded(found), "dataset", "method")
     show(found)
 

@@ -1,13 +1,23 @@
-"""What a training step of each method costs, beside Euler's."""
+"""What a training step of each method costs, beside Euler's, and what is measured of the teacher before the first."""
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fewstep as fs
 from benchmarks.harness import Row, take_turns, time_ratio, trainer_of
-from benchmarks.skip.methods import BASELINE, methods
+from benchmarks.skip.methods import BASELINE, FAMILIES, methods
+from fewstep.training.covariance import measure
+from fewstep.training.statistics import estimate_together
+from fewstep.training.trajectories import regress
+
+BEFORE = ", before the first step"
+"""Of a form's name in the rows: its time is that of what is measured of the teacher, in steps of Euler's."""
+SHARE = 8
+"""An eighth of the samples and trajectories is measured."""
 
 
 def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int, names: tuple[str, ...] = ()) -> list[Row]:
@@ -21,3 +31,27 @@ def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int, names
             jobs[name] = trainer.take_step
         spent = take_turns(jobs, rounds, time.process_time)
     return [{"dataset": dataset, "method": name} | time_ratio(own, spent[BASELINE]) for name, own in spent.items()]
+
+
+def start_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int) -> list[Row]:
+    """Of each form that needs a measure of its teacher, that one over a step of Euler's: rows as `step_costs`."""
+    known, model = methods(dataset), fs.load(teacher).flow_map.requires_grad_(False)
+    with trainer_of(replace(known[BASELINE], teacher=str(teacher)), data) as trainer:
+        jobs: dict[str, Callable[[], object]] = {BASELINE: trainer.take_step}
+        if "analytic" in known:
+            given = known["analytic"].statistics
+            few = replace(given, samples=given.samples // SHARE)
+            jobs["analytic"] = partial(estimate_together, model, data, few)
+        for family in FAMILIES:
+            skip = next((own for name, own in known.items() if name.split(",")[0] == family), known[BASELINE])
+            wanted, of = skip.model.preconditioning.regression, skip.model.preconditioning.covariance
+            if wanted is not None and of is not None:
+                settings = replace(wanted, trajectories=wanted.trajectories // SHARE)
+                jobs[family] = partial(regress, model, data, measure(data, of), settings)
+        spent = take_turns(jobs, rounds, time.process_time)
+    spent = {name: own if name == BASELINE else [SHARE * value for value in own] for name, own in spent.items()}
+    return [
+        {"dataset": dataset, "method": name + BEFORE} | time_ratio(own, spent[BASELINE])
+        for name, own in spent.items()
+        if name != BASELINE
+    ]

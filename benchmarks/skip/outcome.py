@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.acceleration.__main__ import curves
 from benchmarks.harness import RESULTS, Row, chosen, markdown, read
+from benchmarks.skip.cost import BEFORE
 from benchmarks.skip.methods import BASELINE
 from fewstep.evaluation.metrics.curves import common_target, speedup, time_to
 
@@ -54,8 +55,11 @@ def compared(cells: list[Row], baseline: str, method: str, key: Key) -> Row | No
 def acceleration(
     cells: list[Row], datasets: tuple[str, ...], methods: dict[str, list[str]], baseline: str
 ) -> list[Row]:
-    """Rows of every data set, method and measure against a baseline; seconds_ratio: the ratio of steps over that of a
-    step's measured cost.
+    """Rows of every data set, method and measure against a baseline.
+
+    seconds_ratio: the same of seconds, with a step's measured cost (step_cost, over the baseline's) and that of what is
+    measured of the teacher before the first step (start, in steps of the baseline's), though that is kept for all
+    students of a teacher.
     """
     cost = {(row["dataset"], row["method"]): row["ratio"] for row in read(COST)}
     rows = []
@@ -65,21 +69,36 @@ def acceleration(
             fast = cost.get((dataset, method))
             for key in KEYS if method != baseline else ():
                 if found := compared(own, baseline, method, key):
-                    seconds = found["ratio"] * slow / fast if slow and fast else None
                     label = {"dataset": dataset, "method": method, "against": baseline}
-                    rows.append(label | found | {"seconds_ratio": seconds})
+                    before = cost.get((dataset, method.split(",")[0] + BEFORE), 0.0)
+                    rows.append(
+                        label | found | in_seconds(found, fast and slow and fast / slow, before / (slow or 1.0))
+                    )
     return rows
 
 
+def in_seconds(found: Row, step_cost: float | None, start: float) -> Row:
+    """step_cost, start and seconds_ratio of a ratio of steps; None where a step's cost is not measured."""
+    slow = found["steps_euler"]
+    ratio = slow / (slow / found["ratio"] * step_cost + start) if step_cost else None
+    return {"step_cost": step_cost, "start": start, "seconds_ratio": ratio}
+
+
+def cost_of(row: Row) -> tuple[str, str]:
+    """A step's time over the baseline's, and the steps of the baseline's that the start takes."""
+    return (f"{row['step_cost']:.2f}" if row["step_cost"] else "", f"{row['start']:.0f}" if row["start"] else "–")
+
+
 def shown(row: Row | None) -> str:
-    """A ratio with its interval, bold where it is at the bar; a dash where both are there at the first moment."""
+    """A ratio with its interval, bold where it is at the bar with three seeds; a dash where both are there at once."""
     if row is None:
         return ""
     if row["bound"] == "<>":
         return "–"
     low = row["low"]
     text = f"{row['bound']} {row['ratio']:.2f}".strip() + ("" if low is None else f" ({low:.2f}–{row['high']:.2f})")
-    return f"**{text}**" if row["ratio"] >= BAR and (low or 0.0) > LEAST and row["bound"] != "<" else text
+    there = row["ratio"] >= BAR and (low or 0.0) > LEAST and row["seeds"] >= 3 and row["bound"] != "<"
+    return f"**{text}**" if there else text
 
 
 def table(rows: list[Row], dataset: str, against: str = BASELINE) -> str:
@@ -88,12 +107,10 @@ def table(rows: list[Row], dataset: str, against: str = BASELINE) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in own):
         of_method = {Key(row["measure"], row["nfe"]): row for row in chosen(own, method=method)}
-        first = next(iter(of_method.values()))
-        step = first["seconds_ratio"] and first["ratio"] / first["seconds_ratio"]
-        cells = [shown(of_method.get(key)) for key in KEYS]
-        lines.append((method, *cells, f"{step:.2f}" if step else "", max(row["seeds"] for row in of_method.values())))
+        first, seeds = next(iter(of_method.values())), max(row["seeds"] for row in of_method.values())
+        lines.append((method, *(shown(of_method.get(key)) for key in KEYS), *cost_of(first), seeds))
     heads = [f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS]
-    return markdown(("method", *heads, "a step's time", "seeds"), lines)
+    return markdown(("method", *heads, "a step's time", "start, steps", "seeds"), lines)
 
 
 def summary(rows: list[Row], compared: list[tuple[str, str, str]]) -> str:
@@ -105,13 +122,11 @@ def summary(rows: list[Row], compared: list[tuple[str, str, str]]) -> str:
             for row in chosen(rows, dataset=dataset, method=method, against=against)
         }
         if own:
-            first = next(iter(own.values()))
-            step = first["seconds_ratio"] and first["ratio"] / first["seconds_ratio"]
+            first, seeds = next(iter(own.values())), max(row["seeds"] for row in own.values())
             cells = [shown(own.get(key)) for key in KEYS]
-            seeds = max(row["seeds"] for row in own.values())
-            lines.append((dataset, method, against, *cells, f"{step:.2f}" if step else "", seeds))
+            lines.append((dataset, method, against, *cells, *cost_of(first), seeds))
     heads = [f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS]
-    return markdown(("data", "method", "against", *heads, "a step's time", "seeds"), lines)
+    return markdown(("data", "method", "against", *heads, "a step's time", "start, steps", "seeds"), lines)
 
 
 def ends(rows: list[Row], dataset: str) -> str:

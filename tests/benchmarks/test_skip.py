@@ -52,15 +52,21 @@ def test_seeds_that_one_side_lacks_are_left_out() -> None:
 
 
 def test_the_bar_is_bold_and_seconds_take_the_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = [{"dataset": "mixture", "method": "fast", "ratio": 1.6}]
+    cost = [
+        {"dataset": "mixture", "method": "fast", "ratio": 1.6},
+        {"dataset": "mixture", "method": "fast, before the first step", "ratio": 20.0},
+    ]
     monkeypatch.setattr(outcome, "read", lambda file: cost)
     rows = outcome.acceleration(pair(4.0), ("mixture",), {"mixture": [BASELINE, "fast"]}, BASELINE)
     assert len(rows) == len(KEYS)
     assert {row["method"] for row in rows} == {"fast"}
-    assert rows[0]["seconds_ratio"] == pytest.approx(4.0 / 1.6)
+    euler = rows[0]["steps_euler"]
+    assert rows[0]["seconds_ratio"] == pytest.approx(euler / (euler / 4.0 * 1.6 + 20.0))
     (line,) = outcome.summary(rows, [("mixture", "fast", BASELINE), ("digits", "fast", BASELINE)]).splitlines()[2:]
     assert line.count("**4.00 (4.00–4.00)**") == len(KEYS)
-    assert line.endswith("| 1.60 | 3 |")
+    assert line.endswith("| 1.60 | 20 | 3 |")
+    few = outcome.acceleration(pair(4.0)[:4], ("mixture",), {"mixture": [BASELINE, "fast"]}, BASELINE)
+    assert "**" not in outcome.summary(few, [("mixture", "fast", BASELINE)])
 
 
 def test_what_foretells_is_ranked_over_methods() -> None:
