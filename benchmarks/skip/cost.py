@@ -9,15 +9,15 @@ from pathlib import Path
 
 import fewstep as fs
 from benchmarks.harness import Row, take_turns, time_ratio, trainer_of
-from benchmarks.skip.methods import BASELINE, FAMILIES, methods
+from benchmarks.skip.methods import BASELINE, FEW, methods
 from fewstep.training.covariance import measure
 from fewstep.training.statistics import estimate_together
 from fewstep.training.trajectories import regress
 
 BEFORE = ", before the first step"
 """Of a form's name in the rows: its time is that of what is measured of the teacher, in steps of Euler's."""
-SHARE = 8
-"""An eighth of the samples and trajectories is measured."""
+SHARE, OF_UNETS = 8, 32
+"""An eighth of the samples and trajectories is measured, of U-Nets one in 32."""
 
 
 def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int, names: tuple[str, ...] = ()) -> list[Row]:
@@ -33,23 +33,29 @@ def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int, names
     return [{"dataset": dataset, "method": name} | time_ratio(own, spent[BASELINE]) for name, own in spent.items()]
 
 
+def form_of(method: str) -> str:
+    """What of a method's name says what is measured of the teacher."""
+    return method.split(",")[0] + FEW * (FEW in method)
+
+
 def start_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int) -> list[Row]:
     """Of each form that needs a measure of its teacher, that one over a step of Euler's: rows as `step_costs`."""
-    known, model = methods(dataset), fs.load(teacher).flow_map.requires_grad_(False)
+    known = methods(dataset)
+    share = OF_UNETS if isinstance(known[BASELINE].network, fs.UNetConfig) else SHARE
+    model = fs.load(teacher).flow_map.requires_grad_(False)
     with trainer_of(replace(known[BASELINE], teacher=str(teacher)), data) as trainer:
         jobs: dict[str, Callable[[], object]] = {BASELINE: trainer.take_step}
         if "analytic" in known:
             given = known["analytic"].statistics
-            few = replace(given, samples=given.samples // SHARE)
+            few = replace(given, samples=given.samples // share)
             jobs["analytic"] = partial(estimate_together, model, data, few)
-        for family in FAMILIES:
-            skip = next((own for name, own in known.items() if name.split(",")[0] == family), known[BASELINE])
-            wanted, of = skip.model.preconditioning.regression, skip.model.preconditioning.covariance
-            if wanted is not None and of is not None:
-                settings = replace(wanted, trajectories=wanted.trajectories // SHARE)
-                jobs[family] = partial(regress, model, data, measure(data, of), settings)
+        for name, config in known.items():
+            wanted, of = config.model.preconditioning.regression, config.model.preconditioning.covariance
+            if wanted is not None and of is not None and form_of(name) not in jobs:
+                settings = replace(wanted, trajectories=wanted.trajectories // share)
+                jobs[form_of(name)] = partial(regress, model, data, measure(data, of), settings)
         spent = take_turns(jobs, rounds, time.process_time)
-    spent = {name: own if name == BASELINE else [SHARE * value for value in own] for name, own in spent.items()}
+    spent = {name: own if name == BASELINE else [share * value for value in own] for name, own in spent.items()}
     return [
         {"dataset": dataset, "method": name + BEFORE} | time_ratio(own, spent[BASELINE])
         for name, own in spent.items()

@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.acceleration.__main__ import curves
 from benchmarks.harness import RESULTS, Row, chosen, markdown, read
-from benchmarks.skip.cost import BEFORE
+from benchmarks.skip.cost import BEFORE, form_of
 from benchmarks.skip.methods import BASELINE
 from fewstep.evaluation.metrics.curves import common_target, speedup, time_to
 
@@ -70,7 +70,7 @@ def acceleration(
             for key in KEYS if method != baseline else ():
                 if found := compared(own, baseline, method, key):
                     label = {"dataset": dataset, "method": method, "against": baseline}
-                    before = cost.get((dataset, method.split(",")[0] + BEFORE), 0.0)
+                    before = cost.get((dataset, form_of(method) + BEFORE), 0.0)
                     rows.append(
                         label | found | in_seconds(found, fast and slow and fast / slow, before / (slow or 1.0))
                     )
