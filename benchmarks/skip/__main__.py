@@ -76,8 +76,9 @@ def tables() -> dict[str, str]:
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
     for dataset in LONG:
-        how = "With a rate that falls to nothing" if dataset.endswith("-falling") else "Trained nine times as long"
-        found[f"{how}, {plain(dataset)}"] = outcome.lasting(GRID.rows(), dataset)
+        falling = dataset.endswith("-falling")
+        how = "With a rate that falls to nothing" if falling else "Trained nine times as long"
+        found[f"{how}, {plain(dataset)}"] = outcome.lasting(GRID.rows(), dataset, last=falling)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["Before the first step"] = before_training()
     found["From scratch"] = from_scratch.table()
@@ -120,6 +121,8 @@ def run(
     DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long; mixture-falling or
     photographs-falling. TEACHER is the run folder of the trained teacher.
     """
+    if dataset not in ALL:
+        raise SystemExit(f"no data set {dataset}; data sets: {', '.join(ALL)}")
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))

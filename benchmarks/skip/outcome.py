@@ -144,12 +144,12 @@ def ends(rows: list[Row], dataset: str) -> str:
     return markdown(("method", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS)), lines)
 
 
-def lasting(cells: list[Row], dataset: str) -> str:
-    """Of a data set, every method's mean over seeds after each number of steps."""
+def lasting(cells: list[Row], dataset: str, last: bool = False) -> str:
+    """Of a data set, every method's mean over seeds after each number of steps, or after the last."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in chosen(cells, dataset=dataset)):
         found = [list(curves(chosen(cells, dataset=dataset), method, *key).values()) for key in KEYS]
-        for i, (step, _) in enumerate(found[0][0]):
+        for i, (step, _) in list(enumerate(found[0][0]))[-1 if last else 0 :]:
             values = [f"{fmean(curve[i][1] for curve in each):#.3g}" for each in found]
             lines.append((method, f"{step:,}", *values, len(found[0])))
     return markdown(("method", "steps", *(f"{MEASURES[key.measure]}, {key.nfe}" for key in KEYS), "seeds"), lines)

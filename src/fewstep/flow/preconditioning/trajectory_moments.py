@@ -50,6 +50,8 @@ class TrajectoryMoments:
         own = self.groups[directions]
         y, d = (torch.stack([covariance.coordinates(x.double().cpu() - covariance.mean) for x in part])
                 for part in (states, denoised))  # fmt: skip
+        if len(covariance.lam) == 1 == covariance.lam.ndim:  # numbers of one variance are so many samples of one number
+            directions, own, y, d = directions[:1], own[:1], y.reshape(len(y), -1, 1), d.reshape(len(d), -1, 1)
         lam, tau2 = covariance.lam[..., directions], torch.exp(-2 * self.lam)
         rows = lam[None] if lam.ndim == 1 else lam
         xx = torch.einsum("abc,kbc->akc", y, y)
