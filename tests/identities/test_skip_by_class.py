@@ -151,3 +151,12 @@ def test_a_model_can_be_copied_after_any_derivative() -> None:
     assert single.dtype == torch.float32
     close(flow_map.jumping(cond).jump(Linear(), x, x, t, s).float(), single, rtol=1e-4, atol=1e-4)
     assert skip.covariance.of(LABELS[:0]).scaled(x[:0], torch.sqrt).shape == (0, *SHAPE)
+
+
+def test_a_device_is_asked_nothing() -> None:
+    """Tensors without values cannot tell which classes occur."""
+    skip = SkipPreconditioning(EulerPreconditioning(Linear()), by_class(each=True), Linear())
+    x, t = torch.empty(5, *SHAPE, device="meta"), torch.empty(5, dtype=F64, device="meta")
+    own = skip.of(LABELS.to("meta"))
+    assert own.jump(Linear(), x, x, t, t / 2).shape == x.shape
+    assert own.covariance.coordinates(x).shape[0] == 5

@@ -32,7 +32,7 @@ def without_autocast(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(method)
     def kept(self: object, x: Tensor, *given: Any) -> Tensor:
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return method(self, x, *given)
         with torch.autocast(device, enabled=False):
             return method(self, x, *given)
