@@ -16,8 +16,9 @@ from fewstep.training.trajectories import regress
 
 BEFORE = ", before the first step"
 """Of a form's name in the rows: its time is that of what is measured of the teacher, in steps of Euler's."""
-SHARE, OF_UNETS = 8, 32
-"""An eighth of the samples and trajectories is measured, of U-Nets one in 32."""
+SAMPLES, TRAJECTORIES = 8, 8
+OF_UNETS = 32
+"""One in so many samples and trajectories is measured; of U-Nets one in 32 trajectories."""
 
 
 def step_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int, names: tuple[str, ...] = ()) -> list[Row]:
@@ -41,13 +42,13 @@ def form_of(method: str) -> str:
 def start_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int) -> list[Row]:
     """Of each form that needs a measure of its teacher, that one over a step of Euler's: rows as `step_costs`."""
     known = methods(dataset)
-    share = OF_UNETS if isinstance(known[BASELINE].network, fs.UNetConfig) else SHARE
+    share = OF_UNETS if isinstance(known[BASELINE].network, fs.UNetConfig) else TRAJECTORIES
     model = fs.load(teacher).flow_map.requires_grad_(False)
     with trainer_of(replace(known[BASELINE], teacher=str(teacher)), data) as trainer:
         jobs: dict[str, Callable[[], object]] = {BASELINE: trainer.take_step}
         if "analytic" in known:
             given = known["analytic"].statistics
-            few = replace(given, samples=given.samples // share)
+            few = replace(given, samples=given.samples // SAMPLES)
             jobs["analytic"] = partial(estimate_together, model, data, few)
         for name, config in known.items():
             wanted, of = config.model.preconditioning.regression, config.model.preconditioning.covariance
@@ -55,7 +56,8 @@ def start_costs(dataset: str, teacher: Path, data: fs.Dataset, rounds: int) -> l
                 settings = replace(wanted, trajectories=wanted.trajectories // share)
                 jobs[form_of(name)] = partial(regress, model, data, measure(data, of), settings)
         spent = take_turns(jobs, rounds, time.process_time)
-    spent = {name: own if name == BASELINE else [share * value for value in own] for name, own in spent.items()}
+    times = {BASELINE: 1, "analytic": SAMPLES}
+    spent = {name: [times.get(name, share) * value for value in own] for name, own in spent.items()}
     return [
         {"dataset": dataset, "method": name + BEFORE} | time_ratio(own, spent[BASELINE])
         for name, own in spent.items()
