@@ -25,7 +25,6 @@ from fewstep.flow.preconditioning.interpolation import HermiteCurve, slopes
 from fewstep.flow.preconditioning.jumps import EulerPreconditioning, LinearPreconditioning
 from fewstep.flow.preconditioning.network_scaling import EDMScaling
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
-from fewstep.recipes.config import StatisticsConfig
 from fewstep.utils.errors import CheckpointError, ConfigError, FewstepError, FewstepWarning, ShapeError
 from fewstep.utils.serialization import to_json
 from tests.support.cases import F64, PATHS, SD, clock, close, gaussian, noise, random_network
@@ -397,9 +396,3 @@ def test_uneven_or_broken_tables_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="trajectory statistics"):
             replace(found, **change)
-
-
-def test_the_defaults_are_those_of_the_command_line() -> None:
-    given, own = StatisticsConfig(), EstimationSettings()
-    for name in ("points", "samples", "seed", "probes", "centred", "shrink"):
-        assert getattr(own, name) == getattr(given, name), name

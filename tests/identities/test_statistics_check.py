@@ -15,6 +15,7 @@ from fewstep.flow.paths import EDM
 from fewstep.flow.preconditioning.estimation import EstimationSettings, estimate_statistics, noise_grid
 from fewstep.flow.preconditioning.interpolation import derivative, slopes, widths
 from fewstep.flow.preconditioning.statistics import TrajectoryStatistics
+from fewstep.recipes.config import StatisticsConfig
 from tests.support import statistics_reference as CHECK
 from tests.support.cases import F64, SD, close, gaussian, noise
 
@@ -117,3 +118,9 @@ def test_the_grids_step_is_part_of_the_error_of_s() -> None:
     within = miss <= coarse.s_stderr + 1e-6
     assert float(within.double().mean()) > 0.8  # two stencils may err alike where l bends back
     assert bool(within[-8:].all())
+
+
+def test_the_defaults_are_those_of_the_command_line() -> None:
+    given, own = StatisticsConfig(), EstimationSettings()
+    for name in ("points", "samples", "seed", "probes", "centred", "shrink"):
+        assert getattr(own, name) == getattr(given, name), name

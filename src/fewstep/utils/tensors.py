@@ -19,7 +19,10 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Copies:
-    """Tensors in other types and on other devices, by name: each copied once, for what is used in every step."""
+    """Tensors in other types and on other devices, by name: each copied once, for what is used in every step.
+
+    Copied or pickled it is empty.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -34,9 +37,6 @@ class Copies:
         if type(found) is Tensor and not (torch.compiler.is_compiling() or found.is_inference() or is_wrapped(found)):
             self._found[key] = found
         return found
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Copies":
-        return Copies()
 
     def __reduce__(self) -> tuple[type["Copies"], tuple[()]]:
         return Copies, ()

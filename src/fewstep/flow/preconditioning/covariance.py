@@ -242,16 +242,12 @@ class ByClass(Covariance):
                 f"covariances do not fit data of shape {tuple(self.mean.shape)}"
             )
         check_float64(self.mean, self.means)
+        numbers = self.index or ((0,) * classes if len(self.within) == 1 else range(classes))
+        object.__setattr__(self, "_numbers", torch.tensor(numbers))
 
     def part_of(self, label: int) -> Covariance:
         """The covariance of a class about its mean."""
-        return self.within[self._numbers[label]]
-
-    @property
-    def _numbers(self) -> tuple[int, ...]:
-        """Which of `within` each class has."""
-        classes = len(self.means)
-        return self.index or ((0,) * classes if len(self.within) == 1 else tuple(range(classes)))
+        return self.within[int(self._numbers[label])]  # type: ignore[attr-defined]
 
     @property
     def total(self) -> float:
@@ -275,7 +271,7 @@ class ByClass(Covariance):
         if labels is None:
             return self.pooled
         place = labels.device
-        numbers = self._copies.of("numbers", torch.tensor(self._numbers), place, torch.int64)
+        numbers = self._copies.of("numbers", self._numbers, place, torch.int64)  # type: ignore[attr-defined]
         of_all, of_each = (
             self._copies.of(name, getattr(self, name), place, torch.float64) for name in ("mean", "means")
         )
