@@ -26,7 +26,7 @@ from fewstep.data.sources import (
 from fewstep.networks.mlp import MLPConfig
 from fewstep.training import Callbacks, RunFolder, train_run
 from fewstep.training.callbacks import Callback, Moment
-from fewstep.training.loader import Loader, Shares
+from fewstep.training.loader import Flag, Loader, Shares
 from fewstep.utils.errors import ConfigError, DataError, Stopped, TrainingDivergedError
 from tests.support.sources import bytes_of
 from tests.support.tiny import RUNTIME, TINY, assert_same_run, killed_after
@@ -195,6 +195,21 @@ def test_processes_leave_signals_to_the_training_and_a_killed_one_is_said(digits
         [loader.batch(part // 2, part % 2) for part in range(6, 20)]
     worker.join(5)
     assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("context", [None, "spawn"])
+def test_processes_are_told_to_end_without_a_lock(context: str | None, digits: Dataset) -> None:
+    """One that is killed with an event's lock in hand lets nobody end."""
+    loader = loader_of(digits, 2, context)
+    loader.batch(0, 0)
+    coming: Any = loader._coming
+    told, processes = coming._workers_done_event, coming._workers
+    assert isinstance(told, Flag)
+    assert not told.is_set()
+    del coming
+    loader.close()
+    assert told.is_set()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_ten_steps_are_watched(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Batches one after another, made between steps or ahead of them by processes of their own, to the same bits."""
 
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.context import BaseContext
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -115,7 +117,7 @@ class Loader:
                 num_workers=self.workers,
                 pin_memory=pinned,
                 prefetch_factor=AHEAD,
-                multiprocessing_context=self.context,
+                multiprocessing_context=_without_locks(self.context),
                 worker_init_fn=partial(serve, own_child=own_child),
                 generator=torch.Generator(),  # the run's own numbers are not touched
             )
@@ -124,6 +126,31 @@ class Loader:
     def close(self) -> None:
         """End the processes."""
         self._coming, self._number = None, -1
+
+
+class Flag:
+    """What says to processes that they are to end, in place of multiprocessing's Event.
+
+    An event's lock is waited for for ever where the process that held it was killed.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._set = context.RawValue(ctypes.c_bool, False)
+
+    def set(self) -> None:
+        """Say so."""
+        self._set.value = True
+
+    def is_set(self) -> bool:
+        """Whether it was said."""
+        return bool(self._set.value)
+
+
+def _without_locks(name: str | None) -> BaseContext:
+    """A way of starting processes, the default one for None, whose events are flags."""
+    kind = type(multiprocessing.get_context(name))
+    found: BaseContext = type(kind.__name__, (kind,), {"Event": lambda context: Flag(context)})()
+    return found
 
 
 def serve(worker: int, own_child: bool = True) -> None:
