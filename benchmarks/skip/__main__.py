@@ -26,6 +26,7 @@ from benchmarks.skip.methods import (
     DATASETS,
     DRAWS,
     FEW,
+    FITTED,
     GRID,
     JUMP_END,
     LONG,
@@ -42,6 +43,7 @@ from benchmarks.skip.starts import untrained as before_training
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
 from fewstep.training import train_run
+from fewstep.training.teacher import fingerprint
 
 SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
@@ -82,7 +84,7 @@ def tables() -> dict[str, str]:
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["Before the first step"] = before_training()
     found["From scratch"] = from_scratch.table()
-    return found | fits.tables(tuple(DATASETS))
+    return found | fits.tables(FITTED)
 
 
 def draw() -> None:
@@ -125,6 +127,8 @@ def run(
         raise SystemExit(f"no data set {dataset}; data sets: {', '.join(ALL)}")
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
+    if problem := outcome.strangers(chosen(GRID.rows(), dataset=dataset), fingerprint(fs.load(teacher).flow_map)):
+        raise SystemExit(f"{teacher}: {problem}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
@@ -139,7 +143,7 @@ def learnability(
 ) -> None:
     """Fit every form of a jump by plain regression on stored trajectories, and keep its errors.
 
-    DATASET is mixture, digits, fashion or photographs, TEACHER the run folder of the trained teacher.
+    DATASET is mixture, digits, digits-transformer, fashion or photographs, TEACHER the run folder of its teacher.
     """
     part, workers = (int(number) for number in worker.split("/"))
     known = list(names or fits.forms(dataset))

@@ -29,6 +29,9 @@ LONG = {
 }
 """Nine times as long, for what is gained at last; as long, with a rate that falls to nothing."""
 ALL = DATASETS | LONG
+TRANSFORMER = fs.DiTConfig(width=64, depth=4, heads=4, patch=2, max_frequency=16.0)
+FITTED = (*DATASETS, "digits-transformer")
+"""Data sets whose forms are fitted by plain regression: digits by a transformer too."""
 PHOTOGRAPHS = fs.DataConfig(ImagesSource(), image_size=32, labels=False)
 CALLS = [(measure, calls) for measure in ("sample", "frechet") for calls in (1, 2, 4)]
 BASELINE = "euler"
@@ -68,9 +71,9 @@ LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 
 def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
     """The methods of `acceleration`; on photographs those of Fashion-MNIST, with its network."""
-    if dataset != "photographs":
-        return of_acceleration(dataset)
-    return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
+    change = {"photographs": {"data": PHOTOGRAPHS}, "digits-transformer": {"network": TRANSFORMER}}.get(dataset, {})
+    known = of_acceleration("fashion" if dataset == "photographs" else plain(dataset))
+    return {name: replace(config, **change) for name, config in known.items()}
 
 
 _LENGTH = "length" + JUMP_END
@@ -106,7 +109,7 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
         ),
         4: tuple(FAMILIES),
     },
-    "fashion": {0: (BEST, _LENGTH, "covariance" + JUMP_END, "covariance" + JUMP_END + DRAWS)},
+    "fashion": {0: ("regressed", "length", BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
 }
 """By data set and seed, the others that are trained."""
 
@@ -237,6 +240,8 @@ def teacher_of(dataset: str) -> fs.RunConfig:
     if dataset == "digits-classes":
         config = teacher_of("digits")
         return replace(config, recipe=f"edm-{dataset}", data=replace(config.data, labels=True))
+    if dataset == "digits-transformer":
+        return replace(teacher_of("digits"), recipe=f"edm-{dataset}", network=TRANSFORMER)
     if dataset != "photographs":
         return recipe(f"edm-{dataset}".replace("fashion", "fashion-mnist"))
     return replace(recipe("edm-fashion-mnist"), recipe="edm-photographs", data=PHOTOGRAPHS)

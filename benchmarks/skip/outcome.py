@@ -52,6 +52,13 @@ def compared(cells: list[Row], baseline: str, method: str, key: Key) -> Row | No
     }  # fmt: skip
 
 
+def strangers(cells: list[Row], teacher: str) -> str:
+    """What is wrong where stored students have another teacher: students of two teachers are no pairs."""
+    others = sorted({row["teacher"] for row in cells} - {teacher})
+    kept = "give theirs, or take their rows out of skip.jsonl and train all students anew"
+    return f"this is teacher {teacher}, stored students have {', '.join(others)}: {kept}" if others else ""
+
+
 def acceleration(
     cells: list[Row], datasets: tuple[str, ...], methods: dict[str, list[str]], baseline: str
 ) -> list[Row]:

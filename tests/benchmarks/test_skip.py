@@ -51,6 +51,17 @@ def test_seeds_that_one_side_lacks_are_left_out() -> None:
     assert outcome.compared(cells, BASELINE, "none", Key("sample", 1)) is None
 
 
+def test_students_of_two_teachers_are_no_pairs() -> None:
+    cells = [{"teacher": "a"}, {"teacher": "b"}]
+    assert outcome.strangers([], "a") == outcome.strangers(cells[:1], "a") == ""
+    assert outcome.strangers(cells, "a").startswith("this is teacher a, stored students have b: ")
+
+
+@pytest.mark.parametrize("dataset", [*DATASETS, *LONG])
+def test_all_stored_students_of_a_data_set_have_one_teacher(dataset: str) -> None:
+    assert len({row["teacher"] for row in GRID.rows() if row["dataset"] == dataset}) == 1
+
+
 def test_the_bar_is_bold_and_seconds_take_the_cost_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = [
         {"dataset": "mixture", "method": "fast", "ratio": 1.6},
