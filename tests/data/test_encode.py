@@ -19,7 +19,6 @@ from fewstep.data.labels import held_out
 from fewstep.data.latents import encode as encoding
 from fewstep.data.latents.autoencoders import Autoencoder, Decoder, load_autoencoder
 from fewstep.data.latents.encode import EncodingWork, encode_folder, summary
-from fewstep.data.latents.moments import ChannelMoments
 from fewstep.data.latents.shards import EncodingSettings, load_latents, read_manifest
 from fewstep.utils.errors import CheckpointError, ConfigError, DataError, FewstepWarning
 from fewstep.utils.files import LOCK_FILE, Lock
@@ -109,38 +108,6 @@ def test_the_statistics_are_those_of_the_training_part(whole: Path, images: Path
     assert (manifest["count"], manifest["class_names"]) == (COUNT, ["cold", "warm"])
     assert [shard["count"] for shard in manifest["shards"]] == [10, 10, 3]
     assert manifest["image_shape"] == [3, SIDE, SIDE]
-
-
-def test_moments_are_merged_exactly_far_from_zero() -> None:
-    parts = [1e6 + torch.randn(n, 2, 3, 3, dtype=torch.float64) for n in (1, 5, 0, 7)]
-    moments = ChannelMoments()
-    for part in parts:
-        moments.add(part)
-    mean, std = moments.result()
-    joined = torch.cat(parts)
-    assert mean == pytest.approx(joined.mean((0, 2, 3)).tolist(), rel=1e-14)
-    assert std == pytest.approx(joined.std((0, 2, 3), correction=0).tolist(), rel=1e-9)
-
-
-def test_channels_without_spread_take_no_part() -> None:
-    """Constant, or two neighbours in float16; but for what is small and varies."""
-    moments = ChannelMoments()
-    with pytest.raises(DataError, match="no latents"):
-        moments.result()
-    latents = torch.randn(40, 4, 2, 2)
-    latents[:, 1] = torch.where(latents[:, 1] > 0, 2.0, 2.0 - 2.0**-10)
-    latents[:, 2] *= 1e-4
-    latents[:, 3] = 0
-    for part in latents.half().split(7):
-        moments.add(part)
-    mean, std = moments.result()
-    assert (std[1], std[3]) == (0, 0)
-    assert std[2] == pytest.approx(1e-4, rel=0.2)
-    assert mean[1] == pytest.approx(2, abs=1e-3)
-    moments = ChannelMoments()
-    moments.add(torch.ones(4, 3, 2, 2))
-    with pytest.raises(DataError, match="no channel of the latents varies"):
-        moments.result()
 
 
 class Killed(BaseException):
