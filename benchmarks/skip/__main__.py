@@ -5,6 +5,7 @@ preconditioning, what the network sees and where jumps are compared differ. Meas
 of `benchmarks.acceleration`.
 """
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,8 @@ from benchmarks.skip.methods import (
     scene,
     teacher_of,
 )
-from benchmarks.skip.starts import UNTRAINED, draw_starts, measure_untrained
+from benchmarks.skip.starts import UNTRAINED, draw_starts, measure_floors, measure_untrained
+from benchmarks.skip.starts import floors as floors_table
 from benchmarks.skip.starts import untrained as before_training
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
@@ -77,12 +79,14 @@ def tables() -> dict[str, str]:
         )
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
-    for dataset in LONG:
+    there = {row["dataset"] for row in GRID.rows()}
+    for dataset in (name for name in LONG if name in there):
         falling = dataset.endswith("-falling")
         how = "With a rate that falls to nothing" if falling else "Trained nine times as long"
         found[f"{how}, {plain(dataset)}"] = outcome.lasting(GRID.rows(), dataset, last=falling)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["Before the first step"] = before_training()
+    found["Fréchet distance of the teacher and of training data"] = floors_table()
     found["From scratch"] = from_scratch.table()
     return found | fits.tables(FITTED)
 
@@ -170,10 +174,11 @@ def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300)
     draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
 
 
-def untrained(dataset: Dataset, teacher: Path, data: Data = None, cache: Cache = None) -> None:
-    """Measure students of every form before their first step."""
+def untrained(dataset: Dataset, teacher: Path, data: Data = None, cache: Cache = None, floors: bool = False) -> None:
+    """Measure students of every form before their first step; floors: the teacher and training data alone."""
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
-    for row in measure_untrained(dataset, teacher, truth):
+    rows = measure_floors(dataset, truth)
+    for row in rows if floors else chain(rows, measure_untrained(dataset, teacher, truth)):
         put(UNTRAINED, rounded([row]), "dataset", "method", "measure", "nfe")
         show([row])
 

@@ -109,6 +109,7 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
         ),
         4: tuple(FAMILIES),
     },
+    "photographs": {0: ("regressed",)},
     "fashion": {0: ("regressed", "length", BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
 }
 """By data set and seed, the others that are trained."""

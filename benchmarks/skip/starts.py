@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from benchmarks.acceleration.students import Truth, sampled
+from benchmarks.acceleration.students import HIGHEST, LOWEST, Truth, sampled
 from benchmarks.harness import RESULTS, Row, chosen, figure, markdown, read, train_to, trainer_of
 from benchmarks.skip.methods import ALL, BASELINE, CALLS, FAMILIES, methods
+from fewstep.data.draws import even_draw
 from fewstep.flow.flow_map import at
 from fewstep.flow.ode import trajectory
 from fewstep.sampling.images import image_grid, to_uint8, visible_scale
@@ -21,6 +22,7 @@ SHOWN = ("euler", "analytic", "regressed, jump end", "covariance, jump end")
 UNTRAINED = RESULTS / "skip_untrained.json"
 """Rows {dataset, method, measure, nfe, value, times} of students before their first step."""
 FORMS = (BASELINE, "analytic", *FAMILIES)
+TEACHER, DATA = "the teacher's ODE", "training data"
 SEED = 91_000
 COUNT = 12
 
@@ -58,6 +60,21 @@ def draw_starts(dataset: str, teacher: Path, data: fs.Dataset, steps: int, file:
     print(file)
 
 
+@torch.no_grad()
+def measure_floors(dataset: str, truth: Truth) -> Iterator[Row]:
+    """Fréchet distance of the teacher's solutions and of as many training data, to the half that students are held to.
+
+    nfe: calls of the teacher, 0 of data.
+    """
+    half = len(truth.start) // 2
+    rows = slice(half, 2 * half)
+    (solved,) = truth.solution(truth.start[rows], (HIGHEST, LOWEST), 40, truth.classes_of(rows))
+    drawn, _ = truth.dataset.train.fetch(even_draw(truth.dataset.train, half, SEED))
+    for name, calls, samples in ((TEACHER, 80, solved), (DATA, 0, drawn)):
+        value = truth.frechet(samples, truth.halves[1])
+        yield {"dataset": dataset, "method": name, "measure": "frechet", "nfe": calls, "value": value}
+
+
 def measure_untrained(dataset: str, teacher: Path, truth: Truth) -> Iterator[Row]:
     """Error and Fréchet distance of each form before the first step, at the times that are best for it."""
     for name in FORMS:
@@ -66,6 +83,15 @@ def measure_untrained(dataset: str, teacher: Path, truth: Truth) -> Iterator[Row
             for measure, calls in CALLS:
                 found = sampled(trainer.learner.flow_map.eval(), truth, measure, calls, 0.0)
                 yield {"dataset": dataset, "method": name} | found
+
+
+def floors() -> str:
+    """A line for each data set: the teacher's Fréchet distance, and that of training data."""
+    rows, lines = read(UNTRAINED), []
+    for dataset in ALL:
+        own = {row["method"]: f"{row['value']:.3g}" for row in chosen(rows, dataset=dataset, measure="frechet")}
+        lines += [(dataset, own[TEACHER], own[DATA])] if TEACHER in own else []
+    return markdown(("data", TEACHER, DATA), lines)
 
 
 def untrained() -> str:
