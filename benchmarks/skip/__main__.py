@@ -39,8 +39,7 @@ from benchmarks.skip.methods import (
     scene,
     teacher_of,
 )
-from benchmarks.skip.starts import UNTRAINED, draw_starts, measure_floors, measure_untrained
-from benchmarks.skip.starts import floors as floors_table
+from benchmarks.skip.starts import UNTRAINED, draw_starts, floors_table, measure_floors, measure_untrained
 from benchmarks.skip.starts import untrained as before_training
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves

@@ -70,10 +70,13 @@ LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 
 
 def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """The methods of `acceleration`; on photographs those of Fashion-MNIST, with its network."""
-    change = {"photographs": {"data": PHOTOGRAPHS}, "digits-transformer": {"network": TRANSFORMER}}.get(dataset, {})
-    known = of_acceleration("fashion" if dataset == "photographs" else plain(dataset))
-    return {name: replace(config, **change) for name, config in known.items()}
+    """The methods of `acceleration`; on photographs Fashion-MNIST's with its network; of digits by a transformer too."""
+    if plain(dataset) == "photographs":
+        return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
+    known = of_acceleration(plain(dataset))
+    if dataset == "digits-transformer":
+        return {name: replace(config, network=TRANSFORMER) for name, config in known.items()}
+    return known
 
 
 _LENGTH = "length" + JUMP_END
@@ -109,8 +112,8 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
         ),
         4: tuple(FAMILIES),
     },
-    "photographs": {0: ("regressed",)},
     "fashion": {0: ("regressed", "length", BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
+    "photographs": {0: ("regressed",)},
 }
 """By data set and seed, the others that are trained."""
 
@@ -118,7 +121,7 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
 @cache
 def methods(dataset: str) -> dict[str, fs.RunConfig]:
     """Every method on a data set: Euler's, at the data end, drawn uniformly, and its changes. U-Nets see their skip."""
-    plan, known = ALL[dataset], base_methods(plain(dataset))
+    plan, known = ALL[dataset], base_methods(dataset)
     euler = known["euler"]
     euler = replace(euler, training=replace(euler.training, images=plan.moments[-1] * euler.training.batch_size))
     euler = replace(euler, data=replace(euler.data, labels=True)) if dataset == "digits-classes" else euler
@@ -223,7 +226,7 @@ def photographs(folder: Path, labels: bool) -> fs.Dataset:
 def loaded(dataset: str, folder: Path | None, labels: bool = False) -> fs.Dataset:
     """The data set, with its classes if asked for; folder: of the photographs."""
     if plain(dataset) != "photographs":
-        data = base_methods(plain(dataset))[BASELINE].data
+        data = base_methods(dataset)[BASELINE].data
         return fs.load_dataset(replace(data, labels=True) if labels or dataset == "digits-classes" else data)
     if folder is None:
         raise SystemExit("photographs: give --data FOLDER, as `python benchmarks/photographs.py apart FOLDER` cuts it")

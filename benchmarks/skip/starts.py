@@ -85,7 +85,7 @@ def measure_untrained(dataset: str, teacher: Path, truth: Truth) -> Iterator[Row
                 yield {"dataset": dataset, "method": name} | found
 
 
-def floors() -> str:
+def floors_table() -> str:
     """A line for each data set: the teacher's Fréchet distance, and that of training data."""
     rows, lines = read(UNTRAINED), []
     for dataset in ALL:
