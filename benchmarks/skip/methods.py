@@ -70,7 +70,7 @@ LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 
 
 def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
-    """The methods of `acceleration`; on photographs Fashion-MNIST's with its network; of digits by a transformer too."""
+    """The methods of `acceleration`; on photographs Fashion-MNIST's with its network; of digits by a transformer."""
     if plain(dataset) == "photographs":
         return {name: replace(config, data=PHOTOGRAPHS) for name, config in of_acceleration("fashion").items()}
     known = of_acceleration(plain(dataset))
