@@ -25,7 +25,7 @@ DATASETS: dict[str, Plan] = {
 LONG = {
     "mixture-long": replace(PLANS["mixture"], moments=(900, 2700, 5400, 8100)),
     "digits-long": replace(PLANS["digits"], moments=(600, 1800, 3600, 5400)),
-    **{f"{dataset}-falling": DATASETS[dataset] for dataset in ("mixture", "photographs")},
+    "mixture-falling": PLANS["mixture"],
 }
 """Nine times as long, for what is gained at last; as long, with a rate that falls to nothing."""
 ALL = DATASETS | LONG
@@ -47,6 +47,8 @@ JUMP_END = ", jump end"
 """Of a method's name: jumps are compared where they end, not at the data end."""
 DRAWS = ", published draws"
 """Of a method's name: t, u and s are drawn as CTM's published code does, the length of the teacher's walk first."""
+EVEN = ", even draws"
+"""Of a method's name: as the published draws, but all lengths of the walk are as likely."""
 ONE_CALL = ", DPM-Solver++"
 """Of a method's name: the teacher walks by DPM-Solver++, which calls it once a cell where Heun's method calls twice."""
 FEW = ", few trajectories"
@@ -81,10 +83,10 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 
 _LENGTH = "length" + JUMP_END
 _COVARIANCE = "covariance" + JUMP_END
-_ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, _LENGTH, _LENGTH + DRAWS)
+_ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, BEST + EVEN, _LENGTH + DRAWS)
 _ON_DIGITS = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
-    BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW, _LENGTH, _LENGTH + DRAWS,
+    BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW, _LENGTH, _LENGTH + DRAWS, BEST + EVEN,
 )  # fmt: skip
 _ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
 """With the published draws, the comparison alone and the skip alone."""
@@ -94,8 +96,8 @@ _ON_CLASSES = (
 )  # fmt: skip
 EVERY_SEED: dict[str, tuple[str, ...]] = {
     "digits": _ON_DIGITS,
-    "fashion": tuple(name for name in (*_ON_UNETS, BEST + DRAWS + ONE_CALL) if name != _LENGTH),
-    "photographs": _ON_UNETS,
+    "fashion": (*_ON_UNETS, "regressed", "length", BEST + DRAWS + ONE_CALL),
+    "photographs": (*_ON_UNETS, _LENGTH),
     "digits-classes": _ON_CLASSES,
 }
 """Methods of a data set that every seed is trained with, where not all are."""
@@ -112,7 +114,7 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
         ),
         4: tuple(FAMILIES),
     },
-    "fashion": {0: ("regressed", "length", BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
+    "fashion": {0: (BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
     "photographs": {0: ("regressed",)},
 }
 """By data set and seed, the others that are trained."""
@@ -137,10 +139,10 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
     forms |= {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
     forms |= {name + DRAWS: _stepped(forms[name], draws="published") for name in DRAWN}
+    forms[BEST + EVEN] = _stepped(forms[BEST + DRAWS], odds_power=0.0)
     if dataset.endswith("-falling"):
         falling = replace(euler.optimizer, decay="cosine")
-        names = (BASELINE, _LENGTH + DRAWS) if seen else (BASELINE, BASELINE + DRAWS, BEST + DRAWS)
-        return {name: replace(forms[name], optimizer=falling) for name in names}
+        return {name: replace(forms[name], optimizer=falling) for name in (BASELINE, *LASTING)}
     if dataset in LONG:
         return {name: forms[name] for name in LASTING}
     if dataset != "photographs":

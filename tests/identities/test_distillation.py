@@ -117,14 +117,14 @@ def test_the_grid_indices_are_in_order_and_cover_the_grid(u: str, longest: int) 
     assert float((counts - 20_000 / 6).abs().max()) < 5 * (20_000 / 6) ** 0.5
 
 
-@pytest.mark.parametrize("longest", [0, 7])
-def test_published_draws_are_of_the_published_law(longest: int) -> None:
-    """Walks of h cells with odds h; t uniform above them, s uniform below."""
-    steps = TeacherSteps(points=12, longest=longest, draws="published")
+@pytest.mark.parametrize(("longest", "power"), [(0, 1.0), (7, 1.0), (0, 0.0), (7, -1.0)])
+def test_published_draws_are_of_the_published_law(longest: int, power: float) -> None:
+    """Walks of h cells with odds h, or a power of it; t uniform above them, s uniform below."""
+    steps = TeacherSteps(points=12, longest=longest, draws="published", odds_power=power)
     draws = [step.tolist() for step in steps.draw(batch(20_000), endpoint_only=False)]
     most = longest or 11
     walks = torch.bincount(torch.tensor(draws[1]) - torch.tensor(draws[0]), minlength=most + 1)[1:].double()
-    odds = torch.arange(1, most + 1).double()
+    odds = torch.arange(1, most + 1).double() ** power
     close(walks / walks.sum(), odds / odds.sum(), rtol=0.2, atol=0.01)
     of_three = [(n, j) for n, k, j in zip(*draws, strict=True) if k - n == 3]
     for place, values in enumerate((range(9), None)):
@@ -170,6 +170,10 @@ def test_errors_are_carried_by_the_gaussians_flow_map() -> None:
         CTM(carried="covariance")
     with pytest.raises(ConfigError, match="many cells"):
         TeacherSteps(u="adjacent", draws="published")
+    with pytest.raises(ConfigError, match="of published draws"):
+        TeacherSteps(odds_power=0.0)
+    with pytest.raises(ConfigError, match="between -10 and 10"):
+        TeacherSteps(draws="published", odds_power=float("nan"))
 
 
 def test_the_target_and_the_teacher_get_no_gradient() -> None:

@@ -216,7 +216,7 @@ def test_the_published_depth_of_one_block_takes_a_step(tmp_path: Path) -> None:
     assert train_run(config, load_dataset(data), RunFolder(tmp_path), RUNTIME).step == 1
 
 
-KEPT = {"recipe", "a", "b", "classes", "draws", "u", "compare", "components"}
+KEPT = {"recipe", "a", "b", "classes", "draws", "odds_power", "u", "compare", "components"}
 """Left as they are: a name, times of which one must be 1, and what goes with some settings alone."""
 
 

@@ -24,6 +24,7 @@ from fewstep.utils.serialization import later, later_value
 from fewstep.utils.tensors import check_choice, rows_where
 
 _MOST_POINTS = 10**6
+_STEEPEST = 10
 
 
 @final
@@ -33,7 +34,8 @@ class TeacherSteps:
 
     `draws` published, as CTM's published code has it: first h, the cells of the walk, with odds h, at most `longest`;
     then t among the points that have h cells below them, u = h cells on, and s from u on, each uniform. h is two thirds
-    of the longest on average, and t lies nearer the noise end. That code draws h once for a whole batch.
+    of the longest on average, and t lies nearer the noise end. That code draws h once for a whole batch. With
+    `odds_power` p a walk of h cells has odds h^p: 0 makes all lengths as likely, so that more jumps are short.
     """
 
     points: int = 18
@@ -46,6 +48,8 @@ class TeacherSteps:
     """Most grid cells between t and u; 0 for no limit."""
     draws: Literal["uniform", "published"] = later(lambda: "uniform")
     """How t, u and s are drawn: t, s and u in turn, each uniform, or the length of the walk first."""
+    odds_power: float = later(lambda: 1.0)
+    """Of published draws: a walk of h cells has odds h^odds_power; 1 in CTM's published code."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.points <= _MOST_POINTS or self.longest < 0:
@@ -57,6 +61,11 @@ class TeacherSteps:
             raise ConfigError(
                 "published draws are of walks of many cells: set --objective.steps.draws uniform with u adjacent"
             )
+
+        if not abs(self.odds_power) <= _STEEPEST:
+            raise ConfigError(f"odds_power lies between -{_STEEPEST} and {_STEEPEST}; it is {self.odds_power}")
+        if self.odds_power != 1 and self.draws != "published":
+            raise ConfigError("odds_power is of published draws: set --objective.steps.draws published with it")
 
     @property
     def evaluations(self) -> int:
@@ -81,7 +90,8 @@ class TeacherSteps:
     def _published(self, batch: Batch, endpoint_only: bool) -> tuple[Tensor, Tensor, Tensor]:
         last = self.points - 1
         device = batch.draws.indices.device
-        odds = torch.arange(1, min(self.longest or last, last) + 1, device=device).double().cumsum(0)
+        lengths = torch.arange(1, min(self.longest or last, last) + 1, device=device)
+        odds = (lengths.double() ** self.odds_power).cumsum(0)
         h = 1 + torch.searchsorted(odds / odds[-1], batch.draws.uniform(STREAM_U).double(), right=True)
         h = h.clamp(max=len(odds))
         n = (batch.draws.uniform(STREAM_T) * (last - h + 1)).long().minimum(last - h)
