@@ -90,6 +90,10 @@ _ON_DIGITS = (
 )  # fmt: skip
 _ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
 """With the published draws, the comparison alone and the skip alone."""
+_ONCE_ON_FASHION = (
+    BASELINE + JUMP_END, "analytic" + JUMP_END, "covariance", _COVARIANCE, _COVARIANCE + DRAWS, BEST, "components",
+    "components" + JUMP_END, _LENGTH,
+)  # fmt: skip
 _ON_CLASSES = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic, class means", BEST + DRAWS, BEST + DRAWS + ", class means",
     *(_COVARIANCE + DRAWS + which for which in ("", *CLASSES)),
@@ -114,7 +118,7 @@ ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
         ),
         4: tuple(FAMILIES),
     },
-    "fashion": {0: (BEST, _LENGTH, _COVARIANCE, _COVARIANCE + DRAWS)},
+    "fashion": {0: _ONCE_ON_FASHION},
     "photographs": {0: ("regressed",)},
 }
 """By data set and seed, the others that are trained."""
