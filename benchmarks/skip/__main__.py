@@ -40,7 +40,7 @@ from benchmarks.skip.methods import (
     scene,
     teacher_of,
 )
-from benchmarks.skip.starts import UNTRAINED, draw_starts, floors_table, measure_floors, measure_untrained
+from benchmarks.skip.starts import UNTRAINED, draw_starts, measure_references, measure_untrained, references_table
 from benchmarks.skip.starts import untrained as before_training
 from fewstep.evaluation.metrics.curves import mean_curve
 from fewstep.evaluation.report.comparison import Course, Panel, comparison_curves
@@ -80,14 +80,13 @@ def tables() -> dict[str, str]:
         )
     for dataset in DATASETS:
         found[f"At the end, {dataset}"] = outcome.ends(own, dataset)
-    there = {row["dataset"] for row in GRID.rows()}
-    for dataset in (name for name in LONG if name in there):
+    for dataset in LONG:
         falling = dataset.endswith("-falling")
         how = "With a rate that falls to nothing" if falling else "Trained nine times as long"
         found[f"{how}, {plain(dataset)}"] = outcome.lasting(GRID.rows(), dataset, last=falling)
     found["What foretells the ratio"] = outcome.foretold(own, fits.known(tuple(DATASETS)))
     found["Before the first step"] = before_training()
-    found["Fréchet distance of the teacher and of training data"] = floors_table()
+    found["Fréchet distance of the teacher and of training data"] = references_table()
     found["From scratch"] = from_scratch.table()
     return found | fits.tables(FITTED)
 
@@ -175,11 +174,13 @@ def starts(dataset: Dataset, teacher: Path, data: Data = None, steps: int = 300)
     draw_starts(dataset, teacher, loaded(dataset, data), steps, FIGURES / f"skip_starts_{dataset}.png")
 
 
-def untrained(dataset: Dataset, teacher: Path, data: Data = None, cache: Cache = None, floors: bool = False) -> None:
-    """Measure students of every form before their first step; floors: the teacher and training data alone."""
+def untrained(
+    dataset: Dataset, teacher: Path, data: Data = None, cache: Cache = None, references: bool = False
+) -> None:
+    """Measure students of every form before their first step; references: the teacher and training data alone."""
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
-    rows = measure_floors(dataset, truth)
-    for row in rows if floors else chain(rows, measure_untrained(dataset, teacher, truth)):
+    rows = measure_references(dataset, truth)
+    for row in rows if references else chain(rows, measure_untrained(dataset, teacher, truth)):
         put(UNTRAINED, rounded([row]), "dataset", "method", "measure", "nfe")
         show([row])
 

@@ -61,7 +61,7 @@ def draw_starts(dataset: str, teacher: Path, data: fs.Dataset, steps: int, file:
 
 
 @torch.no_grad()
-def measure_floors(dataset: str, truth: Truth) -> Iterator[Row]:
+def measure_references(dataset: str, truth: Truth) -> Iterator[Row]:
     """Fréchet distance of the teacher's solutions and of as many training data, to the half that students are held to.
 
     nfe: calls of the teacher, 0 of data.
@@ -85,7 +85,7 @@ def measure_untrained(dataset: str, teacher: Path, truth: Truth) -> Iterator[Row
                 yield {"dataset": dataset, "method": name} | found
 
 
-def floors_table() -> str:
+def references_table() -> str:
     """A line for each data set: the teacher's Fréchet distance, and that of training data."""
     rows, lines = read(UNTRAINED), []
     for dataset in ALL:

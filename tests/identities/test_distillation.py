@@ -135,10 +135,19 @@ def test_published_draws_are_of_the_published_law(longest: int, power: float) ->
     assert set(steps.draw(batch(50), endpoint_only=True)[2].tolist()) == {11}
 
 
-@pytest.mark.parametrize(("draws", "short", "whole"), [("uniform", 0.702, 0.0035), ("published", 0.062, 0.164)])
-def test_how_many_jumps_are_short_and_how_many_go_the_whole_way(draws: str, short: float, whole: float) -> None:
+@pytest.mark.parametrize(
+    ("steps", "short", "whole"),
+    [
+        (TeacherSteps(), 0.702, 0.0035),
+        (TeacherSteps(draws="published"), 0.062, 0.164),
+        (TeacherSteps(draws="published", odds_power=0.0), 0.185, 0.0934),
+    ],
+)
+def test_how_many_jumps_are_short_and_how_many_go_the_whole_way(
+    steps: TeacherSteps, short: float, whole: float
+) -> None:
     """Shares of jumps over at most six of 17 cells, and over all; figures of docs/studies/skip.md."""
-    n, _, j = TeacherSteps(draws=draws).draw(batch(40_000), endpoint_only=False)  # type: ignore[arg-type]
+    n, _, j = steps.draw(batch(40_000), endpoint_only=False)
     for found, share in ((j - n <= 6, short), (j - n == 17, whole)):
         assert abs(float(found.double().mean()) - share) < 5 * (share / 40_000) ** 0.5
 

@@ -61,7 +61,6 @@ class TeacherSteps:
             raise ConfigError(
                 "published draws are of walks of many cells: set --objective.steps.draws uniform with u adjacent"
             )
-
         if not abs(self.odds_power) <= _STEEPEST:
             raise ConfigError(f"odds_power lies between -{_STEEPEST} and {_STEEPEST}; it is {self.odds_power}")
         if self.odds_power != 1 and self.draws != "published":
