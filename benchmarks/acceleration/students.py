@@ -6,12 +6,15 @@ between of 2- and 4-step sampling are searched for each method, seed and moment 
 noise, and the figure is taken on the other half.
 """
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -90,6 +93,33 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     } | {f"analytic, {k}": replace(base, statistics=replace(base.statistics, **v)) for k, v in statistics.items()}
 
 
+class Walks:
+    """Where one teacher has arrived: students of one seed whose walks are drawn alike share them, to the bit."""
+
+    def __init__(self) -> None:
+        self.ends: dict[bytes, Tensor] = {}
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """What is trained within takes the walks that are known already; those under a condition are walked anew."""
+        walk = fs.TeacherSteps.walk
+
+        def known(
+            steps: fs.TeacherSteps, student: fs.FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: Any
+        ) -> Tensor:
+            if any(getattr(cond, field.name) is not None for field in fields(cond)):
+                return walk(steps, student, x, n, k, cond, teacher)
+            key = hashlib.blake2b(f"{steps.points} {steps.solver}".encode(), digest_size=16)
+            for tensor in (x, n, k):
+                key.update(tensor.numpy())
+            if key.digest() not in self.ends:
+                self.ends[key.digest()] = walk(steps, student, x, n, k, cond, teacher)
+            return self.ends[key.digest()].clone()
+
+        with patch.object(fs.TeacherSteps, "walk", known):
+            yield
+
+
 class Judge:
     """Held-out data in an extractor's features, and the teacher's ODE."""
 
@@ -148,7 +178,7 @@ class Truth(Judge):
 def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float, classes: Tensor | None = None) -> Tensor:
     """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
     parts = []
-    for own in torch.arange(len(noise)).split(500):
+    for own in torch.arange(len(noise)).split(max(64, 2**15 // noise[0].numel())):
         x, cond = noise[own], Condition(None if classes is None else classes[own])
         for i, (t, s) in enumerate(pairwise(times)):
             if gamma and s > times[-1]:
@@ -228,15 +258,17 @@ def train_cell(cell: Cell, teacher: Path, truth: Truth) -> Row:
     return train_student(methods(cell.dataset)[cell.method], cell.seed, teacher, truth)
 
 
-def train_student(config: fs.RunConfig, seed: int, teacher: Path, truth: Truth) -> Row:
-    """Train a configuration's student, measuring at the plan's moments."""
+def train_student(config: fs.RunConfig, seed: int, teacher: Path, truth: Truth, walks: Walks | None = None) -> Row:
+    """Train a configuration's student, measuring at the plan's moments; walks: of students before it."""
     config = replace(config, teacher=str(teacher), training=replace(config.training, seed=seed))
     curve: list[Row] = []
     gamma, spent = 1.0 if isinstance(config.objective, fs.CD) else 0.0, 0.0
     with trainer_of(config, truth.dataset) as trainer:
         for moment in truth.plan.moments:
-            spent += train_to(trainer, moment)
+            with nullcontext() if walks is None else walks.shared():
+                spent += train_to(trainer, moment)
             with trainer.learner.averaged() as model:
                 curve += [{"step": moment, **row} for row in measure(model.flow_map, truth, gamma)]
-    times = {"batch": config.training.batch_size, "training_seconds": round(spent, 1)}
-    return times | {"teacher": fingerprint(truth.teacher), "curve": curve}
+    times = {} if walks else {"training_seconds": round(spent, 1)}
+    label = {"batch": config.training.batch_size} | times | {"teacher": fingerprint(truth.teacher)}
+    return label | {"curve": curve}

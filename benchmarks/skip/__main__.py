@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 import benchmarks.skip.learnability as fits
 import fewstep as fs
 from benchmarks.acceleration.__main__ import curves, named
-from benchmarks.acceleration.students import Truth, train_student
+from benchmarks.acceleration.students import Truth, Walks, train_student
 from benchmarks.harness import FIGURES, Cache, Row, Seeds, Study, Worker, chosen, put, rounded, show, write
 from benchmarks.skip import outcome
 from benchmarks.skip import scratch as from_scratch
@@ -121,9 +121,11 @@ def run(
     data: Data = None,
     worker: Worker = "0/1",
     cache: Cache = None,
+    shared: bool = False,
 ) -> None:
     """Train the students of a data set that have no result yet.
 
+    shared: students of a seed share the teacher's walks, which are kept in memory; training is not timed then.
     DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long; mixture-falling.
     TEACHER is the run folder of the trained teacher.
     """
@@ -135,7 +137,12 @@ def run(
         raise SystemExit(f"{teacher}: {problem}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
-    GRID.run(cells, lambda cell: [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth)], worker)
+    walks = {seed: Walks() for seed in seeds} if shared else {}
+
+    def student(cell: Cell) -> Row:
+        return train_student(methods(dataset)[cell.method], cell.seed, teacher, truth, walks.get(cell.seed))
+
+    GRID.run(cells, lambda cell: [student(cell)], worker)
 
 
 def learnability(

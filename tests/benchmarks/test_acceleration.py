@@ -4,9 +4,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+import fewstep as fs
 from benchmarks.acceleration import __main__ as tables
-from benchmarks.acceleration.students import GRID
+from benchmarks.acceleration.students import GRID, Walks
+from fewstep.networks.condition import Condition
 
 
 def cell(method: str, seed: int, pace: float, measures: tuple[str, ...] = ("sample", "frechet")) -> dict[str, Any]:
@@ -68,3 +72,28 @@ def test_jumps_to_levels_in_between_are_one_measure() -> None:
 
 def test_stored_cells_are_found_again() -> None:
     assert len(GRID.rows()) == sum(map(len, GRID.stored().values())) > 60
+
+
+def test_walks_that_are_drawn_alike_are_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others in their start, their ends, their solver or under a condition are walked anew."""
+    walked: list[tuple[fs.TeacherSteps, Tensor]] = []
+
+    def walk(steps: fs.TeacherSteps, student: Any, x: Tensor, *others: Any) -> Tensor:
+        walked.append((steps, x))
+        return x + len(walked)
+
+    monkeypatch.setattr(fs.TeacherSteps, "walk", walk)
+    x, n, k = torch.randn(3, 2), torch.tensor([0, 1, 2]), torch.tensor([4, 3, 3])
+    steps, free, labelled = fs.TeacherSteps(), Condition(), Condition(labels=torch.zeros(3, dtype=torch.int64))
+    walks = Walks()
+    with walks.shared():
+        first = steps.walk(None, x, n, k, free, None)  # type: ignore[arg-type]
+        assert first.equal(x + 1)
+        first.zero_()
+    with walks.shared():
+        assert steps.walk(None, x, n, k, free, None).equal(x + 1)  # type: ignore[arg-type]
+        assert len(walked) == 1
+        for other in ((steps, x + 1, n, k, free), (steps, x, n, k + 1, free), (steps, x, n, k, labelled)):
+            other[0].walk(None, *other[1:], None)  # type: ignore[arg-type]
+        fs.TeacherSteps(solver="euler").walk(None, x, n, k, free, None)  # type: ignore[arg-type]
+    assert len(walked) == 5

@@ -1,6 +1,7 @@
 """Batches made by processes of their own: the same bits, the same errors, and nothing left behind."""
 
 import io
+import itertools
 import os
 import pickle
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from fewstep.data.base import Dataset, Samples
 from fewstep.data.sources import (
@@ -26,7 +29,7 @@ from fewstep.data.sources import (
 from fewstep.networks.mlp import MLPConfig
 from fewstep.training import Callbacks, RunFolder, train_run
 from fewstep.training.callbacks import Callback, Moment
-from fewstep.training.loader import Flag, Loader, Shares
+from fewstep.training.loader import Flag, Loader, Shares, serve
 from fewstep.utils.errors import ConfigError, DataError, Stopped, TrainingDivergedError
 from tests.support.sources import bytes_of
 from tests.support.tiny import RUNTIME, TINY, assert_same_run, killed_after
@@ -210,6 +213,33 @@ def test_processes_are_told_to_end_without_a_lock(context: str | None, digits: D
     loader.close()
     assert told.is_set()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+class Many(TorchDataset[torch.Tensor]):
+    """So many samples, of 2 MiB each, that they are being handed over whenever a process is told to end."""
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.empty(1 << 19)
+
+
+def test_a_process_that_hands_over_a_batch_ends_well() -> None:
+    """Python's own end of a started process aborts it there, which the training would be told as an error."""
+    coming: Any = iter(
+        DataLoader(
+            Many(),
+            batch_size=None,
+            sampler=itertools.count(),
+            num_workers=1,
+            prefetch_factor=100,
+            multiprocessing_context="spawn",
+            worker_init_fn=serve,
+        )
+    )
+    next(coming)
+    (process,) = coming._workers
+    del coming
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_ten_steps_are_watched(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

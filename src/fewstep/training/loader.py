@@ -1,5 +1,6 @@
 """Batches one after another, made between steps or ahead of them by processes of their own, to the same bits."""
 
+import atexit
 import ctypes
 import itertools
 import multiprocessing
@@ -156,12 +157,15 @@ def _without_locks(name: str | None) -> BaseContext:
 def serve(worker: int, own_child: bool = True) -> None:
     """A process that reads data leaves signals to the training, and ends with it, however that ends.
 
+    It ends at once: Python's own end aborts one whose other thread is handing a batch over in torch's code.
     own_child: of the training itself, not of a server that forks for it.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     training = multiprocessing.parent_process()
+    if training is not None:
+        atexit.register(os._exit, 0)
     parent = os.getppid() if training is None or not own_child else training.pid
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
