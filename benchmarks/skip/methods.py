@@ -83,43 +83,26 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 
 _LENGTH = "length" + JUMP_END
 _COVARIANCE = "covariance" + JUMP_END
-_ON_UNETS = (BASELINE, BASELINE + DRAWS, "analytic", BEST + DRAWS, BEST + EVEN, _LENGTH + DRAWS)
-_ON_DIGITS = (
-    BASELINE, BASELINE + DRAWS, "analytic", "analytic" + DRAWS, "covariance" + JUMP_END, BEST, BEST + DRAWS,
-    BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW, _LENGTH, _LENGTH + DRAWS, BEST + EVEN,
-)  # fmt: skip
+_COMPARED = tuple(name + place for name in (BASELINE, "analytic", *FAMILIES) for place in ("", JUMP_END))
+"""Every method with both comparisons."""
+_WALK_FIRST = (BASELINE + DRAWS, BEST + DRAWS, BEST + EVEN, _LENGTH + DRAWS)
+_ON_DIGITS = ("analytic" + DRAWS, BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW)
 _ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
 """With the published draws, the comparison alone and the skip alone."""
-_ONCE_ON_FASHION = (
-    BASELINE + JUMP_END, "analytic" + JUMP_END, "covariance", _COVARIANCE, _COVARIANCE + DRAWS, BEST, "components",
-    "components" + JUMP_END, _LENGTH,
-)  # fmt: skip
 _ON_CLASSES = (
     BASELINE, BASELINE + DRAWS, "analytic", "analytic, class means", BEST + DRAWS, BEST + DRAWS + ", class means",
     *(_COVARIANCE + DRAWS + which for which in ("", *CLASSES)),
 )  # fmt: skip
 EVERY_SEED: dict[str, tuple[str, ...]] = {
-    "digits": _ON_DIGITS,
-    "fashion": (*_ON_UNETS, "regressed", "length", BEST + DRAWS + ONE_CALL),
-    "photographs": (*_ON_UNETS, _LENGTH),
+    "digits": (*_COMPARED, *_WALK_FIRST, *_ON_DIGITS),
+    "fashion": (*_COMPARED, *_WALK_FIRST, BEST + DRAWS + ONE_CALL),
+    "photographs": (*_COMPARED, *_WALK_FIRST),
     "digits-classes": _ON_CLASSES,
 }
 """Methods of a data set that every seed is trained with, where not all are."""
 ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
-    "digits": {
-        **dict.fromkeys((1, 2), _ONE_THING),
-        0: (
-            *_ONE_THING,
-            *FAMILIES,
-            "components" + JUMP_END,
-            BASELINE + JUMP_END,
-            "analytic" + JUMP_END,
-            "covariance" + JUMP_END + DRAWS,
-        ),
-        4: tuple(FAMILIES),
-    },
-    "fashion": {0: _ONCE_ON_FASHION},
-    "photographs": {0: ("regressed",)},
+    "digits": {**dict.fromkeys((1, 2), _ONE_THING), 0: (*_ONE_THING, _COVARIANCE + DRAWS)},
+    "fashion": {0: (_COVARIANCE + DRAWS,)},
 }
 """By data set and seed, the others that are trained."""
 
@@ -209,7 +192,7 @@ def settings(cell: Cell) -> str:
 
 
 def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of some methods one."""
+    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of some draws fewer."""
     for dataset in ALL:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
         names = EVERY_SEED.get(dataset, tuple(methods(dataset)))
