@@ -29,7 +29,7 @@ from fewstep.data.sources import (
 from fewstep.networks.mlp import MLPConfig
 from fewstep.training import Callbacks, RunFolder, train_run
 from fewstep.training.callbacks import Callback, Moment
-from fewstep.training.loader import Flag, Loader, Shares, serve
+from fewstep.training.loader import Flag, Loader, Shares, _without_locks, serve
 from fewstep.utils.errors import ConfigError, DataError, Stopped, TrainingDivergedError
 from tests.support.sources import bytes_of
 from tests.support.tiny import RUNTIME, TINY, assert_same_run, killed_after
@@ -216,10 +216,10 @@ def test_processes_are_told_to_end_without_a_lock(context: str | None, digits: D
 
 
 class Many(TorchDataset[torch.Tensor]):
-    """So many samples, of 2 MiB each, that they are being handed over whenever a process is told to end."""
+    """So many samples, of 256 KiB each, that they are being handed over whenever a process is told to end."""
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return torch.empty(1 << 19)
+        return torch.empty(1 << 16)
 
 
 def test_a_process_that_hands_over_a_batch_ends_well() -> None:
@@ -231,7 +231,7 @@ def test_a_process_that_hands_over_a_batch_ends_well() -> None:
             sampler=itertools.count(),
             num_workers=1,
             prefetch_factor=100,
-            multiprocessing_context="spawn",
+            multiprocessing_context=_without_locks("spawn"),
             worker_init_fn=serve,
         )
     )

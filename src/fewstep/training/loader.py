@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import BaseContext
+from typing import ClassVar
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -135,6 +136,9 @@ class Flag:
     An event's lock is waited for for ever where the process that held it was killed.
     """
 
+    seen: ClassVar[bool] = False
+    """Whether this process has seen it said."""
+
     def __init__(self, context: BaseContext) -> None:
         self._set = context.RawValue(ctypes.c_bool, False)
 
@@ -144,6 +148,7 @@ class Flag:
 
     def is_set(self) -> bool:
         """Whether it was said."""
+        Flag.seen = Flag.seen or bool(self._set.value)
         return bool(self._set.value)
 
 
@@ -157,7 +162,7 @@ def _without_locks(name: str | None) -> BaseContext:
 def serve(worker: int, own_child: bool = True) -> None:
     """A process that reads data leaves signals to the training, and ends with it, however that ends.
 
-    It ends at once: Python's own end aborts one whose other thread is handing a batch over in torch's code.
+    Told to end it does at once: Python's own end aborts one whose other thread is handing a batch over in torch's code.
     own_child: of the training itself, not of a server that forks for it.
     """
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -165,9 +170,14 @@ def serve(worker: int, own_child: bool = True) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     training = multiprocessing.parent_process()
     if training is not None:
-        atexit.register(os._exit, 0)
+        atexit.register(_leave)
     parent = os.getppid() if training is None or not own_child else training.pid
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _leave() -> None:
+    if Flag.seen:
+        os._exit(0)
 
 
 def _end_with(parent: int | None) -> None:
