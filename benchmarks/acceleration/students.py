@@ -38,6 +38,8 @@ HIGHEST, LOWEST = LEVELS[0], LEVELS[-1]
 MIDDLES = (0.25, 0.4, 0.6, 0.9, 1.3, 1.9, 2.8, 4.2, 6.3, 9.5)
 RHOS = (2.0, 3.0, 5.0, 7.0)
 NOISE_SEED = 77_000
+AT_ONCE = 2**15
+"""Numbers of the samples that are drawn at once, of 64 at least: convolutions are slower on more."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,21 @@ class Walks:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """What is trained within takes the walks that are known already; those under a condition are walked anew."""
-        walk = fs.TeacherSteps.walk
+        anew = fs.TeacherSteps.walk
 
         def known(
-            steps: fs.TeacherSteps, student: fs.FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: Any
+            steps: fs.TeacherSteps, flow_map: fs.FlowMap, x: Tensor, n: Tensor, k: Tensor, cond: Condition, teacher: Any
         ) -> Tensor:
             if any(getattr(cond, field.name) is not None for field in fields(cond)):
-                return walk(steps, student, x, n, k, cond, teacher)
-            key = hashlib.blake2b(f"{steps.points} {steps.solver}".encode(), digest_size=16)
+                return anew(steps, flow_map, x, n, k, cond, teacher)
+            settled = (steps.points, steps.solver, flow_map.path, tuple(x.shape), x.dtype)
+            digest = hashlib.blake2b(repr(settled).encode(), digest_size=16)
             for tensor in (x, n, k):
-                key.update(tensor.numpy())
-            if key.digest() not in self.ends:
-                self.ends[key.digest()] = walk(steps, student, x, n, k, cond, teacher)
-            return self.ends[key.digest()].clone()
+                digest.update(tensor.numpy())
+            key = digest.digest()
+            if key not in self.ends:
+                self.ends[key] = anew(steps, flow_map, x, n, k, cond, teacher)
+            return self.ends[key].clone()
 
         with patch.object(fs.TeacherSteps, "walk", known):
             yield
@@ -178,7 +182,7 @@ class Truth(Judge):
 def walk(model: fs.FlowMap, noise: Tensor, times: list[float], gamma: float, classes: Tensor | None = None) -> Tensor:
     """k-step samples (math.md §6): jumps along `times`; with gamma = 1 to the data end and back up by fresh noise."""
     parts = []
-    for own in torch.arange(len(noise)).split(max(64, 2**15 // noise[0].numel())):
+    for own in torch.arange(len(noise)).split(max(64, AT_ONCE // noise[0].numel())):
         x, cond = noise[own], Condition(None if classes is None else classes[own])
         for i, (t, s) in enumerate(pairwise(times)):
             if gamma and s > times[-1]:
@@ -269,6 +273,6 @@ def train_student(config: fs.RunConfig, seed: int, teacher: Path, truth: Truth, 
                 spent += train_to(trainer, moment)
             with trainer.learner.averaged() as model:
                 curve += [{"step": moment, **row} for row in measure(model.flow_map, truth, gamma)]
-    times = {} if walks else {"training_seconds": round(spent, 1)}
+    times = {} if walks is not None else {"training_seconds": round(spent, 1)}
     label = {"batch": config.training.batch_size} | times | {"teacher": fingerprint(truth.teacher)}
     return label | {"curve": curve}

@@ -137,12 +137,15 @@ def run(
         raise SystemExit(f"{teacher}: {problem}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
-    walks = {seed: Walks() for seed in seeds} if shared else {}
+    walks: dict[int, Walks] = {}
 
-    def student(cell: Cell) -> Row:
-        return train_student(methods(dataset)[cell.method], cell.seed, teacher, truth, walks.get(cell.seed))
+    def student(cell: Cell) -> list[Row]:
+        if shared and cell.seed not in walks:
+            walks.clear()  # those of the seed before
+            walks[cell.seed] = Walks()
+        return [train_student(methods(dataset)[cell.method], cell.seed, teacher, truth, walks.get(cell.seed))]
 
-    GRID.run(cells, lambda cell: [student(cell)], worker)
+    GRID.run(cells, student, worker)
 
 
 def learnability(

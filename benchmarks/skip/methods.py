@@ -84,8 +84,9 @@ def base_methods(dataset: str) -> dict[str, fs.RunConfig]:
 _LENGTH = "length" + JUMP_END
 _COVARIANCE = "covariance" + JUMP_END
 _COMPARED = tuple(name + place for name in (BASELINE, "analytic", *FAMILIES) for place in ("", JUMP_END))
-"""Every method with both comparisons."""
+"""Euler's, the computed preconditioning and every family, with both comparisons."""
 _WALK_FIRST = (BASELINE + DRAWS, BEST + DRAWS, BEST + EVEN, _LENGTH + DRAWS)
+"""What draws the length of the walk first, on digits and images."""
 _ON_DIGITS = ("analytic" + DRAWS, BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW)
 _ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
 """With the published draws, the comparison alone and the skip alone."""
@@ -100,7 +101,7 @@ EVERY_SEED: dict[str, tuple[str, ...]] = {
     "digits-classes": _ON_CLASSES,
 }
 """Methods of a data set that every seed is trained with, where not all are."""
-ONE_SEED: dict[str, dict[int, tuple[str, ...]]] = {
+SOME_SEEDS: dict[str, dict[int, tuple[str, ...]]] = {
     "digits": {**dict.fromkeys((1, 2), _ONE_THING), 0: (*_ONE_THING, _COVARIANCE + DRAWS)},
     "fashion": {0: (_COVARIANCE + DRAWS,)},
 }
@@ -192,12 +193,12 @@ def settings(cell: Cell) -> str:
 
 
 def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of some draws fewer."""
+    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of SOME_SEEDS fewer."""
     for dataset in ALL:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
         names = EVERY_SEED.get(dataset, tuple(methods(dataset)))
         yield from (Cell(dataset, name, seed) for seed in seeds for name in names)
-        yield from (Cell(dataset, name, seed) for seed, more in ONE_SEED.get(dataset, {}).items() for name in more)
+        yield from (Cell(dataset, name, seed) for seed, more in SOME_SEEDS.get(dataset, {}).items() for name in more)
 
 
 GRID = Grid(RESULTS / "skip.jsonl", ("dataset", "method", "seed"), plan, settings)

@@ -1,6 +1,7 @@
 """The acceleration study's table: what is compared, and what the ratio is."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 import fewstep as fs
 from benchmarks.acceleration import __main__ as tables
 from benchmarks.acceleration.students import GRID, Walks
+from fewstep.flow.paths import EDM, Linear
 from fewstep.networks.condition import Condition
 
 
@@ -75,25 +77,29 @@ def test_stored_cells_are_found_again() -> None:
 
 
 def test_walks_that_are_drawn_alike_are_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others in their start, their ends, their solver or under a condition are walked anew."""
-    walked: list[tuple[fs.TeacherSteps, Tensor]] = []
+    """Others in their start, their ends, their grid, solver or path, or under a condition are walked anew."""
+    walked: list[Tensor] = []
 
-    def walk(steps: fs.TeacherSteps, student: Any, x: Tensor, *others: Any) -> Tensor:
-        walked.append((steps, x))
+    def walk(steps: Any, flow_map: Any, x: Tensor, *others: Any) -> Tensor:
+        walked.append(x)
         return x + len(walked)
 
     monkeypatch.setattr(fs.TeacherSteps, "walk", walk)
     x, n, k = torch.randn(3, 2), torch.tensor([0, 1, 2]), torch.tensor([4, 3, 3])
-    steps, free, labelled = fs.TeacherSteps(), Condition(), Condition(labels=torch.zeros(3, dtype=torch.int64))
-    walks = Walks()
+    steps: Any = fs.TeacherSteps()
+    free, labelled = Condition(), Condition(labels=torch.zeros(3, dtype=torch.int64))
+    walks, student = Walks(), SimpleNamespace(path=EDM())
     with walks.shared():
-        first = steps.walk(None, x, n, k, free, None)  # type: ignore[arg-type]
+        first = steps.walk(student, x, n, k, free, None)
         assert first.equal(x + 1)
         first.zero_()
     with walks.shared():
-        assert steps.walk(None, x, n, k, free, None).equal(x + 1)  # type: ignore[arg-type]
+        assert steps.walk(student, x, n, k, free, None).equal(x + 1)
         assert len(walked) == 1
-        for other in ((steps, x + 1, n, k, free), (steps, x, n, k + 1, free), (steps, x, n, k, labelled)):
-            other[0].walk(None, *other[1:], None)  # type: ignore[arg-type]
-        fs.TeacherSteps(solver="euler").walk(None, x, n, k, free, None)  # type: ignore[arg-type]
-    assert len(walked) == 5
+        for other in ((x + 1, n, k, free), (x, n + 1, k, free), (x, n, k + 1, free), (x, n, k, labelled)):
+            steps.walk(student, *other, None)
+        changed: Any
+        for changed in (fs.TeacherSteps(solver="euler"), fs.TeacherSteps(points=19)):
+            changed.walk(student, x, n, k, free, None)
+        steps.walk(SimpleNamespace(path=Linear()), x, n, k, free, None)
+    assert len(walked) == 8

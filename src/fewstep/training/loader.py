@@ -148,8 +148,9 @@ class Flag:
 
     def is_set(self) -> bool:
         """Whether it was said."""
-        Flag.seen = Flag.seen or bool(self._set.value)
-        return bool(self._set.value)
+        said = bool(self._set.value)
+        Flag.seen |= said
+        return said
 
 
 def _without_locks(name: str | None) -> BaseContext:
