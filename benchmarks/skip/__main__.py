@@ -135,6 +135,8 @@ def run(
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
     if problem := outcome.strangers(chosen(GRID.rows(), dataset=dataset), fingerprint(fs.load(teacher).flow_map)):
         raise SystemExit(f"{teacher}: {problem}")
+    if shared and dataset == "digits-classes":
+        raise SystemExit("digits-classes: walks under a class are not shared; leave --shared out")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
     cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
     walks: dict[int, Walks] = {}

@@ -1,6 +1,8 @@
 """The acceleration study's table: what is compared, and what the ratio is."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,12 @@ from torch import Tensor
 
 import fewstep as fs
 from benchmarks.acceleration import __main__ as tables
+from benchmarks.acceleration import students
 from benchmarks.acceleration.students import GRID, Walks
 from fewstep.flow.paths import EDM, Linear
 from fewstep.networks.condition import Condition
+from fewstep.training import train_run
+from tests.support.tiny import RUNTIME, TEACHER, student
 
 
 def cell(method: str, seed: int, pace: float, measures: tuple[str, ...] = ("sample", "frechet")) -> dict[str, Any]:
@@ -103,3 +108,27 @@ def test_walks_that_are_drawn_alike_are_walked_once(monkeypatch: pytest.MonkeyPa
             changed.walk(student, x, n, k, free, None)
         steps.walk(SimpleNamespace(path=Linear()), x, n, k, free, None)
     assert len(walked) == 8
+
+
+def test_a_student_of_shared_walks_is_trained_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two forms under the same seed the second walks not at all."""
+    digits = fs.load_dataset(unlabelled := fs.DataConfig(labels=False))
+    train_run(replace(TEACHER, data=unlabelled), digits, fs.RunFolder(folder := tmp_path / "teacher"), RUNTIME)
+    truth: Any = SimpleNamespace(plan=SimpleNamespace(moments=(2, 4)), dataset=digits, teacher=fs.load(folder).flow_map)
+    anew, walked = fs.TeacherSteps.walk, []
+
+    def walk(*arguments: Any) -> Tensor:
+        walked.append(arguments)
+        return anew(*arguments)
+
+    def weights(model: fs.FlowMap, *_: Any) -> list[dict[str, Any]]:
+        return [{name: value.clone() for name, value in model.state_dict().items()}]
+
+    monkeypatch.setattr(fs.TeacherSteps, "walk", walk)
+    monkeypatch.setattr(students, "measure", weights)
+    walks, forms = Walks(), [replace(student(kind, folder), data=unlabelled) for kind in ("ctm", "ctm-skip")]
+    alone, together = (
+        [students.train_student(form, 3, folder, truth, kept)["curve"] for form in forms] for kept in (None, walks)
+    )
+    assert len(walked) == 3 * 4
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)

@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -229,17 +231,35 @@ def test_a_process_that_hands_over_a_batch_ends_well() -> None:
             Many(),
             batch_size=None,
             sampler=itertools.count(),
-            num_workers=1,
+            num_workers=2,
             prefetch_factor=100,
             multiprocessing_context=_without_locks("spawn"),
             worker_init_fn=serve,
         )
     )
     next(coming)
-    (process,) = coming._workers
+    processes = coming._workers
     del coming
-    process.join(30)
-    assert process.exitcode == 0
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def fail() -> None:
+    """What a process that reads data does where its own code ends it."""
+    flag = Flag(multiprocessing.get_context())
+    assert not flag.is_set()
+    serve(0)
+    sys.exit(3)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_process_that_fails_says_so(context: str) -> None:
+    """Only one that was told to end leaves as if all were well."""
+    process = multiprocessing.get_context(context).Process(target=fail)  # type: ignore[attr-defined]
+    process.start()
+    process.join(60)
+    assert process.exitcode == 3
 
 
 def test_ten_steps_are_watched(digits: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
