@@ -24,6 +24,7 @@ from benchmarks.skip.methods import (
     BASELINE,
     BEST,
     CLASSES,
+    COMPONENTS,
     DATASETS,
     DRAWS,
     EVEN,
@@ -49,11 +50,11 @@ from fewstep.training.teacher import fingerprint
 
 SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
-_LENGTH = "length" + JUMP_END + DRAWS
 MAIN = (
     ("analytic", BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE), (BEST + EVEN, BASELINE),
-    (BEST + DRAWS + ONE_CALL, BASELINE), (BEST + DRAWS + ONE_CALL + FEW, BASELINE), (_LENGTH, BASELINE),
-    (BEST + DRAWS, BASELINE + DRAWS), (BEST + EVEN, BASELINE + DRAWS),
+    ("regressed" + EVEN, BASELINE), (BEST + DRAWS + ONE_CALL, BASELINE), (BEST + DRAWS + ONE_CALL + FEW, BASELINE),
+    (COMPONENTS + DRAWS, BASELINE), (COMPONENTS + DRAWS + ONE_CALL, BASELINE),
+    (BEST + DRAWS, BASELINE + DRAWS), (BEST + EVEN, BASELINE + DRAWS), (COMPONENTS + DRAWS, BASELINE + DRAWS),
     *((name + which, BASELINE) for which in CLASSES for name in ("analytic", BEST + DRAWS)),
 )  # fmt: skip
 """What the first table compares: a method and a baseline."""

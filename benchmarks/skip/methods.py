@@ -62,11 +62,12 @@ RESCALED = "analytic, rescaled start"
 CLASSES = {", class means": "origin", ", classes": "covariance"}
 """Of a method's name: a mean for each class, or a mean and a covariance, in place of those of all data."""
 DRAWN = (
-    BASELINE, "analytic", "regressed",
-    *(name + JUMP_END for name in (BASELINE, "covariance", "regressed", "length")),
+    BASELINE, "analytic", "regressed", "components",
+    *(name + JUMP_END for name in (BASELINE, "covariance", "regressed", "components", "length")),
 )  # fmt: skip
 """Methods that are measured with these draws too."""
 BEST = "regressed" + JUMP_END
+COMPONENTS = "components"
 LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 """Methods that are trained for long."""
 
@@ -87,6 +88,9 @@ _COMPARED = tuple(name + place for name in (BASELINE, "analytic", *FAMILIES) for
 """Euler's, the computed preconditioning and every family, with both comparisons."""
 _WALK_FIRST = (BASELINE + DRAWS, BEST + DRAWS, BEST + EVEN, _LENGTH + DRAWS)
 """What draws the length of the walk first, on digits and images."""
+_COMPONENTS, _EVEN_COMPONENTS = (
+    tuple(COMPONENTS + place + draws for place in ("", JUMP_END)) for draws in (DRAWS, EVEN)
+)
 _ON_DIGITS = ("analytic" + DRAWS, BEST + DRAWS + ONE_CALL, BEST + DRAWS + ONE_CALL + FEW)
 _ONE_THING = (BASELINE + JUMP_END + DRAWS, "regressed" + DRAWS)
 """With the published draws, the comparison alone and the skip alone."""
@@ -95,15 +99,17 @@ _ON_CLASSES = (
     *(_COVARIANCE + DRAWS + which for which in ("", *CLASSES)),
 )  # fmt: skip
 EVERY_SEED: dict[str, tuple[str, ...]] = {
-    "digits": (*_COMPARED, *_WALK_FIRST, *_ON_DIGITS),
+    "digits": (*_COMPARED, *_WALK_FIRST, *_ON_DIGITS, COMPONENTS + DRAWS),
     "fashion": (*_COMPARED, *_WALK_FIRST, BEST + DRAWS + ONE_CALL),
-    "photographs": (*_COMPARED, *_WALK_FIRST),
+    "photographs": (*_COMPARED, *_WALK_FIRST, *_COMPONENTS),
     "digits-classes": _ON_CLASSES,
 }
 """Methods of a data set that every seed is trained with, where not all are."""
 SOME_SEEDS: dict[str, dict[int, tuple[str, ...]]] = {
-    "digits": {**dict.fromkeys((1, 2), _ONE_THING), 0: (*_ONE_THING, _COVARIANCE + DRAWS)},
-    "fashion": {0: (_COVARIANCE + DRAWS,)},
+    "mixture": dict.fromkeys((0, 1), _EVEN_COMPONENTS),
+    "digits": {**dict.fromkeys((1, 2), _ONE_THING), 0: (*_ONE_THING, "regressed" + EVEN, _COVARIANCE + DRAWS)},
+    "fashion": {0: (_COVARIANCE + DRAWS, *_COMPONENTS, *_EVEN_COMPONENTS)},
+    "photographs": {0: (*_EVEN_COMPONENTS, COMPONENTS + DRAWS + ONE_CALL)},
 }
 """By data set and seed, the others that are trained."""
 
@@ -127,16 +133,17 @@ def methods(dataset: str) -> dict[str, fs.RunConfig]:
     at_end = replace(euler.objective, compare="jump-end")  # type: ignore[call-arg]
     forms |= {name + JUMP_END: replace(form, objective=at_end) for name, form in forms.items()}
     forms |= {name + DRAWS: _stepped(forms[name], draws="published") for name in DRAWN}
-    forms[BEST + EVEN] = _stepped(forms[BEST + DRAWS], odds_power=0.0)
+    evenly = (BEST, "regressed", COMPONENTS, COMPONENTS + JUMP_END)
+    forms |= {name + EVEN: _stepped(forms[name + DRAWS], odds_power=0.0) for name in evenly}
     if dataset.endswith("-falling"):
         falling = replace(euler.optimizer, decay="cosine")
         return {name: replace(forms[name], optimizer=falling) for name in (BASELINE, *LASTING)}
     if dataset in LONG:
         return {name: forms[name] for name in LASTING}
-    if dataset != "photographs":
-        forms[BEST + DRAWS + ONE_CALL] = _stepped(forms[BEST + DRAWS], solver="dpm-solver++")
+    quick = (COMPONENTS if dataset == "photographs" else BEST) + DRAWS
+    forms[quick + ONE_CALL] = _stepped(forms[quick], solver="dpm-solver++")
     if dataset == "digits":
-        forms[BEST + DRAWS + ONE_CALL + FEW] = _of_skip(forms[BEST + DRAWS + ONE_CALL], trajectories=125, levels=24)
+        forms[quick + ONE_CALL + FEW] = _of_skip(forms[quick + ONE_CALL], trajectories=125, levels=24)
     if dataset == "mixture":
         forms |= _extras(forms)
     if dataset == "digits-classes":
@@ -196,9 +203,10 @@ def plan() -> Iterator[Cell]:
     """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of SOME_SEEDS fewer."""
     for dataset in ALL:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
-        names = EVERY_SEED.get(dataset, tuple(methods(dataset)))
-        yield from (Cell(dataset, name, seed) for seed in seeds for name in names)
-        yield from (Cell(dataset, name, seed) for seed, more in SOME_SEEDS.get(dataset, {}).items() for name in more)
+        some = SOME_SEEDS.get(dataset, {})
+        every = (name for name in methods(dataset) if all(name not in more for more in some.values()))
+        yield from (Cell(dataset, name, seed) for name in EVERY_SEED.get(dataset, every) for seed in seeds)
+        yield from (Cell(dataset, name, seed) for seed, more in some.items() for name in more)
 
 
 GRID = Grid(RESULTS / "skip.jsonl", ("dataset", "method", "seed"), plan, settings)
