@@ -38,6 +38,7 @@ from benchmarks.skip.methods import (
     loaded,
     methods,
     plain,
+    plan,
     scene,
     teacher_of,
 )
@@ -50,10 +51,11 @@ from fewstep.training.teacher import fingerprint
 
 SHOWN = (BASELINE, "covariance" + JUMP_END, BEST, BASELINE + DRAWS, BEST + DRAWS)
 """Methods that the figure has."""
+_LENGTH = "length" + JUMP_END + DRAWS
 MAIN = (
     ("analytic", BASELINE), (BASELINE + DRAWS, BASELINE), (BEST + DRAWS, BASELINE), (BEST + EVEN, BASELINE),
     ("regressed" + EVEN, BASELINE), (BEST + DRAWS + ONE_CALL, BASELINE), (BEST + DRAWS + ONE_CALL + FEW, BASELINE),
-    (COMPONENTS + DRAWS, BASELINE), (COMPONENTS + DRAWS + ONE_CALL, BASELINE),
+    (COMPONENTS + DRAWS, BASELINE), (COMPONENTS + DRAWS + ONE_CALL, BASELINE), (_LENGTH, BASELINE),
     (BEST + DRAWS, BASELINE + DRAWS), (BEST + EVEN, BASELINE + DRAWS), (COMPONENTS + DRAWS, BASELINE + DRAWS),
     *((name + which, BASELINE) for which in CLASSES for name in ("analytic", BEST + DRAWS)),
 )  # fmt: skip
@@ -124,7 +126,7 @@ def run(
     cache: Cache = None,
     shared: bool = False,
 ) -> None:
-    """Train the students of a data set that have no result yet.
+    """Train the students of a data set that have no result yet, of the methods named, or all that the study has.
 
     shared: students of a seed share the teacher's walks, which are kept in memory; training is not timed then.
     DATASET is mixture, digits, fashion or photographs; digits-classes; mixture-long or digits-long; mixture-falling.
@@ -134,12 +136,13 @@ def run(
         raise SystemExit(f"no data set {dataset}; data sets: {', '.join(ALL)}")
     if unknown := sorted(set(names) - set(methods(dataset))):
         raise SystemExit(f"no method {', '.join(unknown)}; methods: {', '.join(methods(dataset))}")
-    if problem := outcome.strangers(chosen(GRID.rows(), dataset=dataset), fingerprint(fs.load(teacher).flow_map)):
-        raise SystemExit(f"{teacher}: {problem}")
     if shared and dataset == "digits-classes":
         raise SystemExit("digits-classes: walks under a class are not shared; leave --shared out")
+    if problem := outcome.strangers(chosen(GRID.rows(), dataset=dataset), fingerprint(fs.load(teacher).flow_map)):
+        raise SystemExit(f"{teacher}: {problem}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
-    cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
+    planned, every = set(plan()), [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
+    cells = [cell for cell in every if names or cell in planned]
     walks: dict[int, Walks] = {}
 
     def student(cell: Cell) -> list[Row]:

@@ -104,7 +104,7 @@ EVERY_SEED: dict[str, tuple[str, ...]] = {
     "photographs": (*_COMPARED, *_WALK_FIRST, *_COMPONENTS),
     "digits-classes": _ON_CLASSES,
 }
-"""Methods of a data set that every seed is trained with, where not all are."""
+"""Methods of a data set that every seed is trained with; without an entry all but those of SOME_SEEDS."""
 SOME_SEEDS: dict[str, dict[int, tuple[str, ...]]] = {
     "mixture": dict.fromkeys((0, 1), _EVEN_COMPONENTS),
     "digits": {**dict.fromkeys((1, 2), _ONE_THING), 0: (*_ONE_THING, "regressed" + EVEN, _COVARIANCE + DRAWS)},
@@ -200,7 +200,7 @@ def settings(cell: Cell) -> str:
 
 
 def plan() -> Iterator[Cell]:
-    """Five seeds of the small networks, three of the U-Nets and of what is trained for long; of SOME_SEEDS fewer."""
+    """Five seeds of mixture and digits, three of the others and of what is trained for long; of SOME_SEEDS fewer."""
     for dataset in ALL:
         seeds = range(5 if dataset in ("mixture", "digits") else 3)
         some = SOME_SEEDS.get(dataset, {})

@@ -166,6 +166,7 @@ def serve(worker: int, own_child: bool = True) -> None:
     Told to end it does at once: Python's own end aborts one whose other thread is handing a batch over in torch's code.
     own_child: of the training itself, not of a server that forks for it.
     """
+    Flag.seen = False  # what a training saw before it forked
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
