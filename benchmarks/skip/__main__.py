@@ -141,8 +141,10 @@ def run(
     if problem := outcome.strangers(chosen(GRID.rows(), dataset=dataset), fingerprint(fs.load(teacher).flow_map)):
         raise SystemExit(f"{teacher}: {problem}")
     truth = Truth(ALL[dataset], *scene(dataset, teacher, data, cache))
-    planned, every = set(plan()), [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
-    cells = [cell for cell in every if names or cell in planned]
+    cells = [Cell(dataset, name, seed) for seed in seeds for name in names or methods(dataset)]
+    if not names:
+        planned = set(plan())
+        cells = [cell for cell in cells if cell in planned]
     walks: dict[int, Walks] = {}
 
     def student(cell: Cell) -> list[Row]:

@@ -61,13 +61,13 @@ RESCALED = "analytic, rescaled start"
 """The computed preconditioning with Euler's weight of the network."""
 CLASSES = {", class means": "origin", ", classes": "covariance"}
 """Of a method's name: a mean for each class, or a mean and a covariance, in place of those of all data."""
+COMPONENTS = "components"
 DRAWN = (
-    BASELINE, "analytic", "regressed", "components",
-    *(name + JUMP_END for name in (BASELINE, "covariance", "regressed", "components", "length")),
+    BASELINE, "analytic", "regressed", COMPONENTS,
+    *(name + JUMP_END for name in (BASELINE, "covariance", "regressed", COMPONENTS, "length")),
 )  # fmt: skip
 """Methods that are measured with these draws too."""
 BEST = "regressed" + JUMP_END
-COMPONENTS = "components"
 LASTING = (BASELINE + DRAWS, BEST + DRAWS)
 """Methods that are trained for long."""
 

@@ -247,9 +247,8 @@ def test_a_process_that_hands_over_a_batch_ends_well() -> None:
 
 def fail() -> None:
     """What a process that reads data does where its own code ends it."""
-    flag = Flag(multiprocessing.get_context())
-    assert not flag.is_set()
     serve(0)
+    assert not Flag(multiprocessing.get_context()).is_set()
     sys.exit(3)
 
 
